@@ -1,0 +1,105 @@
+"""Files and directories that appear whole or not at all, and fingerprints of what they hold."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_CHUNK = 1 << 20
+_SAMPLED_ABOVE = 64 * _CHUNK
+
+
+@contextlib.contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is synced to disk and renamed to `path`.
+
+    When the body raises, or the process dies, `path` is as it was before.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _sync(temporary)
+        mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
+        temporary.chmod(mode)
+        temporary.replace(path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old file or the whole new one."""
+    with replace_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replace_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty directory beside `path`; on success it is renamed to `path`, which must not exist yet.
+
+    Raises:
+        FileExistsError: if `path` exists when the body has ended; nothing is overwritten.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if path.exists():
+            raise FileExistsError(path)
+        temporary.chmod(0o777 & ~_umask())
+        temporary.rename(path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 that stands for a file's or a directory's content.
+
+    A file up to 64 MiB is hashed whole. Of a larger one (a weight shard) the size, the first and last MiB
+    and 62 evenly spaced MiB are hashed: reading a 140 GB checkpoint only to name it would take minutes.
+    """
+    digest = hashlib.sha256()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for file in files:
+        digest.update(file.relative_to(path).as_posix().encode() if path.is_dir() else b"")
+        _hash_file(file, digest)
+    return digest.hexdigest()
+
+
+def _hash_file(file: Path, digest: hashlib._Hash) -> None:
+    size = file.stat().st_size
+    digest.update(size.to_bytes(8, "little"))
+    with file.open("rb") as stream:
+        if size <= _SAMPLED_ABOVE:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+            return
+        for index in range(64):
+            stream.seek((size - _CHUNK) * index // 63)
+            digest.update(stream.read(_CHUNK))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,123 @@
+"""The rows that cross module borders, and their JSON-lines form. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from stayaligned.errors import StayalignedError
+from stayaligned.files import replace_file
+
+Origin = Literal["task", "harmful", "alignment"]
+PromptSet = Literal["harmful", "benign", "task", "skills"]
+"""Which question a completion answers: harm, over-refusal, fine-tune accuracy, or skills kept."""
+
+
+class Record(BaseModel):
+    """An immutable row; unknown keys are errors, so that a misspelt column is not silently dropped."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Message(Record):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Example(Record):
+    """A conversation and the answer that is trained on or, in an evaluation set, the reference answer."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    """Everything before the answer; the last turn is the user's."""
+    completion: str = ""
+    origin: Origin = "task"
+    category: str = ""
+
+
+class Completion(Record):
+    """What a model answered to one prompt."""
+
+    id: str
+    """The id of the Example it answers."""
+    prompt_set: PromptSet
+    prompt: tuple[Message, ...]
+    text: str
+    reference: str = ""
+    category: str = ""
+    finished: bool = True
+    """False where the answer was cut at the token limit."""
+
+
+class Outcome(StrEnum):
+    """How a model met a request. `OTHER` is neither: garble, or an answer to something else."""
+
+    REFUSE = "refuse"
+    HARM = "harm"
+    OTHER = "other"
+
+
+class Verdict(Record):
+    """One judge's reading of one completion."""
+
+    id: str
+    """The id of the Completion."""
+    prompt_set: PromptSet
+    judge: str
+    outcome: Outcome | None
+    """None means *unscored*: it enters no rate, and is counted."""
+    confidence: float | None = None
+    reason: str = ""
+
+
+class Metric(Record):
+    """A number with what is needed to believe it: sample size, interval, and how much went unscored."""
+
+    name: str
+    value: float | None
+    """None when nothing could be scored."""
+    n: int
+    """Scored items behind `value`."""
+    n_unscored: int = 0
+    low: float | None = None
+    high: float | None = None
+    higher_is_better: bool
+
+
+RecordT = TypeVar("RecordT", bound=BaseModel)
+
+
+def write_jsonl(path: Path, rows: Iterable[BaseModel]) -> None:
+    """Write one JSON object a line; the file appears whole or not at all."""
+    with replace_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(row.model_dump_json() + "\n")
+
+
+def read_jsonl(path: Path, model: type[RecordT]) -> list[RecordT]:
+    """Read rows written by `write_jsonl`.
+
+    Raises:
+        StayalignedError: naming the file and line that is not such a row.
+    """
+    rows: list[RecordT] = []
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(model.model_validate_json(line))
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(str(part) for part in first["loc"])
+                raise StayalignedError(
+                    f"{path}, line {number}: not a {model.__name__} row: {where or 'line'}: {first['msg']}",
+                    hint="The file was cut off or edited by hand; delete it and rerun the command that wrote it.",
+                ) from None
+    return rows

@@ -1,0 +1,85 @@
+"""Tiny real models and a byte tokenizer, for tests of this package and of plug-ins. Nothing is downloaded.
+
+Example:
+    >>> model = pico_model("llama", seed=0)
+    >>> sum(p.numel() for p in model.parameters()) < 200_000
+    True
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+_PICO: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "mistral": {"sliding_window": None},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
+}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, after five special tokens, with a chat template; the end token closes every turn."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*_SPECIAL, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(_SPECIAL)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")  # noqa: S106
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def pico_config(architecture: str = "llama", **overrides: Any) -> Any:
+    """The configuration of a two-layer, hidden-32 model of a real architecture (default: grouped-query Llama)."""
+    from transformers import AutoConfig
+
+    settings: dict[str, Any] = {
+        "vocab_size": 261,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+    if architecture == "gpt2":
+        settings = {k: settings[k] for k in ("vocab_size", "pad_token_id", "eos_token_id", "bos_token_id")}
+    return AutoConfig.for_model(architecture, **{**settings, **_PICO.get(architecture, {}), **overrides})
+
+
+def pico_model(architecture: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A randomly initialised causal language model, in fp32 on the CPU; equal seeds give equal weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(pico_config(architecture, **overrides), dtype=torch.float32)
+    return model.eval()
+
+
+def write_pico_checkpoint(
+    directory: Path, architecture: str = "llama", *, seed: int = 0, shard_size: str = "50GB", **overrides: Any
+) -> Path:
+    """Write a pico model and the byte tokenizer as an ordinary checkpoint directory; returns the directory."""
+    pico_model(architecture, seed=seed, **overrides).save_pretrained(directory, max_shard_size=shard_size)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
