@@ -90,6 +90,27 @@ class Metric(Record):
     higher_is_better: bool
 
 
+class LayerReport(Record):
+    """What a patch found and did in one LoRA layer."""
+
+    module: str
+    """The layer's name in the model, `model.layers.0.self_attn.q_proj`."""
+    similarity: float
+    """Cosine of the update before and after the operator, Frobenius inner product, -1 to 1."""
+    shrinkage: float
+    """Norm of the update after / before the operator; 1 where the layer was left as it was."""
+    selected: bool
+    """Whether the layer was changed."""
+    update_norm: float
+    """Frobenius norm of the update scaling·BA before the patch."""
+    delta_norm: float | None = None
+    """Frobenius norm of V = W_aligned - W_base; None for patches that need no V."""
+    subspace_rank: int | None = None
+    """The k of a rank-k operator; None for the paper's C and for the controls without a subspace."""
+    captured_energy: float | None = None
+    """Share of the squared norm of V inside that subspace, 0 to 1."""
+
+
 RecordT = TypeVar("RecordT", bound=BaseModel)
 
 

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from stayaligned.component import Component, Registry
 from stayaligned.errors import StayalignedError
-from stayaligned.records import Example
+from stayaligned.records import Example, LayerReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
     from stayaligned.adapters import Adapter
-    from stayaligned.projection import LayerReport
 
 TrainerKind = Literal["transformers", "sft"]
 
