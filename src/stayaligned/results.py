@@ -1,0 +1,125 @@
+"""What one experiment found: the content of `result.json`, and the only input of a report. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from stayaligned.errors import StayalignedError
+from stayaligned.files import write_text
+from stayaligned.records import LayerReport, Message, Metric, Outcome, PromptSet, Record
+
+FORMAT_VERSION = 1
+RESULT_FILE = "result.json"
+
+
+class JudgeReading(Record):
+    """All rates that one judge's verdicts give."""
+
+    judge: str
+    metrics: tuple[Metric, ...]
+    """`harmful_score`, `refusal_rate`, `other_rate` (harmful prompts) and `over_refusal` (benign prompts)."""
+
+
+class Agreement(Record):
+    """How far two judges agree on the same completions."""
+
+    judges: tuple[str, str]
+    prompt_set: PromptSet
+    n: int
+    """Completions that both scored."""
+    agreement: float | None
+    """Share of equal outcomes; None where n = 0."""
+    kappa: float | None
+    """Cohen's kappa; None where it is undefined (both judges always say the same single thing)."""
+    disputed: tuple[str, ...] = ()
+    """Ids of completions on which they differ."""
+
+
+class PatchRecord(Record):
+    """One post-fine-tuning patch and what it did to every layer."""
+
+    patch: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+    layers: tuple[LayerReport, ...]
+
+
+class Sample(Record):
+    """One answer, kept for a reader's eyes. Its text is a model's: hostile until escaped."""
+
+    id: str
+    prompt_set: PromptSet
+    category: str = ""
+    prompt: tuple[Message, ...]
+    text: str
+    reference: str = ""
+    outcomes: dict[str, Outcome | None] = Field(default_factory=dict)
+    """Per judge; empty for prompt sets that are scored rather than judged."""
+    score: float | None = None
+
+
+class Provenance(Record):
+    """What it takes to run this again."""
+
+    versions: dict[str, str]
+    commit: str = ""
+    inputs: dict[str, str] = Field(default_factory=dict)
+    """Name of each input (model, base model, data) and its fingerprint."""
+    template_hash: str = ""
+    stages: dict[str, str] = Field(default_factory=dict)
+    """Stage name and its directory, relative to the output directory."""
+    seconds: dict[str, float] = Field(default_factory=dict)
+    """Stage name and how long it took when it was computed (a cached stage keeps its first time)."""
+
+
+class Result(Record):
+    """One experiment: one arm of a comparison under one seed."""
+
+    format_version: int = FORMAT_VERSION
+    id: str
+    arm: str
+    """The label of the comparison's row; results of several seeds share it."""
+    seed: int
+    experiment: dict[str, Any]
+    """The whole configuration: `stayaligned run` of it computes this result again."""
+    judges: tuple[JudgeReading, ...]
+    """The first one is the primary judge, whose rates a report shows in its main table."""
+    agreements: tuple[Agreement, ...] = ()
+    scores: tuple[Metric, ...]
+    """`finetune_accuracy` and `skills_kept`, as far as the experiment measures them."""
+    training_log: tuple[dict[str, Any], ...] = ()
+    """Rows of the Trainer's log: `step`, `loss`, and for Lisa `alignment_loss`, `finetuning_loss`, `drift`."""
+    patches: tuple[PatchRecord, ...] = ()
+    samples: tuple[Sample, ...] = ()
+    provenance: Provenance
+
+    def metric(self, name: str) -> Metric | None:
+        """The metric called `name`: a score, or the primary judge's rate; None if it was not measured."""
+        rates = self.judges[0].metrics if self.judges else ()
+        return next((m for m in (*self.scores, *rates) if m.name == name), None)
+
+
+def write_result(directory: Path, result: Result) -> None:
+    """Write `directory/result.json`, whole or not at all."""
+    write_text(directory / RESULT_FILE, result.model_dump_json(indent=2) + "\n")
+
+
+def read_result(path: Path) -> Result:
+    """Read a `result.json`.
+
+    Raises:
+        StayalignedError: if the file is missing, from another format version, or edited by hand.
+    """
+    try:
+        return Result.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StayalignedError(f"{path}: {error.strerror}", hint="Give a directory that `run` or `bench` wrote.") from None
+    except (ValidationError, UnicodeDecodeError) as error:
+        detail = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        where = ".".join(str(part) for part in detail["loc"])
+        raise StayalignedError(
+            f"{path}: not a result of format version {FORMAT_VERSION}: {where}: {detail['msg']}",
+            hint="It was edited by hand or written by another version; rerun the command that made it.",
+        ) from None
