@@ -212,7 +212,7 @@ def load_plugin(path: Path, registries: list[Registry[Any]]) -> list[str]:
 
 
 def did_you_mean(word: str, known: list[str], label: str) -> str:
-    """ "Did you mean 'x'? Available …: a, b, c." """
+    """The nearest known word, if one is near, and all of them: the hint of an unknown name."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     guess = f"Did you mean {close[0]!r}? " if close else ""
     return f"{guess}{label[0].upper()}{label[1:]}: {', '.join(known) or 'none'}."

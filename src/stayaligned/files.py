@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 _CHUNK = 1 << 20
@@ -15,7 +15,7 @@ _SAMPLED_ABOVE = 64 * _CHUNK
 
 
 @contextlib.contextmanager
-def replace_file(path: Path) -> Iterator[Path]:
+def replace_file(path: Path) -> Generator[Path]:
     """Yield a temporary path beside `path`; on success it is synced to disk and renamed to `path`.
 
     When the body raises, or the process dies, `path` is as it was before.
@@ -42,7 +42,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def replace_directory(path: Path) -> Iterator[Path]:
+def replace_directory(path: Path) -> Generator[Path]:
     """Yield an empty directory beside `path`; on success it is renamed to `path`, which must not exist yet.
 
     Raises:
@@ -74,21 +74,22 @@ def fingerprint(path: Path) -> str:
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     for file in files:
         digest.update(file.relative_to(path).as_posix().encode() if path.is_dir() else b"")
-        _hash_file(file, digest)
+        for chunk in _chunks(file):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
-def _hash_file(file: Path, digest: hashlib._Hash) -> None:
+def _chunks(file: Path) -> Iterator[bytes]:
     size = file.stat().st_size
-    digest.update(size.to_bytes(8, "little"))
+    yield size.to_bytes(8, "little")
     with file.open("rb") as stream:
         if size <= _SAMPLED_ABOVE:
             while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
+                yield chunk
             return
         for index in range(64):
             stream.seek((size - _CHUNK) * index // 63)
-            digest.update(stream.read(_CHUNK))
+            yield stream.read(_CHUNK)
 
 
 def _sync(path: Path) -> None:

@@ -115,7 +115,9 @@ def read_result(path: Path) -> Result:
     try:
         return Result.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise StayalignedError(f"{path}: {error.strerror}", hint="Give a directory that `run` or `bench` wrote.") from None
+        raise StayalignedError(
+            f"{path}: {error.strerror}", hint="Give a directory that `run` or `bench` wrote."
+        ) from None
     except (ValidationError, UnicodeDecodeError) as error:
         detail = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         where = ".".join(str(part) for part in detail["loc"])

@@ -69,6 +69,8 @@ class TrainingDefense(Component):
     """A defense that acts during fine-tuning."""
 
     stage: ClassVar[str] = "finetuning"
+    needs_alignment_data: ClassVar[bool] = False
+    """Whether `make_trainer` asks for alignment rows, so that a missing file is an error before training."""
 
     @abstractmethod
     def make_trainer(self, setup: TrainingSetup) -> Trainer:
@@ -106,6 +108,8 @@ class PatchDefense(Component):
     """A defense that acts on a finished adapter. It never changes its input."""
 
     stage: ClassVar[str] = "post_finetuning"
+    needs_base: ClassVar[bool] = True
+    """Whether `patch` compares the aligned model with its base."""
 
     @abstractmethod
     def patch(self, adapter: Adapter, models: ModelPair) -> PatchedAdapter:
