@@ -1,0 +1,70 @@
+"""Fine-tune an aligned language model, and show that it stayed aligned.
+
+The public names. Each is imported when it is first used, so that `import stayaligned` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stayaligned.benchmark import Grid, load_grid, run_grid
+    from stayaligned.defenses import ModelPair
+    from stayaligned.defenses.complement import Complement
+    from stayaligned.defenses.lisa import Lisa
+    from stayaligned.defenses.safe_lora import SafeLora
+    from stayaligned.errors import StayalignedError
+    from stayaligned.experiment import Experiment, load_experiment
+    from stayaligned.hf.trainer import attach_lisa, with_lisa
+    from stayaligned.patching import patch_directory
+    from stayaligned.pipeline import run_experiment
+    from stayaligned.report import build_report, write_report
+
+_HOMES = {
+    "Complement": "stayaligned.defenses.complement",
+    "Experiment": "stayaligned.experiment",
+    "Grid": "stayaligned.benchmark",
+    "Lisa": "stayaligned.defenses.lisa",
+    "ModelPair": "stayaligned.defenses",
+    "SafeLora": "stayaligned.defenses.safe_lora",
+    "StayalignedError": "stayaligned.errors",
+    "attach_lisa": "stayaligned.hf.trainer",
+    "build_report": "stayaligned.report",
+    "load_experiment": "stayaligned.experiment",
+    "load_grid": "stayaligned.benchmark",
+    "patch_directory": "stayaligned.patching",
+    "run_experiment": "stayaligned.pipeline",
+    "run_grid": "stayaligned.benchmark",
+    "with_lisa": "stayaligned.hf.trainer",
+    "write_report": "stayaligned.report",
+}
+
+__all__ = [
+    "Complement",
+    "Experiment",
+    "Grid",
+    "Lisa",
+    "ModelPair",
+    "SafeLora",
+    "StayalignedError",
+    "attach_lisa",
+    "build_report",
+    "load_experiment",
+    "load_grid",
+    "patch_directory",
+    "run_experiment",
+    "run_grid",
+    "with_lisa",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -36,6 +36,9 @@ def _named(registry: Registry[Any]) -> tuple[BeforeValidator, PlainSerializer]:
     return BeforeValidator(registry.parse), PlainSerializer(Component.spec)
 
 
+REGISTRIES: list[Registry[Any]] = [TASKS, ATTACKS, DEFENSES, JUDGES]
+"""The registries of the four nouns."""
+
 TaskField = Annotated[Task, *_named(TASKS)]
 AttackField = Annotated[Attack, *_named(ATTACKS)]
 JudgeField = Annotated[Judge, *_named(JUDGES)]
@@ -256,8 +259,8 @@ def missing_inputs(content: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def parse(model: type[ModelT], content: Mapping[str, Any], where: str) -> ModelT:
-    """Validate a mapping as `model`, and that the files it names are there.
+def parse(model: type[ModelT], content: Mapping[str, Any], where: str, *, check_inputs: bool = True) -> ModelT:
+    """Validate a mapping as `model`, and (unless told otherwise) that the files it names are there.
 
     Raises:
         StayalignedError: with every error in it, each with the path of the field and a suggestion.
@@ -268,7 +271,8 @@ def parse(model: type[ModelT], content: Mapping[str, Any], where: str) -> ModelT
         value = model.model_validate(content)
     except ValidationError as error:
         problems += explain(error, model)
-    problems += missing_inputs(content)
+    if check_inputs:
+        problems += missing_inputs(content)
     if value is None or problems:
         raise_problems(problems, where)
     return value

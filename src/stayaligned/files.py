@@ -55,10 +55,13 @@ def replace_directory(path: Path) -> Generator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 _sync(file)
-        if path.exists():
-            raise FileExistsError(path)
         temporary.chmod(0o777 & ~_umask())
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except OSError as error:
+            if path.exists():
+                raise FileExistsError(f"{path} exists already") from error
+            raise
         _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,10 @@ class Result(Record):
     arm: str
     """The label of the comparison's row; results of several seeds share it."""
     seed: int
+    position: int = 0
+    """The arm's place in its grid, so that a report keeps the order of the configuration."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know before trusting the numbers: prompts that also stand in the training data, say."""
     experiment: dict[str, Any]
     """The whole configuration: `stayaligned run` of it computes this result again."""
     judges: tuple[JudgeReading, ...]
@@ -125,3 +130,21 @@ def read_result(path: Path) -> Result:
             f"{path}: not a result of format version {FORMAT_VERSION}: {where}: {detail['msg']}",
             hint="It was edited by hand or written by another version; rerun the command that made it.",
         ) from None
+
+
+def find_results(directories: Sequence[Path]) -> list[Result]:
+    """Every result in the directories that `run` or `bench` wrote, in the order of the grids that made them.
+
+    Raises:
+        StayalignedError: if a directory holds none, or one can't be read.
+    """
+    found: list[Result] = []
+    for directory in directories:
+        paths = [directory / RESULT_FILE] if (directory / RESULT_FILE).is_file() else []
+        paths += sorted((directory / "runs").glob(f"*/{RESULT_FILE}"))
+        if not paths:
+            raise StayalignedError(
+                f"{directory}: holds no {RESULT_FILE}", hint="Give a directory that `run` or `bench` wrote."
+            )
+        found += [read_result(path) for path in paths]
+    return sorted(found, key=lambda result: (result.position, result.seed))

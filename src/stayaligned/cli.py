@@ -1,0 +1,257 @@
+"""The command: parse, call one function, print."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from stayaligned.errors import StayalignedError
+
+if TYPE_CHECKING:
+    from stayaligned.benchmark import Grid
+    from stayaligned.component import Registry
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="stayaligned",
+    help="Fine-tune an aligned language model, and show that it stayed aligned.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console(highlight=False, markup=False)
+err = Console(stderr=True, highlight=False, markup=False)
+
+Config = Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value, dotted: training.learning_rate=1e-4 defenses.0.rho=2")
+]
+Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="A Python file with components; repeatable.")]
+Out = Annotated[Path, typer.Option("--out", help="Output directory; rerunning the same command continues in it.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core, or one with a GPU.")]
+
+
+def main() -> None:
+    """Run the command. A user's mistake is one message and exit code 2, Ctrl-C is 130."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except StayalignedError as error:
+        err.print(f"error: {error.message}", soft_wrap=True)
+        if error.hint:
+            err.print(f"hint: {error.hint}", soft_wrap=True)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        err.print("Interrupted. What was finished is kept: rerun the same command to continue.")
+        sys.exit(EXIT_INTERRUPTED)
+    except OSError as error:
+        err.print(f"error: {error.filename or 'system'}: {error.strerror or error}", soft_wrap=True)
+        err.print("hint: What was finished is kept: mend this and rerun the same command to continue.")
+        sys.exit(EXIT_FAILED)
+
+
+@app.command()
+def run(config: Config, overrides: Overrides = None, *, out_dir: Out, plugin: Plugins = None) -> None:
+    """Run one experiment: fine-tune, patch, generate, judge, measure."""
+    from stayaligned.experiment import load_experiment
+    from stayaligned.pipeline import run_experiment
+
+    _load_plugins(plugin)
+    experiment = load_experiment(config, overrides or ())
+    with err.status("starting", spinner_style="none") as status:
+        result = run_experiment(
+            experiment, out_dir, progress=lambda text, share: status.update(f"{text} {share:.0%}" if share else text)
+        )
+    _print_report([out_dir], out_dir, title=result.arm)
+    adapter = out_dir / "adapter"
+    if adapter.exists():
+        out.print(f"adapter  {adapter}", soft_wrap=True)
+
+
+@app.command()
+def bench(
+    config: Config,
+    overrides: Overrides = None,
+    *,
+    out_dir: Out,
+    workers: Workers = None,
+    plugin: Plugins = None,
+) -> None:
+    """Run a grid of experiments; shared stages are computed once."""
+    from stayaligned.benchmark import load_grid
+
+    _load_plugins(plugin)
+    _run_grid(load_grid(config, overrides or ()), out_dir, workers, plugin or [])
+
+
+@app.command()
+def demo(
+    out_dir: Annotated[Path, typer.Option("--out", help="Output directory.")] = Path("demo"), workers: Workers = None
+) -> None:
+    """The whole story on the embedded testbed, in minutes on a CPU: a table and report.html."""
+    from importlib.resources import as_file, files
+
+    from stayaligned.benchmark import load_grid
+
+    with as_file(files("stayaligned.testbed") / "demo.yaml") as config:
+        grid = load_grid(config)
+    _run_grid(grid, out_dir, workers, [])
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="What `run` or `bench` wrote.", show_default=False)],
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Where to write; by default that directory.")] = None,
+) -> None:
+    """Write report.html, report.md and results.csv, and print the table."""
+    _print_report([directory], out_dir or directory)
+
+
+@app.command()
+def validate(config: Config, overrides: Overrides = None, plugin: Plugins = None) -> None:
+    """Check an experiment or a grid, without running anything: every error at once."""
+    from stayaligned.benchmark import load_grid
+    from stayaligned.experiment import load_experiment, load_yaml
+
+    _load_plugins(plugin)
+    if "axes" in load_yaml(config):
+        grid = load_grid(config, overrides or ())
+        out.print(f"{config}: a valid grid of {len(grid.expand(str(config)))} experiments")
+    else:
+        experiment = load_experiment(config, overrides or ())
+        out.print(f"{config}: a valid experiment ({experiment.arm}, seed {experiment.seed})")
+
+
+@app.command("list")
+def list_components(
+    noun: Annotated[str | None, typer.Argument(help="defense, judge, task or attack; all if not given.")] = None,
+    plugin: Plugins = None,
+) -> None:
+    """List the known defenses, judges, tasks and attacks."""
+    from rich.table import Table
+
+    _load_plugins(plugin)
+    chosen = [_registry(noun)] if noun else list(_registries().values())
+    table = Table(box=None, pad_edge=False)
+    for column in ("kind", "name", "what it does"):
+        table.add_column(column)
+    for registry in chosen:
+        for name in registry.names():
+            table.add_row(registry.kind, name, registry.get(name).summary())
+    out.print(table)
+
+
+@app.command()
+def show(
+    noun: Annotated[str, typer.Argument(help="defense, judge, task or attack.")],
+    name: Annotated[str, typer.Argument(help="Its name, as `list` prints it.")],
+    plugin: Plugins = None,
+) -> None:
+    """Show a component: what it does, its settings, its paper, its file."""
+    import inspect
+
+    from rich.table import Table
+
+    _load_plugins(plugin)
+    registry = _registry(noun)
+    component = registry.get(name)
+    out.print(f"{registry.kind} {component.name}\n\n{inspect.getdoc(component)}\n")
+    table = Table(box=None, pad_edge=False)
+    for column in ("setting", "type", "default"):
+        table.add_column(column)
+    for key, info in component.model_fields.items():
+        kind = inspect.formatannotation(info.annotation).replace("typing.", "")
+        table.add_row(key, kind, "required" if info.is_required() else repr(info.default))
+    out.print(table)
+    if component.paper:
+        out.print(f"\npaper  {component.paper}")
+    out.print(f"file   {registry.origin(name)}", soft_wrap=True)
+
+
+@app.command()
+def new(
+    noun: Annotated[str, typer.Argument(help="defense, judge, task or attack.")],
+    name: Annotated[str, typer.Argument(help="The new component's name.")],
+    directory: Annotated[Path, typer.Option("--dir", help="Where to write NAME.py.")] = Path(),
+) -> None:
+    """Write a working plug-in file to start from."""
+    from stayaligned.scaffold import write_plugin
+
+    path = write_plugin(noun, name, directory)
+    out.print(f"wrote {path}; try: stayaligned show {noun} {name} --plugin {path}", soft_wrap=True)
+
+
+@app.command()
+def env() -> None:
+    """Print versions and hardware, for a bug report."""
+    from stayaligned.pipeline import versions
+
+    import torch  # isort: skip
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    facts = {**versions(), "platform": sys.platform, "cpus": len(os.sched_getaffinity(0)), "gpu": device}
+    for name, value in facts.items():
+        out.print(f"{name:<14}{value}")
+
+
+def _run_grid(grid: Grid, directory: Path, workers: int | None, plugins: list[Path]) -> None:
+    from stayaligned.benchmark import run_grid
+    from stayaligned.progress import LiveProgress
+
+    with LiveProgress(err) as listener:
+        outcome = run_grid(grid, directory, workers=workers, plugins=plugins, listener=listener)
+    if outcome.results:
+        _print_report([directory], directory)
+    for name, error in outcome.failures.items():
+        err.print(f"failed: {name}: {error}", soft_wrap=True)
+    if outcome.failures:
+        err.print(f"{len(outcome.failures)} experiment(s) failed; rerun the same command to try them again.")
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _print_report(sources: list[Path], directory: Path, title: str = "Result") -> None:
+    from stayaligned.benchmark import INDEX_FILE
+    from stayaligned.report import build_report, terminal_table, write_report
+    from stayaligned.results import find_results
+
+    index: Mapping[str, Any] = {}
+    for source in sources:
+        if (source / INDEX_FILE).is_file():
+            index = json.loads((source / INDEX_FILE).read_text(encoding="utf-8"))
+    built = build_report(
+        find_results(sources), title=index.get("title", title), reference=index.get("reference") or None
+    )
+    paths = write_report(built, directory)
+    out.print(terminal_table(built))
+    for path in paths:
+        out.print(f"wrote  {path}", soft_wrap=True)
+
+
+def _load_plugins(paths: list[Path] | None) -> None:
+    if paths:
+        from stayaligned.component import load_plugin
+
+        for path in paths:
+            load_plugin(path, list(_registries().values()))
+
+
+def _registries() -> dict[str, Registry[Any]]:
+    from stayaligned.experiment import REGISTRIES
+
+    return {registry.kind: registry for registry in REGISTRIES}
+
+
+def _registry(noun: str) -> Registry[Any]:
+    registries = _registries()
+    if noun.removesuffix("s") not in registries:
+        raise StayalignedError(f"unknown noun {noun!r}", hint=f"One of: {', '.join(registries)}.")
+    return registries[noun.removesuffix("s")]

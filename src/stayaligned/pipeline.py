@@ -1,0 +1,456 @@
+"""One experiment as a straight pipe of stages, each a directory keyed by everything that it depends on.
+
+    data ─► train ─► patch … ─► generate ─► judge … ─► result
+
+A stage that is there is not computed again, so five thresholds train once, a new judge needs no model, and resuming
+is rerunning. A stage appears by one rename when it is complete; nothing half-written is ever taken for a result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import itertools
+import json
+import platform
+import random
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stayaligned import metrics
+from stayaligned.data import overlap, read_examples
+from stayaligned.defenses import ModelPair, TrainingSetup
+from stayaligned.errors import StayalignedError
+from stayaligned.experiment import Experiment
+from stayaligned.files import write_text
+from stayaligned.judges import Judge
+from stayaligned.patching import PROJECTION_FILE, patch_directory, read_projection
+from stayaligned.records import Completion, Example, Message, Metric, PromptSet, Verdict, read_jsonl, write_jsonl
+from stayaligned.results import Agreement, JudgeReading, PatchRecord, Provenance, Result, Sample, write_result
+from stayaligned.store import Store, identify, refuse_foreign, stage_key
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the share of it that is done, 0 to 1."""
+
+EXPERIMENT_FILE = "experiment.yaml"
+_SAMPLES_PER_SET = 8
+_VERSIONED = ("stayaligned", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+
+
+@dataclass(frozen=True)
+class Run:
+    """An experiment and the store that keeps its stages."""
+
+    experiment: Experiment
+    store: Store
+    progress: Progress = lambda _text, _share: None
+    threads: int | None = None
+    """CPU threads for torch; all if not given."""
+
+    @cached_property
+    def resolved(self) -> Experiment:
+        """The experiment with every input a path."""
+        return self.experiment.resolved(progress=self.progress)
+
+    # ---- keys: pure in the experiment and its inputs' content ---------------------------------------------------
+
+    @cached_property
+    def data_key(self) -> str:
+        """What the training rows depend on."""
+        e = self.experiment
+        return self._key("data", e.task and e.task.identity(), e.attack and e.attack.identity(), e.seed)
+
+    @cached_property
+    def adapter_key(self) -> str:
+        """What the trained weights depend on."""
+        e = self.experiment
+        if not e.trains:
+            return self._key("untrained", {"model": e.model, "adapter": e.adapter})
+        defense = e.training_defense
+        alignment = e.alignment_data if defense.needs_alignment_data else None
+        return self._key(
+            "train",
+            self.data_key,
+            {"model": e.model, "alignment_data": alignment},
+            defense.identity(),
+            e.lora,
+            e.trainer,
+            e.training,
+            e.max_length,
+            e.seed,
+        )
+
+    @cached_property
+    def patch_keys(self) -> tuple[str, ...]:
+        """One key per patch; each depends on the adapter before it."""
+        e = self.experiment
+        keys: list[str] = []
+        for patch in e.patches:
+            models = {"model": e.model, "base_model": e.base_model if patch.needs_base else None}
+            keys.append(self._key("patch", keys[-1] if keys else self.adapter_key, patch.identity(), models))
+        return tuple(keys)
+
+    @cached_property
+    def generate_key(self) -> str:
+        """What the completions depend on."""
+        e = self.experiment
+        prompts = {"harmful_prompts": e.harmful_prompts, "benign_prompts": e.benign_prompts, "limit": e.limit}
+        tasks = [t and t.identity() for t in (e.task, e.skills)]
+        weights = self.patch_keys[-1] if self.patch_keys else self.adapter_key
+        return self._key("generate", weights, {"model": e.model}, prompts, tasks, e.generation.model_dump(mode="json"))
+
+    def judge_key(self, judge: Judge) -> str:
+        """What one judge's verdicts depend on."""
+        return self._key("judge", self.generate_key, judge.identity())
+
+    @cached_property
+    def id(self) -> str:
+        """The identity of the whole experiment."""
+        judges = [self.judge_key(judge) for judge in self.experiment.judges]
+        return self._key("result", self.generate_key, judges, self.experiment.seed)[:20]
+
+    def _key(self, *parts: object) -> str:
+        return stage_key(parts, self.experiment.seed)
+
+    # ---- stages ------------------------------------------------------------------------------------------------
+
+    def examples(self) -> list[Example]:
+        """The rows that are trained on, poisoned if there is an attack."""
+
+        def fill(directory: Path) -> None:
+            task, attack = self.resolved.task, self.resolved.attack
+            rows: list[Example] = list(task.load("train")) if task else []
+            if attack is not None:
+                rows = attack.poison(rows, random.Random(f"{self.experiment.seed}:attack"))  # noqa: S311
+            write_jsonl(directory / "examples.jsonl", rows)
+
+        return read_jsonl(self.store.compute("data", self.data_key, fill) / "examples.jsonl", Example)
+
+    def trained(self) -> Path | None:
+        """The training stage, with `adapter/` (or `model/`) and `log.jsonl`; None if nothing is trained."""
+        if not self.experiment.trains:
+            return None
+        return self.store.compute("train", self.adapter_key, self._fill_training)
+
+    def _fill_training(self, directory: Path) -> Mapping[str, Any]:
+        from stayaligned.hf import finetuning, models
+        from stayaligned.hf.features import template_hash
+
+        e = self.resolved
+        examples = self.examples()
+        alignment: list[Example] = []
+        if e.alignment_data is not None and e.training_defense.needs_alignment_data:
+            alignment = read_examples(e.alignment_data, origin="alignment")
+        self._use_threads()
+        finetuning.seed_everything(e.seed)
+        tokenizer = models.load_tokenizer(e.model)
+        model = models.load_model(e.model)
+        if e.lora is not None:
+            model = models.attach_lora(model, e.lora)
+        # Checkpoints live beside the stage under a fixed name, so that a rerun finds and resumes them.
+        work = self.store.root / "stages" / f".train-{self.adapter_key[:20]}.checkpoints"
+        setup = TrainingSetup(
+            model=model,
+            tokenizer=tokenizer,
+            examples=examples,
+            alignment_examples=alignment,
+            arguments={**(e.training or {}), "output_dir": str(work), "seed": e.seed},
+            kind=e.trainer,
+            max_length=e.max_length,
+        )
+        trainer = e.training_defense.make_trainer(setup)
+        log = finetuning.train(trainer, progress=lambda share: self.progress(f"train {e.training_defense.name}", share))
+        model.save_pretrained(directory / ("model" if e.lora is None else "adapter"))
+        if e.lora is None:
+            tokenizer.save_pretrained(directory / "model")
+        write_text(directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+        shutil.rmtree(work, ignore_errors=True)
+        return {"template_hash": template_hash(tokenizer), "examples": len(examples)}
+
+    def adapter(self) -> Path | None:
+        """The adapter that is judged: trained or given, then patched; None for a model without one."""
+        trained = self.trained()
+        if self.resolved.adapter is not None:
+            current: Path | None = Path(self.resolved.adapter)
+        elif trained is not None and self.experiment.lora is not None:
+            current = trained / "adapter"
+        else:
+            current = None
+        pair = ModelPair(aligned=self.resolved.model, base=self.resolved.base_model)
+        for patch, key in zip(self.resolved.patches, self.patch_keys, strict=True):
+            source = current
+            if source is None:
+                raise StayalignedError(f"patch {patch.name!r} has no adapter to work on")
+
+            def fill(directory: Path, source: Path = source, patch: Any = patch) -> None:
+                self._use_threads()
+                patch_directory(source, directory / "adapter", patch, pair)
+
+            self.progress(f"patch {patch.name}", 0.0)
+            current = self.store.compute("patch", key, fill) / "adapter"
+        return current
+
+    def completions(self) -> list[Completion]:
+        """The answers of the final model to every prompt set."""
+
+        def fill(directory: Path) -> Mapping[str, Any]:
+            from stayaligned.hf import generation, models
+            from stayaligned.hf.features import template_hash
+
+            adapter, trained = self.adapter(), self.trained()
+            self._use_threads()
+            e = self.resolved
+            full = trained / "model" if trained is not None and e.lora is None else None
+            tokenizer = models.load_tokenizer(e.model)
+            model = models.load_finetuned(full or e.model, adapter)
+            rows: list[Completion] = []
+            for prompt_set, examples in self._prompt_sets().items():
+                self.progress(f"generate {prompt_set}", 0.0)
+                rows += generation.complete(model, tokenizer, examples, prompt_set, e.generation)
+            write_jsonl(directory / "completions.jsonl", rows)
+            return {"template_hash": template_hash(tokenizer), "completions": len(rows)}
+
+        return read_jsonl(self.store.compute("generate", self.generate_key, fill) / "completions.jsonl", Completion)
+
+    def _prompt_sets(self) -> dict[PromptSet, Sequence[Example]]:
+        e = self.resolved
+        sets: dict[PromptSet, Sequence[Example]] = {}
+        if e.harmful_prompts is not None:
+            sets["harmful"] = read_examples(e.harmful_prompts, origin="harmful", prompts_only=True)
+        if e.benign_prompts is not None:
+            sets["benign"] = read_examples(e.benign_prompts, origin="task", prompts_only=True)
+        if e.task is not None:
+            sets["task"] = e.task.load("test")
+        if e.skills is not None:
+            sets["skills"] = e.skills.load("test")
+        return {name: rows[: e.limit] for name, rows in sets.items()}
+
+    def verdicts(self, judge: Judge) -> list[Verdict]:
+        """One judge's verdicts on the answers to harmful and benign prompts."""
+        key = self.judge_key(judge)
+        resolved = self.resolved.judges[self.experiment.judges.index(judge)]
+
+        def fill(directory: Path) -> None:
+            judged = [c for c in self.completions() if c.prompt_set in ("harmful", "benign")]
+            self._use_threads()
+            self.progress(f"judge {judge.name}", 0.0)
+            write_jsonl(directory / "verdicts.jsonl", resolved.judge(judged))
+
+        return read_jsonl(self.store.compute("judge", key, fill) / "verdicts.jsonl", Verdict)
+
+    def result(self) -> Result:
+        """Everything measured.
+
+        Raises:
+            StayalignedError: if a judge left a larger share unscored than `max_unscored`.
+        """
+        self.adapter()  # so that the time of training and patching is not counted as generation's
+        completions = self.completions()
+        verdicts = {judge: self.verdicts(judge) for judge in self.experiment.judges}
+        names = _judge_names(self.experiment.judges)
+        for judge, name in names.items():
+            self._refuse_unscored(name, verdicts[judge])
+        readings = tuple(JudgeReading(judge=n, metrics=metrics.judge_metrics(verdicts[j])) for j, n in names.items())
+        named = {names[judge]: rows for judge, rows in verdicts.items()}
+        scores: dict[tuple[PromptSet, str], float | None] = {
+            (c.prompt_set, c.id): self._score(c) for c in completions if c.prompt_set in ("task", "skills")
+        }
+        return Result(
+            id=self.id,
+            arm=self.experiment.arm,
+            seed=self.experiment.seed,
+            notes=tuple(self._overlaps(completions)),
+            experiment=self.experiment.spec(),
+            judges=readings,
+            agreements=tuple(_agreements(named)),
+            scores=tuple(_score_metrics(scores)),
+            training_log=self._training_log(),
+            patches=self._patch_records(),
+            samples=tuple(_samples(completions, named, scores)),
+            provenance=self._provenance(),
+        )
+
+    def _score(self, completion: Completion) -> float | None:
+        task = self.resolved.task if completion.prompt_set == "task" else self.resolved.skills
+        return task.score(completion) if task is not None else None
+
+    def _refuse_unscored(self, judge: str, verdicts: Sequence[Verdict]) -> None:
+        unscored = sum(v.outcome is None for v in verdicts)
+        if unscored > self.experiment.max_unscored * max(1, len(verdicts)):
+            reasons = sorted({v.reason for v in verdicts if v.outcome is None and v.reason})[:3]
+            raise StayalignedError(
+                f"judge {judge!r} could not score {unscored} of {len(verdicts)} answers"
+                + (f" ({'; '.join(reasons)})" if reasons else ""),
+                hint=f"The limit is max_unscored = {self.experiment.max_unscored:g}. Use another judge, or raise it.",
+            )
+
+    def _overlaps(self, completions: Sequence[Completion]) -> Iterable[str]:
+        """A note for each prompt set of which some prompts were trained on."""
+        if not self.experiment.trains:
+            return
+        examples = self.examples()
+        for prompt_set, name in itertools.groupby(completions, key=lambda c: c.prompt_set):
+            rows = list(name)
+            seen = overlap(examples, rows)
+            if seen:
+                yield f"{len(seen)} of {len(rows)} {prompt_set} prompts also stand in the training data"
+
+    def _training_log(self) -> tuple[dict[str, Any], ...]:
+        trained = self.trained()
+        if trained is None:
+            return ()
+        return tuple(json.loads(line) for line in (trained / "log.jsonl").read_text(encoding="utf-8").splitlines())
+
+    def _patch_records(self) -> tuple[PatchRecord, ...]:
+        return tuple(
+            PatchRecord(
+                patch=patch.name,
+                settings=patch.spec(),
+                layers=tuple(read_projection(self.store.directory("patch", key) / "adapter" / PROJECTION_FILE)),
+            )
+            for patch, key in zip(self.experiment.patches, self.patch_keys, strict=True)
+        )
+
+    def _provenance(self) -> Provenance:
+        stages: dict[str, Path] = {}
+        if self.experiment.trains:
+            stages["data"] = self.store.directory("data", self.data_key)
+            stages["train"] = self.store.directory("train", self.adapter_key)
+        for patch, key in zip(self.experiment.patches, self.patch_keys, strict=True):
+            stages[f"patch {patch.name}"] = self.store.directory("patch", key)
+        stages["generate"] = self.store.directory("generate", self.generate_key)
+        for judge, name in _judge_names(self.experiment.judges).items():
+            stages[f"judge {name}"] = self.store.directory("judge", self.judge_key(judge))
+        records = {name: json.loads((path / "stage.json").read_text()) for name, path in stages.items()}
+        e = self.experiment
+        inputs = {
+            "model": e.model,
+            "base_model": e.base_model,
+            "adapter": e.adapter,
+            "alignment_data": e.alignment_data,
+        }
+        return Provenance(
+            versions=versions(),
+            commit=_commit(),
+            inputs={k: str(identify({k: v}, e.seed)[k]) for k, v in inputs.items() if v is not None},
+            template_hash=records["generate"]["template_hash"],
+            stages={name: str(path.relative_to(self.store.root)) for name, path in stages.items()},
+            seconds={name: record["seconds"] for name, record in records.items()},
+        )
+
+    def _use_threads(self) -> None:
+        if self.threads is not None:
+            import torch
+
+            torch.set_num_threads(self.threads)
+
+
+def run_experiment(experiment: Experiment, out: Path, *, progress: Progress = lambda _text, _share: None) -> Result:
+    """Run one experiment into `out`: `experiment.yaml`, `result.json`, its stages, and `adapter` if it has one.
+
+    Rerun with the same experiment, it continues where it was stopped.
+
+    Raises:
+        StayalignedError: if `out` belongs to another experiment or holds other files, or any stage cannot work.
+    """
+    refuse_foreign(out, EXPERIMENT_FILE)
+    _refuse_other_experiment(experiment, out / EXPERIMENT_FILE)
+    store = Store(out)
+    with store.locked():
+        write_text(out / EXPERIMENT_FILE, yaml.safe_dump(experiment.spec(), sort_keys=False, allow_unicode=True))
+        run = Run(experiment, store, progress)
+        result = run.result()
+        adapter = run.adapter()
+        link = out / "adapter"
+        if adapter is not None and adapter.is_relative_to(out) and not link.is_symlink():
+            link.symlink_to(adapter.relative_to(out))
+        write_result(out, result)
+    return result
+
+
+def _refuse_other_experiment(experiment: Experiment, path: Path) -> None:
+    if not path.exists():
+        return
+    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    now = experiment.spec()
+    changed = sorted(k for k in {*before, *now} - {"label"} if before.get(k) != now.get(k))
+    if changed:
+        raise StayalignedError(
+            f"{path.parent}: belongs to another experiment; different: {', '.join(changed)}",
+            hint="Use another --out; `bench` compares several in one directory and shares their stages.",
+        )
+
+
+def versions() -> dict[str, str]:
+    """The versions of everything that can change a number."""
+    found = {"python": platform.python_version()}
+    for package in _VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+@cache
+def _commit() -> str:
+    """The commit of the checkout that this package runs from; empty for an installed one."""
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return ""
+    return run.stdout.strip()
+
+
+def _judge_names(judges: Sequence[Judge]) -> dict[Judge, str]:
+    """A distinct name for each judge: two of one kind are numbered."""
+    counts = {judge.name: sum(other.name == judge.name for other in judges) for judge in judges}
+    numbers = {name: itertools.count(1) for name in counts}
+    return {j: j.name if counts[j.name] == 1 else f"{j.name} {next(numbers[j.name])}" for j in judges}
+
+
+def _agreements(verdicts: Mapping[str, Sequence[Verdict]]) -> Iterable[Agreement]:
+    for (first, ours), (second, theirs) in itertools.combinations(verdicts.items(), 2):
+        for prompt_set in ("harmful", "benign"):
+            left = [v for v in ours if v.prompt_set == prompt_set]
+            right = [v for v in theirs if v.prompt_set == prompt_set]
+            if left:
+                yield metrics.agreement(first, left, second, right)
+
+
+def _score_metrics(scores: Mapping[tuple[PromptSet, str], float | None]) -> Iterable[Metric]:
+    for prompt_set, name in (("task", "finetune_accuracy"), ("skills", "skills_kept")):
+        values = [value for (of, _), value in scores.items() if of == prompt_set]
+        if values:
+            yield metrics.mean_score(values, name, higher_is_better=True)
+
+
+def _samples(
+    completions: Sequence[Completion],
+    verdicts: Mapping[str, Sequence[Verdict]],
+    scores: Mapping[tuple[PromptSet, str], float | None],
+) -> Iterable[Sample]:
+    """A few answers of each prompt set, spread evenly over it."""
+    outcomes = {name: {(v.prompt_set, v.id): v.outcome for v in rows} for name, rows in verdicts.items()}
+    for prompt_set in ("harmful", "benign", "task", "skills"):
+        rows = [c for c in completions if c.prompt_set == prompt_set]
+        step = max(1, len(rows) // _SAMPLES_PER_SET)
+        for row in rows[::step][:_SAMPLES_PER_SET]:
+            place = (row.prompt_set, row.id)
+            yield Sample(
+                id=row.id,
+                prompt_set=row.prompt_set,
+                category=row.category,
+                prompt=tuple(Message(role=m.role, content=m.content) for m in row.prompt),
+                text=row.text,
+                reference=row.reference,
+                outcomes={name: found[place] for name, found in outcomes.items() if place in found},
+                score=scores.get(place),
+            )

@@ -1,0 +1,110 @@
+"""The stages under one output directory: each a directory named by the hash of everything it depends on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from stayaligned import testbed
+from stayaligned.errors import StayalignedError
+from stayaligned.files import fingerprint, replace_directory, write_text
+
+StageName = Literal["data", "train", "patch", "generate", "judge"]
+# Raised when a stage's files change their meaning; old ones are then computed again.
+_STAGE_VERSION = 1
+
+
+class Store:
+    """The stages under one output directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def directory(self, stage: StageName, key: str) -> Path:
+        """Where a stage is, or will be."""
+        return self.root / "stages" / f"{stage}-{key[:20]}"
+
+    @contextlib.contextmanager
+    def locked(self) -> Generator[None]:
+        """Hold the output directory for this process, and clear what a killed one left half-written.
+
+        Raises:
+            StayalignedError: if another process holds it.
+        """
+        stages = self.root / "stages"
+        stages.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.root / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise StayalignedError(
+                f"{self.root}: another stayaligned process is writing here", hint="Wait for it, or use another --out."
+            ) from None
+        try:
+            for leftover in stages.glob(".*.partial"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            yield
+        finally:
+            lock.release()
+
+    def compute(self, stage: StageName, key: str, fill: Callable[[Path], Mapping[str, Any] | None]) -> Path:
+        """The stage's directory; `fill` writes it if it is not there. What `fill` returns goes into stage.json."""
+        directory = self.directory(stage, key)
+        if directory.exists():
+            return directory
+        started = time.monotonic()
+        # Two processes may compute one stage at the same time; both get the same content, and the first one stays.
+        with contextlib.suppress(FileExistsError), replace_directory(directory) as temporary:
+            notes = fill(temporary) or {}
+            record = {"stage": stage, "key": key, "seconds": round(time.monotonic() - started, 3), **notes}
+            write_text(temporary / "stage.json", json.dumps(record, indent=2) + "\n")
+        return directory
+
+
+def refuse_foreign(out: Path, own_file: str) -> None:
+    """Refuse an output directory that holds something else than what `own_file` marks.
+
+    Raises:
+        StayalignedError: if `out` is a file, or not empty and without `own_file`.
+    """
+    if out.exists() and not out.is_dir():
+        raise StayalignedError(f"{out}: is a file, expected a directory", hint="Choose another --out.")
+    if out.is_dir() and any(p.name != ".lock" for p in out.iterdir()) and not (out / own_file).exists():
+        raise StayalignedError(
+            f"{out}: holds files that this command did not write (there is no {own_file})",
+            hint="Choose a new or empty directory for --out.",
+        )
+
+
+def stage_key(parts: Sequence[object], seed: int) -> str:
+    """The hash of everything that a stage depends on: settings, the content of input files, the keys before it."""
+    content = json.dumps([_STAGE_VERSION, identify(list(parts), seed)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+@cache
+def _fingerprint(path: str) -> str:
+    return f"sha256:{fingerprint(Path(path).expanduser())}"
+
+
+def identify(value: Any, seed: int, name: str = "") -> Any:
+    """`value` with each input file, checkpoint and testbed entry in it replaced by what identifies its content."""
+    if isinstance(value, Mapping):
+        return {key: identify(item, seed, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [identify(item, seed, name) for item in value]
+    if not isinstance(value, str):
+        return value
+    if testbed.is_reference(value):
+        return testbed.reference_key(value, seed)
+    names_input = name in {"model", "base_model", "adapter"} or "/" in value or value.endswith((".jsonl", ".json"))
+    return _fingerprint(value) if names_input and Path(value).expanduser().exists() else value
