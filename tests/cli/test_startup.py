@@ -1,0 +1,40 @@
+"""What must answer at once imports no torch, and what nobody asked for imports nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "matplotlib", "scipy", "pandas")
+PROGRAM = """
+import sys
+from stayaligned.cli import main
+sys.argv = ["stayaligned", *{arguments!r}]
+try:
+    main()
+except SystemExit as ended:
+    assert ended.code in (0, None), ended.code
+found = sorted(set({heavy!r}) & set(sys.modules))
+assert not found, found
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["run", "--help"], ["list"], ["show", "defense", "lisa"], ["validate", "examples/testbed.yaml"]],
+    ids=" ".join,
+)
+def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
+    program = PROGRAM.format(arguments=arguments, heavy=HEAVY)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_importing_the_package_imports_no_part_of_it() -> None:
+    program = (
+        "import sys, stayaligned; assert [m for m in sys.modules if m.startswith('stayaligned')] == ['stayaligned']"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
