@@ -23,7 +23,11 @@ _SOURCES: dict[Host, tuple[tuple[str, str, str], ...]] = {
         ("trl", "trainer/base_config.py", "_BaseConfig"),
         ("trl", "trainer/sft_config.py", "SFTConfig"),
     ),
-    "lora": (("peft", "tuners/lora/config.py", "LoraConfig"), ("peft", "config.py", "PeftConfig"), ("peft", "config.py", "PeftConfigMixin")),
+    "lora": (
+        ("peft", "tuners/lora/config.py", "LoraConfig"),
+        ("peft", "config.py", "PeftConfig"),
+        ("peft", "config.py", "PeftConfigMixin"),
+    ),
 }
 
 
