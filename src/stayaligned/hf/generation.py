@@ -1,0 +1,241 @@
+"""Prompts to answers: batched, in the order asked, the same whatever the batch. Imports no torch by itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from stayaligned.errors import StayalignedError
+from stayaligned.hf.features import encode_prompt
+from stayaligned.records import Completion, Example, Message, PromptSet
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+class Generation(BaseModel):
+    """How answers are written; greedy unless a temperature is set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_new_tokens: int = Field(default=128, ge=1)
+    """Tokens after which an answer is cut."""
+    batch_tokens: int = Field(default=16384, ge=1)
+    """Prompts × (longest prompt + max_new_tokens) of one batch: what the key-value cache holds at once."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0 takes the likeliest token; above it, samples."""
+    seed: int = Field(default=0, ge=0)
+    """Of the samples; without meaning at temperature 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """One answer."""
+
+    text: str
+    finished: bool
+    """False where it was cut at the token limit."""
+    tokens: tuple[int, ...]
+    """Its token ids, without the end token."""
+
+
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[Message]],
+    settings: Generation,
+    *,
+    progress: Callable[[float], None] | None = None,
+) -> list[Generated]:
+    """One answer per prompt, in order.
+
+    In fp32 an answer does not depend on its neighbors: not on the batch's size, the prompts' order, or (when
+    sampling) on anything but its own prompt, the seed, and how often the same prompt came before. In 16 bits
+    rounding depends on the batch's shape, so that near ties can fall either way.
+
+    What differs from the papers' code: it answers one prompt at a time, cuts the answer out of the decoded text
+    by its prompt's length or by a marker that may occur in it, and lets the model's own `generation_config`
+    (temperature, penalties) into a "greedy" run. Here the cut is by token position, and only the end tokens are
+    taken from that file.
+
+    Args:
+        model: a causal language model, or one with a PEFT adapter.
+        tokenizer: with a chat template.
+        prompts: conversations that end with the user's turn.
+        settings: length, sampling and batch budget.
+        progress: called with the share that is done, after each batch.
+
+    Raises:
+        StayalignedError: if a prompt leaves no room for an answer in the model's context.
+    """
+    import torch
+
+    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    host = _host(model)
+    _refuse_too_long(host, prompt_ids, settings.max_new_tokens)
+    keys = _sampling_keys(prompt_ids, settings.seed)
+    end_ids = _end_ids(host, tokenizer)
+    pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else end_ids[0]
+    answers: list[Generated | None] = [None] * len(prompts)
+    done = 0
+    with torch.no_grad(), _bare(host, settings, end_ids, pad_id):
+        for rows in _batches([len(ids) for ids in prompt_ids], settings):
+            written = _answer_batch(host, [prompt_ids[r] for r in rows], [keys[r] for r in rows], settings, pad_id)
+            for row, tokens in zip(rows, written, strict=True):
+                answers[row] = _cut(tokenizer, tokens, end_ids)
+            done += len(rows)
+            if progress is not None:
+                progress(done / len(prompts))
+    return [answer for answer in answers if answer is not None]
+
+
+def complete(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    prompt_set: PromptSet,
+    settings: Generation,
+    *,
+    progress: Callable[[float], None] | None = None,
+) -> list[Completion]:
+    """The model's answer to each example's prompt, as the rows that judges and tasks read; see `generate`."""
+    answers = generate(model, tokenizer, [example.prompt for example in examples], settings, progress=progress)
+    return [
+        Completion(
+            id=example.id,
+            prompt_set=prompt_set,
+            prompt=example.prompt,
+            text=answer.text,
+            reference=example.completion,
+            category=example.category,
+            finished=answer.finished,
+        )
+        for example, answer in zip(examples, answers, strict=True)
+    ]
+
+
+def _host(model: Any) -> Any:
+    """The transformers model that generates: PEFT's wrapper copies its own settings over it, so it is passed by."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextmanager
+def _bare(host: Any, settings: Generation, end_ids: list[int], pad_id: int) -> Generator[None]:
+    """Evaluation mode and a generation configuration that holds nothing but ours; both restored.
+
+    `generate` fills whatever its argument leaves open from `model.generation_config`: a chat model's
+    temperature or repetition penalty would join a greedy run unseen.
+    """
+    from transformers import GenerationConfig
+
+    own = host.generation_config
+    training = [module for module in host.modules() if module.training]
+    host.generation_config = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens, do_sample=False, eos_token_id=end_ids, pad_token_id=pad_id
+    )
+    host.eval()
+    try:
+        yield
+    finally:
+        host.generation_config = own
+        for module in training:
+            module.training = True
+
+
+def _answer_batch(
+    host: Any, prompts: Sequence[list[int]], keys: Sequence[str], settings: Generation, pad_id: int
+) -> list[list[int]]:
+    """The tokens written after each prompt, padding included."""
+    import torch
+    from transformers import LogitsProcessorList
+
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in prompts], device=host.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=host.device)
+    processors = LogitsProcessorList([_GumbelNoise(keys, settings.temperature)] if settings.temperature else [])
+    output = host.generate(input_ids=ids, attention_mask=mask, logits_processor=processors)
+    return output[:, width:].tolist()
+
+
+class _GumbelNoise:
+    """Turns greedy decoding into sampling: argmax(logits/T + g) with g standard Gumbel follows softmax(logits/T).
+
+    Every row has its own generator, on the CPU, so a sample depends neither on the batch nor on the device.
+    """
+
+    def __init__(self, keys: Sequence[str], temperature: float) -> None:
+        import torch
+
+        self._temperature = temperature
+        seeds = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") for key in keys]
+        self._generators = [torch.Generator().manual_seed(seed >> 1) for seed in seeds]
+
+    def __call__(self, _input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(batch, vocabulary) logits to perturbed logits."""
+        import torch
+
+        uniform = torch.stack([torch.rand(scores.shape[-1], generator=g) for g in self._generators])
+        tiny = torch.finfo(torch.float32).tiny
+        noise = -torch.log(-torch.log(uniform.clamp(min=tiny)).clamp(min=tiny))
+        return scores.float() / self._temperature + noise.to(scores.device)
+
+
+def _batches(lengths: Sequence[int], settings: Generation) -> Iterator[list[int]]:
+    """Row numbers in batches within the token budget, the longest prompts first: if memory is short, at once."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    while order:
+        fits = max(1, settings.batch_tokens // (lengths[order[0]] + settings.max_new_tokens))
+        yield order[:fits]
+        order = order[fits:]
+
+
+def _sampling_keys(prompts: Sequence[Sequence[int]], seed: int) -> list[str]:
+    """What a prompt's samples depend on: the seed, its tokens, and which occurrence of them it is."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    keys: list[str] = []
+    for ids in map(tuple, prompts):
+        keys.append(f"{seed}:{seen[ids]}:{ids}")
+        seen[ids] += 1
+    return keys
+
+
+def _end_ids(host: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the checkpoint's (chat models name several), and the tokenizer's."""
+    named = host.generation_config.eos_token_id
+    found = [named] if isinstance(named, int) else list(named or [])
+    if isinstance(tokenizer.eos_token_id, int):
+        found.append(tokenizer.eos_token_id)
+    if not found:
+        raise StayalignedError(
+            "neither the model's generation configuration nor its tokenizer names an end-of-sequence token",
+            hint="Set `eos_token_id` in generation_config.json.",
+        )
+    return sorted(set(found))
+
+
+def _refuse_too_long(host: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    limit = getattr(host.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if isinstance(limit, int) and longest + max_new_tokens > limit:
+        room = limit - longest
+        raise StayalignedError(
+            f"a prompt of {longest} tokens and an answer of up to {max_new_tokens} exceed the model's context, {limit}",
+            hint=f"Set `generation.max_new_tokens` to {room} or less." if room > 0 else "Leave that prompt out.",
+        )
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], end_ids: Sequence[int]) -> Generated:
+    """The answer up to its end token."""
+    end = next((place for place, token in enumerate(tokens) if token in end_ids), None)
+    own = list(tokens[:end])
+    text = tokenizer.decode(own, skip_special_tokens=True)
+    return Generated(str(text), finished=end is not None, tokens=tuple(own))

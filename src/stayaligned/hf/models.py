@@ -1,0 +1,189 @@
+"""Checkpoints and adapters as transformers and PEFT objects: safetensors only, no code from the checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stayaligned.component import did_you_mean
+from stayaligned.errors import StayalignedError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def load_model(ref: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A causal language model on the CPU, in evaluation mode; a Trainer places it where it trains.
+
+    Args:
+        ref: a checkpoint directory or a hub id.
+        dtype: the weights' type; as stored if not given.
+
+    Raises:
+        StayalignedError: if there is no such checkpoint, or it is not one that can be loaded safely.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _require_checkpoint(ref)
+    return _loaded(AutoModelForCausalLM, ref, "model", dtype="auto" if dtype is None else dtype, use_safetensors=True)
+
+
+def load_tokenizer(ref: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint that can hold a conversation.
+
+    Raises:
+        StayalignedError: if there is no tokenizer, or it has no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    _require_checkpoint(ref)
+    tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer, ref, "tokenizer")
+    if not tokenizer.chat_template:
+        raise StayalignedError(
+            f"{ref}: the tokenizer has no chat template, so there is no telling how a request is put to the model",
+            hint="Use the instruction-tuned model, or put its chat_template.jinja beside tokenizer_config.json.",
+        )
+    return tokenizer
+
+
+def load_finetuned(ref: str | Path, adapter: Path | None) -> PreTrainedModel | PeftModel:
+    """A model with its adapter, unmerged, for answering prompts: on the accelerator if there is one.
+
+    Unmerged, because merging into fp16 or bf16 weights rounds a small update away in part.
+
+    Raises:
+        StayalignedError: if either is missing, or the adapter was made for another architecture.
+    """
+    import torch
+
+    model: Any = load_model(ref)
+    if adapter is not None:
+        model = _with_adapter(model, adapter)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return model.to(accelerator).eval() if accelerator is not None else model.eval()
+
+
+def attach_lora(model: PreTrainedModel, lora: Mapping[str, Any]) -> PeftModel:
+    """Add a fresh LoRA adapter; only its weights are trainable.
+
+    Args:
+        model: changed in place, as PEFT does; use the returned object.
+        lora: fields of PEFT's LoraConfig. `task_type` is CAUSAL_LM unless given.
+
+    Raises:
+        StayalignedError: if a field is unknown or has an impossible value, or no module of the model is a target.
+    """
+    from dataclasses import fields
+
+    from peft import LoraConfig, get_peft_model
+
+    known = sorted(field.name for field in fields(LoraConfig) if field.init)
+    for name in lora:
+        if name not in known:
+            raise StayalignedError(f"lora.{name}: no such LoRA setting", hint=did_you_mean(name, known, "settings"))
+    try:
+        settings: dict[str, Any] = {"task_type": "CAUSAL_LM", **lora}
+        config = LoraConfig(**settings)
+        return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+    except (ValueError, TypeError) as error:
+        names = ", ".join(linear_names(model))
+        raise StayalignedError(
+            f"lora: {' '.join(str(error).split())}", hint=f"Linear modules of this model: {names}."
+        ) from None
+
+
+def linear_names(model: PreTrainedModel) -> list[str]:
+    """The distinct last names of the modules that LoRA can target: `q_proj`, `up_proj`."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    modules = model.named_modules()
+    return sorted({name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear | Conv1D)})
+
+
+def _with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    if not (adapter / _ADAPTER_CONFIG).is_file() or not (adapter / _ADAPTER_WEIGHTS).is_file():
+        raise StayalignedError(
+            f"{adapter}: not a PEFT adapter in safetensors form",
+            hint=f"The directory must hold {_ADAPTER_CONFIG} and {_ADAPTER_WEIGHTS}.",
+        )
+    hint = "Name the model that the adapter was trained on."
+    try:
+        with warnings.catch_warnings():
+            # PEFT only warns of layers that the file lacks, and leaves them as if untrained.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, str(adapter))
+    except (ValueError, RuntimeError, KeyError, TypeError, UserWarning) as error:
+        raise StayalignedError(f"{adapter}: the adapter does not fit the model: {_short(error)}", hint=hint) from None
+    # Layers that the model lacks, it drops without a word.
+    with safe_open(adapter / _ADAPTER_WEIGHTS, framework="pt") as file:
+        dropped = {name for name in file.keys() if "lora_" in name} - {  # noqa: SIM118 (not a mapping)
+            *get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        }
+    if dropped:
+        raise StayalignedError(
+            f"{adapter}: the adapter does not fit the model, which lacks {len(dropped)} of its weights, "
+            f"{min(dropped)} among them",
+            hint=hint,
+        )
+    return adapted
+
+
+def _require_checkpoint(ref: str | Path) -> None:
+    """Refuse what is meant as a directory but is none, before it is looked up on the hub under that name."""
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            adapter = (path / _ADAPTER_CONFIG).is_file()
+            raise StayalignedError(
+                f"{path}: not a model checkpoint: it has no config.json",
+                hint="That is an adapter: name it as `adapter:`." if adapter else "Name the checkpoint's directory.",
+            )
+        return
+    text = str(ref)
+    hub_id = text.count("/") <= 1 and not text.startswith((".", "~", "/")) and not path.exists()
+    if not hub_id:
+        raise StayalignedError(f"{path}: no such directory", hint="Give a checkpoint directory or a hub id.")
+
+
+def _loaded(loader: Any, ref: str | Path, what: str, **options: Any) -> Any:
+    """`loader.from_pretrained`, with the ways in which a checkpoint can be unfit said in one sentence."""
+    path = Path(ref).expanduser()
+    local = path.is_dir()
+    try:
+        return loader.from_pretrained(str(path) if local else str(ref), trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        from huggingface_hub.constants import HF_HUB_OFFLINE
+
+        text = str(error)
+        if "trust_remote_code" in text:
+            hint = "It needs code from its own repository, which is not run here; use a supported architecture."
+        elif local:
+            hint = f"The directory must hold a whole checkpoint: {_PARTS[what]}."
+        elif HF_HUB_OFFLINE:
+            hint = "HF_HUB_OFFLINE is set and the hub cache lacks it: unset it, or give a checkpoint directory."
+        else:
+            hint = "Check the name, the network, and your access: `hf auth login` for gated models."
+        raise StayalignedError(f"{ref}: can't load the {what}: {_short(error)}", hint=hint) from None
+
+
+_PARTS = {
+    "model": "config.json and model.safetensors (pickled .bin weights are not read)",
+    "tokenizer": "config.json and tokenizer.json (or the tokenizer's own vocabulary files)",
+}
+
+
+def _short(error: BaseException) -> str:
+    """An error's text on one line, as far as a reader will read."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}…"
