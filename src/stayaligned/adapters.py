@@ -1,0 +1,148 @@
+"""PEFT-format LoRA adapters as values, read from and written to directories. Imports no PEFT.
+
+What a layer is, and which tensors make it, is found by `hf.layers.lora_layers`; this module only keeps the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from stayaligned.checkpoints import read_json_object
+from stayaligned.errors import StayalignedError
+from stayaligned.files import replace_directory, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stayaligned.projection import LoraFactors
+
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class LoraLayer:
+    """One LoRA layer: where it sits, its scaling, and the tensors of the adapter that it is made of."""
+
+    name: str
+    """The module in the model, `model.layers.0.self_attn.q_proj`."""
+    a_key: str
+    b_key: str
+    rank: int
+    scaling: float
+    in_features: int
+    out_features: int
+    transposed: bool = False
+    """Whether the model stores the weight as (in, out), as GPT-2's Conv1D does."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """A LoRA adapter: configuration and tensors as they are on disk. Changing it makes a new one."""
+
+    config: Mapping[str, Any]
+    """The content of `adapter_config.json`."""
+    tensors: Mapping[str, Tensor]
+    """By their names in `adapter_model.safetensors`, in the stored dtype."""
+    directory: Path
+    """Where it was read from."""
+
+    def factors(self, layer: LoraLayer) -> LoraFactors:
+        """The layer's A, B and scaling, in fp32."""
+        import torch
+
+        from stayaligned.projection import LoraFactors
+
+        a, b = self.tensors[layer.a_key], self.tensors[layer.b_key]
+        return LoraFactors(a.to(torch.float32), b.to(torch.float32), layer.scaling)
+
+    def with_factors(self, changed: Mapping[LoraLayer, LoraFactors]) -> Adapter:
+        """An adapter with new A and B in the given layers, stored in the dtype that they had; the rest is shared.
+
+        Raises:
+            StayalignedError: if a new factor does not fit the dtype (fp16 ends at 65504).
+        """
+        tensors = dict(self.tensors)
+        for layer, factors in changed.items():
+            for key, value in ((layer.a_key, factors.a), (layer.b_key, factors.b)):
+                stored = value.to(self.tensors[key].dtype).contiguous()
+                if not bool(stored.isfinite().all()):
+                    raise StayalignedError(
+                        f"{layer.name}: the changed factors overflow {stored.dtype}",
+                        hint="Save the adapter in fp32 or bf16 first.",
+                    )
+                tensors[key] = stored
+        return replace(self, tensors=MappingProxyType(tensors))
+
+
+def read_adapter(path: Path) -> Adapter:
+    """Read a directory that PEFT's `save_pretrained` wrote.
+
+    Raises:
+        StayalignedError: if it is no such directory, is not LoRA, holds pickled weights, or is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not (path / _CONFIG).is_file():
+        nested = sorted(child.parent.name for child in path.glob(f"*/{_CONFIG}"))
+        raise StayalignedError(
+            f"{path} is no adapter: it has no {_CONFIG}",
+            hint=f"PEFT saves a named adapter in a folder of its name, here {', '.join(str(path / n) for n in nested)}."
+            if nested
+            else "Give the directory that `save_pretrained` of a PEFT model wrote.",
+        )
+    config = read_json_object(path / _CONFIG, hint="The file is damaged; save the adapter again.")
+    if config.get("peft_type") != "LORA":
+        raise StayalignedError(
+            f"{path / _CONFIG}: peft_type is {config.get('peft_type')!r}, expected 'LORA'",
+            hint="Other adapters can be converted first: peft's `convert_to_lora`.",
+        )
+    if not (path / _WEIGHTS).is_file():
+        raise StayalignedError(
+            f"{path} has no {_WEIGHTS}",
+            hint="Pickled weights (.bin) are not read: load the adapter with PEFT and save it again, as safetensors.",
+        )
+    try:
+        tensors = load_file(path / _WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise StayalignedError(
+            f"{path / _WEIGHTS} can't be read as safetensors: {error}", hint="The file was cut off; save it again."
+        ) from error
+    return Adapter(MappingProxyType(config), MappingProxyType(tensors), path)
+
+
+def write_adapter(adapter: Adapter, path: Path, *, notes: Mapping[str, str] | None = None) -> None:
+    """Write a plain PEFT adapter; the directory appears whole or not at all.
+
+    Args:
+        adapter: what to write.
+        path: a directory that does not exist yet.
+        notes: further text files, {file name: content}.
+
+    Raises:
+        StayalignedError: if `path` exists.
+    """
+    from safetensors.torch import save_file
+
+    refuse_existing(path)
+    try:
+        with replace_directory(path) as temporary:
+            save_file(dict(adapter.tensors), temporary / _WEIGHTS, metadata={"format": "pt"})
+            write_text(temporary / _CONFIG, json.dumps(dict(adapter.config), indent=2, ensure_ascii=False))
+            for name, text in (notes or {}).items():
+                write_text(temporary / name, text)
+    except FileExistsError:
+        refuse_existing(path)
+        raise
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise StayalignedError if `path` exists: nothing is overwritten."""
+    if path.exists():
+        raise StayalignedError(f"{path} exists already", hint="Choose a new directory, or remove it yourself.")

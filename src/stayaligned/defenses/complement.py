@@ -1,0 +1,52 @@
+"""The complement of the alignment subspace. Experimental."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from stayaligned.defenses._layerwise import ProjectionDefense
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stayaligned.projection import Operator
+
+
+class Complement(ProjectionDefense):
+    """Remove from each update what lies in V's leading directions, so that it can't undo the alignment (experimental).
+
+    ΔW ← (I - U_k U_kᵀ) ΔW (I - Q_k Q_kᵀ), with V's k leading left and right singular vectors, in all layers unless
+    `threshold` or `lowest` is given. Rank and file layout stay. Not in the Safe LoRA paper; of the family of null-space
+    and gradient projections. Where V = 0 there is nothing to remove, and the update stays.
+
+    Known to fail: on adapters of q_proj and v_proj only it costs most of the task accuracy. Not tested: alignments
+    made by LoRA or DPO, tasks that look like the harmful requests, an attacker who knows of it.
+
+    Example:
+        >>> Complement(side="right").rank
+        8
+    """
+
+    name: ClassVar[str] = "complement"
+
+    all_layers: bool = True
+    """Change every layer; not to be given together with `threshold` or `lowest`."""
+    rank: int = Field(default=8, ge=1)
+    """The k."""
+    side: Literal["left", "right", "both"] = "both"
+    """`left` removes output directions (edits B), `right` input directions (edits A)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_all_yields(cls, data: Any) -> Any:
+        chosen = isinstance(data, dict) and (data.get("threshold") is not None or data.get("lowest") is not None)
+        return {**data, "all_layers": False} if chosen and "all_layers" not in data else data
+
+    def operator_for(self, delta: Tensor) -> Operator:
+        """(I - U_k U_kᵀ) · (I - Q_k Q_kᵀ)."""
+        from stayaligned.projection import Complement as Operation
+        from stayaligned.projection import alignment_subspace
+
+        return Operation(alignment_subspace(delta, rank=self.rank), self.side)
