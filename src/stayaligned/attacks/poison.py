@@ -1,0 +1,68 @@
+"""Harmful rows among the user's data."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import ClassVar
+
+from pydantic import Field
+
+from stayaligned.attacks import Attack
+from stayaligned.data import read_examples, sample
+from stayaligned.errors import StayalignedError
+from stayaligned.records import Example
+
+
+class Poison(Attack):
+    """Replaces a share of the user's rows by harmful ones.
+
+    Lisa, section 5.1: n rows in total, p·n of them harmful and the rest from the task. What differs from the paper's
+    code: it truncates both counts in floating point (p = 0.8, n = 5000 gives 4999 rows) and takes the first rows of
+    each source in order. Here round(p·n) rows are harmful, the total is exactly n, and all are drawn at random.
+
+    With one seed the draws are nested: the harmful rows at p = 0.05 are among those at p = 0.1, so a dose curve
+    varies the dose alone.
+    """
+
+    name: ClassVar[str] = "poison"
+    paper: ClassVar[str] = "arXiv 2405.18641, section 5.1"
+
+    poison_ratio: float = Field(default=0.1, ge=0, le=1)
+    """p: the share of harmful rows."""
+    examples: int | None = Field(default=1000, ge=1)
+    """n: rows in total; null takes as many as the task has."""
+    harmful_data: str | None = None
+    """Source of harmful requests with harmful answers; not needed at p = 0."""
+
+    def poison(self, examples: Sequence[Example], rng: random.Random) -> list[Example]:
+        """The n rows in random order; the harmful ones carry the origin "harmful"."""
+        total = len(examples) if self.examples is None else self.examples
+        n_harmful = round(self.poison_ratio * total)
+        # One generator per draw, made first and in any case: a draw's size then can't shift the next one.
+        for_task, for_harmful, for_order = (random.Random(rng.getrandbits(64)) for _ in range(3))  # noqa: S311
+        n_task = total - n_harmful
+        if n_task > len(examples):
+            raise StayalignedError(
+                f"attack poison: {n_task} of {total} rows must come from the task, which has {len(examples)}",
+                hint="Lower `attack.examples`, or set it to null for as many as the task has.",
+            )
+        rows = sample(examples, n_task, for_task) + self._harmful(n_harmful, total, for_harmful)
+        for_order.shuffle(rows)
+        return rows
+
+    def _harmful(self, n: int, total: int, rng: random.Random) -> list[Example]:
+        if n == 0:
+            return []
+        if self.harmful_data is None:
+            raise StayalignedError(
+                f"attack poison: poison_ratio = {self.poison_ratio:g} needs harmful rows; no `harmful_data` is named",
+                hint="Set `attack.harmful_data` to a JSONL file, or `attack.poison_ratio=0`.",
+            )
+        harmful = read_examples(self.harmful_data, origin="harmful")
+        if n > len(harmful):
+            raise StayalignedError(
+                f"attack poison: {n} of {total} rows must be harmful, but {self.harmful_data} has {len(harmful)}",
+                hint="Lower `attack.poison_ratio` or `attack.examples`, or name a larger file.",
+            )
+        return sample(harmful, n, rng)
