@@ -1,0 +1,58 @@
+"""Lisa: lazy safety alignment, during fine-tuning (Huang et al., NeurIPS 2024)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from stayaligned.defenses import TrainingDefense, TrainingSetup
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+class Lisa(TrainingDefense):
+    """Alternate between safety data and user data, each state pulled to the weights at which it began.
+
+    In turn K1 optimizer steps on f (alignment loss) and K2 on h (the user's loss), each with a proximal term
+    (Algorithm 2, equation 2):
+
+        min f(w) + ρ/2·‖w − w_t‖²,    min h(w) + ρ/2·‖w − w̃_{t+1}‖²
+
+    Differs from the published code: a step is an optimizer step, not a micro-batch; user rows are not drawn and
+    thrown away during alignment steps; the proximal term is in no logged loss. `docs/paper_index.md` has the list.
+
+    Not to be confused with layerwise importance sampling (LISA), an optimizer.
+    """
+
+    name: ClassVar[str] = "lisa"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2405.18641"
+    needs_alignment_data: ClassVar[bool] = True
+
+    alignment_steps: int = Field(default=100, ge=0)
+    """K1, optimizer steps in the alignment state; 0 leaves the pull to the initial weights alone."""
+    finetuning_steps: int = Field(default=900, ge=0)
+    """K2, optimizer steps in the fine-tuning state."""
+    rho: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    """ρ, strength of the pull; 0 is BSO and needs no memory for an anchor."""
+    proximal_warmup_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Share of the steps before the pull sets in. In the published code and in its figures, not in the paper's text."""
+    budget: Literal["shared", "cover"] = "shared"
+    """`shared`: as many steps as plain fine-tuning of the user's rows, alignment steps included (the paper's count).
+    `cover`: enough steps that after e epochs every user row has been drawn at least e times."""
+
+    @model_validator(mode="after")
+    def _needs_a_step(self) -> Lisa:
+        if self.alignment_steps + self.finetuning_steps == 0:
+            raise ValueError("alignment_steps and finetuning_steps are both 0; give optimizer steps to one of them")
+        if self.budget == "cover" and self.finetuning_steps == 0:
+            raise ValueError("budget='cover' asks for every user row, but finetuning_steps=0 takes none")
+        return self
+
+    def make_trainer(self, setup: TrainingSetup) -> Trainer:
+        """A trainer of the setup's kind with Lisa in it."""
+        from stayaligned.hf.trainer import attach_lisa
+
+        alignment = setup.alignment_dataset(self.name) if self.alignment_steps else None
+        return attach_lisa(setup.trainer(), alignment_dataset=alignment, lisa=self)

@@ -1,0 +1,207 @@
+"""Plain supervised fine-tuning with transformers' Trainer or TRL's SFTTrainer, and training that resumes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from stayaligned.component import did_you_mean
+from stayaligned.errors import StayalignedError
+from stayaligned.hf.features import PaddingCollator, encode_examples
+from stayaligned.hf.quiet import bars_off
+from stayaligned.records import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+_RENAMED = {
+    "warmup_ratio": "`warmup_steps`, which takes a share when it is below 1 (0.1 for 10 %)",
+    "evaluation_strategy": "`eval_strategy`",
+    "no_cuda": "`use_cpu`",
+    "group_by_length": "`train_sampling_strategy`",
+    "logging_dir": "nothing: trackers have their own settings",
+    "overwrite_output_dir": "nothing: a run resumes the checkpoints in its output directory",
+    "save_safetensors": "nothing: it is always so",
+    "tokenizer": "nothing: the model's tokenizer is used",
+}
+"""Settings of earlier versions that configurations still carry, and what took their place."""
+
+
+class FinetuningSetup(Protocol):
+    """What is read of `stayaligned.defenses.TrainingSetup`."""
+
+    @property
+    def model(self) -> PreTrainedModel: ...  # noqa: D102
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...  # noqa: D102
+    @property
+    def arguments(self) -> Mapping[str, Any]: ...  # noqa: D102
+    @property
+    def kind(self) -> Literal["transformers", "sft"]: ...  # noqa: D102
+    @property
+    def max_length(self) -> int: ...  # noqa: D102
+    @property
+    def callbacks(self) -> Sequence[Any]: ...  # noqa: D102
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch, so that a fresh LoRA starts from the same weights every time."""
+    from transformers import set_seed
+
+    set_seed(seed)
+
+
+def build_trainer(setup: FinetuningSetup, examples: Sequence[Example]) -> Trainer:
+    """A Trainer (or SFTTrainer, by `setup.kind`) that learns the answers of `examples` and nothing of the prompts.
+
+    Where the arguments say nothing: no tracker, no gradient checkpointing, and on a machine without an accelerator
+    the CPU in full precision. Everything else is the host's default.
+
+    Raises:
+        StayalignedError: if there are no examples, or the host refuses an argument; the message names it.
+    """
+    from transformers import PrinterCallback, Trainer
+
+    if not examples:
+        raise StayalignedError("there are no rows to train on", hint="Check the task, its split and the attack.")
+    arguments = _build_arguments(setup)
+    with bars_off(bool(arguments.disable_tqdm)):
+        if setup.kind == "sft":
+            from trl import SFTTrainer
+
+            trainer: Trainer = SFTTrainer(
+                setup.model,
+                arguments,  # pyright: ignore[reportArgumentType]
+                train_dataset=build_dataset(setup, examples),
+                processing_class=setup.tokenizer,
+                callbacks=list(setup.callbacks),
+            )
+        else:
+            trainer = Trainer(
+                setup.model,
+                arguments,
+                data_collator=PaddingCollator.of(setup.tokenizer),
+                train_dataset=build_dataset(setup, examples),
+                processing_class=setup.tokenizer,
+                callbacks=list(setup.callbacks),
+            )
+    # Without a progress bar the host would print every row of its log; `train` returns them.
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def build_dataset(setup: FinetuningSetup, examples: Sequence[Example]) -> Any:
+    """The rows as the kind of trainer takes them: features, or for TRL a dataset of conversational prompts and answers.
+
+    Raises:
+        StayalignedError: as for `stayaligned.hf.features.encode_examples`.
+    """
+    if setup.kind == "transformers":
+        return encode_examples(setup.tokenizer, examples, setup.max_length)
+    from datasets import Dataset
+
+    if not setup.tokenizer.chat_template:
+        raise StayalignedError(
+            "the tokenizer has no chat template", hint="Use the instruction-tuned model's tokenizer."
+        )
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": turn.role, "content": turn.content} for turn in example.prompt],
+                "completion": [{"role": "assistant", "content": example.completion}],
+            }
+            for example in examples
+        ]
+    )
+
+
+def train(
+    trainer: Trainer, *, resume: bool = True, progress: Callable[[float], None] | None = None
+) -> list[dict[str, Any]]:
+    """Train to the end and return the rows of the log.
+
+    Args:
+        trainer: what `build_trainer` or a defense made.
+        resume: go on from the last complete checkpoint in the output directory, if there is one. A checkpoint whose
+            writing was cut off is passed over.
+        progress: called with the share of steps done, 0 to 1, after every step.
+    """
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if progress is not None:
+                progress(state.global_step / state.max_steps)
+
+    checkpoint = _last_complete_checkpoint(Path(str(trainer.args.output_dir))) if resume else None
+    callback = Progress()
+    trainer.add_callback(callback)
+    try:
+        with bars_off(bool(trainer.args.disable_tqdm)):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        trainer.remove_callback(callback)
+    return list(trainer.state.log_history)
+
+
+def _last_complete_checkpoint(output_dir: Path) -> Path | None:
+    """The checkpoint of the highest step whose trainer_state.json, which the host writes last, is whole."""
+    found = [(int(m[1]), path) for path in output_dir.glob("checkpoint-*") if (m := re.search(r"-(\d+)$", path.name))]
+    for step, path in sorted(found, reverse=True):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            if json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] == step:
+                return path
+    return None
+
+
+def _build_arguments(setup: FinetuningSetup) -> TrainingArguments:
+    import torch
+
+    if setup.kind == "sft":
+        from trl import SFTConfig
+
+        config_class: type[TrainingArguments] = SFTConfig
+        defaults: dict[str, Any] = {"completion_only_loss": True, "max_length": setup.max_length}
+    else:
+        from transformers import TrainingArguments
+
+        config_class, defaults = TrainingArguments, {}
+    defaults |= {"report_to": "none", "gradient_checkpointing": None}
+    if not torch.accelerator.is_available():
+        defaults |= {"use_cpu": True, "bf16": False}
+    given = dict(setup.arguments)
+    _refuse_unknown_and_mistyped(config_class, given)
+    try:
+        return config_class(**{**defaults, **given})
+    except Exception as error:
+        words = set(re.findall(r"[\w.-]+", str(error)))
+        named = sorted(key for key, value in given.items() if key in words or str(value) in words)
+        raise StayalignedError(
+            f"training.{', training.'.join(named) or '?'}: {config_class.__name__} refuses: {error}",
+            hint=f"See the documentation of {config_class.__name__}.",
+        ) from error
+
+
+def _refuse_unknown_and_mistyped(config_class: type[TrainingArguments], given: Mapping[str, Any]) -> None:
+    """Name every argument that the host does not have, or that is text where the host calculates."""
+    fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
+    problems: list[str] = []
+    hints: list[str] = []
+    for key, value in given.items():
+        if key not in fields:
+            problems.append(f"training.{key}: {config_class.__name__} has no such setting")
+            hints.append(f"Instead of {key}: {_RENAMED[key]}." if key in _RENAMED else _suggest(key, sorted(fields)))
+        elif isinstance(value, str) and type(fields[key].default) in (int, float):
+            problems.append(f"training.{key}: {value!r} is text, and a number is expected")
+            hints.append("In YAML 1e-5 is text: write 1.0e-5.")
+    if problems:
+        raise StayalignedError("\n".join(problems), hint=" ".join(dict.fromkeys(hints)))
+
+
+def _suggest(key: str, known: list[str]) -> str:
+    return did_you_mean(key, known, "settings").partition("Settings:")[0] or f"Remove {key}."
