@@ -11,7 +11,11 @@ from stayaligned.experiment import Experiment, load_experiment, load_yaml, set_d
 
 MINIMAL: dict[str, Any] = {
     "model": "testbed:aligned",
-    "task": {"name": "jsonl", "train": "testbed:data/sentiment-train.jsonl", "test": "testbed:data/sentiment-test.jsonl"},
+    "task": {
+        "name": "jsonl",
+        "train": "testbed:data/sentiment-train.jsonl",
+        "test": "testbed:data/sentiment-test.jsonl",
+    },
 }
 
 
@@ -66,7 +70,10 @@ def test_every_error_is_told_at_once_with_its_place_and_a_suggestion(tmp_path: P
         ({"attack": {"name": "poison", "poison_ratio": 1.5}}, "attack.poison_ratio"),
         ({"model": "testbed:alinged"}, "aligned"),
         ({"model": "./no/such/model"}, "model: ./no/such/model does not exist"),
-        ({"training": {"dataset_text_field": "x"}}, "training.dataset_text_field: TrainingArguments has no such setting"),
+        (
+            {"training": {"dataset_text_field": "x"}},
+            "training.dataset_text_field: TrainingArguments has no such setting",
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_refused(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
@@ -91,7 +98,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_overrides_reach_into_mappings_and_lists(tmp_path: Path) -> None:
-    path = write(tmp_path / "e.yaml", {**MINIMAL, "alignment_data": "testbed:data/alignment.jsonl", "defenses": ["lisa"]})
+    path = write(
+        tmp_path / "e.yaml", {**MINIMAL, "alignment_data": "testbed:data/alignment.jsonl", "defenses": ["lisa"]}
+    )
     experiment = load_experiment(path, ["defenses.0.rho=2", "training.learning_rate=1e-4", "lora.r=4", "seed=7"])
     assert experiment.training_defense.spec()["rho"] == 2
     assert experiment.training == {"learning_rate": 1e-4}

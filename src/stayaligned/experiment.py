@@ -180,6 +180,7 @@ class Experiment(BaseModel):
 
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+ComponentT = TypeVar("ComponentT", bound=Component)
 
 
 def load_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -276,6 +277,20 @@ def parse(model: type[ModelT], content: Mapping[str, Any], where: str, *, check_
     if value is None or problems:
         raise_problems(problems, where)
     return value
+
+
+def parse_component(registry: Registry[ComponentT], spec: Mapping[str, Any], where: str) -> ComponentT:
+    """A component from its mapping.
+
+    Raises:
+        StayalignedError: with every error in it.
+    """
+    try:
+        return registry.parse(spec)
+    except ComponentError as error:
+        raise_problems(explain(error.error, error.component), where)
+    except ValueError as error:
+        raise_problems(str(error).splitlines(), where)
 
 
 def raise_problems(problems: Sequence[str], where: str) -> NoReturn:

@@ -32,7 +32,17 @@ from stayaligned.experiment import Experiment
 from stayaligned.files import write_text
 from stayaligned.judges import Judge
 from stayaligned.patching import PROJECTION_FILE, patch_directory, read_projection
-from stayaligned.records import Completion, Example, Message, Metric, PromptSet, Verdict, read_jsonl, write_jsonl
+from stayaligned.records import (
+    Completion,
+    Example,
+    LayerReport,
+    Message,
+    Metric,
+    PromptSet,
+    Verdict,
+    read_jsonl,
+    write_jsonl,
+)
 from stayaligned.results import Agreement, JudgeReading, PatchRecord, Provenance, Result, Sample, write_result
 from stayaligned.store import Store, identify, refuse_foreign, stage_key
 
@@ -151,7 +161,7 @@ class Run:
         self._use_threads()
         finetuning.seed_everything(e.seed)
         tokenizer = models.load_tokenizer(e.model)
-        model = models.load_model(e.model)
+        model: Any = models.load_model(e.model)
         if e.lora is not None:
             model = models.attach_lora(model, e.lora)
         # Checkpoints live beside the stage under a fixed name, so that a rerun finds and resumes them.
@@ -167,7 +177,7 @@ class Run:
         )
         trainer = e.training_defense.make_trainer(setup)
         log = finetuning.train(trainer, progress=lambda share: self.progress(f"train {e.training_defense.name}", share))
-        model.save_pretrained(directory / ("model" if e.lora is None else "adapter"))
+        model.save_pretrained(str(directory / ("model" if e.lora is None else "adapter")))
         if e.lora is None:
             tokenizer.save_pretrained(directory / "model")
         write_text(directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
@@ -266,7 +276,7 @@ class Run:
             id=self.id,
             arm=self.experiment.arm,
             seed=self.experiment.seed,
-            notes=tuple(self._overlaps(completions)),
+            notes=tuple(self._overlaps()),
             experiment=self.experiment.spec(),
             judges=readings,
             agreements=tuple(_agreements(named)),
@@ -291,16 +301,15 @@ class Run:
                 hint=f"The limit is max_unscored = {self.experiment.max_unscored:g}. Use another judge, or raise it.",
             )
 
-    def _overlaps(self, completions: Sequence[Completion]) -> Iterable[str]:
+    def _overlaps(self) -> Iterable[str]:
         """A note for each prompt set of which some prompts were trained on."""
         if not self.experiment.trains:
             return
         examples = self.examples()
-        for prompt_set, name in itertools.groupby(completions, key=lambda c: c.prompt_set):
-            rows = list(name)
-            seen = overlap(examples, rows)
+        for prompt_set, rows in self._prompt_sets().items():
+            seen = {pair.evaluation_id for pair in overlap(examples, rows)}
             if seen:
-                yield f"{len(seen)} of {len(rows)} {prompt_set} prompts also stand in the training data"
+                yield f"{len(seen)} of {len(rows)} {prompt_set} prompts also stand in the training data, or nearly so"
 
     def _training_log(self) -> tuple[dict[str, Any], ...]:
         trained = self.trained()

@@ -1,0 +1,125 @@
+"""The text of the project is true: links lead somewhere, commands exist, examples are valid, budgets hold."""
+
+import ast
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.main import get_command
+
+import stayaligned
+from stayaligned.benchmark import load_grid
+from stayaligned.cli import app
+from stayaligned.experiment import load_experiment
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])
+EXAMPLES = sorted([*(ROOT / "examples").glob("**/*.yaml"), *(ROOT / "src").glob("**/*.yaml")])
+SOURCES = sorted([*(ROOT / "src").glob("**/*.py"), *(ROOT / "benchmarks").glob("**/*.py")])
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 80
+
+
+def test_the_guards_below_see_something() -> None:
+    assert len(PAGES) >= 6
+    assert len(EXAMPLES) >= 6
+    assert len(SOURCES) >= 40
+    assert sum(len(commands_in(page)) for page in PAGES) >= 8
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_relative_link_leads_to_a_file(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if not target.startswith(("http:", "https:", "mailto:")):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_source_path_that_is_named_exists(page: Path) -> None:
+    for path in re.findall(r"`((?:src|tests|docs|examples|benchmarks)/[\w./-]+)`", page.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+def commands_in(page: Path) -> list[list[str]]:
+    text = re.sub(r"\\\n\s*", " ", page.read_text())
+    found = re.findall(r"(?:^(?: {4}|\$ )|`)(stayaligned [a-z][^`\n]*)", text, flags=re.MULTILINE)
+    return [shlex.split(re.sub(r"\s#.*", "", line.replace("…", "x"))) for line in found]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if commands_in(p)], ids=lambda p: p.name)
+def test_every_command_and_option_that_is_named_exists(page: Path) -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    for _, name, *arguments in commands_in(page):
+        assert name in commands, name
+        options = {option for parameter in commands[name].params for option in parameter.opts}
+        named = {word.split("=")[0] for word in arguments if word.startswith("--")}
+        assert named <= options, (name, named - options)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+def test_every_make_target_that_is_named_exists(page: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^(\w+):", makefile, flags=re.MULTILINE))
+    named = set(re.findall(r"\bmake (\w+)", page.read_text()))
+    assert named
+    assert named <= targets
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
+def test_every_example_is_valid_and_says_its_command(path: Path) -> None:
+    text = path.read_text()
+    commands = re.findall(r"^#\s+(?:.*: )?(stayaligned (?:run|bench|demo) .*)$", text, flags=re.MULTILINE)
+    assert commands, "the header comment names the command that runs it"
+    if "demo" not in commands[0]:
+        assert str(path.relative_to(ROOT)) in commands[0]
+    overrides = placeholder_overrides(path)
+    if "axes" in yaml.safe_load(text):
+        assert load_grid(path, overrides).expand(path.name)
+    else:
+        assert load_experiment(path, overrides)
+
+
+def placeholder_overrides(path: Path) -> list[str]:
+    """`data/….jsonl` stands for the user's own file; here any existing file serves."""
+
+    def places(value: object, place: str = "") -> list[str]:
+        if isinstance(value, dict):
+            return [p for key, item in value.items() for p in places(item, f"{place}.{key}".strip("."))]
+        if isinstance(value, list):
+            return [p for index, item in enumerate(value) for p in places(item, f"{place}.{index}")]
+        return [place] if isinstance(value, str) and value.startswith("data/") else []
+
+    return [f"{place}={Path(__file__)}" for place in places(yaml.safe_load(path.read_text()))]
+
+
+def test_every_public_name_resolves_and_is_documented() -> None:
+    assert sorted(stayaligned._HOMES) == sorted(stayaligned.__all__)
+    for name in stayaligned.__all__:
+        value = getattr(stayaligned, name)
+        assert inspect.getdoc(value), name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_stay_within_their_budget(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= MAX_FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{node.name}: {length} lines"
+
+
+def test_no_file_names_a_place_of_one_machine() -> None:
+    private = re.compile(r"(?<![\w./])/(?:work|root|home/\w+)/")
+    for path in [
+        *PAGES,
+        *EXAMPLES,
+        *SOURCES,
+        *(ROOT / "tests").glob("**/*.py"),
+        ROOT / "Makefile",
+        ROOT / "pyproject.toml",
+    ]:
+        if path != Path(__file__):
+            assert not private.search(path.read_text()), path

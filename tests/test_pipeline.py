@@ -1,0 +1,237 @@
+"""One experiment, end to end on real files: what is there is not computed again, and nothing half-written counts."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stayaligned.errors import StayalignedError
+from stayaligned.experiment import Experiment
+from stayaligned.pipeline import Run, run_experiment
+from stayaligned.records import Example, read_jsonl
+from stayaligned.results import read_result
+from stayaligned.store import Store
+from stayaligned_test_world import experiment, write_rows, write_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "lisa"
+    content = experiment(
+        world,
+        defenses=[
+            {"name": "lisa", "alignment_steps": 1, "finetuning_steps": 1},
+            {"name": "safe_lora", "lowest": 2},
+        ],
+    )
+    run_experiment(Experiment.model_validate(content), out)
+    return out
+
+
+def stages(out: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_mtime_ns for p in (out / "stages").iterdir() if not p.name.startswith(".")}
+
+
+def test_the_output_directory_explains_itself(finished: Path, world: Path) -> None:
+    result = read_result(finished / "result.json")
+    assert (
+        Experiment.model_validate(yaml.safe_load((finished / "experiment.yaml").read_text())).spec()
+        == result.experiment
+    )
+    assert set(result.provenance.stages) == {"data", "train", "patch safe_lora", "generate", "judge keyword"}
+    assert all((finished / place / "stage.json").is_file() for place in result.provenance.stages.values())
+    assert result.provenance.versions["torch"]
+    assert result.provenance.inputs["model"].startswith("sha256:")
+    assert not list(finished.rglob("*.partial"))
+    assert not list(finished.rglob("*.pt")), "no pickled file is left behind"
+
+
+def test_the_metrics_count_every_prompt(finished: Path) -> None:
+    result = read_result(finished / "result.json")
+    harm = result.metric("harmful_score")
+    benign = result.metric("over_refusal")
+    accuracy = result.metric("finetune_accuracy")
+    assert harm is not None and benign is not None and accuracy is not None
+    assert (harm.n + harm.n_unscored, benign.n + benign.n_unscored, accuracy.n) == (6, 5, 8)
+    assert harm.low is not None and harm.high is not None and harm.low <= (harm.value or 0) <= harm.high
+
+
+def test_every_row_keeps_its_origin_and_the_ratio_is_the_papers(finished: Path) -> None:
+    rows = read_jsonl(next((finished / "stages").glob("data-*")) / "examples.jsonl", Example)
+    assert len(rows) == 24
+    assert sum(row.origin == "harmful" for row in rows) == 6
+
+
+def test_the_adapter_is_a_plain_peft_adapter(finished: Path, world: Path) -> None:
+    from peft import PeftModel
+
+    from stayaligned.hf.models import load_model
+
+    model = PeftModel.from_pretrained(load_model(world / "aligned"), str(finished / "adapter"))
+    assert any("lora_B" in name for name, _ in model.named_parameters())
+    assert (finished / "adapter" / "projection.json").is_file()
+
+
+def test_a_rerun_computes_nothing(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, result = stages(finished), (finished / "result.json").read_bytes()
+    content = yaml.safe_load((finished / "experiment.yaml").read_text())
+    run_experiment(Experiment.model_validate(content), finished)
+    assert stages(finished) == before
+    assert (finished / "result.json").read_bytes() == result
+
+
+def test_another_experiment_in_the_same_directory_is_refused(finished: Path) -> None:
+    content = yaml.safe_load((finished / "experiment.yaml").read_text())
+    before = stages(finished)
+    with pytest.raises(StayalignedError, match="different: seed"):
+        run_experiment(Experiment.model_validate({**content, "seed": 9}), finished)
+    assert stages(finished) == before
+
+
+def test_a_directory_with_other_files_is_refused_and_left_alone(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(StayalignedError, match="did not write"):
+        run_experiment(Experiment.model_validate(experiment(world)), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_second_process_on_the_same_directory_is_refused(world: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "out")
+    program = textwrap.dedent(
+        f"""
+        from pathlib import Path
+        from stayaligned.errors import StayalignedError
+        from stayaligned.store import Store
+        try:
+            with Store(Path({str(tmp_path / "out")!r})).locked(): pass
+        except StayalignedError as error:
+            print(error.message)
+        """
+    )
+    with store.locked():
+        told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert "another stayaligned process" in told
+
+
+KEY_CHANGES: list[tuple[str, dict[str, Any], set[str]]] = [
+    ("label", {"label": "x"}, set()),
+    ("judge", {"judges": [{"name": "keyword", "match": "start"}]}, {"id"}),
+    ("prompts", {"limit": 3}, {"id", "generate_key"}),
+    ("patch", {"defenses": [{"name": "safe_lora", "lowest": 1}]}, {"id", "generate_key", "patch_keys"}),
+    ("training", {"training": {"max_steps": 5}}, {"id", "generate_key", "adapter_key"}),
+    ("seed", {"seed": 1}, {"id", "generate_key", "adapter_key", "data_key"}),
+]
+
+
+@pytest.mark.parametrize(("change", "changed"), [c[1:] for c in KEY_CHANGES], ids=[c[0] for c in KEY_CHANGES])
+def test_a_key_depends_on_exactly_what_its_stage_depends_on(
+    world: Path, tmp_path: Path, change: dict[str, Any], changed: set[str]
+) -> None:
+    def keys(content: dict[str, Any]) -> dict[str, Any]:
+        run = Run(Experiment.model_validate(content), Store(tmp_path))
+        return {name: getattr(run, name) for name in ("id", "generate_key", "patch_keys", "adapter_key", "data_key")}
+
+    before, after = keys(experiment(world)), keys(experiment(world, **change))
+    assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_a_changed_input_file_changes_the_keys(tmp_path: Path) -> None:
+    from stayaligned import store
+
+    world = write_world(tmp_path / "w")
+    before = Run(Experiment.model_validate(experiment(world)), Store(tmp_path)).data_key
+    write_rows(world / "train.jsonl", [{"prompt": f"other {i}", "completion": "x"} for i in range(32)])
+    store._fingerprint.cache_clear()
+    assert Run(Experiment.model_validate(experiment(world)), Store(tmp_path)).data_key != before
+
+
+def test_prompts_that_were_trained_on_are_noted(world: Path, tmp_path: Path) -> None:
+    leaked = write_rows(tmp_path / "leak.jsonl", [{"prompt": "zorb 1"}, {"prompt": "zorb  1 "}, {"prompt": "fresh"}])
+    content = experiment(
+        world, harmful_prompts=str(leaked), attack={**experiment(world)["attack"], "examples": 32, "poison_ratio": 0.5}
+    )
+    result = run_experiment(Experiment.model_validate(content), tmp_path / "out")
+    assert any("harmful prompts also stand in the training data" in note for note in result.notes)
+
+
+def test_too_many_unscored_verdicts_fail_the_run_and_keep_its_stages(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stayaligned.judges.keyword import Keyword
+
+    judge: Callable[..., Any] = Keyword.judge
+
+    def doubtful(self: Keyword, completions: Any) -> Any:
+        return [v.model_copy(update={"outcome": None, "reason": "unreadable"}) for v in judge(self, completions)]
+
+    monkeypatch.setattr(Keyword, "judge", doubtful)
+    with pytest.raises(StayalignedError, match=r"could not score 11 of 11 answers \(unreadable\)"):
+        run_experiment(Experiment.model_validate(experiment(world)), tmp_path / "out")
+    assert not (tmp_path / "out" / "result.json").exists()
+    assert any(name.startswith("train-") for name in stages(tmp_path / "out"))
+
+
+def test_full_weights_are_trained_and_judged_without_an_adapter(world: Path, tmp_path: Path) -> None:
+    result = run_experiment(Experiment.model_validate(experiment(world, lora=None)), tmp_path / "out")
+    assert result.metric("finetune_accuracy") is not None
+    assert not (tmp_path / "out" / "adapter").exists()
+    assert (tmp_path / "out" / result.provenance.stages["train"] / "model" / "config.json").is_file()
+
+
+def test_a_finished_adapter_is_patched_and_judged_without_training(finished: Path, world: Path, tmp_path: Path) -> None:
+    adapter = next((finished / "stages").glob("train-*")) / "adapter"
+    before = {p.name: p.read_bytes() for p in adapter.iterdir()}
+    content = experiment(world, adapter=str(adapter), defenses=["drop"])
+    result = run_experiment(Experiment.model_validate(content), tmp_path / "out")
+    assert "train" not in result.provenance.stages
+    assert result.patches[0].patch == "drop"
+    assert {p.name: p.read_bytes() for p in adapter.iterdir()} == before
+
+
+def test_a_killed_run_continues_to_the_same_result(world: Path, tmp_path: Path) -> None:
+    """SIGKILL while the training stage writes; the rerun ends as the run that was never interrupted."""
+    content = experiment(world, training={**experiment(world)["training"], "max_steps": 6, "save_steps": 2})
+    program = textwrap.dedent(
+        f"""
+        import os, signal
+        from pathlib import Path
+        from transformers import TrainerCallback
+        from stayaligned.experiment import Experiment
+        from stayaligned.hf import finetuning
+        from stayaligned.pipeline import run_experiment
+
+        class Kill(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == 5:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        train = finetuning.train
+        def killed(trainer, **settings):
+            trainer.add_callback(Kill())
+            return train(trainer, **settings)
+        finetuning.train = killed
+        run_experiment(Experiment.model_validate({content!r}), Path({str(tmp_path / "killed")!r}))
+        """
+    )
+    ended = subprocess.run([sys.executable, "-c", program], check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ended.returncode == -signal.SIGKILL
+    assert not [name for name in stages(tmp_path / "killed") if name.startswith("train-")]
+    whole = run_experiment(Experiment.model_validate(content), tmp_path / "whole")
+    continued = run_experiment(Experiment.model_validate(content), tmp_path / "killed")
+    assert [row["step"] for row in continued.training_log if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    weights = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert weights[0] == weights[1]
+    assert continued.id == whole.id
+    assert continued.samples == whole.samples
