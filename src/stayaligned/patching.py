@@ -8,21 +8,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from stayaligned.adapters import read_adapter, refuse_existing, write_adapter
-from stayaligned.checkpoints import checkpoint_directory
+from stayaligned.checkpoints import checkpoint_directory, read_json_object
 from stayaligned.defenses import ModelPair, PatchDefense
+from stayaligned.errors import StayalignedError
 from stayaligned.files import fingerprint
 from stayaligned.records import LayerReport
 
-RECORD = "projection.json"
+PROJECTION_FILE = "projection.json"
 """The record's file name in the new adapter's directory."""
 _FORMAT = 1
 _VERSIONS_OF = ("stayaligned", "torch", "transformers", "peft", "safetensors")
 
 
 def patch_directory(
-    adapter: Path,
-    out: Path,
+    adapter: str | Path,
+    out: str | Path,
     patch: PatchDefense,
     models: ModelPair,
     *,
@@ -48,6 +51,7 @@ def patch_directory(
         StayalignedError: if `out` exists, or the inputs are damaged or don't fit together.
     """
     say = progress or (lambda _: None)
+    adapter, out = Path(adapter), Path(out)
     refuse_existing(out)
     say(f"Reading {adapter}")
     original = read_adapter(adapter)
@@ -64,8 +68,23 @@ def patch_directory(
         "layers": [report.model_dump(mode="json") for report in patched.layers],
     }
     say(f"Writing {out}")
-    write_adapter(patched.adapter, out, notes={RECORD: json.dumps(record, indent=2, ensure_ascii=False) + "\n"})
+    write_adapter(
+        patched.adapter, out, notes={PROJECTION_FILE: json.dumps(record, indent=2, ensure_ascii=False) + "\n"}
+    )
     return list(patched.layers)
+
+
+def read_projection(path: Path) -> list[LayerReport]:
+    """The layer reports of a `projection.json`.
+
+    Raises:
+        StayalignedError: if the file is missing or `patch_directory` did not write it.
+    """
+    hint = "Patch the adapter again; the file is written beside it."
+    try:
+        return [LayerReport.model_validate(row) for row in read_json_object(path, hint=hint)["layers"]]
+    except (KeyError, TypeError, ValidationError) as error:
+        raise StayalignedError(f"{path} is no record of a patch: {error}", hint=hint) from None
 
 
 def _input(ref: str | Path | None) -> dict[str, str] | None:

@@ -83,3 +83,42 @@ def write_pico_checkpoint(
     pico_model(architecture, seed=seed, **overrides).save_pretrained(directory, max_shard_size=shard_size)
     byte_tokenizer().save_pretrained(directory)
     return directory
+
+
+def write_pico_adapter(
+    directory: Path,
+    checkpoint: Path,
+    *,
+    seed: int = 0,
+    adapter_name: str = "default",
+    dtype: str = "float32",
+    **lora: Any,
+) -> Path:
+    """Let PEFT save a LoRA adapter with random factors for a checkpoint; returns the directory that holds it.
+
+    Args:
+        directory: where to save; PEFT puts an adapter with another name than "default" into a folder of that name.
+        checkpoint: the model directory.
+        seed: of the factors.
+        adapter_name: PEFT's name of the adapter.
+        dtype: of the stored factors.
+        lora: settings of LoraConfig; without any, rank 4 on q_proj and v_proj.
+    """
+    import warnings
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **lora}
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # advice for training: fan_in_fan_out, tied weights
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, LoraConfig(**settings), adapter_name)
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+                parameter.data = parameter.data.to(getattr(torch, dtype))
+        adapted.save_pretrained(str(directory))
+    return directory if adapter_name == "default" else directory / adapter_name

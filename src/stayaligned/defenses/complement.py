@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -33,20 +33,32 @@ class Complement(ProjectionDefense):
 
     all_layers: bool = True
     """Change every layer; not to be given together with `threshold` or `lowest`."""
-    rank: int = Field(default=8, ge=1)
-    """The k."""
+    rank: int | None = Field(default=8, ge=1)
+    """The k; not to be given together with `energy`."""
+    energy: float | None = Field(default=None, gt=0, le=1)
+    """The k is the fewest directions that hold this share of ‖V‖²."""
     side: Literal["left", "right", "both"] = "both"
     """`left` removes output directions (edits B), `right` input directions (edits A)."""
 
     @model_validator(mode="before")
     @classmethod
-    def _default_all_yields(cls, data: Any) -> Any:
-        chosen = isinstance(data, dict) and (data.get("threshold") is not None or data.get("lowest") is not None)
-        return {**data, "all_layers": False} if chosen and "all_layers" not in data else data
+    def _defaults_yield(cls, data: Any) -> Any:
+        # A default stands for "nothing was said"; what was asked for in its stead replaces it.
+        if not isinstance(data, dict):
+            return data
+        selected = data.get("threshold") is not None or data.get("lowest") is not None
+        yielding = {"all_layers": False} if selected else {}
+        return yielding | ({"rank": None} if data.get("energy") is not None else {}) | data
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if (self.rank is None) == (self.energy is None):
+            raise ValueError("set exactly one of `rank` and `energy`")
+        return self
 
     def operator_for(self, delta: Tensor) -> Operator:
         """(I - U_k U_kᵀ) · (I - Q_k Q_kᵀ)."""
         from stayaligned.projection import Complement as Operation
         from stayaligned.projection import alignment_subspace
 
-        return Operation(alignment_subspace(delta, rank=self.rank), self.side)
+        return Operation(alignment_subspace(delta, rank=self.rank, energy=self.energy), self.side)

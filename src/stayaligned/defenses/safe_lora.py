@@ -46,7 +46,7 @@ class SafeLora(ProjectionDefense):
     @model_validator(mode="before")
     @classmethod
     def _default_threshold_yields(cls, data: Any) -> Any:
-        # The default threshold stands for "nothing was said"; a selection that was asked for takes its place.
+        # The default stands for "nothing was said"; a selection that was asked for replaces it.
         if (
             isinstance(data, dict)
             and "threshold" not in data
