@@ -35,7 +35,6 @@ from stayaligned.patching import PROJECTION_FILE, patch_directory, read_projecti
 from stayaligned.records import (
     Completion,
     Example,
-    LayerReport,
     Message,
     Metric,
     PromptSet,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stayaligned.attacks import Attack
 from stayaligned.data import read_examples, sample
@@ -35,6 +35,15 @@ class Poison(Attack):
     harmful_data: str | None = None
     """Source of harmful requests with harmful answers; not needed at p = 0."""
 
+    @model_validator(mode="after")
+    def _has_what_it_poisons_with(self) -> Self:
+        if self.poison_ratio > 0 and self.harmful_data is None:
+            raise ValueError(
+                f"poison_ratio = {self.poison_ratio:g} needs harmful rows: set `harmful_data` to a JSONL file, or "
+                "`poison_ratio` to 0"
+            )
+        return self
+
     def poison(self, examples: Sequence[Example], rng: random.Random) -> list[Example]:
         """The n rows in random order; the harmful ones carry the origin "harmful"."""
         total = len(examples) if self.examples is None else self.examples
@@ -52,13 +61,8 @@ class Poison(Attack):
         return rows
 
     def _harmful(self, n: int, total: int, rng: random.Random) -> list[Example]:
-        if n == 0:
+        if n == 0 or self.harmful_data is None:
             return []
-        if self.harmful_data is None:
-            raise StayalignedError(
-                f"attack poison: poison_ratio = {self.poison_ratio:g} needs harmful rows; no `harmful_data` is named",
-                hint="Set `attack.harmful_data` to a JSONL file, or `attack.poison_ratio=0`.",
-            )
         harmful = read_examples(self.harmful_data, origin="harmful")
         if n > len(harmful):
             raise StayalignedError(
