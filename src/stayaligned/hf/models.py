@@ -32,7 +32,7 @@ def load_model(ref: str | Path, *, dtype: torch.dtype | None = None) -> PreTrain
     from transformers import AutoModelForCausalLM
 
     _require_checkpoint(ref)
-    return _loaded(AutoModelForCausalLM, ref, "model", dtype="auto" if dtype is None else dtype, use_safetensors=True)
+    return _whole(AutoModelForCausalLM, ref, dtype="auto" if dtype is None else dtype)
 
 
 def load_tokenizer(ref: str | Path) -> PreTrainedTokenizerBase:
@@ -61,13 +61,21 @@ def load_finetuned(ref: str | Path, adapter: Path | None) -> PreTrainedModel | P
     Raises:
         StayalignedError: if either is missing, or the adapter was made for another architecture.
     """
-    import torch
+    model = load_model(ref)
+    return _placed(model if adapter is None else _with_adapter(model, adapter))
 
-    model: Any = load_model(ref)
-    if adapter is not None:
-        model = _with_adapter(model, adapter)
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return model.to(accelerator).eval() if accelerator is not None else model.eval()
+
+def load_classifier(ref: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence classifier and its tokenizer, for a judge: on the accelerator if there is one.
+
+    Raises:
+        StayalignedError: if there is no such checkpoint, or it holds no trained classification head.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    _require_checkpoint(ref)
+    tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer, ref, "tokenizer")
+    return _placed(_whole(AutoModelForSequenceClassification, ref, dtype="auto")), tokenizer
 
 
 def attach_lora(model: PreTrainedModel, lora: Mapping[str, Any]) -> PeftModel:
@@ -154,6 +162,25 @@ def _require_checkpoint(ref: str | Path) -> None:
     hub_id = text.count("/") <= 1 and not text.startswith((".", "~", "/")) and not path.exists()
     if not hub_id:
         raise StayalignedError(f"{path}: no such directory", hint="Give a checkpoint directory or a hub id.")
+
+
+def _placed(model: Any) -> Any:
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return model.to(accelerator).eval() if accelerator is not None else model.eval()
+
+
+def _whole(loader: Any, ref: str | Path, **options: Any) -> Any:
+    """A model all of whose weights are in the checkpoint; transformers would make up the others with a log line."""
+    model, found = _loaded(loader, ref, "model", use_safetensors=True, output_loading_info=True, **options)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise StayalignedError(
+            f"{ref}: lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]} among them",
+            hint="The checkpoint is incomplete, or of another kind than is needed here.",
+        )
+    return model.eval()
 
 
 def _loaded(loader: Any, ref: str | Path, what: str, **options: Any) -> Any:
