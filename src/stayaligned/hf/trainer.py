@@ -12,6 +12,7 @@ What the Trainer logs gains, in every row that has `loss`:
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Sized
 from functools import cache
@@ -186,11 +187,18 @@ class BiStateMixin(_Host):
         self._phase_loss[phase] = self._phase_loss.get(phase, torch.zeros_like(loss)) + loss
         if self.accelerator.sync_gradients:
             self._phase_steps[phase] += 1
-            if self._anchor is not None and step > self._lisa.proximal_warmup_ratio * self.state.max_steps:
+            if self._anchor is not None and step >= self._proximal_from_step():
                 scaler = self.accelerator.scaler
                 scale = 1.0 if scaler is None else scaler.get_scale()
                 add_proximal_gradient_(self._trainable, self._anchor, self._lisa.rho, scale=scale)
         return loss
+
+    def _proximal_from_step(self) -> int:
+        """The first step with the pull: the first after that share of all steps, as in the published code."""
+        steps = self.args.max_steps
+        if steps <= 0:
+            steps = math.ceil(self.args.num_train_epochs * self._steps_per_epoch())
+        return math.floor(self._lisa.proximal_warmup_ratio * steps) + 1
 
     def _begin_step(self, step: int) -> None:
         first = self._begun_step is None
@@ -219,7 +227,7 @@ class BiStateMixin(_Host):
             "alignment_steps": self._schedule.alignment_steps,
             "finetuning_steps": self._schedule.finetuning_steps,
             "rho": self._lisa.rho,
-            "proximal_warmup_ratio": self._lisa.proximal_warmup_ratio,
+            "proximal_from_step": self._proximal_from_step() if self._lisa.rho else None,
             "budget": self._lisa.budget,
             "user_rows": self._finetuning_rows.size,
             "alignment_rows": self._alignment_rows.size,

@@ -1,0 +1,189 @@
+"""A run of Lisa that is stopped after any step and resumed is the run that was not stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from stayaligned import Lisa, StayalignedError, with_lisa
+from stayaligned.hf.features import PaddingCollator
+from stayaligned.hf.finetuning import train
+from stayaligned.testing import pico_model
+
+LISA = Lisa(alignment_steps=2, finetuning_steps=3, rho=0.7)
+STEPS = 10
+Row = dict[str, list[int]]
+
+
+def rows(first: int, count: int) -> list[Row]:
+    made = [[first, *range(10 + i, 14 + 2 * i)] for i in range(count)]
+    return [{"input_ids": ids, "labels": ids} for ids in made]
+
+
+def trainer(directory: Path, lora: bool = True, lisa: Lisa = LISA, users: int = 14, **changes: Any) -> Trainer:
+    model: Any = pico_model(seed=3, attention_dropout=0.1)
+    if lora:
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1))
+    settings: dict[str, Any] = {
+        "output_dir": str(directory),
+        "use_cpu": True,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    }
+    return with_lisa(Trainer)(
+        model,
+        TrainingArguments(**{**settings, **changes}),
+        train_dataset=rows(3, users),  # pyright: ignore
+        data_collator=PaddingCollator(0),
+        alignment_dataset=rows(2, 5),
+        lisa=lisa,
+    )
+
+
+def trainable(trainer: Trainer) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}  # pyright: ignore
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trainer]:
+    """An uninterrupted run that kept a checkpoint of every step."""
+    directory = tmp_path_factory.mktemp("whole")
+    run = trainer(directory)
+    run.train()
+    return directory, run
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_resuming_after_any_step_is_not_stopping(whole: tuple[Path, Trainer], tmp_path: Path, step: int) -> None:
+    directory, uninterrupted = whole
+    resumed = trainer(tmp_path, save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(directory / f"checkpoint-{step}"))
+    expected = trainable(uninterrupted)
+    for name, weight in trainable(resumed).items():
+        assert torch.equal(weight, expected[name]), name
+    timeless = [
+        [{k: v for k, v in row.items() if k != "epoch"} for row in run.state.log_history if "loss" in row]
+        for run in (uninterrupted, resumed)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_resuming_full_weights_in_the_middle_of_a_state_is_not_stopping(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "a", lora=False, max_steps=5, save_steps=4)
+    run.train()
+    resumed = trainer(tmp_path / "b", lora=False, max_steps=5, save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    expected = trainable(run)
+    assert all(torch.equal(weight, expected[name]) for name, weight in trainable(resumed).items())
+
+
+def test_the_anchor_of_the_checkpoint_is_what_is_pulled_to(whole: tuple[Path, Trainer], tmp_path: Path) -> None:
+    copy = tmp_path / "checkpoint-4"
+    shutil.copytree(whole[0] / "checkpoint-4", copy)
+    anchor = copy / "lisa_anchor.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(anchor).items()}, anchor)
+    resumed = trainer(tmp_path, save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(copy))
+    expected = trainable(whole[1])
+    assert not all(torch.equal(weight, expected[name]) for name, weight in trainable(resumed).items())
+
+
+def test_train_goes_on_from_the_last_complete_checkpoint(whole: tuple[Path, Trainer], tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    for step in (3, 4):
+        shutil.copytree(whole[0] / f"checkpoint-{step}", directory / f"checkpoint-{step}")
+    state = directory / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text()[:-20])  # the machine went down while it was being written
+    resumed = trainer(directory, save_strategy="no")
+    shares: list[float] = []
+    log = train(resumed, progress=shares.append)
+    assert shares == [pytest.approx(step / STEPS) for step in range(4, STEPS + 1)]
+    assert [row["step"] for row in log if "loss" in row] == list(range(1, STEPS + 1))
+    expected = trainable(whole[1])
+    assert all(torch.equal(weight, expected[name]) for name, weight in trainable(resumed).items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"lisa": LISA.model_copy(update={"rho": 0.5})}, "rho=0.7 there, 0.5 here"),
+        ({"lisa": LISA.model_copy(update={"finetuning_steps": 4})}, "finetuning_steps=3 there, 4 here"),
+        ({"users": 13}, "user_rows=14 there, 13 here"),
+        ({"per_device_train_batch_size": 4}, "rows_per_step=4 there, 8 here"),
+        ({"seed": 5}, "seed=42 there, 5 here"),
+        ({"max_steps": 20}, "proximal_from_step=2 there, 3 here"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_by_what_differs(
+    whole: tuple[Path, Trainer], tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(StayalignedError, match="made by another run: " + named):
+        trainer(tmp_path, **changes).train(resume_from_checkpoint=str(whole[0] / "checkpoint-4"))
+
+
+def test_a_checkpoint_without_or_with_a_broken_anchor_is_refused(whole: tuple[Path, Trainer], tmp_path: Path) -> None:
+    copy = tmp_path / "checkpoint-4"
+    shutil.copytree(whole[0] / "checkpoint-4", copy)
+    anchor = copy / "lisa_anchor.safetensors"
+    stored = load_file(anchor)
+    name = next(iter(stored))
+
+    def resume() -> None:
+        trainer(tmp_path, save_strategy="no").train(resume_from_checkpoint=str(copy))
+
+    save_file({k: v for k, v in stored.items() if k != name}, anchor)
+    with pytest.raises(StayalignedError, match="another model.*" + name.replace(".", r"\.")):
+        resume()
+    anchor.write_bytes(anchor.read_bytes()[:40])
+    with pytest.raises(StayalignedError, match=r"lisa_anchor\.safetensors is damaged"):
+        resume()
+    anchor.unlink()
+    with pytest.raises(StayalignedError, match=r"it has no lisa_anchor\.safetensors"):
+        resume()
+    (copy / "lisa.json").write_text("{")
+    save_file(stored, anchor)
+    with pytest.raises(StayalignedError, match=r"lisa\.json is not JSON"):
+        resume()
+    (copy / "lisa.json").unlink()
+    with pytest.raises(StayalignedError, match=r"it has no lisa\.json"):
+        resume()
+
+
+def test_without_a_pull_a_checkpoint_holds_no_anchor_and_resumes(tmp_path: Path) -> None:
+    bso = LISA.model_copy(update={"rho": 0.0})
+    run = trainer(tmp_path / "a", lisa=bso, max_steps=4, save_steps=3)
+    run.train()
+    checkpoint = tmp_path / "a" / "checkpoint-3"
+    assert not (checkpoint / "lisa_anchor.safetensors").exists()
+    assert json.loads((checkpoint / "lisa.json").read_text())["rho"] == 0.0
+    resumed = trainer(tmp_path / "b", lisa=bso, max_steps=4, save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    expected = trainable(run)
+    assert all(torch.equal(weight, expected[name]) for name, weight in trainable(resumed).items())
+
+
+def test_training_again_without_resume_starts_with_a_fresh_anchor(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=2, save_strategy="no")
+    run.train()
+    start = trainable(run)
+    run.train()
+    moved = torch.cat([(w - start[n]).flatten() for n, w in trainable(run).items()]).norm().item()
+    drifts = [row["drift"] for row in run.state.log_history if "drift" in row]
+    assert drifts[-1] == pytest.approx(moved, rel=1e-5)
