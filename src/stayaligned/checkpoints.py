@@ -59,6 +59,9 @@ class Checkpoint(Mapping[str, "Tensor"]):
         """The shape of a tensor, from the header alone."""
         return tuple(self._locate(name)[1].get_slice(name).get_shape())
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._shards  # Mapping's own would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._shards)
 

@@ -1,21 +1,27 @@
 """Patching real adapters on real (tiny) checkpoints, against the paper's formula with every matrix formed."""
 
+import gc
 import json
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from stayaligned.adapters import read_adapter
-from stayaligned.defenses import DEFENSES, ModelPair
+from stayaligned import projection
+from stayaligned.adapters import Adapter, read_adapter
+from stayaligned.checkpoints import open_checkpoint
+from stayaligned.defenses import DEFENSES, ModelPair, PatchedAdapter
 from stayaligned.errors import StayalignedError
+from stayaligned.hf.layers import lora_layers
 from stayaligned.patching import patch_directory
-from stayaligned.testing import pico_model, write_pico_checkpoint
+from stayaligned.projection import scaled, update_norm, update_similarity
+from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -45,27 +51,9 @@ def make_models(root: Path, architecture: str = "llama", **settings: Any) -> Mod
     return ModelPair(root / "aligned", root / "base")
 
 
-def make_adapter(
-    directory: Path, aligned: str | Path, *, adapter_name: str = "default", dtype: Any = torch.float32, **lora: Any
-) -> Path:
-    """A random adapter on the aligned model, saved by PEFT."""
-    torch.manual_seed(5)
-    model = AutoModelForCausalLM.from_pretrained(aligned, dtype=torch.float32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fan_in_fan_out, tied targets
-        peft_model: Any = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, **lora}), adapter_name)
-        for name, parameter in peft_model.named_parameters():
-            if "lora_" in name:
-                torch.nn.init.normal_(parameter, std=0.2)
-                parameter.data = parameter.data.to(dtype)
-        peft_model.save_pretrained(directory)
-    return directory if adapter_name == "default" else directory / adapter_name
-
-
 def deltas(aligned: str | Path, adapter: Path) -> dict[str, torch.Tensor]:
     """{module: the update that PEFT adds to its weight, (out, in), fp64}, from a fresh reload."""
     model = AutoModelForCausalLM.from_pretrained(aligned, dtype=torch.float32)
-    before = {name: weight.detach().double().clone() for name, weight in model.named_parameters()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded: Any = PeftModel.from_pretrained(model, adapter)
@@ -75,7 +63,6 @@ def deltas(aligned: str | Path, adapter: Path) -> dict[str, torch.Tensor]:
             if type(module).__name__ == "Linear" and type(module).__module__.startswith("peft")
         }
         found = {name: module.get_delta_weight("default").detach().double() for name, module in targets.items()}
-    assert before
     return {
         name: value.T if type(targets[name].get_base_layer()).__name__ == "Conv1D" else value
         for name, value in found.items()
@@ -131,7 +118,7 @@ OPERATORS: dict[str, tuple[dict[str, Any], Dense]] = {
 def test_factor_form_equals_the_dense_formula_on_every_layout(tmp_path: Path, layout: str) -> None:
     architecture, model_settings, lora = LAYOUTS[layout]
     models = make_models(tmp_path, architecture, **model_settings)
-    adapter = make_adapter(tmp_path / "adapter", models.aligned, **lora)
+    adapter = write_pico_adapter(tmp_path / "adapter", tmp_path / "aligned", **lora)
     before = deltas(models.aligned, adapter)
     v = directions(models, list(before))
     for operator, (spec, dense) in OPERATORS.items():
@@ -146,3 +133,230 @@ def test_factor_form_equals_the_dense_formula_on_every_layout(tmp_path: Path, la
             assert report.shrinkage == pytest.approx(float(expected.norm() / update.norm()), rel=1e-4)
             assert report.update_norm == pytest.approx(float(update.norm()), rel=1e-5)
             assert report.delta_norm == pytest.approx(float(v[report.module].norm()), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> ModelPair:
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def adapter(models: ModelPair, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
+    directory = tmp_path_factory.mktemp("adapter") / "all"
+    return read_adapter(write_pico_adapter(directory, Path(models.aligned), target_modules="all-linear"))
+
+
+def selected(patched: PatchedAdapter) -> set[str]:
+    return {report.module for report in patched.layers if report.selected}
+
+
+def changed(before: Adapter, after: Adapter) -> set[str]:
+    return {key for key in before.tensors if not torch.equal(before.tensors[key], after.tensors[key])}
+
+
+def patch(spec: Any, adapter: Adapter, models: ModelPair) -> PatchedAdapter:
+    return DEFENSES.parse(spec).patch(adapter, models)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 5e-3), ("float16", 1e-3)])
+def test_half_precision_adapters_keep_their_dtype(
+    tmp_path: Path, models: ModelPair, dtype: str, tolerance: float
+) -> None:
+    source = write_pico_adapter(tmp_path / "adapter", Path(models.aligned), dtype=dtype)
+    patch_directory(source, tmp_path / "out", DEFENSES.parse({"name": "safe_lora", "all_layers": True}), models)
+    assert {str(tensor.dtype) for tensor in read_adapter(tmp_path / "out").tensors.values()} == {f"torch.{dtype}"}
+    before, after = deltas(models.aligned, source), deltas(models.aligned, tmp_path / "out")
+    for name, v in directions(models, list(before)).items():
+        expected = dense_scaled_gram(v, before[name])
+        assert (after[name] - expected).norm() <= tolerance * expected.norm()
+
+
+def test_an_adapter_with_another_name_is_patched_alike(tmp_path: Path, models: ModelPair) -> None:
+    named, default = (
+        read_adapter(write_pico_adapter(tmp_path / name, Path(models.aligned), adapter_name=name))
+        for name in ("french", "default")
+    )
+    one, other = (patch("complement", each, models).adapter for each in (named, default))
+    assert one.tensors.keys() == other.tensors.keys()
+    assert all(torch.equal(one.tensors[key], other.tensors[key]) for key in one.tensors)
+
+
+def test_checkpoints_saved_without_the_prefix_are_the_same_checkpoints(
+    tmp_path: Path, models: ModelPair, adapter: Adapter
+) -> None:
+    bare = tmp_path / "bare"
+    AutoModelForCausalLM.from_pretrained(models.base).model.save_pretrained(bare)
+    expected = patch({"name": "safe_lora", "all_layers": True}, adapter, models).layers
+    assert patch({"name": "safe_lora", "all_layers": True}, adapter, ModelPair(models.aligned, bare)).layers == expected
+
+
+@pytest.mark.parametrize("operator", ["scaled_gram", "orthogonal"])
+def test_only_selected_layers_change_and_every_layer_is_reported(
+    models: ModelPair, adapter: Adapter, operator: str
+) -> None:
+    spec = {"name": "safe_lora", "operator": operator, "rank": 4 if operator == "orthogonal" else None}
+    everything = patch({**spec, "all_layers": True}, adapter, models)
+    similarities = sorted(report.similarity for report in everything.layers)
+    assert len(everything.layers) == 14
+    lowest = patch({**spec, "lowest": 3}, adapter, models)
+    below = patch({**spec, "threshold": similarities[3]}, adapter, models)  # strictly below: the fourth stays
+    for some in (lowest, below):
+        assert len(selected(some)) == 3
+        assert changed(adapter, some.adapter) == {f"base_model.model.{n}.lora_B.weight" for n in selected(some)}
+        for report, full in zip(some.layers, everything.layers, strict=True):
+            expected = full if report.selected else full.model_copy(update={"selected": False, "shrinkage": 1.0})
+            assert report == expected
+
+
+def test_no_layer_selected_leaves_the_adapter_as_it_is(models: ModelPair, adapter: Adapter) -> None:
+    for spec in ({"lowest": 0}, {"threshold": -1.0}):
+        patched = patch({"name": "safe_lora", **spec}, adapter, models)
+        assert not selected(patched)
+        assert not changed(adapter, patched.adapter)
+
+
+def test_asking_for_more_layers_than_there_are_is_an_error(models: ModelPair, adapter: Adapter) -> None:
+    with pytest.raises(StayalignedError, match="lowest is 15, but the adapter has 14 LoRA layers"):
+        patch({"name": "safe_lora", "lowest": 15}, adapter, models)
+
+
+LIKE: dict[str, dict[str, Any]] = {
+    "scaled_gram": {"name": "safe_lora", "lowest": 5},
+    "orthogonal": {"name": "safe_lora", "operator": "orthogonal", "rank": 3, "threshold": 0.3},
+    "complement": {"name": "complement", "rank": 3, "lowest": 4},
+}
+
+
+@pytest.mark.parametrize("like", LIKE)
+@pytest.mark.parametrize("control", ["drop", "shrink", "random_subspace"])
+def test_controls_change_exactly_the_layers_of_their_defense(
+    models: ModelPair, adapter: Adapter, like: str, control: str
+) -> None:
+    if (control, like) == ("random_subspace", "scaled_gram"):
+        with pytest.raises(ValueError, match="no subspace to randomise"):
+            DEFENSES.parse({"name": control, "like": LIKE[like]})
+        return
+    reference = patch(LIKE[like], adapter, models)
+    patched = patch({"name": control, "like": LIKE[like]}, adapter, models)
+    assert selected(patched) == selected(reference) != set()
+    untouched = {report.module for report in reference.layers} - selected(reference)
+    assert not [key for key in changed(adapter, patched.adapter) if any(f".{name}." in key for name in untouched)]
+    for mine, theirs in zip(patched.layers, reference.layers, strict=True):
+        assert mine.similarity == theirs.similarity
+        if mine.selected and control == "drop":
+            assert mine.shrinkage == 0
+        if mine.selected and control == "random_subspace":
+            assert mine.subspace_rank == theirs.subspace_rank == 3
+            assert (mine.captured_energy or 0) < (theirs.captured_energy or 0)
+
+
+@pytest.mark.parametrize("like", LIKE)
+def test_shrink_leaves_each_layer_the_norm_that_the_projection_leaves_and_the_direction_of_the_update(
+    models: ModelPair, adapter: Adapter, like: str
+) -> None:
+    reference = patch(LIKE[like], adapter, models).adapter
+    shrunk = patch({"name": "shrink", "like": LIKE[like]}, adapter, models).adapter
+    for layer in lora_layers(adapter, open_checkpoint(models.aligned)):
+        before, projected, small = (each.factors(layer) for each in (adapter, reference, shrunk))
+        assert update_norm(small) == pytest.approx(update_norm(projected), rel=1e-5)
+        assert update_similarity(before, small) == pytest.approx(1, abs=1e-9)
+
+
+def test_shrink_by_a_given_factor_scales_every_selected_layer(models: ModelPair, adapter: Adapter) -> None:
+    spec = {"name": "shrink", "factor": 0.25, "like": {"name": "safe_lora", "all_layers": True}}
+    assert [report.shrinkage for report in patch(spec, adapter, models).layers] == pytest.approx([0.25] * 14)
+
+
+def test_random_directions_depend_on_the_seed_alone(models: ModelPair, adapter: Adapter) -> None:
+    one, same, other = (patch({"name": "random_subspace", "seed": seed}, adapter, models).adapter for seed in (1, 1, 2))
+    assert not changed(one, same)
+    assert len(changed(one, other)) == len(adapter.tensors)
+
+
+def test_a_control_carries_the_version_of_its_defense_in_its_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    control = DEFENSES.parse("drop")
+    before = control.identity()
+    monkeypatch.setattr(type(control.like), "version", 99)
+    assert control.identity() != before
+
+
+@pytest.mark.parametrize(
+    "spec", [*LIKE.values(), "drop", "shrink", "random_subspace", {"name": "drop", "like": LIKE["complement"]}]
+)
+def test_a_spec_makes_an_equal_defense(spec: Any) -> None:
+    defense = DEFENSES.parse(spec)
+    assert DEFENSES.parse(json.loads(json.dumps(defense.spec()))) == defense
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ({"name": "safe_lora", "threshold": 0.3, "lowest": 2}, "exactly one of"),
+        ({"name": "safe_lora", "threshold": None}, "exactly one of"),
+        ({"name": "safe_lora", "rank": 3}, "scaled_gram takes neither"),
+        ({"name": "safe_lora", "operator": "orthogonal"}, "exactly one of `rank` and `energy`"),
+        ({"name": "complement", "threshold": 0.3, "all_layers": True}, "exactly one of"),
+        ({"name": "complement", "rank": 3, "energy": 0.5}, "exactly one of"),
+        ({"name": "drop", "like": "shrink"}, "no defense that projects"),
+        ({"name": "shrink", "factor": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(spec: Any, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        DEFENSES.parse(spec)
+
+
+def test_a_layer_that_the_alignment_left_alone_is_refused_by_c_and_kept_by_the_complement(
+    tmp_path: Path, models: ModelPair, adapter: Adapter
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(models.base)
+    frozen = "model.layers.1.mlp.up_proj"
+    model.get_submodule(frozen).weight.data = (
+        AutoModelForCausalLM.from_pretrained(models.aligned).get_submodule(frozen).weight.data
+    )
+    model.save_pretrained(tmp_path / "base")
+    pair = ModelPair(models.aligned, tmp_path / "base")
+    for spec in ({"name": "safe_lora", "lowest": 1}, {"name": "drop"}):
+        with pytest.raises(StayalignedError, match=f"equal in {frozen}: there the alignment direction is undefined"):
+            patch(spec, adapter, pair)
+    patched = patch("complement", adapter, pair)
+    assert not [key for key in changed(adapter, patched.adapter) if frozen in key]
+    (report,) = (report for report in patched.layers if report.module == frozen)
+    assert (report.similarity, report.shrinkage) == pytest.approx((1, 1))
+    assert (report.delta_norm, report.subspace_rank) == (0, 0)
+
+
+def test_an_untrained_adapter_is_patched_without_harm(tmp_path: Path, models: ModelPair) -> None:
+    source = write_pico_adapter(tmp_path / "adapter", Path(models.aligned))
+    fresh = read_adapter(source)
+    zero = fresh.with_factors(
+        {layer: scaled(fresh.factors(layer), 0.0) for layer in lora_layers(fresh, open_checkpoint(models.aligned))}
+    )
+    patched = patch("safe_lora", zero, models)
+    assert not changed(zero, patched.adapter)
+    assert {(report.similarity, report.shrinkage) for report in patched.layers} == {(0.0, 1.0)}
+
+
+def test_weights_of_one_layer_are_in_memory_at_a_time(
+    models: ModelPair, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    original = projection.frobenius_norm
+
+    def count(matrix: torch.Tensor) -> float:
+        nonlocal most
+        alive.append(weakref.ref(matrix))
+        gc.collect()
+        most = max(most, len({id(found) for reference in alive if (found := reference()) is not None}))
+        return original(matrix)
+
+    monkeypatch.setattr(projection, "frobenius_norm", count)
+    patch({"name": "safe_lora", "all_layers": True}, adapter, models)
+    assert len(alive) >= 14
+    assert most == 1
+
+
+def test_a_missing_base_is_named(models: ModelPair, adapter: Adapter) -> None:
+    with pytest.raises(StayalignedError, match="'safe_lora' needs the unaligned base"):
+        patch("safe_lora", adapter, ModelPair(models.aligned, None))

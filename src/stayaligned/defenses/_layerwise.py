@@ -132,29 +132,17 @@ def patch_layers(
     Raises:
         StayalignedError: if adapter, aligned and base don't fit together, or V is zero where the operator needs it.
     """
-    from stayaligned.projection import frobenius_norm, shrinkage, update_norm, update_similarity
-
     reports: dict[str, LayerReport] = {}
     edits: dict[str, tuple[LoraLayer, LoraFactors]] = {}
     without_direction: list[str] = []
     for layer, delta in _iter_layers(selector.name, adapter, models):
-        before, operator = adapter.factors(layer), selector.operator_for(delta)
+        operator = selector.operator_for(delta)
         if operator is None:
             without_direction.append(layer.name)
-            continue
-        projected = operator(before)
-        edited = edit(ProjectedLayer(layer, delta, operator, before, projected))
-        edits[layer.name] = layer, edited.factors
-        reports[layer.name] = LayerReport(
-            module=layer.name,
-            similarity=update_similarity(before, projected),
-            shrinkage=shrinkage(before, edited.factors),
-            selected=True,
-            update_norm=update_norm(before),
-            delta_norm=frobenius_norm(delta),
-            subspace_rank=edited.subspace.rank if edited.subspace else None,
-            captured_energy=edited.subspace.captured_energy if edited.subspace else None,
-        )
+        else:
+            factors, reports[layer.name] = _edit_layer(layer, delta, operator, adapter.factors(layer), edit)
+            edits[layer.name] = layer, factors
+        del delta, operator  # or this V would live on while the next ones are read
     if without_direction:
         raise StayalignedError(
             f"{selector.name}: aligned and base are equal in {', '.join(without_direction)}: there the alignment "
@@ -169,6 +157,30 @@ def patch_layers(
     return PatchedAdapter(adapter.with_factors(dict(edits[name] for name in reports if name in selected)), layers)
 
 
+def _edit_layer(
+    layer: LoraLayer,
+    delta: Tensor,
+    operator: Operator,
+    before: LoraFactors,
+    edit: Callable[[ProjectedLayer], LayerEdit],
+) -> tuple[LoraFactors, LayerReport]:
+    """The factors that the layer gets if it is selected, and the report of that case."""
+    from stayaligned.projection import frobenius_norm, shrinkage, update_norm, update_similarity
+
+    projected = operator(before)
+    edited = edit(ProjectedLayer(layer, delta, operator, before, projected))
+    return edited.factors, LayerReport(
+        module=layer.name,
+        similarity=update_similarity(before, projected),
+        shrinkage=shrinkage(before, edited.factors),
+        selected=True,
+        update_norm=update_norm(before),
+        delta_norm=frobenius_norm(delta),
+        subspace_rank=edited.subspace.rank if edited.subspace else None,
+        captured_energy=edited.subspace.captured_energy if edited.subspace else None,
+    )
+
+
 def _iter_layers(defense: str, adapter: Adapter, models: ModelPair) -> Iterator[tuple[LoraLayer, Tensor]]:
     from stayaligned.checkpoints import iter_deltas, open_checkpoint
     from stayaligned.hf.layers import lora_layers, refuse_swapped, weight_names
@@ -180,3 +192,4 @@ def _iter_layers(defense: str, adapter: Adapter, models: ModelPair) -> Iterator[
     in_base = weight_names(base, list(layers.values()))
     for name, value in iter_deltas(aligned, base, {name: (in_aligned[name], in_base[name]) for name in layers}):
         yield layers[name], value.T if layers[name].transposed else value
+        del value

@@ -1,0 +1,192 @@
+"""Checkpoints as mappings, and what a damaged one says."""
+
+import gc
+import json
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from stayaligned.checkpoints import Checkpoint, checkpoint_directory, iter_deltas, open_checkpoint
+from stayaligned.errors import StayalignedError
+
+INDEX = "model.safetensors.index.json"
+
+
+def write(directory: Path, tensors: dict[str, torch.Tensor], shards: int = 1) -> Path:
+    directory.mkdir()
+    if shards == 1:
+        save_file(tensors, directory / "model.safetensors")
+        return directory
+    weight_map: dict[str, str] = {}
+    for number in range(shards):
+        name = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        part = dict(list(tensors.items())[number::shards])
+        save_file(part, directory / name)
+        weight_map |= dict.fromkeys(part, name)
+    (directory / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return directory
+
+
+def weights(seed: int, count: int = 5, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {f"layers.{i}.weight": torch.randn(3, 4, generator=generator).to(dtype) for i in range(count)}
+
+
+def pair(tmp_path: Path, aligned_shards: int = 1, base_shards: int = 1) -> tuple[Checkpoint, Checkpoint]:
+    return (
+        Checkpoint(write(tmp_path / "aligned", weights(0), aligned_shards)),
+        Checkpoint(write(tmp_path / "base", weights(1), base_shards)),
+    )
+
+
+@pytest.mark.parametrize(("aligned_shards", "base_shards"), [(1, 1), (1, 2), (3, 2)])
+def test_deltas_do_not_depend_on_the_sharding(tmp_path: Path, aligned_shards: int, base_shards: int) -> None:
+    aligned, base = pair(tmp_path, aligned_shards, base_shards)
+    assert sorted(aligned) == sorted(base) == sorted(weights(0))
+    order = ["layers.3.weight", "layers.0.weight"]
+    found = dict(iter_deltas(aligned, base, order))
+    assert list(found) == order
+    for name, value in found.items():
+        assert torch.equal(value, weights(0)[name] - weights(1)[name])
+
+
+def test_differences_are_fp32_whatever_is_stored(tmp_path: Path) -> None:
+    low, high = weights(0, dtype=torch.bfloat16), weights(1)
+    aligned, base = Checkpoint(write(tmp_path / "a", low)), Checkpoint(write(tmp_path / "b", high))
+    for name, value in iter_deltas(aligned, base, list(low)):
+        assert value.dtype == torch.float32
+        assert torch.equal(value, low[name].float() - high[name])
+
+
+def test_the_two_checkpoints_may_name_a_weight_differently(tmp_path: Path) -> None:
+    aligned = Checkpoint(write(tmp_path / "a", {"model.x": torch.ones(2, 2)}))
+    base = Checkpoint(write(tmp_path / "b", {"x": torch.zeros(2, 2)}))
+    ((name, value),) = iter_deltas(aligned, base, {"q_proj": ("model.x", "x")})
+    assert name == "q_proj"
+    assert torch.equal(value, torch.ones(2, 2))
+
+
+def test_all_missing_and_misshapen_names_stand_in_one_error(tmp_path: Path) -> None:
+    aligned = Checkpoint(write(tmp_path / "a", {"x": torch.ones(2, 3), "y": torch.ones(2), "z": torch.ones(1)}))
+    base = Checkpoint(write(tmp_path / "b", {"x": torch.ones(2, 4), "z": torch.zeros(1)}))
+    with pytest.raises(StayalignedError) as caught:
+        iter_deltas(aligned, base, ["x", "y", "w", "z"])
+    for expected in ("x (2×3 against 2×4)", f"y (not in {base.directory})", f"w (not in {aligned.directory})"):
+        assert expected in caught.value.message
+
+
+def test_identical_checkpoints_are_an_error(tmp_path: Path) -> None:
+    aligned, same = (Checkpoint(write(tmp_path / name, weights(0))) for name in "ab")
+    with pytest.raises(StayalignedError, match="same weights"):
+        list(iter_deltas(aligned, same, list(weights(0))))
+    with pytest.raises(StayalignedError, match="same directory"):
+        iter_deltas(aligned, aligned, list(weights(0)))
+
+
+def test_one_changed_weight_is_enough(tmp_path: Path) -> None:
+    changed = weights(0) | {"layers.2.weight": torch.zeros(3, 4)}
+    aligned, base = Checkpoint(write(tmp_path / "a", weights(0))), Checkpoint(write(tmp_path / "b", changed))
+    assert [bool(value.any()) for _, value in iter_deltas(aligned, base, sorted(changed))] == [0, 0, 1, 0, 0]
+
+
+def test_at_most_two_differences_are_alive_at_a_time(tmp_path: Path) -> None:
+    aligned, base = (Checkpoint(write(tmp_path / name, weights(seed, 12))) for name, seed in (("a", 0), ("b", 1)))
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    for _, value in iter_deltas(aligned, base, list(weights(0, 12))):
+        alive.append(weakref.ref(value))
+        del value
+        gc.collect()
+        most = max(most, sum(reference() is not None for reference in alive))
+    assert len(alive) == 12
+    assert most <= 1  # of those handed out; the reader holds the next one
+
+
+def test_nothing_but_headers_is_read_before_a_tensor_is_asked_for(tmp_path: Path) -> None:
+    directory = write(tmp_path / "a", weights(0), shards=3)
+    checkpoint = Checkpoint(directory)
+    (directory / "model-00002-of-00003.safetensors").unlink()
+    assert "layers.1.weight" in checkpoint
+    assert checkpoint.shape("layers.0.weight") == (3, 4)
+    with pytest.raises(StayalignedError, match="model-00002-of-00003"):
+        checkpoint["layers.1.weight"]
+
+
+def test_unknown_names_are_key_errors(tmp_path: Path) -> None:
+    with pytest.raises(KeyError):
+        pair(tmp_path)[0]["nope"]
+
+
+@pytest.mark.parametrize("length", [0, 4, 40, 0.5, 0.99])
+def test_a_truncated_shard_is_named(tmp_path: Path, length: float) -> None:
+    directory = write(tmp_path / "a", weights(0), shards=2)
+    shard = directory / "model-00002-of-00002.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[: int(length * len(content)) if isinstance(length, float) else length])
+    with pytest.raises(StayalignedError, match="model-00002-of-00002") as caught:
+        list(Checkpoint(directory).items())
+    assert "again" in str(caught.value.hint)
+
+
+def test_an_index_that_names_what_is_not_there_is_an_error(tmp_path: Path) -> None:
+    directory = write(tmp_path / "a", weights(0), shards=2)
+    index = json.loads((directory / INDEX).read_text())
+    index["weight_map"]["ghost"] = "model-00001-of-00002.safetensors"
+    (directory / INDEX).write_text(json.dumps(index))
+    with pytest.raises(StayalignedError, match="ghost"):
+        Checkpoint(directory)["ghost"]
+    (directory / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(StayalignedError, match="files that are missing: model-00001"):
+        Checkpoint(directory)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_a_malformed_index_is_named(tmp_path: Path, index: str) -> None:
+    directory = write(tmp_path / "a", weights(0), shards=2)
+    (directory / INDEX).write_text(index)
+    with pytest.raises(StayalignedError, match="index"):
+        Checkpoint(directory)
+
+
+def test_pickled_checkpoints_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(StayalignedError) as caught:
+        Checkpoint(tmp_path)
+    assert "safetensors" in str(caught.value.hint)
+
+
+def test_quantised_and_non_finite_weights_are_refused(tmp_path: Path) -> None:
+    good = {"x": torch.ones(2, 2)}
+    base = Checkpoint(write(tmp_path / "base", good))
+    for name, bad, expected in (
+        ("int8", torch.ones(2, 2, dtype=torch.int8), "stored as torch.int8"),
+        ("fp8", torch.ones(2, 2).to(torch.float8_e4m3fn), "stored as torch.float8"),
+        ("nan", torch.full((2, 2), torch.nan), "not finite"),
+    ):
+        aligned = Checkpoint(write(tmp_path / name, {"x": bad}))
+        with pytest.raises(StayalignedError, match=expected):
+            list(iter_deltas(aligned, base, ["x"]))
+
+
+def test_directories_are_taken_as_they_are_and_hub_ids_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert checkpoint_directory(str(tmp_path)) == tmp_path
+    commit = "a" * 40
+    repository = tmp_path / "models--org--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    snapshot = write(repository / "snapshots" / commit, weights(0))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert checkpoint_directory("org/name") == snapshot
+    assert len(open_checkpoint("org/name")) == 5
+
+
+@pytest.mark.parametrize("ref", ["no-such-directory", "./no/such", "org/absent", "org/na me", Path("org/name")])
+def test_what_is_neither_directory_nor_hub_repository_is_named(ref: str | Path) -> None:
+    with pytest.raises(StayalignedError, match=str(ref)):
+        checkpoint_directory(ref)
