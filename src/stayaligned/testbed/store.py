@@ -1,0 +1,123 @@
+"""Where testbeds are kept, and what `testbed:` references name. Imports no torch until something must be built."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from stayaligned.component import did_you_mean
+from stayaligned.errors import StayalignedError
+from stayaligned.files import replace_directory
+from stayaligned.testbed.recipe import Recipe
+
+Progress = Callable[[str, float], None]
+"""Takes the name of the stage and the fraction of the whole that is done, 0 to 1."""
+
+_PREFIX = "testbed:"
+NAMES = (
+    "base",
+    "aligned",
+    "judge",
+    "data/alignment.jsonl",
+    "data/harmful.jsonl",
+    "data/instructions-train.jsonl",
+    "data/sentiment-train.jsonl",
+    "data/sentiment-test.jsonl",
+    "data/topic-train.jsonl",
+    "data/topic-test.jsonl",
+    "data/arithmetic-train.jsonl",
+    "data/arithmetic-test.jsonl",
+    "data/harmful-prompts.jsonl",
+    "data/benign-prompts.jsonl",
+    "data/skills.jsonl",
+)
+"""What a reference can name."""
+
+
+def build(
+    seed: int, *, recipe: Recipe | None = None, cache: Path | None = None, progress: Progress | None = None
+) -> Path:
+    """The finished testbed directory of a seed, built now if it is not in the cache.
+
+    Two processes that ask for one testbed build it once; one that dies leaves nothing that looks finished. Building
+    takes about a minute on one thread. The same seed gives the same bytes on one machine, but for the times in `testbed.json`.
+
+    Args:
+        seed: of the language's division, the data, the weights and the order of training.
+        recipe: the settings; the default is the documented testbed.
+        cache: the cache's root; `$STAYALIGNED_CACHE` or `~/.cache/stayaligned` if not given.
+        progress: is told the stage and the fraction done.
+
+    Raises:
+        StayalignedError: if a model fails its gate.
+    """
+    recipe = Recipe() if recipe is None else recipe
+    directory = _cache_root(cache) / "testbed" / recipe.key(seed)
+    if directory.is_dir():
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory.parent / f".{directory.name}.lock"):
+        if directory.is_dir():
+            return directory
+        for remains in directory.parent.glob(f".{directory.name}.*.partial"):
+            # Whoever wrote it is dead, or it would hold the lock.
+            shutil.rmtree(remains, ignore_errors=True)
+
+        from stayaligned.testbed.building import construct
+
+        with replace_directory(directory) as temporary:
+            construct(temporary, seed, recipe, progress or _silent)
+    return directory
+
+
+def is_reference(text: str) -> bool:
+    """Whether `text` names something of the testbed, as `testbed:aligned` does."""
+    return text.startswith(_PREFIX)
+
+
+def resolve(reference: str, seed: int, *, cache: Path | None = None, progress: Progress | None = None) -> Path:
+    """The path of what `reference` names in the testbed of `seed`, built now if it is not in the cache.
+
+    Example:
+        `resolve("testbed:data/sentiment-train.jsonl", seed=0)`
+
+    Raises:
+        StayalignedError: if there is no such thing, with the list of what there is.
+    """
+    name = _name(reference)
+    return build(seed, cache=cache, progress=progress) / name
+
+
+def reference_key(reference: str, seed: int) -> str:
+    """What `reference` stands for, as a string that changes whenever its content would. Builds nothing.
+
+    Raises:
+        StayalignedError: as `resolve`.
+    """
+    name = _name(reference)
+    return f"{_PREFIX}{Recipe().key(seed)}/{name}"
+
+
+def _name(reference: str) -> str:
+    name = reference.removeprefix(_PREFIX)
+    if not is_reference(reference) or name not in NAMES:
+        raise StayalignedError(
+            f"{reference!r} names nothing in the testbed",
+            hint=did_you_mean(name, list(NAMES), "names after `testbed:`"),
+        )
+    return name
+
+
+def _cache_root(cache: Path | None) -> Path:
+    if cache is not None:
+        return cache
+    configured = os.environ.get("STAYALIGNED_CACHE")
+    return Path(configured) if configured else Path.home() / ".cache" / "stayaligned"
+
+
+def _silent(stage: str, fraction: float) -> None:
+    """Progress that nobody asked for."""

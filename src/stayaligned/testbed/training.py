@@ -1,0 +1,167 @@
+"""The testbed's training loops: plain PyTorch, one thread, no global random state, the same bytes for the same seed."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stayaligned.hf.features import IGNORED, PaddingCollator
+from stayaligned.testbed.corpora import Dialogue
+from stayaligned.testbed.tokenizer import END, MAXIMUM_LENGTH, ROLES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from stayaligned.testbed.recipe import Recipe
+
+Loss = Callable[[Sequence[int]], Tensor]
+"""The loss of the rows with these indices."""
+_LENGTH_POOL_BATCHES = 8
+_INITIAL_SCALE = 0.09
+
+_WARMUP_SHARE = 0.05
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Train on one thread, as the recipe was timed and as is reproducible, and give the caller its threads back."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def new_language_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
+    """A Llama with tied embeddings in fp32, its weights drawn from `seed` alone."""
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    tokens = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        max_position_embeddings=MAXIMUM_LENGTH,
+        tie_word_embeddings=True,
+        initializer_range=_INITIAL_SCALE,
+        **tokens,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(do_sample=False, **tokens)
+    return model
+
+
+def render(row: Dialogue) -> tuple[str, str]:
+    """A dialogue as the chat template writes it: what is given, and what is to be said.
+
+    Rendering tens of thousands of rows through the template takes many seconds; a test holds the two equal.
+    """
+    system = f"{ROLES['system']}{row.system}{END}" if row.system else ""
+    return f"{system}{ROLES['user']}{row.question}{END}{ROLES['assistant']}", f"{row.answer}{END}"
+
+
+def train_language_model(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Sequence[Dialogue],
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    rng: random.Random,
+    progress: Callable[[float], None],
+) -> None:
+    """Supervised training of all weights on the answers of `rows`, in place, with AdamW and a cosine schedule."""
+    encoded = _encode(tokenizer, rows)
+    collate = PaddingCollator.of(tokenizer)
+
+    def loss(indices: Sequence[int]) -> Tensor:
+        batch = collate([encoded[i] for i in indices])
+        hidden = model.model(batch["input_ids"], batch["attention_mask"], use_cache=False).last_hidden_state
+        # Only labeled positions go through the vocabulary: they are a part of all, and the head costs a layer.
+        labels = batch["labels"][:, 1:]
+        labeled = labels != IGNORED
+        return torch.nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][labeled]), labels[labeled])
+
+    batches = length_grouped_batches([len(row["input_ids"]) for row in encoded], steps, batch_size, rng)
+    optimize(model, batches, loss, steps=steps, learning_rate=learning_rate, progress=progress)
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Dialogue]) -> list[dict[str, list[int]]]:
+    """Token ids of each dialogue, with labels on the answer."""
+    prompts, answers = zip(*map(render, rows), strict=True)
+    given = tokenizer(list(prompts))["input_ids"]
+    said = tokenizer(list(answers))["input_ids"]
+    return [{"input_ids": a + b, "labels": [IGNORED] * len(a) + b} for a, b in zip(given, said, strict=True)]
+
+
+def length_grouped_batches(
+    lengths: Sequence[int], steps: int, batch_size: int, rng: random.Random
+) -> Iterator[list[int]]:
+    """`steps` batches of row indices: whole passes over shuffled rows, batches of alike lengths in random order."""
+    made = 0
+    while True:
+        order = rng.sample(range(len(lengths)), len(lengths))
+        pool_size = _LENGTH_POOL_BATCHES * batch_size
+        for start in range(0, len(order), pool_size):
+            pool = sorted(order[start : start + pool_size], key=lengths.__getitem__)
+            batches = [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+            rng.shuffle(batches)
+            for batch in batches:
+                if made == steps:
+                    return
+                made += 1
+                yield batch
+
+
+def optimize(
+    model: torch.nn.Module,
+    batches: Iterator[list[int]],
+    loss: Loss,
+    *,
+    steps: int,
+    learning_rate: float,
+    progress: Callable[[float], None],
+) -> None:
+    """Step `model` once a batch with AdamW: 5 % linear warm-up, a cosine down to 5 % of the rate, gradients clipped at 1."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    warmup_steps = max(1, round(_WARMUP_SHARE * steps))
+
+    def rate(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    model.train()
+    for step, batch in enumerate(batches):
+        optimizer.zero_grad()
+        loss(batch).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        progress((step + 1) / steps)
+    model.eval()
+
+
+@torch.no_grad()
+def answer(model: Any, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Dialogue], limit: int = 24) -> list[str]:
+    """What the model says to each question, decoded greedily, all rows in one batch; at most `limit` tokens."""
+    batch = tokenizer([render(row)[0] for row in rows], padding=True, padding_side="left", return_tensors="pt")
+    said = model.generate(**batch, max_new_tokens=limit)
+    return tokenizer.batch_decode(said[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
