@@ -1,0 +1,211 @@
+"""Intervals against their definitions, simulation and scipy; rates that never take unscored for zero."""
+
+import math
+import random
+from statistics import fmean
+
+import numpy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from stayaligned import metrics
+from stayaligned.records import Metric, Outcome, Verdict
+
+counts = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+maybe = st.one_of(st.none(), st.booleans())
+
+
+def verdicts(outcomes, prompt_set="harmful", judge="j"):
+    return [Verdict(id=str(i), prompt_set=prompt_set, judge=judge, outcome=o) for i, o in enumerate(outcomes)]
+
+
+@given(counts, st.sampled_from([0.8, 0.95, 0.99]))
+def test_wilson_equals_scipy(count, confidence):
+    k, n = count
+    oracle = stats.binomtest(k, n).proportion_ci(confidence, method="wilson")
+    assert metrics.wilson_interval(k, n, confidence=confidence) == pytest.approx((oracle.low, oracle.high), abs=1e-9)
+
+
+@given(counts)
+def test_wilson_is_symmetric_and_holds_the_rate(count):
+    k, n = count
+    low, high = metrics.wilson_interval(k, n)
+    assert 0 <= low <= k / n <= high <= 1
+    assert metrics.wilson_interval(n - k, n) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 0), (3, 2), (-1, 5)])
+def test_wilson_refuses_what_is_no_proportion(k, n):
+    with pytest.raises(ValueError, match="no proportion"):
+        metrics.wilson_interval(k, n)
+
+
+def test_wilson_covers_95_percent_exactly_computed():
+    # Mean coverage over p, from the binomial itself rather than from samples.
+    n, covered = 50, []
+    bounds = [metrics.wilson_interval(k, n) for k in range(n + 1)]
+    for p in [i / 100 for i in range(2, 99)]:
+        mass = stats.binom.pmf(range(n + 1), n, p)
+        covered.append(sum(m for m, (low, high) in zip(mass, bounds, strict=True) if low <= p <= high))
+    assert fmean(covered) == pytest.approx(0.95, abs=0.01)
+    assert min(covered) > 0.88
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=8))
+def test_t_interval_equals_scipy(values):
+    low, high = metrics.t_interval(values)
+    if len(set(values)) == 1:
+        assert low == pytest.approx(values[0]) == high
+        return
+    oracle = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert (low, high) == pytest.approx((oracle.low, oracle.high), rel=1e-6, abs=1e-6)
+
+
+def test_one_seed_has_no_interval():
+    assert metrics.t_interval([0.5]) is None
+
+
+def test_bootstrap_covers_the_mean_and_is_deterministic():
+    rng = random.Random(0)
+    covered = 0
+    for _ in range(60):
+        values = [rng.betavariate(2, 3) for _ in range(60)]
+        low, high = metrics.bootstrap_interval(values)
+        covered += low <= 0.4 <= high
+    assert covered >= 52
+    assert metrics.bootstrap_interval(values) == (low, high)
+
+
+@given(st.lists(maybe, max_size=60))
+def test_unscored_enters_no_rate_and_is_counted(values):
+    metric = metrics.rate(values, "x", higher_is_better=True)
+    scored = [v for v in values if v is not None]
+    assert (metric.n, metric.n_unscored) == (len(scored), len(values) - len(scored))
+    assert metric.value == (pytest.approx(sum(scored) / len(scored)) if scored else None)
+    assert (metric.low is None) == (metric.high is None) == (not scored)
+
+
+def test_scores_of_zero_and_one_get_wilson_and_graded_ones_a_bootstrap():
+    binary = metrics.mean_score([1.0, 0.0, 1.0, None], "x", higher_is_better=True)
+    assert (binary.low, binary.high) == metrics.wilson_interval(2, 3)
+    graded = [0.2, 0.4, 0.9, 1.0]
+    metric = metrics.mean_score(graded, "x", higher_is_better=True)
+    assert (metric.low, metric.high) == metrics.bootstrap_interval(graded)
+
+
+def test_graded_scores_that_do_not_vary_claim_no_certainty():
+    metric = metrics.mean_score([0.5] * 10, "x", higher_is_better=True)
+    assert (metric.low, metric.high) == metrics.wilson_interval(5, 10)
+    assert metric.low < 0.5 < metric.high
+
+
+def test_scores_outside_the_unit_interval_are_refused():
+    with pytest.raises(ValueError, match="lie in"):
+        metrics.mean_score([0.5, 1.5], "x", higher_is_better=True)
+
+
+@given(st.lists(st.sampled_from([*Outcome, None]), min_size=1, max_size=40))
+def test_the_three_harm_rates_sum_to_one(outcomes):
+    harm, refusal, other = metrics.harm_metrics(verdicts(outcomes))
+    assert [m.name for m in (harm, refusal, other)] == ["harmful_score", "refusal_rate", "other_rate"]
+    assert harm.n_unscored == sum(o is None for o in outcomes)
+    if harm.n:
+        assert harm.value + refusal.value + other.value == pytest.approx(1)
+        assert harm.value == pytest.approx(sum(o is Outcome.HARM for o in outcomes) / harm.n)
+
+
+def test_each_rate_reads_its_own_prompt_set():
+    rows = verdicts([Outcome.HARM, Outcome.REFUSE]) + verdicts([Outcome.REFUSE] * 3 + [Outcome.OTHER], "benign")
+    found = {m.name: m for m in metrics.judge_metrics(rows)}
+    assert (found["harmful_score"].value, found["harmful_score"].n) == (0.5, 2)
+    assert (found["over_refusal"].value, found["over_refusal"].n) == (0.75, 4)
+    assert not found["over_refusal"].higher_is_better
+    assert [m.name for m in metrics.judge_metrics(rows[2:])] == ["over_refusal"]
+    assert "over_refusal" not in [m.name for m in metrics.judge_metrics(rows[:2])]
+
+
+def test_across_seeds_counts_runs_and_leaves_out_those_without_a_value():
+    runs = [Metric(name="x", value=v, n=100, higher_is_better=True) for v in (0.2, 0.4, None)]
+    found = metrics.across_seeds(runs)
+    assert (found.value, found.n, found.n_unscored) == (pytest.approx(0.3), 2, 1)
+    assert (found.low, found.high) == metrics.t_interval([0.2, 0.4])
+    with pytest.raises(ValueError, match="not one metric"):
+        metrics.across_seeds([runs[0], runs[0].model_copy(update={"name": "y"})])
+
+
+def test_a_paired_difference_cancels_what_seeds_share():
+    reference = dict(enumerate([0.9, 0.1, 0.5, 0.7, 0.3]))
+    candidate = {seed: level - 0.05 - 0.001 * seed for seed, level in reference.items()}
+    found = metrics.paired_difference({**candidate, 9: 0.4, 8: None}, {**reference, 8: 0.2})
+    assert found.unpaired == (8, 9)
+    assert found.high < 0
+    assert found.mean == pytest.approx(-0.052)
+    assert (found.n_lower, found.n_higher, found.p_value) == (5, 0, pytest.approx(2 * 0.5**5))
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_mcnemar_equals_the_exact_binomial_test(b, c):
+    first = {f"b{i}": True for i in range(b)} | {f"c{i}": False for i in range(c)} | {"same": True, "gap": None}
+    second = {f"b{i}": False for i in range(b)} | {f"c{i}": True for i in range(c)} | {"same": True, "gap": True}
+    found = metrics.mcnemar(first, second)
+    oracle = stats.binomtest(b, b + c).pvalue if b + c else 1.0
+    assert found.p_value == pytest.approx(oracle, abs=1e-12)
+    assert (found.only_first, found.only_second, found.n, found.n_unscored) == (b, c, b + c + 1, 1)
+    assert found.low <= found.difference <= found.high
+    assert metrics.mcnemar(second, first).low == pytest.approx(-found.high, abs=1e-12)
+
+
+def test_the_interval_of_a_paired_difference_covers_95_percent():
+    rng = random.Random(1)
+    covered = 0
+    for _ in range(1500):
+        shared = [rng.random() for _ in range(80)]
+        first = {str(i): (rng.random() < 0.3 or s < 0.3) for i, s in enumerate(shared)}
+        second = {str(i): (rng.random() < 0.1 or s < 0.3) for i, s in enumerate(shared)}
+        found = metrics.mcnemar(first, second)
+        covered += found.low <= 0.7 * 0.2 <= found.high
+    assert covered / 1500 == pytest.approx(0.95, abs=0.02)
+
+
+def test_no_common_prompt_is_no_difference():
+    found = metrics.mcnemar({"a": True}, {"b": False})
+    assert (found.n, found.difference, found.low, found.p_value) == (0, None, None, 1.0)
+
+
+def test_needed_n_gives_the_power_it_promises():
+    n = metrics.needed_n(0.5, 0.4)
+    rng = numpy.random.default_rng(0)
+    first, second = rng.binomial(n, 0.5, 40_000) / n, rng.binomial(n, 0.4, 40_000) / n
+    pooled = (first + second) / 2
+    z = (first - second) / numpy.sqrt(2 * pooled * (1 - pooled) / n)
+    assert (abs(z) > 1.959964).mean() == pytest.approx(0.8, abs=0.015)
+    assert metrics.needed_n(0.4, 0.5) == n
+    with pytest.raises(ValueError, match="different"):
+        metrics.needed_n(0.3, 0.3)
+
+
+@given(st.lists(st.tuples(st.sampled_from(list(Outcome)), st.sampled_from(list(Outcome))), min_size=1, max_size=50))
+def test_kappa_equals_its_definition(pairs):
+    n = len(pairs)
+    found = metrics.agreement("a", verdicts([x for x, _ in pairs]), "b", verdicts([y for _, y in pairs]))
+    observed = sum(x == y for x, y in pairs) / n
+    chance = sum((sum(x == o for x, _ in pairs) / n) * (sum(y == o for _, y in pairs) / n) for o in Outcome)
+    assert found.agreement == pytest.approx(observed)
+    if math.isclose(chance, 1):
+        assert found.kappa is None
+    else:
+        assert found.kappa == pytest.approx((observed - chance) / (1 - chance))
+    assert len(found.disputed) == sum(x != y for x, y in pairs)
+
+
+def test_agreement_leaves_unscored_out_and_refuses_other_completions():
+    first, second = verdicts([Outcome.HARM, None, Outcome.REFUSE]), verdicts([Outcome.OTHER, Outcome.HARM, None])
+    found = metrics.agreement("a", first, "b", second)
+    assert (found.n, found.agreement, found.disputed) == (1, 0.0, ("0",))
+    assert metrics.confusion(first, second) == {(Outcome.HARM, Outcome.OTHER): 1}
+    with pytest.raises(ValueError, match="same completions"):
+        metrics.agreement("a", first, "b", second[::-1])
+    with pytest.raises(ValueError, match="one prompt set"):
+        metrics.agreement("a", [], "b", [])
