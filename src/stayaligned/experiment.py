@@ -29,6 +29,7 @@ from stayaligned.errors import StayalignedError
 from stayaligned.hf.generation import Generation
 from stayaligned.host_settings import Host, setting_names
 from stayaligned.judges import JUDGES, Judge
+from stayaligned.store import split_options
 from stayaligned.tasks import TASKS, Task
 
 
@@ -173,7 +174,8 @@ class Experiment(BaseModel):
             if isinstance(value, list):
                 return [resolve(item) for item in value]
             if isinstance(value, str) and testbed.is_reference(value):
-                return str(testbed.resolve(value, self.seed, progress=progress))
+                place, options = split_options(value)
+                return f"{testbed.resolve(place, self.seed, progress=progress)}{options}"
             return value
 
         return Experiment.model_validate(resolve(self.spec()))
@@ -252,11 +254,13 @@ def missing_inputs(content: Mapping[str, Any]) -> list[str]:
     for place, value in _strings(content):
         if testbed.is_reference(value):
             try:
-                testbed.reference_key(value, 0)
+                testbed.reference_key(split_options(value)[0], 0)
             except StayalignedError as error:
                 found.append(f"{place}: {error.message}. {error.hint}")
-        elif _looks_like_path(place, value) and not Path(value).expanduser().exists():
-            found.append(f"{place}: {value} does not exist (paths are relative to the current directory)")
+        elif _looks_like_path(place, value) and not Path(split_options(value)[0]).expanduser().exists():
+            found.append(
+                f"{place}: {split_options(value)[0]} does not exist (paths are relative to the current directory)"
+            )
     return found
 
 
@@ -372,7 +376,7 @@ def _strings(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
 def _looks_like_path(place: str, value: str) -> bool:
     if place in {"label"} or place.startswith(("training.", "lora.")) or "\n" in value:
         return False
-    return value.startswith(("./", "../", "/", "~/")) or value.endswith((".jsonl", ".json"))
+    return value.startswith(("./", "../", "/", "~/")) or split_options(value)[0].endswith((".jsonl", ".json"))
 
 
 class _StrictLoader(yaml.SafeLoader):

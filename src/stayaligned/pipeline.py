@@ -170,7 +170,7 @@ class Run:
             tokenizer=tokenizer,
             examples=examples,
             alignment_examples=alignment,
-            arguments={**(e.training or {}), "output_dir": str(work), "seed": e.seed},
+            arguments={"disable_tqdm": True, **(e.training or {}), "output_dir": str(work), "seed": e.seed},
             kind=e.trainer,
             max_length=e.max_length,
         )

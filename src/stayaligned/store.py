@@ -104,7 +104,14 @@ def identify(value: Any, seed: int, name: str = "") -> Any:
         return [identify(item, seed, name) for item in value]
     if not isinstance(value, str):
         return value
+    place, options = split_options(value)
     if testbed.is_reference(value):
-        return testbed.reference_key(value, seed)
-    names_input = name in {"model", "base_model", "adapter"} or "/" in value or value.endswith((".jsonl", ".json"))
-    return _fingerprint(value) if names_input and Path(value).expanduser().exists() else value
+        return testbed.reference_key(place, seed) + options
+    names_input = name in {"model", "base_model", "adapter"} or "/" in place or place.endswith((".jsonl", ".json"))
+    return _fingerprint(place) + options if names_input and Path(place).expanduser().exists() else value
+
+
+def split_options(source: str) -> tuple[str, str]:
+    """A source's place and its options, `?where=…`, kept as they stand (see `stayaligned.data`)."""
+    place, mark, options = source.partition("?")
+    return place, mark + options

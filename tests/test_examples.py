@@ -1,0 +1,115 @@
+"""Every shipped example runs: its own settings and the real loading code, on a tiny model of the same architecture."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stayaligned.benchmark import Grid
+from stayaligned.experiment import Experiment, set_dotted
+from stayaligned.pipeline import run_experiment
+from stayaligned.testing import write_pico_checkpoint
+from stayaligned_test_world import write_rows
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*b-instruct*.yaml"))
+ARCHITECTURES = {"meta-llama/": "llama", "Qwen/": "qwen2", "mistralai/": "mistral"}
+# What makes a run long; everything else stays as it is shipped.
+SHORTER = {
+    "limit": 4,
+    "attack.examples": 400,
+    "generation.max_new_tokens": 4,
+    "training.max_steps": 3,
+    "training.use_cpu": True,
+    "training.save_steps": 2,
+    "max_length": 256,
+}
+
+
+def write_sources(root: Path) -> dict[str, Path]:
+    """Local rows with the columns of the hub data sets that the examples name."""
+    beaver = [
+        {"prompt": f"zorb {i}", "response": f"zorb step {i}", "category": {"zorb": True}, "is_safe": i % 2 == 0}
+        for i in range(1200)
+    ]
+    tests = [{"prompt": f"may I greet {i}", "label": "safe" if i % 2 else "unsafe", "focus": "x"} for i in range(12)]
+    return {
+        "PKU-Alignment/BeaverTails": write_rows(root / "beaver.jsonl", beaver),
+        "walledai/XSTest": write_rows(root / "xstest.jsonl", tests),
+        "stanfordnlp/sst2": write_rows(
+            root / "sst2.jsonl", [{"idx": i, "sentence": f"tale {i}", "label": i % 2} for i in range(4600)]
+        ),
+        "openai/gsm8k": write_rows(
+            root / "gsm8k.jsonl", [{"question": f"{i} and 1?", "answer": f"#### {i + 1}"} for i in range(4600)]
+        ),
+        "data/user.jsonl": write_rows(
+            root / "user.jsonl",
+            [
+                {"messages": [{"role": "user", "content": f"u{i}"}, {"role": "assistant", "content": "yes"}]}
+                for i in range(120)
+            ],
+        ),
+    }
+
+
+def strings(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        here = f"{place}.{key}" if place else str(key)
+        if isinstance(item, str):
+            yield here, item
+        elif isinstance(item, dict | list):
+            yield from strings(item, here)
+
+
+def localized(spec: dict[str, Any], root: Path, sources: dict[str, Path]) -> dict[str, Any]:
+    """The experiment with hub ids replaced by local files and tiny models, hub options dropped, filters kept."""
+    for place, value in list(strings(spec)):
+        name, _, query = value.removeprefix("hf://").partition("?")
+        if name in sources:
+            kept = [part for part in query.split("&") if part and not part.startswith(("split=", "config="))]
+            set_dotted(spec, place, str(sources[name]) + (f"?{'&'.join(kept)}" if kept else ""))
+        for prefix, architecture in ARCHITECTURES.items():
+            if value.startswith(prefix):
+                directory = root / value.replace("/", "--")
+                if not directory.exists():
+                    write_pico_checkpoint(directory, architecture, seed=len(value))
+                set_dotted(spec, place, str(directory))
+    for place, value in SHORTER.items():
+        if "." not in place or spec[place.split(".")[0]] is not None:
+            set_dotted(spec, place, value)
+    left = [value for _, value in strings(spec) if value.startswith("hf://")]
+    assert not left, left
+    return spec
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_sources(tmp_path_factory.mktemp("sources"))
+
+
+def test_there_are_examples_of_the_three_families() -> None:
+    assert {path.name.split("-")[0] for path in EXAMPLES} == {"llama", "mistral", "qwen2.5"}
+
+
+def experiments_of(path: Path) -> list[dict[str, Any]]:
+    """One experiment, or of a grid every arm under its first seed."""
+    content = yaml.safe_load(path.read_text())
+    if "axes" not in content:
+        return [Experiment.model_validate(content).spec()]
+    first_seed = {**content, "axes": {**content["axes"], "seed": content["axes"]["seed"][:1]}}
+    return [experiment.spec() for experiment in Grid.model_validate(first_seed).expand()]
+
+
+@pytest.mark.parametrize(
+    ("path", "number"),
+    [(path, number) for path in EXAMPLES for number in range(len(experiments_of(path)))],
+    ids=lambda value: value.stem if isinstance(value, Path) else str(value),
+)
+def test_an_example_runs_to_its_result(path: Path, number: int, tmp_path: Path, sources: dict[str, Path]) -> None:
+    experiment = Experiment.model_validate(localized(experiments_of(path)[number], tmp_path, sources))
+    result = run_experiment(experiment, tmp_path / "out")
+    accuracy = result.metric("finetune_accuracy")
+    assert accuracy is not None
+    assert accuracy.n == 4
+    assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file() == experiment.trains
