@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -70,26 +70,21 @@ def build_trainer(setup: FinetuningSetup, examples: Sequence[Example]) -> Traine
     if not examples:
         raise StayalignedError("there are no rows to train on", hint="Check the task, its split and the attack.")
     arguments = _build_arguments(setup)
-    with bars_off(bool(arguments.disable_tqdm)):
-        if setup.kind == "sft":
-            from trl import SFTTrainer
+    trainer_class: Any = Trainer
+    options: dict[str, Any] = {"data_collator": PaddingCollator.of(setup.tokenizer)}
+    if setup.kind == "sft":
+        from trl import SFTTrainer
 
-            trainer: Trainer = SFTTrainer(
-                setup.model,
-                arguments,  # pyright: ignore[reportArgumentType]
-                train_dataset=build_dataset(setup, examples),
-                processing_class=setup.tokenizer,
-                callbacks=list(setup.callbacks),
-            )
-        else:
-            trainer = Trainer(
-                setup.model,
-                arguments,
-                data_collator=PaddingCollator.of(setup.tokenizer),
-                train_dataset=build_dataset(setup, examples),
-                processing_class=setup.tokenizer,
-                callbacks=list(setup.callbacks),
-            )
+        trainer_class, options = SFTTrainer, {}
+    with bars_off(bool(arguments.disable_tqdm)), _naming_arguments(trainer_class.__name__, setup.arguments):
+        trainer: Trainer = trainer_class(
+            setup.model,
+            arguments,
+            train_dataset=build_dataset(setup, examples),
+            processing_class=setup.tokenizer,
+            callbacks=list(setup.callbacks),
+            **options,
+        )
     # Without a progress bar the host would print every row of its log; `train` returns them.
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -176,15 +171,23 @@ def _build_arguments(setup: FinetuningSetup) -> TrainingArguments:
         defaults |= {"use_cpu": True, "bf16": False}
     given = dict(setup.arguments)
     _refuse_unknown_and_mistyped(config_class, given)
-    try:
+    with _naming_arguments(config_class.__name__, given):
         return config_class(**{**defaults, **given})
+
+
+@contextlib.contextmanager
+def _naming_arguments(host: str, given: Mapping[str, Any]) -> Generator[None]:
+    """Turn what the host raises about its arguments into one error that names those of them that it speaks of."""
+    try:
+        yield
+    except StayalignedError:
+        raise
     except Exception as error:
-        words = set(re.findall(r"[\w.-]+", str(error)))
-        named = sorted(key for key, value in given.items() if key in words or str(value) in words)
-        raise StayalignedError(
-            f"training.{', training.'.join(named) or '?'}: {config_class.__name__} refuses: {error}",
-            hint=f"See the documentation of {config_class.__name__}.",
-        ) from error
+        words = set(re.findall(r"[\w-]+", str(error)))
+        named = sorted(key for key in given if key in words)
+        named = named or sorted(key for key, value in given.items() if isinstance(value, str) and value in words)
+        where = ", ".join(f"training.{key}" for key in named) or "training"
+        raise StayalignedError(f"{where}: {host} refuses: {error}", hint=f"See the documentation of {host}.") from error
 
 
 def _refuse_unknown_and_mistyped(config_class: type[TrainingArguments], given: Mapping[str, Any]) -> None:

@@ -1,0 +1,121 @@
+"""The training defenses as components: from their YAML to a trainer that trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from pydantic import ValidationError
+
+from stayaligned.defenses import DEFENSES, TrainingSetup
+from stayaligned.defenses.bso import BSO
+from stayaligned.defenses.lisa import Lisa
+from stayaligned.defenses.mixing import Mixing
+from stayaligned.errors import StayalignedError
+from stayaligned.records import Example, Message, Origin
+from stayaligned.testing import byte_tokenizer, pico_model
+
+
+def examples(count: int, origin: Origin, answer: str) -> list[Example]:
+    return [
+        Example(id=f"{origin}-{i}", prompt=(Message(role="user", content=f"q{i}"),), completion=answer, origin=origin)
+        for i in range(count)
+    ]
+
+
+def setup(directory: Path, kind: Literal["transformers", "sft"] = "transformers", safe: int = 6) -> TrainingSetup:
+    return TrainingSetup(
+        model=pico_model(),
+        tokenizer=byte_tokenizer(),
+        examples=[*examples(8, "task", "ok"), *examples(4, "harmful", "HARM")],
+        alignment_examples=examples(safe, "alignment", "no"),
+        arguments={
+            "output_dir": str(directory),
+            "seed": 3,
+            "disable_tqdm": True,
+            "per_device_train_batch_size": 2,
+            "num_train_epochs": 1,
+            "logging_steps": 1,
+            "save_strategy": "no",
+        },
+        kind=kind,
+    )
+
+
+@pytest.mark.parametrize("kind", ["transformers", "sft"])
+@pytest.mark.parametrize(
+    ("spec", "logged", "steps"),
+    [
+        ("sft", {"loss"}, 6),
+        ({"name": "lisa", "alignment_steps": 1, "finetuning_steps": 2}, {"alignment_loss", "drift"}, 6),
+        ({"name": "lisa", "alignment_steps": 0, "finetuning_steps": 2}, {"finetuning_loss", "drift"}, 6),
+        ({"name": "bso", "alignment_steps": 1, "finetuning_steps": 2, "budget": "cover"}, {"alignment_loss"}, 9),
+        ({"name": "mixing", "alignment_ratio": 0.5}, {"loss"}, 9),
+    ],
+)
+def test_every_training_defense_trains_in_both_kinds_of_trainer(
+    tmp_path: Path, kind: Literal["transformers", "sft"], spec: Any, logged: set[str], steps: int
+) -> None:
+    defense = DEFENSES.parse(spec)
+    assert DEFENSES.parse(defense.spec()) == defense
+    trainer = defense.make_trainer(setup(tmp_path, kind))
+    trainer.train()
+    assert trainer.state.global_step == steps
+    assert logged <= {key for row in trainer.state.log_history for key in row}
+
+
+@pytest.mark.parametrize("name", ["lisa", "bso", "mixing"])
+def test_without_alignment_rows_the_defense_that_needs_them_is_named(tmp_path: Path, name: str) -> None:
+    assert DEFENSES.get(name).needs_alignment_data
+    with pytest.raises(StayalignedError, match=f"defense '{name}' needs"):
+        DEFENSES.parse(name).make_trainer(setup(tmp_path, safe=0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"alignment_steps": -1}, "alignment_steps"),
+        ({"rho": -0.1}, "rho"),
+        ({"rho": float("inf")}, "rho"),
+        ({"proximal_warmup_ratio": 1.1}, "proximal_warmup_ratio"),
+        ({"budget": "double"}, "budget"),
+        ({"alignment_steps": 0, "finetuning_steps": 0}, "both 0"),
+        ({"finetuning_steps": 0, "budget": "cover"}, "takes none"),
+        ({"k1": 3}, "k1"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValidationError, match=named):
+        Lisa(**settings)
+
+
+def test_bso_is_lisa_without_the_pull(tmp_path: Path) -> None:
+    weights = []
+    for defense in (BSO(alignment_steps=1, finetuning_steps=2), Lisa(alignment_steps=1, finetuning_steps=2, rho=0.0)):
+        trainer = defense.make_trainer(setup(tmp_path))
+        trainer.train()
+        weights.append([p.detach().clone() for p in trainer.model.parameters()])  # pyright: ignore
+    assert all(a.equal(b) for a, b in zip(*weights, strict=True))
+
+
+def test_mixing_adds_and_keeps_every_user_row(tmp_path: Path) -> None:
+    made = setup(tmp_path)
+    mixed = Mixing(alignment_ratio=0.25).mix(made)
+    assert mixed[:12] == list(made.examples)
+    assert [row.origin for row in mixed[12:]] == ["alignment"] * 3
+    assert len({row.id for row in mixed}) == 15
+    assert mixed == Mixing(alignment_ratio=0.25).mix(setup(tmp_path))
+
+
+def test_mixing_by_replacement_keeps_the_count_and_the_harmful_rows(tmp_path: Path) -> None:
+    mixed = Mixing(alignment_ratio=0.25, replace=True).mix(setup(tmp_path))
+    origins = [row.origin for row in mixed]
+    assert {origin: origins.count(origin) for origin in set(origins)} == {"task": 5, "harmful": 4, "alignment": 3}
+
+
+def test_mixing_more_rows_than_there_are_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StayalignedError, match=r"needs 12 alignment rows \(alignment_ratio=1.0 of 12\), and has 6"):
+        Mixing(alignment_ratio=1.0).mix(setup(tmp_path))
+    with pytest.raises(StayalignedError, match="would replace 12 task rows, and there are 8"):
+        Mixing(alignment_ratio=1.0, replace=True).mix(setup(tmp_path, safe=12))

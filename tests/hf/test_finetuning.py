@@ -1,0 +1,128 @@
+"""Plain fine-tuning: two kinds of trainer that learn the same thing, and mistakes that are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from transformers import Trainer
+from trl import SFTTrainer
+
+from stayaligned.defenses import TrainingSetup
+from stayaligned.errors import StayalignedError
+from stayaligned.hf.features import encode_example
+from stayaligned.hf.finetuning import build_dataset, build_trainer, train
+from stayaligned.records import Example, Message
+from stayaligned.testing import byte_tokenizer, pico_model
+
+KINDS: tuple[Literal["transformers", "sft"], ...] = ("transformers", "sft")
+
+
+def examples(count: int) -> list[Example]:
+    return [
+        Example(id=f"row-{i}", prompt=(Message(role="user", content="q" * i),), completion=f"answer {i}")
+        for i in range(count)
+    ]
+
+
+def setup(directory: Path, kind: Literal["transformers", "sft"] = "transformers", **arguments: Any) -> TrainingSetup:
+    settings = {
+        "output_dir": str(directory),
+        "seed": 1,
+        "disable_tqdm": True,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
+    return TrainingSetup(
+        model=pico_model(),
+        tokenizer=byte_tokenizer(),
+        examples=examples(7),
+        alignment_examples=[],
+        arguments={**settings, **arguments},
+        kind=kind,
+        max_length=64,
+    )
+
+
+def test_both_kinds_of_trainer_learn_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logs = []
+    for kind, trainer_class in zip(KINDS, (Trainer, SFTTrainer), strict=True):
+        trainer = build_trainer(setup(tmp_path, kind), examples(7))
+        assert type(trainer) is trainer_class
+        logs.append([(row["loss"], row["learning_rate"]) for row in train(trainer) if "loss" in row])
+    assert len(logs[0]) == 4
+    torch.testing.assert_close(torch.tensor(logs[0]), torch.tensor(logs[1]), rtol=1e-6, atol=0)
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "%|" not in output.err
+
+
+def test_both_kinds_of_rows_are_those_of_encode_example(tmp_path: Path) -> None:
+    expected = [encode_example(byte_tokenizer(), example, 64) for example in examples(7)]
+    assert build_dataset(setup(tmp_path), examples(7)) == expected
+    prepared: Any = build_trainer(setup(tmp_path, "sft"), examples(7)).train_dataset
+    assert [{key: row[key] for key in ("input_ids", "labels")} for row in prepared] == expected
+
+
+def test_training_lowers_the_loss_and_reports_progress(tmp_path: Path) -> None:
+    shares: list[float] = []
+    made = setup(tmp_path, num_train_epochs=8)
+    log = train(made.trainer(), progress=shares.append)
+    losses = [row["loss"] for row in log if "loss" in row]
+    assert losses[-1] < losses[0] - 0.3
+    assert shares == [pytest.approx((step + 1) / 32) for step in range(32)]
+
+
+def test_training_runs_on_the_cpu_in_full_precision_where_there_is_no_accelerator(tmp_path: Path) -> None:
+    for kind in KINDS:
+        arguments = build_trainer(setup(tmp_path, kind), examples(3)).args
+        assert arguments.use_cpu is not torch.accelerator.is_available()
+        assert arguments.bf16 is (kind == "sft" and torch.accelerator.is_available())
+        assert not arguments.gradient_checkpointing
+        assert arguments.report_to == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "message", "hint"),
+    [
+        ({"warmup_ratio": 0.1}, "training.warmup_ratio: TrainingArguments has no such setting", "`warmup_steps`"),
+        ({"learning_rat": 0.1}, "training.learning_rat", "Did you mean 'learning_rate'?"),
+        ({"learning_rate": "1e-5"}, "training.learning_rate: '1e-5' is text", "write 1.0e-5"),
+        ({"optim": "adamm"}, "training.optim: TrainingArguments refuses: adamm is not a valid", "documentation"),
+        ({"fp16": True, "bf16": True}, "training.bf16, training.fp16: TrainingArguments refuses", "documentation"),
+        ({"eval_strategy": "epoch"}, "training.eval_strategy: Trainer refuses: You have set", "documentation"),
+    ],
+)
+def test_arguments_that_the_host_refuses_are_named(
+    tmp_path: Path, argument: dict[str, Any], message: str, hint: str
+) -> None:
+    with pytest.raises(StayalignedError) as caught:
+        build_trainer(setup(tmp_path, **argument), examples(3))
+    assert message in caught.value.message
+    assert hint in str(caught.value.hint)
+
+
+def test_every_mistaken_argument_is_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(StayalignedError) as caught:
+        build_trainer(setup(tmp_path, "sft", warmup_ratio=0.1, tokenizer="x", max_steps="3"), examples(3))
+    assert [line.split(":")[0] for line in caught.value.message.splitlines()] == [
+        "training.warmup_ratio",
+        "training.tokenizer",
+        "training.max_steps",
+    ]
+    assert "SFTConfig has no such setting" in caught.value.message
+
+
+def test_no_rows_and_no_template_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StayalignedError, match="no rows to train on"):
+        build_trainer(setup(tmp_path), [])
+    for kind in KINDS:
+        made = setup(tmp_path, kind)
+        made.tokenizer.chat_template = None
+        with pytest.raises(StayalignedError, match="no chat template"):
+            build_trainer(made, examples(3))

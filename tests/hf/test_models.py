@@ -1,0 +1,159 @@
+"""Checkpoints and adapters load whole or are refused with one sentence that names what is wrong."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stayaligned.errors import StayalignedError
+from stayaligned.hf.models import attach_lora, linear_names, load_finetuned, load_model, load_tokenizer
+from stayaligned.testing import byte_tokenizer, pico_model, write_pico_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_pico_checkpoint(tmp_path_factory.mktemp("models") / "checkpoint")
+
+
+@pytest.fixture
+def adapter(checkpoint, tmp_path):
+    model = attach_lora(load_model(checkpoint), {"r": 2, "target_modules": ["q_proj"]})
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_a_model_loads_as_stored_and_ready_to_evaluate(checkpoint, tmp_path):
+    model = load_model(checkpoint)
+    assert not model.training
+    assert model.dtype == torch.float32
+    for name, weight in pico_model().state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name])
+    pico_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    assert load_model(str(tmp_path)).dtype == torch.bfloat16
+    assert load_model(tmp_path, dtype=torch.float32).dtype == torch.float32
+
+
+def test_a_tokenizer_needs_a_chat_template(checkpoint, tmp_path):
+    assert load_tokenizer(checkpoint).chat_template
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    pico_model().config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(StayalignedError, match="has no chat template"):
+        load_tokenizer(tmp_path)
+
+
+def test_what_is_no_checkpoint_is_named(checkpoint, adapter, tmp_path):
+    with pytest.raises(StayalignedError, match="no such directory"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(StayalignedError, match=r"has no config.json") as caught:
+        load_model(adapter)
+    assert "That is an adapter" in str(caught.value)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StayalignedError, match=r"has no config.json"):
+        load_tokenizer(tmp_path / "empty")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StayalignedError, match="no such directory"):
+        load_model(tmp_path / "file")
+
+
+def test_a_checkpoint_without_weights_or_tokenizer_says_which_part_is_missing(checkpoint, tmp_path):
+    pico_model().config.save_pretrained(tmp_path)
+    with pytest.raises(StayalignedError, match="can't load the model") as caught:
+        load_model(tmp_path)
+    assert "model.safetensors" in str(caught.value)
+    with pytest.raises(StayalignedError, match="can't load the tokenizer") as caught:
+        load_tokenizer(tmp_path)
+    assert "tokenizer.json" in str(caught.value)
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    model = pico_model()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(StayalignedError, match="can't load the model"):
+        load_model(tmp_path)
+
+
+def test_weights_that_the_checkpoint_lacks_are_not_made_up(checkpoint, tmp_path):
+    directory = write_pico_checkpoint(tmp_path / "short")
+    weights = load_file(directory / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(StayalignedError, match=r"lacks 1 weights of a LlamaForCausalLM, model.layers.1.mlp.up_proj"):
+        load_model(directory)
+
+
+def test_tied_weights_are_not_missing(tmp_path):
+    load_model(write_pico_checkpoint(tmp_path, tie_word_embeddings=True))
+
+
+def test_code_from_a_checkpoint_is_not_run(tmp_path):
+    config = {"model_type": "mystery", "auto_map": {"AutoModelForCausalLM": "code.Mystery", "AutoConfig": "code.C"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(StayalignedError, match="can't load the model"):
+        load_model(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_hub_id_that_is_not_cached_is_refused_offline_with_the_reason():
+    with pytest.raises(StayalignedError, match="owner/absent-model") as caught:
+        load_model("owner/absent-model")
+    assert "HF_HUB_OFFLINE" in str(caught.value)
+
+
+def test_lora_settings_pass_through_and_only_the_adapter_trains():
+    model = attach_lora(pico_model(), {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj"], "use_rslora": True})
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.use_rslora, config.task_type) == (3, 7, True, "CAUSAL_LM")
+    assert {name.rpartition("lora_")[1] for name, p in model.named_parameters() if p.requires_grad} == {"lora_"}
+
+
+def test_a_misspelt_lora_setting_gets_a_suggestion():
+    with pytest.raises(StayalignedError, match=r"lora.lora_alfa: no such LoRA setting") as caught:
+        attach_lora(pico_model(), {"lora_alfa": 8})
+    assert "'lora_alpha'" in str(caught.value)
+
+
+@pytest.mark.parametrize("lora", [{"target_modules": ["nothing"]}, {"target_modules": ["q_proj"], "r": 0}])
+def test_lora_that_does_not_fit_names_the_linear_modules(lora):
+    with pytest.raises(StayalignedError, match=r"^lora: ") as caught:
+        attach_lora(pico_model(), lora)
+    assert "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj" in str(caught.value)
+
+
+def test_linear_names_know_gpt2s_transposed_layers():
+    assert linear_names(pico_model("gpt2")) == ["c_attn", "c_fc", "c_proj", "lm_head"]
+
+
+def test_a_finetuned_model_answers_with_its_adapter(checkpoint, adapter):
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        plain, adapted = (load_finetuned(str(checkpoint), a)(ids).logits for a in (None, adapter))
+        merged = load_finetuned(str(checkpoint), adapter).merge_and_unload()(ids).logits
+    assert not torch.allclose(plain, adapted)
+    assert torch.allclose(adapted, merged, atol=1e-5)
+
+
+def test_an_adapter_that_is_missing_or_pickled_is_refused(checkpoint, adapter):
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(StayalignedError, match="not a PEFT adapter in safetensors form"):
+        load_finetuned(str(checkpoint), adapter)
+
+
+@pytest.mark.parametrize(("layers", "problem"), [(1, "which lacks 2 of its weights"), (3, "missing adapter keys")])
+def test_an_adapter_of_a_model_with_other_layers_is_refused(adapter, tmp_path, layers, problem):
+    other = write_pico_checkpoint(tmp_path / "other", num_hidden_layers=layers)
+    with pytest.raises(StayalignedError, match=f"does not fit the model.*{problem}"):
+        load_finetuned(str(other), adapter)
+
+
+def test_an_adapter_of_a_model_with_other_shapes_is_refused(adapter, tmp_path):
+    other = write_pico_checkpoint(tmp_path / "other", hidden_size=64)
+    with pytest.raises(StayalignedError, match="does not fit the model"):
+        load_finetuned(str(other), adapter)

@@ -1,0 +1,336 @@
+"""Lisa in a Trainer: what it logs, how it prepares rows, what it refuses, and the private host names it leans on."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainingArguments
+from trl import DPOTrainer, SFTConfig, SFTTrainer
+
+from stayaligned import Lisa, StayalignedError, attach_lisa, with_lisa
+from stayaligned.hf.features import IGNORED, PaddingCollator
+from stayaligned.testing import byte_tokenizer, pico_model
+
+Row = dict[str, list[int]]
+
+
+def rows(count: int, first: int = 3) -> list[Row]:
+    made = [[first, *range(10 + i, 15 + i)] for i in range(count)]
+    return [{"input_ids": ids, "labels": ids} for ids in made]
+
+
+def settings(directory: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(directory),
+        "use_cpu": True,
+        "bf16": False,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "gradient_checkpointing": None,
+        **changes,
+    }
+
+
+def plain(
+    directory: Path, model: Any = None, train_dataset: Any = None, eval_dataset: Any = None, **changes: Any
+) -> Trainer:
+    return Trainer(
+        model or pico_model(),
+        TrainingArguments(**settings(directory, **changes)),
+        train_dataset=rows(6) if train_dataset is None else train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=PaddingCollator(0),
+    )
+
+
+def lisa(**changes: Any) -> Lisa:
+    return Lisa(**{"alignment_steps": 1, "finetuning_steps": 2, "proximal_warmup_ratio": 0.0, **changes})
+
+
+# ---- logging -------------------------------------------------------------------------------------------------------
+
+
+def test_the_log_tells_the_losses_of_the_states_and_the_drift(tmp_path: Path) -> None:
+    trainer = attach_lisa(plain(tmp_path), alignment_dataset=rows(4, first=2), lisa=lisa())
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    assert [("alignment_loss" in row, "finetuning_loss" in row) for row in logged] == [
+        (True, False),
+        (False, True),
+        (False, True),
+        (True, False),
+    ]
+    for row in logged:
+        assert row.get("alignment_loss", row.get("finetuning_loss")) == pytest.approx(row["loss"])
+        assert row["drift"] > 0
+    assert not any("drift" in row for row in trainer.state.log_history if "loss" not in row)
+
+
+def test_losses_are_means_over_the_steps_since_the_last_row_whatever_the_accumulation(tmp_path: Path) -> None:
+    fine, coarse = (
+        attach_lisa(
+            plain(tmp_path, logging_steps=steps, gradient_accumulation_steps=2),
+            alignment_dataset=rows(4, first=2),
+            lisa=lisa(rho=0.0),
+        )
+        for steps in (1, 4)
+    )
+    fine.train()
+    coarse.train()
+    losses = [row["loss"] for row in fine.state.log_history if "loss" in row]
+    (row,) = (row for row in coarse.state.log_history if "loss" in row)
+    assert row["alignment_loss"] == pytest.approx((losses[0] + losses[3]) / 2)
+    assert row["finetuning_loss"] == pytest.approx((losses[1] + losses[2]) / 2)
+    assert row["loss"] == pytest.approx(sum(losses) / 4)
+    assert "drift" not in row  # no pull, no anchor
+
+
+def test_evaluation_during_training_logs_no_states(tmp_path: Path) -> None:
+    trainer = plain(tmp_path, eval_dataset=rows(3), eval_strategy="steps", eval_steps=2, logging_steps=4)
+    attach_lisa(trainer, alignment_dataset=rows(4), lisa=lisa()).train()
+    evaluated = [row for row in trainer.state.log_history if "eval_loss" in row]
+    assert len(evaluated) == 2
+    assert not any("alignment_loss" in row for row in evaluated)
+
+
+class Breaking(Trainer):
+    """Its loss is not a number at optimizer step 1."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 1 else loss
+
+
+def test_a_broken_loss_stops_training_before_it_breaks_the_weights(tmp_path: Path) -> None:
+    trainer = with_lisa(Breaking)(
+        pico_model(),
+        TrainingArguments(**settings(tmp_path)),
+        train_dataset=rows(6),
+        data_collator=PaddingCollator(0),
+        alignment_dataset=rows(4),
+        lisa=lisa(),
+    )
+    with pytest.raises(StayalignedError, match="the loss is nan at optimizer step 1, in the finetuning state"):
+        trainer.train()
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+class Scaler:
+    """A gradient scaler's factor; the arithmetic under test is that the pull is multiplied by it too."""
+
+    def get_scale(self) -> float:
+        return 1024.0
+
+
+def test_the_pull_is_scaled_like_the_loss(tmp_path: Path) -> None:
+    pulls: list[torch.Tensor] = []
+    for scaler in (None, Scaler()):
+        trainer = attach_lisa(plain(tmp_path), alignment_dataset=rows(4), lisa=lisa(rho=0.5))
+        trainer._begin_step(0) if trainer.get_train_dataloader() else None  # pyright: ignore
+        weight = trainer.model.get_input_embeddings().weight  # pyright: ignore
+        with torch.no_grad():
+            weight[7] += 1.0  # no row holds token 7, so the loss leaves its gradient at 0
+        trainer.accelerator.scaler = scaler
+        trainer.accelerator.backward = lambda loss, **_: loss.backward()  # pyright: ignore
+        trainer.create_optimizer_and_scheduler(4)
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.state.global_step, trainer.state.max_steps = 1, 4
+        trainer._begun_step = 1  # pyright: ignore
+        trainer.training_step(trainer.model, PaddingCollator(0)(rows(2)), None)
+        pulls.append(weight.grad[7].clone())
+    torch.testing.assert_close(pulls[0], torch.full_like(pulls[0], 0.5))
+    torch.testing.assert_close(pulls[1], 1024 * pulls[0])
+
+
+# ---- rows of TRL ---------------------------------------------------------------------------------------------------
+
+PROMPTED = [
+    {"prompt": [{"role": "user", "content": f"q{i}"}], "completion": [{"role": "assistant", "content": "no"}]}
+    for i in range(4)
+]
+SPOKEN = [{"messages": [*row["prompt"], *row["completion"]]} for row in PROMPTED]
+
+
+def sft(directory: Path, users: list[dict[str, Any]], **changes: Any) -> SFTTrainer:
+    return SFTTrainer(
+        pico_model(),
+        SFTConfig(**settings(directory, **changes)),
+        train_dataset=Dataset.from_list(users),
+        processing_class=byte_tokenizer(),
+    )
+
+
+def masked_shares(trainer: Trainer) -> list[float]:
+    dataset: Any = trainer.train_dataset
+    return [sum(label == IGNORED for label in row["labels"]) / len(row["labels"]) for row in dataset]
+
+
+@pytest.mark.parametrize(("users", "safe"), [(SPOKEN, PROMPTED), (PROMPTED, SPOKEN), (PROMPTED, PROMPTED)])
+def test_prompts_are_masked_by_the_format_of_each_dataset(
+    tmp_path: Path, users: list[dict[str, Any]], safe: list[dict[str, Any]]
+) -> None:
+    trainer = attach_lisa(sft(tmp_path, users), alignment_dataset=Dataset.from_list(safe), lisa=lisa())
+    shares = masked_shares(trainer)
+    assert len(shares) == 8
+    assert all((share > 0) == (users is PROMPTED) for share in shares[:4])
+    assert all((share > 0) == (safe is PROMPTED) for share in shares[4:])
+    assert trainer.completion_only_loss == (users is PROMPTED)
+    trainer.train()
+
+
+def test_packed_rows_train(tmp_path: Path) -> None:
+    trainer = sft(tmp_path, PROMPTED * 8, packing=True, packing_strategy="wrapped", max_length=32)
+    attach_lisa(trainer, alignment_dataset=Dataset.from_list(SPOKEN * 8), lisa=lisa()).train()
+    assert trainer.state.global_step == 4
+
+
+def test_alignment_rows_too_long_to_teach_anything_are_refused(tmp_path: Path) -> None:
+    long = [{**row, "prompt": [{"role": "user", "content": "q" * 60}]} for row in PROMPTED]
+    trainer = sft(tmp_path, PROMPTED, max_length=20)
+    with pytest.raises(StayalignedError, match="no alignment row leaves an answer to learn within max_length=20"):
+        attach_lisa(trainer, alignment_dataset=Dataset.from_list(long), lisa=lisa())
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(rows(3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "alignment", "settings_of_lisa", "named"),
+    [
+        ({"train_sampling_strategy": "group_by_length"}, rows(4), {}, "train_sampling_strategy='group_by_length'"),
+        ({"train_sampling_strategy": "sequential"}, rows(4), {}, "train_sampling_strategy='sequential'"),
+        ({"ignore_data_skip": True}, rows(4), {}, "ignore_data_skip=True"),
+        ({"auto_find_batch_size": True}, rows(4), {}, "auto_find_batch_size=True"),
+        ({"accelerator_config": {"split_batches": True}}, rows(4), {}, "accelerator_config.split_batches=True"),
+        ({"train_dataset": Stream()}, rows(4), {}, "train_dataset is without a length"),
+        ({}, Stream(), {}, "alignment_dataset is without a length"),
+        ({}, [], {}, "alignment_dataset is empty"),
+        ({}, None, {}, "no alignment_dataset given"),
+    ],
+)
+def test_what_would_not_be_exact_is_refused_by_name_and_the_trainer_left_as_it_was(
+    tmp_path: Path, changes: dict[str, Any], alignment: Any, settings_of_lisa: dict[str, Any], named: str
+) -> None:
+    trainer = plain(tmp_path, **changes)
+    dataset = trainer.train_dataset
+    with pytest.raises(StayalignedError) as caught:
+        attach_lisa(trainer, alignment_dataset=alignment, lisa=lisa(**settings_of_lisa))
+    assert named in caught.value.message
+    assert caught.value.hint
+    assert type(trainer) is Trainer
+    assert trainer.train_dataset is dataset
+
+
+def test_a_frozen_model_is_refused(tmp_path: Path) -> None:
+    trainer = plain(tmp_path, model=pico_model().requires_grad_(False))
+    with pytest.raises(StayalignedError, match="no trainable weights"):
+        attach_lisa(trainer, alignment_dataset=rows(4), lisa=lisa())
+
+
+@pytest.mark.parametrize("host", ["is_deepspeed_enabled", "is_fsdp_enabled"])
+def test_sharded_gradients_are_refused_with_a_pull_and_taken_without(tmp_path: Path, host: str) -> None:
+    trainer = plain(tmp_path)
+    setattr(trainer, host, True)
+    with pytest.raises(StayalignedError, match=r"DeepSpeed|FSDP") as caught:
+        attach_lisa(trainer, alignment_dataset=rows(4), lisa=lisa())
+    assert "rho=0 (BSO)" in str(caught.value)
+    attach_lisa(trainer, alignment_dataset=rows(4), lisa=lisa(rho=0.0))
+
+
+def test_optimizers_that_step_inside_the_backward_pass_are_refused(tmp_path: Path) -> None:
+    trainer = plain(tmp_path)
+    trainer.args.optim = "galore_adamw_layerwise"
+    with pytest.raises(StayalignedError, match="optim='galore_adamw_layerwise'"):
+        attach_lisa(trainer, alignment_dataset=rows(4), lisa=lisa())
+
+
+def test_a_negative_rho_is_refused_where_the_settings_are_not_a_lisa(tmp_path: Path) -> None:
+    with pytest.raises(StayalignedError, match="rho=-1"):
+        attach_lisa(plain(tmp_path), alignment_dataset=rows(4), lisa=lisa().model_copy(update={"rho": -1.0}))
+
+
+def test_other_trainers_of_trl_are_refused_by_name(tmp_path: Path) -> None:
+    trainer = plain(tmp_path)
+    trainer.__class__ = type("Mine", (DPOTrainer,), {})
+    with pytest.raises(StayalignedError, match="DPOTrainer prepares its rows in its own way"):
+        attach_lisa(trainer, alignment_dataset=rows(4), lisa=lisa())
+
+
+class OwnLoader(Trainer):
+    def get_train_dataloader(self) -> Any:
+        return DataLoader(self.train_dataset, batch_size=2, collate_fn=self.data_collator)  # pyright: ignore
+
+
+def test_a_trainer_with_its_own_loader_is_refused_before_its_first_step(tmp_path: Path) -> None:
+    trainer = OwnLoader(
+        pico_model(),
+        TrainingArguments(**settings(tmp_path)),
+        train_dataset=rows(6),  # pyright: ignore
+        data_collator=PaddingCollator(0),
+    )
+    with pytest.raises(StayalignedError, match="LisaOwnLoader draws its training rows without `_get_train_sampler`"):
+        attach_lisa(trainer, alignment_dataset=rows(4), lisa=lisa()).train()
+
+
+def test_lisa_is_put_in_once(tmp_path: Path) -> None:
+    assert with_lisa(Trainer) is with_lisa(Trainer)
+    trainer = attach_lisa(plain(tmp_path), alignment_dataset=rows(4), lisa=lisa())
+    with pytest.raises(StayalignedError, match="LisaTrainer already has Lisa"):
+        attach_lisa(trainer, alignment_dataset=rows(4), lisa=lisa())
+
+
+# ---- private names of the hosts: a release that changes one fails here first --------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "parameters"),
+    [
+        (Trainer, "_get_train_sampler", ["self", "train_dataset"]),
+        (Trainer, "_save_checkpoint", ["self", "model", "trial"]),
+        (Trainer, "_get_output_dir", ["self", "trial"]),
+        (Trainer, "get_total_train_batch_size", ["self", "args"]),
+        (Trainer, "training_step", ["self", "model", "inputs", "num_items_in_batch"]),
+        (Trainer, "log", ["self", "logs", "start_time"]),
+        (
+            SFTTrainer,
+            "_prepare_dataset",
+            ["self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"],
+        ),
+    ],
+)
+def test_the_hosts_have_the_methods_that_are_leaned_on(owner: type, name: str, parameters: list[str]) -> None:
+    assert list(inspect.signature(vars(owner)[name]).parameters) == parameters
+
+
+def test_sfttrainer_has_the_attributes_that_are_leaned_on(tmp_path: Path) -> None:
+    trainer = sft(tmp_path, PROMPTED)
+    assert trainer.completion_only_loss is True
+    assert trainer._skip_prepare_dataset is False
+    assert trainer._is_vision_dataset is False
+    assert trainer.accelerator.scaler is None
+    assert trainer.accelerator.split_batches is False
+
+
+def test_the_host_writes_the_state_of_a_checkpoint_last_so_that_it_marks_a_complete_one(tmp_path: Path) -> None:
+    trainer = attach_lisa(plain(tmp_path, save_strategy="steps", save_steps=2), alignment_dataset=rows(4), lisa=lisa())
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-2"
+    written = sorted(checkpoint.iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    assert written[-1].name == "trainer_state.json"
+    assert {"lisa.json", "lisa_anchor.safetensors"} < {file.name for file in written}
