@@ -76,8 +76,9 @@ def weight_names(checkpoint: Checkpoint, layers: Sequence[LoraLayer]) -> dict[st
     Raises:
         StayalignedError: listing the layers whose weight is missing, or is put together from several tensors.
     """
-    stored = _stored_names(checkpoint)
-    tied: Mapping[str, str] = meta_model(checkpoint).all_tied_weights_keys
+    model = meta_model(checkpoint)
+    stored = _stored_names(checkpoint, model)
+    tied: Mapping[str, str] = model.all_tied_weights_keys
     names: dict[str, str] = {}
     missing: list[str] = []
     converted: list[str] = []
@@ -205,7 +206,7 @@ def _base_copies(adapter: Adapter, checkpoint: Checkpoint, layers: Sequence[Lora
     import torch
 
     copied = {key: layer for layer in layers if (key := f"{_PREFIX}{layer.name}.base_layer.weight") in adapter.tensors}
-    names = weight_names(checkpoint, list(copied.values()))
+    names = weight_names(checkpoint, list(copied.values())) if copied else {}
     for key, layer in copied.items():
         stored = checkpoint[names[layer.name]]
         if not torch.equal(adapter.tensors[key].to(stored.dtype), stored):
@@ -234,7 +235,7 @@ def _check_tensors(layer: LoraLayer, adapter: Adapter, checkpoint: Checkpoint) -
             )
 
 
-def _stored_names(checkpoint: Checkpoint) -> dict[str, list[str | None]]:
+def _stored_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, list[str | None]]:
     """{parameter of the model: the names that it is stored under}; None stands for a converted tensor.
 
     Follows `transformers.core_model_loading.convert_and_load_state_dict_in_model`, without the tensors.
@@ -242,7 +243,6 @@ def _stored_names(checkpoint: Checkpoint) -> dict[str, list[str | None]]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    model = meta_model(checkpoint)
     parameters = model.state_dict()
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
