@@ -183,9 +183,9 @@ class _GumbelNoise:
         """(batch, vocabulary) logits to perturbed logits."""
         import torch
 
-        uniform = torch.stack([torch.rand(scores.shape[-1], generator=g) for g in self._generators])
-        tiny = torch.finfo(torch.float32).tiny
-        noise = -torch.log(-torch.log(uniform.clamp(min=tiny)).clamp(min=tiny))
+        # Minus the logarithm of an exponential variate is a standard Gumbel one.
+        drawn = torch.stack([torch.empty(scores.shape[-1]).exponential_(generator=g) for g in self._generators])
+        noise = -drawn.clamp(min=torch.finfo(torch.float32).tiny).log()
         return scores.float() / self._temperature + noise.to(scores.device)
 
 
