@@ -62,7 +62,7 @@ def test_every_command_and_option_that_is_named_exists(page: Path) -> None:
 def test_every_make_target_that_is_named_exists(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^(\w+):", makefile, flags=re.MULTILINE))
-    named = set(re.findall(r"\bmake (\w+)", page.read_text()))
+    named = set(re.findall(r"(?:^ {4}|`)make (\w+)", page.read_text(), flags=re.MULTILINE))
     assert named
     assert named <= targets
 
