@@ -159,11 +159,10 @@ def add_proximal_gradient_(params: Mapping[str, Tensor], anchor: Anchor, rho: fl
     """
     for chunk in _differences(params, anchor):
         weights, differences = zip(*chunk, strict=True)
-        torch._foreach_mul_(differences, rho * scale)
         for weight in weights:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-        torch._foreach_add_([weight.grad for weight in weights], differences)
+        torch._foreach_add_([weight.grad for weight in weights], differences, alpha=rho * scale)
 
 
 def drift(params: Mapping[str, Tensor], anchor: Anchor) -> Tensor:
