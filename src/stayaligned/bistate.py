@@ -52,7 +52,7 @@ class RowStream:
         return _permutation(self.size, f"{self.name}/{self.seed}/{epoch}")
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)  # two streams, each at most between two passes
 def _permutation(size: int, key: str) -> list[int]:
     # A hash, because neighbouring integer seeds of two streams would repeat each other's permutations.
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")

@@ -40,7 +40,8 @@ class Lisa(TrainingDefense):
     """Share of the steps before the pull sets in. In the published code and in its figures, not in the paper's text."""
     budget: Literal["shared", "cover"] = "shared"
     """`shared`: as many steps as plain fine-tuning of the user's rows, alignment steps included (the paper's count).
-    `cover`: enough steps that after e epochs every user row has been drawn at least e times."""
+    `cover`: enough steps that after e epochs every user row has been drawn at least e times.
+    Where the training settings name `max_steps`, that many are taken either way."""
 
     @model_validator(mode="after")
     def _needs_a_step(self) -> Lisa:
