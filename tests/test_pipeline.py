@@ -100,6 +100,13 @@ def test_another_experiment_in_the_same_directory_is_refused(finished: Path) -> 
     assert stages(finished) == before
 
 
+def test_a_run_that_failed_before_training_can_be_mended_in_its_directory(world: Path, tmp_path: Path) -> None:
+    wrong = experiment(world, lora={"target_modules": ["no_such_module"]})
+    with pytest.raises(StayalignedError, match="no_such_module"):
+        run_experiment(Experiment.model_validate(wrong), tmp_path / "out")
+    assert run_experiment(Experiment.model_validate(experiment(world)), tmp_path / "out").metric("harmful_score")
+
+
 def test_a_directory_with_other_files_is_refused_and_left_alone(world: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(StayalignedError, match="did not write"):

@@ -243,10 +243,10 @@ def _write_index(grid: Grid, out: Path, runs: Sequence[Run]) -> None:
             before = json.loads(path.read_text(encoding="utf-8"))["trainings"]
         except (ValueError, KeyError, TypeError):
             raise StayalignedError(f"{path}: damaged", hint="Use another --out, or delete this directory.") from None
-        lost = set(before) - set(trainings)
+        lost = {key for key in before if runs[0].store.directory("train", key).exists()} - set(trainings)
         if lost:
             raise StayalignedError(
-                f"{out}: belongs to another grid ({len(lost)} of its {len(before)} trainings are not in this one)",
+                f"{out}: belongs to another grid ({len(lost)} of its trainings are not in this one)",
                 hint="A grid may grow in place (arms, thresholds, judges, seeds); for another one use another --out.",
             )
     content = {"title": grid.title, "reference": grid.reference, "trainings": trainings, "grid": grid.model_dump()}

@@ -9,6 +9,7 @@ is rerunning. A stage appears by one rename when it is complete; nothing half-wr
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -16,7 +17,8 @@ import platform
 import random
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -146,9 +148,14 @@ class Run:
         """The training stage, with `adapter/` (or `model/`) and `log.jsonl`; None if nothing is trained."""
         if not self.experiment.trains:
             return None
-        return self.store.compute("train", self.adapter_key, self._fill_training)
 
-    def _fill_training(self, directory: Path) -> Mapping[str, Any]:
+        def fill(directory: Path) -> Mapping[str, Any]:
+            with self._host_libraries():
+                return self._train(directory)
+
+        return self.store.compute("train", self.adapter_key, fill)
+
+    def _train(self, directory: Path) -> Mapping[str, Any]:
         from stayaligned.hf import finetuning, models
         from stayaligned.hf.features import template_hash
 
@@ -157,7 +164,6 @@ class Run:
         alignment: list[Example] = []
         if e.alignment_data is not None and e.training_defense.needs_alignment_data:
             alignment = read_examples(e.alignment_data, origin="alignment")
-        self._use_threads()
         finetuning.seed_everything(e.seed)
         tokenizer = models.load_tokenizer(e.model)
         model: Any = models.load_model(e.model)
@@ -199,8 +205,8 @@ class Run:
                 raise StayalignedError(f"patch {patch.name!r} has no adapter to work on")
 
             def fill(directory: Path, source: Path = source, patch: Any = patch) -> None:
-                self._use_threads()
-                patch_directory(source, directory / "adapter", patch, pair)
+                with self._host_libraries():
+                    patch_directory(source, directory / "adapter", patch, pair)
 
             self.progress(f"patch {patch.name}", 0.0)
             current = self.store.compute("patch", key, fill) / "adapter"
@@ -210,23 +216,26 @@ class Run:
         """The answers of the final model to every prompt set."""
 
         def fill(directory: Path) -> Mapping[str, Any]:
-            from stayaligned.hf import generation, models
-            from stayaligned.hf.features import template_hash
-
-            adapter, trained = self.adapter(), self.trained()
-            self._use_threads()
-            e = self.resolved
-            full = trained / "model" if trained is not None and e.lora is None else None
-            tokenizer = models.load_tokenizer(e.model)
-            model = models.load_finetuned(full or e.model, adapter)
-            rows: list[Completion] = []
-            for prompt_set, examples in self._prompt_sets().items():
-                self.progress(f"generate {prompt_set}", 0.0)
-                rows += generation.complete(model, tokenizer, examples, prompt_set, e.generation)
-            write_jsonl(directory / "completions.jsonl", rows)
-            return {"template_hash": template_hash(tokenizer), "completions": len(rows)}
+            with self._host_libraries():
+                return self._generate(directory)
 
         return read_jsonl(self.store.compute("generate", self.generate_key, fill) / "completions.jsonl", Completion)
+
+    def _generate(self, directory: Path) -> Mapping[str, Any]:
+        from stayaligned.hf import generation, models
+        from stayaligned.hf.features import template_hash
+
+        e = self.resolved
+        adapter, trained = self.adapter(), self.trained()
+        full = trained / "model" if trained is not None and e.lora is None else None
+        tokenizer = models.load_tokenizer(e.model)
+        model = models.load_finetuned(full or e.model, adapter)
+        rows: list[Completion] = []
+        for prompt_set, examples in self._prompt_sets().items():
+            say = functools.partial(self.progress, f"generate {prompt_set}")
+            rows += generation.complete(model, tokenizer, examples, prompt_set, e.generation, progress=say)
+        write_jsonl(directory / "completions.jsonl", rows)
+        return {"template_hash": template_hash(tokenizer), "completions": len(rows)}
 
     def _prompt_sets(self) -> dict[PromptSet, Sequence[Example]]:
         e = self.resolved
@@ -248,9 +257,9 @@ class Run:
 
         def fill(directory: Path) -> None:
             judged = [c for c in self.completions() if c.prompt_set in ("harmful", "benign")]
-            self._use_threads()
             self.progress(f"judge {judge.name}", 0.0)
-            write_jsonl(directory / "verdicts.jsonl", resolved.judge(judged))
+            with self._host_libraries():
+                write_jsonl(directory / "verdicts.jsonl", resolved.judge(judged))
 
         return read_jsonl(self.store.compute("judge", key, fill) / "verdicts.jsonl", Verdict)
 
@@ -353,11 +362,18 @@ class Run:
             seconds={name: record["seconds"] for name, record in records.items()},
         )
 
-    def _use_threads(self) -> None:
-        if self.threads is not None:
-            import torch
+    @contextlib.contextmanager
+    def _host_libraries(self) -> Generator[None]:
+        """Torch on this run's threads; transformers without bars and deprecation notes that no user can answer."""
+        import torch
 
+        from stayaligned.hf.quiet import bars_off
+
+        if self.threads is not None:
             torch.set_num_threads(self.threads)
+        with bars_off(True), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|trl|accelerate")
+            yield
 
 
 def run_experiment(experiment: Experiment, out: Path, *, progress: Progress = lambda _text, _share: None) -> Result:
@@ -384,7 +400,9 @@ def run_experiment(experiment: Experiment, out: Path, *, progress: Progress = la
 
 
 def _refuse_other_experiment(experiment: Experiment, path: Path) -> None:
-    if not path.exists():
+    """Refuse a directory with another experiment's work; one that failed before any weights were made is free."""
+    stages = [p.name for p in (path.parent / "stages").glob("[!.]*") if not p.name.startswith("data-")]
+    if not path.exists() or not stages:
         return
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
     now = experiment.spec()
