@@ -209,3 +209,23 @@ def test_agreement_leaves_unscored_out_and_refuses_other_completions():
         metrics.agreement("a", first, "b", second[::-1])
     with pytest.raises(ValueError, match="one prompt set"):
         metrics.agreement("a", [], "b", [])
+
+
+@pytest.mark.parametrize("cells", [(43, 14, 3, 40), (3, 20, 10, 3)])
+def test_the_paired_interval_corrects_a_positive_correlation_and_only_that(cells):
+    both, only_first, only_second, neither = cells
+    n = sum(cells)
+    product = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
+    cross = both * neither - only_first * only_second
+    phi = (cross - n / 2 if cross > 0 else cross) / math.sqrt(product)
+    p1, p2 = (both + only_first) / n, (both + only_second) / n
+    one = stats.binomtest(both + only_first, n).proportion_ci(method="wilson")
+    two = stats.binomtest(both + only_second, n).proportion_ci(method="wilson")
+    below = math.sqrt((p1 - one.low) ** 2 - 2 * phi * (p1 - one.low) * (two.high - p2) + (two.high - p2) ** 2)
+    above = math.sqrt((one.high - p1) ** 2 - 2 * phi * (one.high - p1) * (p2 - two.low) + (p2 - two.low) ** 2)
+    answers = [(True, True)] * both + [(True, False)] * only_first
+    answers += [(False, True)] * only_second + [(False, False)] * neither
+    found = metrics.mcnemar(
+        {str(i): x for i, (x, _) in enumerate(answers)}, {str(i): y for i, (_, y) in enumerate(answers)}
+    )
+    assert (found.low, found.high) == pytest.approx((p1 - p2 - below, p1 - p2 + above), abs=1e-12)

@@ -146,6 +146,7 @@ def test_an_adapter_that_is_missing_or_pickled_is_refused(checkpoint, adapter):
         load_finetuned(str(checkpoint), adapter)
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("layers", "problem"), [(1, "which lacks 2 of its weights"), (3, "missing adapter keys")])
 def test_an_adapter_of_a_model_with_other_layers_is_refused(adapter, tmp_path, layers, problem):
     other = write_pico_checkpoint(tmp_path / "other", num_hidden_layers=layers)
