@@ -45,7 +45,7 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default 
 
 
 def main() -> None:
-    """Run the command. A user's mistake is one message and exit code 2, Ctrl-C is 130."""
+    """Run the command. A user's mistake is one message and exit code 2; Ctrl-C, which typer turns into 130, another."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
@@ -54,9 +54,10 @@ def main() -> None:
         if error.hint:
             err.print(f"hint: {error.hint}", soft_wrap=True)
         sys.exit(EXIT_BAD_INPUT)
-    except KeyboardInterrupt:
-        err.print("Interrupted. What was finished is kept: rerun the same command to continue.")
-        sys.exit(EXIT_INTERRUPTED)
+    except SystemExit as ended:
+        if ended.code == EXIT_INTERRUPTED:
+            err.print("Interrupted. What was finished is kept: rerun the same command to continue.")
+        raise
     except OSError as error:
         err.print(f"error: {error.filename or 'system'}: {error.strerror or error}", soft_wrap=True)
         err.print("hint: What was finished is kept: mend this and rerun the same command to continue.")
