@@ -37,10 +37,10 @@ def safe_lora(lowest: int) -> dict[str, Any]:
 
 class Recorder(Listener):
     def __init__(self) -> None:
-        self.names: list[str] = []
+        self.titles: list[str] = []
 
-    def finished(self, name: str, error: str | None) -> None:
-        self.names.append(name)
+    def finished(self, title: str, error: str | None) -> None:
+        self.titles.append(title)
 
 
 def test_a_grid_trains_once_and_what_grew_is_all_that_is_computed(world: Path, tmp_path: Path) -> None:
@@ -53,7 +53,8 @@ def test_a_grid_trains_once_and_what_grew_is_all_that_is_computed(world: Path, t
     grown = grid_of(world, [UNTOUCHED, SFT, safe_lora(1), safe_lora(2), safe_lora(3)], (0, 1), judges=more_judges)
     second = run_grid(grown, tmp_path / "out", workers=2, listener=listener)
     assert second.trained == 0
-    assert not any(name.startswith("train") for name in listener.names)
+    assert len(listener.titles) == 10
+    assert not any(title.startswith("train") for title in listener.titles)
     found = find_results([tmp_path / "out"])
     assert [(r.arm, r.seed) for r in found] == [
         (arm, seed) for arm in ("Untouched", "SFT", "Safe LoRA 1", "Safe LoRA 2", "Safe LoRA 3") for seed in (0, 1)

@@ -130,7 +130,7 @@ class Listener:
     def progress(self, worker: int, text: str, share: float) -> None:
         """A worker is at this share of what the text names."""
 
-    def finished(self, name: str, error: str | None) -> None:
+    def finished(self, title: str, error: str | None) -> None:
         """A job has ended."""
 
 
@@ -143,6 +143,12 @@ class _Job:
     experiment: Experiment
     out: Path
     position: int
+
+    @property
+    def title(self) -> str:
+        """What the user sees of it."""
+        of = {"testbed": "testbed", "train": f"train {self.experiment.training_defense.name}"}
+        return f"{of.get(self.kind, self.experiment.arm)}, seed {self.experiment.seed}"
 
 
 def run_grid(
@@ -284,7 +290,7 @@ def _execute(
                     running[pool.submit(_work, jobs[name])] = name
                 else:
                     errors[name] = errors[failed]
-                    listener.finished(name, errors[name])
+                    listener.finished(jobs[name].title, errors[name])
                     order.done(name)
             if not running:
                 continue
@@ -293,7 +299,7 @@ def _execute(
                 error = _message(future.exception())
                 if error is not None:
                     errors[name] = error
-                listener.finished(name, error)
+                listener.finished(jobs[name].title, error)
                 order.done(name)
     return errors
 
@@ -361,11 +367,10 @@ def _die_with_parent() -> None:
 
 
 def _work(job: _Job) -> None:
-    label = f"{job.experiment.arm} · seed {job.experiment.seed}"
     run = Run(
         job.experiment,
         Store(job.out),
-        progress=lambda text, share: _report(f"{label} · {text}", share),
+        progress=lambda text, share: _report(f"{job.title} · {text}", share),
         threads=_threads,
     )
     if job.kind == "testbed":

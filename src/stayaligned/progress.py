@@ -53,11 +53,11 @@ class LiveProgress(Listener):
                 self._workers[worker] = self._progress.add_task("", total=100)
             self._progress.update(self._workers[worker], description=escape(text), completed=round(100 * share))
 
-    def finished(self, name: str, error: str | None) -> None:
+    def finished(self, title: str, error: str | None) -> None:
         """Count a job; where there are no bars, print a line."""
         self._finished += 1
         if self._all is not None:
             self._progress.update(self._all, completed=self._finished)
         if not self._console.is_terminal:
             state = "done" if error is None else f"failed: {error}"
-            self._console.print(f"[{self._finished}/{self._total}] {name}: {state}", soft_wrap=True)
+            self._console.print(f"[{self._finished}/{self._total}] {title}: {state}", soft_wrap=True)
