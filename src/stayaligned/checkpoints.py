@@ -160,7 +160,6 @@ def _stream(aligned: Checkpoint, base: Checkpoint, pairs: Mapping[str, tuple[str
             upcoming = reader.submit(_difference, aligned, base, *pairs[following]) if following is not None else None
             any_change = any_change or bool(value.any())
             yield Delta(label, value)
-            del value
             label = following
     if pairs and not any_change:
         raise StayalignedError(
