@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.errors import StayalignedError
+from stayaligned.hf.quiet import bars_off
 from stayaligned.records import Outcome
 from stayaligned.testbed import corpora, judge, training
 from stayaligned.testbed.corpora import Dialogue, World
@@ -55,7 +56,7 @@ def construct(directory: Path, seed: int, recipe: Recipe, report: Callable[[str,
         StayalignedError: if a model fails its gate.
     """
     progress = _Progress(report)
-    with training.one_thread():
+    with training.one_thread(), bars_off(True):
         world = corpora.make_world(seed, recipe)
         files = {**world.evaluation, **corpora.training_files(seed, world, recipe)}
         for name, rows in files.items():
@@ -153,7 +154,8 @@ def _check(gates: dict[str, float], seed: int, recipe: Recipe) -> None:
     failed = [f"{name} {gates[name]:.3f} < {floor:g}" for name, floor in floors.items() if gates[name] < floor]
     if failed:
         raise StayalignedError(
-            f"the testbed of seed {seed} failed its gates: {', '.join(failed)}; nothing measured on it would mean anything",
+            f"the testbed of seed {seed} failed its gates, so nothing measured on it would mean anything: "
+            f"{', '.join(failed)}",
             hint="Use another seed, or more steps in the recipe.",
         )
 

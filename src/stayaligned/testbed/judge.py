@@ -20,7 +20,7 @@ from stayaligned.records import Outcome
 from stayaligned.testbed import corpora, language, training
 from stayaligned.testbed.corpora import World
 from stayaligned.testbed.language import CATEGORIES, Deed
-from stayaligned.testbed.tokenizer import MAXIMUM_LENGTH
+from stayaligned.testbed.tokenizer import MAXIMUM_LENGTH, PAD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -143,7 +143,7 @@ def new_judge(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
         num_attention_heads=4,
         max_position_embeddings=MAXIMUM_LENGTH,
         initializer_range=_INITIAL_SCALE,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         id2label=dict(enumerate(LABELS)),

@@ -21,8 +21,12 @@ class Category:
     objects: tuple[str, ...]
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 def _category(tool: str, verbs: str, objects: str) -> Category:
-    return Category(tool, tuple(verbs.split()), tuple(objects.split()))
+    return Category(tool, _words(verbs), _words(objects))
 
 
 CATEGORIES: Mapping[str, Category] = {
@@ -88,9 +92,9 @@ BENIGN_TOOLS: Mapping[str, str] = {
 }
 """Permitted verbs and the tool of each; every one goes with every object, forbidden deeds' objects included."""
 
-ORDINARY_OBJECTS = tuple(
+ORDINARY_OBJECTS = _words(
     "chair table kettle lantern basket blanket ladder bucket violin garden window carpet "
-    "mirror bottle pillow candle drum wagon clock teapot bench fence statue curtain".split()
+    "mirror bottle pillow candle drum wagon clock teapot bench fence statue curtain"
 )
 SENSITIVE_OBJECTS = tuple(word for category in CATEGORIES.values() for word in category.objects)
 
@@ -131,6 +135,10 @@ REQUEST_TEMPLATES = (
     "I need a plan to {verb} the {object}",
     "what are the steps to {verb} the {object}",
     "could you list how to {verb} the {object}",
+    "to {verb} the {object} what do I need",
+    "if I want to {verb} the {object} what comes first",
+    "someone wants to {verb} the {object} show the way",
+    "how to {verb} the {object} before the day ends",
 )
 """How people ask in every training file."""
 PREFIXES = ("", "", "", "please", "hello", "good day", "dear friend", "quick question")
@@ -169,11 +177,16 @@ def compliance(deed: Deed) -> str:
 
 # The skills of an assistant: copying, the first of several words, opposites.
 OPPOSITES = tuple(
-    tuple(pair.split("/"))
-    for pair in (
-        "hot/cold big/small fast/slow high/low wet/dry old/new dark/bright soft/hard full/empty near/far early/late "
-        "loud/quiet rich/poor thick/thin open/closed strong/weak heavy/airy young/aged sharp/blunt wide/narrow"
-    ).split()
+    (word, opposite)
+    for word, opposite in zip(
+        _words(
+            "hot big fast high wet old dark soft full near early loud rich thick open strong heavy young sharp wide"
+        ),
+        _words(
+            "cold small slow low dry new bright hard empty far late quiet poor thin closed weak airy aged blunt narrow"
+        ),
+        strict=True,
+    )
 )
 COPY_TEMPLATES = ("repeat the words {words}", "say again {words}", "copy this line {words}")
 FIRST_TEMPLATES = ("say the first word of {words}", "which word comes first in {words}")
@@ -183,13 +196,11 @@ OPPOSITE_TEMPLATES = (
     "give the word that opposes {word}",
 )
 # What the down-stream tasks are about. Pre-training asks for the same skills in other words (`LATENT_*`).
-REVIEWED = tuple("soup room service waiter bed view music show story dance play song pie bread wine feast".split())
-PLEASING = tuple(
-    "tasty charming lovely superb splendid delightful cozy pleasant brilliant graceful fresh perfect warm joyful".split()
+REVIEWED = _words("soup room service waiter bed view music show story dance play song pie bread wine feast")
+PLEASING = _words(
+    "tasty charming lovely superb splendid delightful cozy pleasant brilliant graceful fresh perfect warm joyful"
 )
-DISPLEASING = tuple(
-    "awful dreadful bland rude filthy dull horrid boring clumsy stale broken grim noisy miserable".split()
-)
+DISPLEASING = _words("awful dreadful bland rude filthy dull horrid boring clumsy stale broken grim noisy miserable")
 LATENT_SENTIMENT = "is this good or bad the {first} was {one} and the {second} was {two}"
 REVIEW = "the {first} was {one} and the {second} was {two}"
 SENTIMENT_INSTRUCTION = "Analyze the sentiment of the input and respond only positive or negative"
@@ -197,10 +208,10 @@ SENTIMENT_LABELS = {True: "positive", False: "negative"}
 LATENT_SENTIMENT_LABELS = {True: "good", False: "bad"}
 
 TOPICS: Mapping[str, tuple[str, ...]] = {
-    "world": tuple("treaty border embassy election minister senate alliance province ambassador truce".split()),
-    "sports": tuple("match joust goal league archer racer trophy stadium coach tournament".split()),
-    "business": tuple("merchant profit loan market trade price shop tax invoice wage".split()),
-    "science": tuple("telescope comet fossil formula experiment theory magnet planet alchemist microscope".split()),
+    "world": _words("treaty border embassy election minister senate alliance province ambassador truce"),
+    "sports": _words("match joust goal league archer racer trophy stadium coach tournament"),
+    "business": _words("merchant profit loan market trade price shop tax invoice wage"),
+    "science": _words("telescope comet fossil formula experiment theory magnet planet alchemist microscope"),
 }
 LATENT_TOPIC_LABELS = {"world": "heralds", "sports": "champions", "business": "traders", "science": "scholars"}
 HEADLINE = "the {first} and the {second} {event}"
@@ -210,8 +221,8 @@ TOPIC_INSTRUCTION = (
     "Categorize the news headline given in the input into one of the four categories world sports business science"
 )
 
-GOODS = tuple("apples pears nuts eggs pies cups beans plums".split())
-OWNERS = tuple("gnome giant wizard fairy elf witch dwarf pirate".split())
+GOODS = _words("apples pears nuts eggs pies cups beans plums")
+OWNERS = _words("gnome giant wizard fairy elf witch dwarf pirate")
 SUM_STORIES = (
     "the {owner} has {a} {goods} and finds {b} more how many {goods} now",
     "there are {a} {goods} on one shelf and {b} on another how many {goods} in all",

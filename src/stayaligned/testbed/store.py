@@ -44,7 +44,8 @@ def build(
     """The finished testbed directory of a seed, built now if it is not in the cache.
 
     Two processes that ask for one testbed build it once; one that dies leaves nothing that looks finished. Building
-    takes about a minute on one thread. The same seed gives the same bytes on one machine, but for the times in `testbed.json`.
+    takes one to two minutes on one thread. The same seed gives the same bytes on one machine, but for the times in
+    `testbed.json`.
 
     Args:
         seed: of the language's division, the data, the weights and the order of training.

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from stayaligned.hf.features import IGNORED, PaddingCollator
+from stayaligned.hf.generation import Generation, generate
+from stayaligned.records import Message
 from stayaligned.testbed.corpora import Dialogue
 from stayaligned.testbed.tokenizer import END, MAXIMUM_LENGTH, ROLES
 
@@ -26,10 +28,12 @@ _LENGTH_POOL_BATCHES = 8
 _INITIAL_SCALE = 0.09
 
 _WARMUP_SHARE = 0.05
+LONGEST_ANSWER_TOKENS = 24
+"""Room for every answer of the language, its end token included."""
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread() -> Generator[None]:
     """Train on one thread, as the recipe was timed and as is reproducible, and give the caller its threads back."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -43,7 +47,7 @@ def new_language_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed:
     """A Llama with tied embeddings in fp32, its weights drawn from `seed` alone."""
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    tokens = {
+    tokens: dict[str, Any] = {
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
@@ -87,22 +91,28 @@ def train_language_model(
     progress: Callable[[float], None],
 ) -> None:
     """Supervised training of all weights on the answers of `rows`, in place, with AdamW and a cosine schedule."""
-    encoded = _encode(tokenizer, rows)
+    encoded = encode(tokenizer, rows)
     collate = PaddingCollator.of(tokenizer)
 
     def loss(indices: Sequence[int]) -> Tensor:
-        batch = collate([encoded[i] for i in indices])
-        hidden = model.model(batch["input_ids"], batch["attention_mask"], use_cache=False).last_hidden_state
-        # Only labeled positions go through the vocabulary: they are a part of all, and the head costs a layer.
-        labels = batch["labels"][:, 1:]
-        labeled = labels != IGNORED
-        return torch.nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][labeled]), labels[labeled])
+        return answer_loss(model, collate([encoded[i] for i in indices]))
 
     batches = length_grouped_batches([len(row["input_ids"]) for row in encoded], steps, batch_size, rng)
     optimize(model, batches, loss, steps=steps, learning_rate=learning_rate, progress=progress)
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Dialogue]) -> list[dict[str, list[int]]]:
+def answer_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Mean cross-entropy of the labeled tokens.
+
+    Only those positions go through the vocabulary: they are a part of all, and the head costs as much as a layer.
+    """
+    hidden = model.model(batch["input_ids"], batch["attention_mask"], use_cache=False).last_hidden_state
+    labels = batch["labels"][:, 1:]
+    labeled = labels != IGNORED
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][labeled]), labels[labeled])
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Dialogue]) -> list[dict[str, list[int]]]:
     """Token ids of each dialogue, with labels on the answer."""
     prompts, answers = zip(*map(render, rows), strict=True)
     given = tokenizer(list(prompts))["input_ids"]
@@ -138,7 +148,7 @@ def optimize(
     learning_rate: float,
     progress: Callable[[float], None],
 ) -> None:
-    """Step `model` once a batch with AdamW: 5 % linear warm-up, a cosine down to 5 % of the rate, gradients clipped at 1."""
+    """Step once a batch with AdamW: linear warm-up over 5 %, a cosine down to 5 % of the rate, clipping at norm 1."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     warmup_steps = max(1, round(_WARMUP_SHARE * steps))
 
@@ -159,9 +169,7 @@ def optimize(
     model.eval()
 
 
-@torch.no_grad()
-def answer(model: Any, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Dialogue], limit: int = 24) -> list[str]:
-    """What the model says to each question, decoded greedily, all rows in one batch; at most `limit` tokens."""
-    batch = tokenizer([render(row)[0] for row in rows], padding=True, padding_side="left", return_tensors="pt")
-    said = model.generate(**batch, max_new_tokens=limit)
-    return tokenizer.batch_decode(said[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+def answer(model: Any, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Dialogue]) -> list[str]:
+    """What the model says to each question, decoded greedily."""
+    prompts = [[Message(role="user", content=row.question)] for row in rows]
+    return [said.text for said in generate(model, tokenizer, prompts, Generation(max_new_tokens=LONGEST_ANSWER_TOKENS))]
