@@ -1,0 +1,14 @@
+"""Results to a report that can be passed on: one self-contained HTML page, Markdown, CSV, a terminal table.
+
+    report = build_report(find_results([directory]), title="Comparison", reference="SFT attacked")
+    write_report(report, directory)
+
+`building` works everything out once, as the frozen `values`; the writers only print them.
+"""
+
+from stayaligned.report_new.building import build_report
+from stayaligned.report_new.tables import terminal_table
+from stayaligned.report_new.values import Report
+from stayaligned.report_new.writing import write_report
+
+__all__ = ["Report", "build_report", "terminal_table", "write_report"]

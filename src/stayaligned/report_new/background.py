@@ -1,0 +1,92 @@
+"""What stands behind the numbers: notes, kept answers, and what it takes to run the comparison again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import get_args
+
+from stayaligned.records import Message, PromptSet
+from stayaligned.report_new.texts import listed
+from stayaligned.report_new.values import Answer, Fact, Question, StageTime
+from stayaligned.results import Result, Sample
+
+
+def collect_notes(results: Sequence[Result]) -> tuple[tuple[str, str], ...]:
+    """Every note once, with whose it is."""
+    owners: dict[str, list[Result]] = {}
+    for result in results:
+        for note in dict.fromkeys(result.notes):
+            owners.setdefault(note, []).append(result)
+    return tuple((note, _whose(found, results)) for note, found in owners.items())
+
+
+def collect_questions(groups: Mapping[str, Sequence[Result]]) -> tuple[Question, ...]:
+    """The kept prompts with every arm's answer, of each arm's first seed that kept any."""
+    asked: dict[tuple[PromptSet, str, tuple[Message, ...]], list[tuple[Result, Sample]]] = {}
+    for runs in groups.values():
+        chosen = next((run for run in runs if run.samples), None)
+        for sample in chosen.samples if chosen else ():
+            asked.setdefault((sample.prompt_set, sample.id, sample.prompt), []).append((chosen or runs[0], sample))
+    order: tuple[PromptSet, ...] = get_args(PromptSet)
+    return tuple(
+        Question(
+            id=identity,
+            prompt_set=prompt_set,
+            category=found[0][1].category,
+            prompt=prompt,
+            reference=found[0][1].reference,
+            answers=tuple(Answer(run.arm, run.seed, s.text, s.outcomes, s.score) for run, s in found),
+        )
+        for (prompt_set, identity, prompt), found in sorted(asked.items(), key=lambda item: order.index(item[0][0]))
+    )
+
+
+def collect_facts(results: Sequence[Result]) -> tuple[Fact, ...]:
+    """Versions, commit, template and inputs: a value where all agree, each with its owners where they don't."""
+    found: dict[str, dict[str, list[Result]]] = {}
+    for result in results:
+        p = result.provenance
+        pairs = {
+            **p.versions,
+            **({"commit": p.commit} if p.commit else {}),
+            **({"chat template": p.template_hash} if p.template_hash else {}),
+            **{f"input {name}": fingerprint for name, fingerprint in p.inputs.items()},
+        }
+        for name, value in pairs.items():
+            found.setdefault(name, {}).setdefault(value, []).append(result)
+    return tuple(
+        Fact(
+            name,
+            tuple(
+                (value, _whose(owners, [r for all_ in by_value.values() for r in all_]))
+                for value, owners in by_value.items()
+            ),
+        )
+        for name, by_value in found.items()
+    )
+
+
+def collect_times(results: Sequence[Result]) -> tuple[StageTime, ...]:
+    """Seconds a stage, by its name; a stage that several results share is counted once."""
+    computed: dict[str, dict[str, float]] = {}
+    for result in results:
+        p = result.provenance
+        for stage, seconds in p.seconds.items():
+            computed.setdefault(stage, {})[p.stages.get(stage, f"{result.id}/{result.seed}")] = seconds
+    return tuple(
+        StageTime(stage, len(times), fmean(times.values()), sum(times.values())) for stage, times in computed.items()
+    )
+
+
+def _whose(found: Sequence[Result], everybody: Sequence[Result]) -> str:
+    """Which results these are, as briefly as can be: empty for all, else seeds, arms, or both."""
+    if len(found) == len(everybody):
+        return ""
+    seeds = dict.fromkeys(result.seed for result in found)
+    if len(found) == sum(result.seed in seeds for result in everybody):
+        return f"seed {listed(map(str, seeds), 12)}"
+    arms = dict.fromkeys(result.arm for result in found)
+    if len(found) == sum(result.arm in arms for result in everybody):
+        return listed(arms, 12)
+    return listed((f"{result.arm} (seed {result.seed})" for result in found), 12)

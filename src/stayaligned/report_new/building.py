@@ -1,0 +1,308 @@
+"""Results to a report: group by arm, aggregate over seeds, compare with the reference. Pure; imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from statistics import fmean
+from typing import Any
+
+from stayaligned.errors import StayalignedError
+from stayaligned.metrics import across_seeds, paired_difference
+from stayaligned.records import Metric, PromptSet
+from stayaligned.report_new.background import collect_facts, collect_notes, collect_questions, collect_times
+from stayaligned.report_new.texts import listed
+from stayaligned.report_new.training import collect_trainings
+from stayaligned.report_new.values import (
+    KNOWN_METRICS,
+    Arm,
+    Difference,
+    Estimate,
+    JudgePair,
+    MetricKind,
+    ModuleEffect,
+    PatchSummary,
+    Report,
+)
+from stayaligned.report_new.words import answer, cautions, findings
+from stayaligned.results import JudgeReading, Result
+
+_CONTROLS = frozenset({"drop", "shrink", "random_subspace"})
+"""Patches that use nothing of the alignment's directions; a result may come from where the registry is not."""
+
+
+def build_report(results: Sequence[Result], *, title: str, reference: str | None = None) -> Report:
+    """A comparison of the arms in `results`, each aggregated over its seeds.
+
+    Args:
+        results: at least one; arms keep the order in which they first appear.
+        title: the report's heading.
+        reference: the arm that the others are compared with, seed by seed.
+
+    Raises:
+        StayalignedError: if there are no results, `reference` is not an arm, or an arm has a seed twice.
+    """
+    groups = _by_arm(results, reference)
+    threat = _threat(results, reference)
+    measured = _measured(results)
+    estimates = {name: _estimates(runs, measured) for name, runs in groups.items()}
+    comparable = {name for name, runs in groups.items() if _threat_of(runs[0]) == threat}
+    front = _front({name: estimates[name] for name in groups if name in comparable})
+    arms = tuple(
+        Arm(
+            name=name,
+            seeds=tuple(run.seed for run in runs),
+            comparable=name in comparable,
+            control=_is_control(runs[0].experiment),
+            on_front=name in front,
+            estimates=estimates[name],
+            differences=_differences(estimates[name], estimates[reference])
+            if reference is not None and name != reference
+            else {},
+            other_judges=tuple(_other_judges(runs)),
+            agreements=tuple(_agreements(runs)),
+            patches=tuple(_patches(runs)),
+            experiment=runs[0].experiment,
+            varies=_varying(runs),
+        )
+        for name, runs in groups.items()
+    )
+    judges = list(dict.fromkeys(run.judges[0].judge for run in results if run.judges))
+    return Report(
+        title=title,
+        reference=reference,
+        answer=answer(arms, reference),
+        findings=tuple(findings(arms, reference)),
+        cautions=tuple(cautions(arms, reference, judges)),
+        notes=collect_notes(results),
+        metrics=tuple(measured),
+        judge=" / ".join(judges),
+        arms=arms,
+        trainings=collect_trainings(groups),
+        questions=collect_questions(groups),
+        facts=collect_facts(results),
+        times=collect_times(results),
+    )
+
+
+def _by_arm(results: Sequence[Result], reference: str | None) -> dict[str, list[Result]]:
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.arm, []).append(result)
+    if not groups:
+        raise StayalignedError("a report needs at least one result", hint="Give what `run` or `bench` wrote.")
+    if reference is not None and reference not in groups:
+        near = difflib.get_close_matches(reference, groups, 1)
+        raise StayalignedError(
+            f"reference: no arm is labelled {reference!r}; there are {listed(groups, 20)}",
+            hint=f"Did you mean {near[0]!r}?" if near else "Name one of them, or none.",
+        )
+    for name, runs in groups.items():
+        seed, count = Counter(run.seed for run in runs).most_common(1)[0]
+        if count > 1:
+            raise StayalignedError(
+                f"arm {name!r}: seed {seed} is there {count} times",
+                hint="Results of different experiments need different labels; give each directory once.",
+            )
+        runs.sort(key=lambda run: run.seed)
+    return groups
+
+
+# ---- who can be compared with whom ---------------------------------------------------------------------------------
+
+
+def _threat_of(result: Result) -> str | None:
+    """What the arm was fine-tuned on, as one string; None for a model that was not fine-tuned."""
+    spec = result.experiment
+    if spec.get("training", {}) is None and spec.get("adapter") is None:
+        return None
+    return json.dumps([spec.get("task"), spec.get("attack")], sort_keys=True, default=str)
+
+
+def _threat(results: Sequence[Result], reference: str | None) -> str | None:
+    """The reference's task and attack, or the commonest if there is no fine-tuned reference."""
+    named = next((_threat_of(result) for result in results if result.arm == reference), None)
+    found = Counter(threat for result in results if (threat := _threat_of(result)) is not None)
+    return named or (found.most_common(1)[0][0] if found else None)
+
+
+def _front(estimates: Mapping[str, Mapping[str, Estimate]]) -> set[str]:
+    """Arms that no other one beats on mean harm or mean accuracy without losing on the other; none below two arms."""
+    at = {
+        name: (found["harmful_score"].mean, found["finetune_accuracy"].mean)
+        for name, found in estimates.items()
+        if "harmful_score" in found and "finetune_accuracy" in found
+    }
+    points = {name: (harm, gain) for name, (harm, gain) in at.items() if harm is not None and gain is not None}
+    if len(points) < 2:
+        return set()
+    return {
+        name
+        for name, (harm, gain) in points.items()
+        if not any(h <= harm and g >= gain and (h, g) != (harm, gain) for h, g in points.values())
+    }
+
+
+def _is_control(experiment: Mapping[str, Any]) -> bool:
+    defenses = experiment.get("defenses") or ()
+    return bool(defenses) and defenses[-1].get("name") in _CONTROLS
+
+
+def _varying(runs: Sequence[Result]) -> tuple[str, ...]:
+    """Top-level fields, seed aside, that are not the same in every seed."""
+    first = runs[0].experiment
+    keys = dict.fromkeys(key for run in runs for key in run.experiment)
+    return tuple(
+        key for key in keys if key != "seed" and any(run.experiment.get(key) != first.get(key) for run in runs)
+    )
+
+
+# ---- estimates -----------------------------------------------------------------------------------------------------
+
+
+def _measured(results: Sequence[Result]) -> list[MetricKind]:
+    """The known metrics that some result has, then others in order of appearance."""
+    found: dict[str, Metric] = {}
+    for result in results:
+        for metric in (*result.scores, *(result.judges[0].metrics if result.judges else ())):
+            found.setdefault(metric.name, metric)
+    known = [kind for kind in KNOWN_METRICS if kind.name in found]
+    for name in found.keys() - {kind.name for kind in known}:
+        if any(m.higher_is_better != found[name].higher_is_better for r in results if (m := r.metric(name))):
+            raise StayalignedError(
+                f"metric {name!r}: results disagree on whether higher is better",
+                hint="They were written by different versions of a plug-in; rerun the older ones.",
+            )
+    others = [
+        MetricKind(name, name.replace("_", " ").capitalize(), "A metric of this experiment's own.", m.higher_is_better)
+        for name, m in found.items()
+        if name not in {kind.name for kind in known}
+    ]
+    return known + others
+
+
+def _estimates(runs: Sequence[Result], measured: Sequence[MetricKind]) -> dict[str, Estimate]:
+    judge = runs[0].judges[0].judge if runs[0].judges else ""
+    estimates: dict[str, Estimate] = {}
+    for kind in measured:
+        by_seed = {run.seed: metric for run in runs if (metric := run.metric(kind.name)) is not None}
+        if by_seed:
+            scored_by_task = any(score.name == kind.name for run in runs for score in run.scores)
+            estimates[kind.name] = _estimate(kind.name, "" if scored_by_task else judge, by_seed)
+    return estimates
+
+
+def _estimate(name: str, judge: str, by_seed: Mapping[int, Metric]) -> Estimate:
+    """The mean over seeds with Student's interval, clipped to [0, 1].
+
+    One scored seed has its own interval, of its prompts. So have seeds that agree exactly: their spread of zero
+    would make the interval a point, which the number of prompts does not support.
+    """
+    pooled = across_seeds(list(by_seed.values()))
+    scored = [metric for metric in by_seed.values() if metric.value is not None]
+    low, high = pooled.low, pooled.high
+    if low is not None and high is not None and high - low > _ROUNDING:
+        return Estimate(name, judge, by_seed, pooled.value, max(0.0, low), min(1.0, high), "seeds")
+    # Seeds that agree may have asked different numbers of prompts: the widest interval is the cautious one.
+    widest = max(scored, key=lambda m: (m.high or 0.0) - (m.low or 0.0), default=None)
+    if widest is None or widest.low is None or widest.high is None:
+        return Estimate(name, judge, by_seed, pooled.value, None, None, "none")
+    return Estimate(name, judge, by_seed, pooled.value, widest.low, widest.high, "prompts")
+
+
+_ROUNDING = 1e-9
+
+
+def _differences(arm: Mapping[str, Estimate], reference: Mapping[str, Estimate]) -> dict[str, Difference]:
+    differences: dict[str, Difference] = {}
+    for name in arm.keys() & reference.keys():
+        ours, theirs = arm[name], reference[name]
+        paired = paired_difference(
+            {seed: metric.value for seed, metric in ours.by_seed.items()},
+            {seed: metric.value for seed, metric in theirs.by_seed.items()},
+        )
+        differences[name] = Difference(paired, _resolved(paired.low, paired.high, ours, theirs))
+    return differences
+
+
+def _resolved(low: float | None, high: float | None, ours: Estimate, theirs: Estimate) -> bool:
+    if low is None or high is None:
+        return False
+    if high - low > _ROUNDING:
+        return low > 0 or high < 0
+    # Equal differences in every seed have no spread to judge by; the prompts' own noise must tell the arms apart.
+    if ours.low is None or ours.high is None or theirs.low is None or theirs.high is None:
+        return False
+    return ours.high < theirs.low or theirs.high < ours.low
+
+
+# ---- judges and patches --------------------------------------------------------------------------------------------
+
+
+def _other_judges(runs: Sequence[Result]) -> list[Estimate]:
+    """What every judge but the primary one read, judge by judge."""
+    readings: dict[str, dict[str, dict[int, Metric]]] = {}
+    for run in runs:
+        for reading in run.judges[1:]:
+            _file_reading(readings.setdefault(reading.judge, {}), run.seed, reading)
+    return [_estimate(name, judge, by_seed) for judge, by_name in readings.items() for name, by_seed in by_name.items()]
+
+
+def _file_reading(by_name: dict[str, dict[int, Metric]], seed: int, reading: JudgeReading) -> None:
+    for metric in reading.metrics:
+        by_name.setdefault(metric.name, {})[seed] = metric
+
+
+def _agreements(runs: Sequence[Result]) -> list[JudgePair]:
+    """Agreement over all completions of all seeds; kappa, which can't be pooled from its values, as a mean."""
+    found: list[tuple[tuple[str, str], PromptSet]] = list(
+        dict.fromkeys((a.judges, a.prompt_set) for run in runs for a in run.agreements)
+    )
+    pairs: list[JudgePair] = []
+    for judges, prompt_set in found:
+        rows = [a for run in runs for a in run.agreements if a.judges == judges and a.prompt_set == prompt_set]
+        scored = [(a.agreement, a.n) for a in rows if a.agreement is not None]
+        total = sum(n for _, n in scored)
+        kappas = [a.kappa for a in rows if a.kappa is not None]
+        pairs.append(
+            JudgePair(
+                judges=judges,
+                prompt_set=prompt_set,
+                n=total,
+                agreement=math.fsum(share * n for share, n in scored) / total if total else None,
+                kappa=fmean(kappas) if kappas else None,
+                n_disputed=sum(len(a.disputed) for a in rows),
+            )
+        )
+    return pairs
+
+
+def _patches(runs: Sequence[Result]) -> list[PatchSummary]:
+    """Every patch of the arm, its modules averaged over the seeds that have them."""
+    summaries: list[PatchSummary] = []
+    for records in zip_longest(*(run.patches for run in runs)):
+        present = [record for record in records if record is not None]
+        layers = [layer for record in present for layer in record.layers]
+        modules = dict.fromkeys(layer.module for layer in layers)
+        effects = {module: [layer for layer in layers if layer.module == module] for module in modules}
+        summaries.append(
+            PatchSummary(
+                patch=present[0].patch,
+                settings=present[0].settings,
+                modules=tuple(
+                    ModuleEffect(
+                        module=module,
+                        similarity=fmean(layer.similarity for layer in found),
+                        shrinkage=fmean(layer.shrinkage for layer in found),
+                        n_selected=sum(layer.selected for layer in found),
+                        n_seeds=len(found),
+                    )
+                    for module, found in effects.items()
+                ),
+            )
+        )
+    return summaries

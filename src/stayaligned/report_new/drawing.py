@@ -1,0 +1,101 @@
+"""matplotlib figures as SVG that lives inside a page: its colors, its font, no identifiers of its own."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from stayaligned.report_new.texts import attribute
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Stand-ins that matplotlib can draw with; the page's own colors take their place, light or dark.
+INK, FAINT, BLUE, ORANGE, GRAY, PAPER = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
+_OF_THE_PAGE = {
+    INK: "currentColor",
+    FAINT: "var(--rule)",
+    BLUE: "var(--blue)",
+    ORANGE: "var(--orange)",
+    GRAY: "var(--gray)",
+    PAPER: "var(--paper)",
+}
+_PIXEL = 1 / 72
+"""Inches: matplotlib writes SVG at 72 dots an inch, whatever `dpi` says."""
+
+
+@contextmanager
+def drawing(width: int, height: int) -> Generator[Figure]:
+    """An empty figure of so many pixels, in a style of its own: what the user's matplotlibrc says does not matter."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    style = {
+        "figure.dpi": 72,
+        "svg.hashsalt": "stayaligned",
+        "svg.fonttype": "none",
+        "svg.id": None,
+        "font.family": "DejaVu Sans",
+        "font.size": 11,
+        "text.color": INK,
+        "text.parse_math": False,
+        "axes.edgecolor": FAINT,
+        "axes.labelcolor": INK,
+        "axes.facecolor": "none",
+        "axes.titlesize": 11,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "grid.color": FAINT,
+        "grid.linewidth": 0.6,
+        "xtick.color": FAINT,
+        "ytick.color": FAINT,
+        "xtick.labelcolor": INK,
+        "ytick.labelcolor": INK,
+        "xtick.labelsize": 10,
+        "ytick.labelsize": 10,
+    }
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(style)
+        figure = Figure(figsize=(width * _PIXEL, height * _PIXEL), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+
+
+def svg(figure: Figure, name: str, description: str) -> str:
+    """The figure as one `<svg>` element; `name` keeps its identifiers apart from those of other figures."""
+    stream = io.StringIO()
+    figure.savefig(
+        stream, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    )
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
+    # Only what is referred to needs an identifier; numbered, since names of groups repeat from figure to figure.
+    used = list(dict.fromkeys(re.findall(r'(?:url\(#|href="#)([^")]+)', text)))
+    text = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{used.index(m[1])}"' if m[1] in used else "", text)
+    text = re.sub(r'(url\(#|href="#)([^")]+)', lambda m: f"{m[1]}{name}-{used.index(m[2])}", text)
+    for stand_in, color in _OF_THE_PAGE.items():
+        text = text.replace(stand_in, color)
+    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    head = f'<svg viewBox="0 0 {width} {height}" width="{float(width):g}" height="{float(height):g}" role="img" '
+    body = text[text.index(">", text.index("<svg")) + 1 :]
+    return f'{head}aria-label="{attribute(description)}">{body}'.rstrip()
+
+
+def share_axis(axes: Axes, which: str, low: float = 0.0, high: float = 1.0) -> None:
+    """Percent on the axis `x` or `y`, from `low` to `high`."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    margin = 0.03 * (high - low)
+    axis.set_view_interval(low - margin, high + margin, ignore=True)

@@ -1,0 +1,160 @@
+"""The report as one HTML page: no network, no foreign code, every word of a model inert."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stayaligned.report_new import texts
+from stayaligned.report_new.prose import INTERVALS
+from stayaligned.report_new.values import Arm, MetricKind, PatchSummary, Report
+from stayaligned.report_new.words import NEVER_CLAIMED
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_SHOWN_CHARACTERS = 400
+_KEPT_CHARACTERS = 20_000
+
+
+def html_text(report: Report) -> str:
+    """The page. Equal reports give equal bytes.
+
+    Its content security policy forbids every request and every script but the one that sorts tables, named by its
+    hash. What results say is escaped by the template engine, and its control characters are made visible.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # Both files are the project's own: they go in as they are, since CSS and scripts know no HTML escapes.
+    script = (_TEMPLATES / "sort.js").read_text(encoding="utf-8")
+    style = (_TEMPLATES / "style.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        style=Markup(style),  # noqa: S704
+        script=Markup(script),  # noqa: S704
+        script_hash=digest,
+        texts=texts,
+        intervals=INTERVALS,
+        never_claimed=NEVER_CLAIMED,
+        sizes={kind.name: _common_size(report, kind) for kind in report.metrics},
+        mixture=_mixture(report),
+        configurations={arm.name: _yaml(arm.experiment) for arm in report.arms},
+        clip=_clip,
+        changed=_changed,
+        judged_twice=any(arm.agreements or arm.other_judges for arm in report.arms),
+        second_readings=any(arm.other_judges for arm in report.arms),
+        **_figures(report),
+    )
+
+
+def _finalize(value: object) -> object:
+    """Make control characters visible in all that a template prints, unless it is markup of this project."""
+    return texts.visible(value) if type(value) is str else value
+
+
+def _figures(report: Report) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    from stayaligned.report_new.figures import harm_against_accuracy, layer_map, training_curves
+
+    def inline(svg: str) -> Markup:
+        return Markup(svg)  # noqa: S704 drawn here; names in it went through `attribute` or matplotlib's own escaping
+
+    front = harm_against_accuracy(report)
+    losses = [
+        value
+        for training in report.trainings
+        for quantity, by_seed in training.curves.items()
+        if quantity != "drift"
+        for points in by_seed.values()
+        for _, value in points
+    ]
+    return {
+        "front": None if front is None else inline(front),
+        "curves": [
+            (training, inline(training_curves(training, max(losses, default=1.0), f"training{i}")))
+            for i, training in enumerate(report.trainings)
+        ],
+        "layers": [
+            (arm, patch, [inline(layer_map(arm, patch, q, f"{q}{i}-{j}")) for q in ("similarity", "shrinkage")])
+            for i, arm in enumerate(report.arms)
+            for j, patch in enumerate(arm.patches)
+            if patch.modules
+        ],
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Clipped:
+    """An answer as far as a page shows it."""
+
+    start: str
+    rest: str
+    n_left_out: int
+    """Characters beyond what the page keeps."""
+
+
+def _clip(text: str) -> Clipped:
+    return Clipped(
+        text[:_SHOWN_CHARACTERS], text[_SHOWN_CHARACTERS:_KEPT_CHARACTERS], max(0, len(text) - _KEPT_CHARACTERS)
+    )
+
+
+def _common_size(report: Report, kind: MetricKind) -> str | None:
+    """The sample size that all arms share, to be said once; None where they differ."""
+    sizes = {texts.sample_size(arm.estimates[kind.name]) for arm in report.arms if kind.name in arm.estimates}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _mixture(report: Report) -> list[tuple[Arm, list[tuple[str, str, float]]]]:
+    """For each arm that has all three: (outcome, title, mean share) of its answers to harmful prompts."""
+    parts = (
+        ("refusal_rate", "refuse", "refused"),
+        ("other_rate", "other", "neither"),
+        ("harmful_score", "harm", "harm"),
+    )
+    rows: list[tuple[Arm, list[tuple[str, str, float]]]] = []
+    for arm in report.arms:
+        means = [(css, title, e.mean) for name, css, title in parts if (e := arm.estimates.get(name)) is not None]
+        known = [(css, title, mean) for css, title, mean in means if mean is not None]
+        if len(known) == len(parts):
+            rows.append((arm, known))
+    return rows
+
+
+def _yaml(value: Any) -> str:
+    import yaml
+
+    return yaml.safe_dump(_plain(value), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    """Mappings and sequences as the plain ones that YAML knows."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _changed(patch: PatchSummary) -> str:
+    """How many modules a patch changed, in words."""
+    changed = sum(module.n_selected > 0 for module in patch.modules)
+    always = sum(module.n_selected == module.n_seeds for module in patch.modules)
+    total = len(patch.modules)
+    return f"{changed} of {total} changed" + (f", {always} of them in every seed" if always != changed else "")

@@ -1,0 +1,152 @@
+"""The report as Markdown, for pull requests and release notes: GitHub's tables, and nothing of a model's own text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from stayaligned.report_new.texts import bounds, markdown, percent, sample_size, seeds_below, unscored
+from stayaligned.report_new.values import Arm, Estimate, Report
+from stayaligned.report_new.words import NEVER_CLAIMED
+
+
+def markdown_text(report: Report) -> str:
+    """The report without pictures and answers; these are in report.html."""
+    return "\n".join(_lines(report)) + "\n"
+
+
+def _lines(report: Report) -> Iterator[str]:
+    yield f"# {markdown(report.title)}"
+    yield from ("", markdown(report.answer, 2000), "")
+    for finding in report.findings:
+        yield f"- {markdown(finding, 2000)}"
+    yield from ("", "## Before trusting the numbers", "")
+    for note, whose in report.notes:
+        yield f"- **{markdown(note, 500)}**{f' ({markdown(whose, 500)})' if whose else ''}"
+    for caution in report.cautions:
+        yield f"- {markdown(caution, 2000)}"
+    yield f"- {markdown(NEVER_CLAIMED[0], 2000)}"
+    yield from ("", "## Arms", "", *_main_table(report), "")
+    if report.reference is not None:
+        yield from (f"## Differences from {markdown(report.reference)}", "", *_difference_table(report), "")
+    yield from ("## Every seed", "", *_seed_table(report), "")
+    if any(arm.agreements for arm in report.arms):
+        yield from ("## Agreement of judges", "", *_agreement_table(report), "")
+    yield from ("## Versions and inputs", "", "| | value | of |", "|---|---|---|")
+    for fact in report.facts:
+        for value, whose in fact.values:
+            yield f"| {markdown(fact.name)} | {markdown(value)} | {markdown(whose) or 'all'} |"
+    yield from ("", "## How to read this", "")
+    for kind in report.metrics:
+        better = "higher" if kind.higher_is_better else "lower"
+        yield f"- **{markdown(kind.title)}** ({better} is better): {markdown(kind.definition, 500)}"
+    for sentence in (*INTERVALS, *NEVER_CLAIMED[1:]):
+        yield f"- {sentence}"
+    yield from ("", "Pictures, training curves and answers are in `report.html`, every single value in `results.csv`.")
+
+
+INTERVALS = (
+    "Intervals are at 95 %. Over two or more seeds: Student's t interval of the mean, cut to 0–100 %; it says how far "
+    "runs spread. For one seed, marked †: the seed's own interval (Wilson's, or a bootstrap for graded scores); it "
+    "says how far another draw of prompts might be, and nothing about other seeds. Seeds that agree exactly have no "
+    "spread and get the interval of their prompts too.",
+    "A difference is the mean over seeds of arm minus reference, with its own t interval; “beyond the interval” means "
+    "that this interval leaves zero out.",
+    "An answer that could not be scored enters no rate, and is counted.",
+)
+"""How to read the intervals, for every writer."""
+
+
+def _table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield f"|---|{'---:|' * (len(head) - 1)}"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def _main_table(report: Report) -> Iterator[str]:
+    head = ["arm", *(f"{markdown(k.title)} {'↑' if k.higher_is_better else '↓'} %" for k in report.metrics)]
+    yield from _table(
+        head,
+        ([_label(arm, report), *(_estimate(arm.estimates.get(k.name)) for k in report.metrics)] for arm in report.arms),
+    )
+    yield ""
+    yield "Mean over seeds (95 % interval; prompts × seeds). ◆ on the front of harm against accuracy, by the means."
+
+
+def _label(arm: Arm, report: Report) -> str:
+    marks = [
+        *(["reference"] if arm.name == report.reference else []),
+        *(["control"] if arm.control else []),
+        *([] if arm.comparable else ["other task or attack"]),
+    ]
+    suffix = f" ({', '.join(marks)})" if marks else ""
+    return f"{'◆ ' if arm.on_front else ''}{markdown(arm.name)}{suffix}"
+
+
+def _estimate(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "not measured"
+    if estimate.mean is None:
+        return f"n/a ({unscored(estimate)})"
+    dagger = "†" if estimate.interval == "prompts" else ""
+    details = [
+        f"{bounds(estimate.low, estimate.high)}{dagger}",
+        sample_size(estimate),
+        *([unscored(estimate)] if estimate.n_unscored else []),
+    ]
+    return f"**{percent(estimate.mean)}** ({'; '.join(part for part in details if part)})"
+
+
+def _difference_table(report: Report) -> Iterator[str]:
+    kinds = [k for k in report.metrics if any(k.name in arm.differences for arm in report.arms)]
+
+    def cell(arm: Arm, name: str) -> str:
+        difference = arm.differences.get(name)
+        if difference is None or difference.paired.mean is None:
+            return "n/a"
+        interval = bounds(difference.paired.low, difference.paired.high, signed=True)
+        mean = percent(difference.paired.mean, signed=True)
+        details = "; ".join(part for part in (interval, seeds_below(difference)) if part)
+        return f"{f'**{mean}**' if difference.resolved else mean} ({details})"
+
+    yield from _table(
+        ["arm", *(markdown(k.title) for k in kinds)],
+        ([markdown(arm.name), *(cell(arm, k.name) for k in kinds)] for arm in report.arms if arm.differences),
+    )
+    yield ""
+    yield "In percentage points, paired by seed. Bold: beyond the 95 % interval."
+
+
+def _seed_table(report: Report) -> Iterator[str]:
+    rows = (
+        [
+            markdown(arm.name),
+            str(seed),
+            *(_of_seed(arm.estimates.get(k.name), seed) for k in report.metrics),
+        ]
+        for arm in report.arms
+        for seed in arm.seeds
+    )
+    yield from _table(["arm", "seed", *(markdown(k.title) for k in report.metrics)], rows)
+
+
+def _of_seed(estimate: Estimate | None, seed: int) -> str:
+    metric = None if estimate is None else estimate.by_seed.get(seed)
+    return "–" if metric is None else percent(metric.value)
+
+
+def _agreement_table(report: Report) -> Iterator[str]:
+    rows = (
+        [
+            markdown(arm.name),
+            markdown(" / ".join(pair.judges)),
+            pair.prompt_set,
+            str(pair.n),
+            f"{percent(pair.agreement)} %" if pair.agreement is not None else "n/a",
+            "undefined" if pair.kappa is None else f"{pair.kappa:.2f}",
+            str(pair.n_disputed),
+        ]
+        for arm in report.arms
+        for pair in arm.agreements
+    )
+    yield from _table(["arm", "judges", "prompts", "n", "agreement", "kappa", "disputed"], rows)

@@ -1,0 +1,133 @@
+"""The report as rows: a table for the terminal, and every single value as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import TYPE_CHECKING
+
+from stayaligned.report_new.texts import csv_cell, one_line, percent, unscored
+from stayaligned.report_new.values import Arm, Estimate, Report
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_SHORT_TITLES = {
+    "harmful_score": "harmful",
+    "refusal_rate": "refused",
+    "other_rate": "neither",
+    "over_refusal": "over-\nrefusal",
+    "finetune_accuracy": "accuracy",
+    "skills_kept": "skills",
+}
+
+_CSV_COLUMNS = (
+    "arm",
+    "seed",
+    "metric",
+    "judge",
+    "primary_judge",
+    "value",
+    "low",
+    "high",
+    "n",
+    "n_unscored",
+    "higher_is_better",
+)
+
+
+def terminal_table(report: Report) -> Table:
+    """Arms as rows, means in percent with the half-width of their 95 % interval; harm against the reference.
+
+    Fits 80 columns for short names of arms; longer ones wrap.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    kinds = [kind for kind in report.metrics if kind.name in _SHORT_TITLES]
+    kinds.sort(key=lambda kind: list(_SHORT_TITLES).index(kind.name))
+    # Titles and names go in as Text: rich would read square brackets as markup.
+    table = Table(
+        title=Text(one_line(report.title)),
+        caption=Text(_caption(report)),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption_justify="left",
+        title_justify="left",
+    )
+    table.add_column("arm", overflow="fold", min_width=8)
+    for kind in kinds:
+        table.add_column(_SHORT_TITLES[kind.name], justify="right")
+    if report.reference is not None:
+        table.add_column("Δ harm", justify="right")
+    for arm in report.arms:
+        style = "bold" if arm.on_front else "" if arm.comparable else "dim"
+        cells = [Text(one_line(arm.name, 60)), *(Text(_cell(arm.estimates.get(kind.name))) for kind in kinds)]
+        if report.reference is not None:
+            cells.append(Text(_difference(arm, report.reference)))
+        table.add_row(*cells, style=style)
+    return table
+
+
+def _cell(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "–"
+    if estimate.mean is None or estimate.low is None or estimate.high is None:
+        return "\n".join(part for part in (percent(estimate.mean), unscored(estimate)) if part)
+    # Intervals that are clipped or of Wilson's kind are not symmetric: the farther side is the honest half-width.
+    half = max(estimate.mean - estimate.low, estimate.high - estimate.mean)
+    return f"{100 * estimate.mean:.1f}±{100 * half:.0f}{'*' if estimate.n_unscored else ''}"
+
+
+def _difference(arm: Arm, reference: str) -> str:
+    if arm.name == reference:
+        return "ref."
+    difference = arm.differences.get("harmful_score")
+    if difference is None or difference.paired.mean is None:
+        return "–"
+    return f"{percent(difference.paired.mean, signed=True)}{' ≠' if difference.resolved else ''}"
+
+
+def _caption(report: Report) -> str:
+    kinds = {e.interval for arm in report.arms for e in arm.estimates.values()}
+    parts = ["In %; ± reaches the farther end of the 95 % interval"]
+    parts.append(
+        "over seeds" if kinds == {"seeds"} else "over prompts" if "seeds" not in kinds else "over seeds or prompts"
+    )
+    text = " ".join(parts) + "."
+    if any(arm.on_front for arm in report.arms):
+        text += " Bold: front of harm against accuracy."
+    if any(arm.comparable for arm in report.arms) and not all(arm.comparable for arm in report.arms):
+        text += " Dim: not fine-tuned on the same task and attack."
+    if any(d.resolved for arm in report.arms for d in arm.differences.values()):
+        text += " ≠: beyond the interval of the difference."
+    if any(e.n_unscored and e.mean is not None for arm in report.arms for e in arm.estimates.values()):
+        text += " *: some answers unscored."
+    return text
+
+
+def csv_text(report: Report) -> str:
+    """One row for each arm, seed, metric and judge; a share from 0 to 1, empty where nothing could be scored."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(_CSV_COLUMNS)
+    better = {kind.name: kind.higher_is_better for kind in report.metrics}
+    for arm in report.arms:
+        for estimate in (*arm.estimates.values(), *arm.other_judges):
+            primary = estimate not in arm.other_judges
+            for seed, metric in estimate.by_seed.items():
+                writer.writerow(
+                    (
+                        csv_cell(arm.name),
+                        seed,
+                        csv_cell(metric.name),
+                        csv_cell(estimate.judge),
+                        int(primary) if estimate.judge else "",
+                        *("" if x is None else repr(x) for x in (metric.value, metric.low, metric.high)),
+                        metric.n,
+                        metric.n_unscored,
+                        int(better.get(metric.name, metric.higher_is_better)),
+                    )
+                )
+    return stream.getvalue()

@@ -1,0 +1,107 @@
+"""Numbers and hostile text as characters that are safe to print, in HTML, Markdown, CSV and the terminal."""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from collections.abc import Iterable
+
+from stayaligned.report_new.values import Difference, Estimate
+
+_KEPT_CONTROLS = frozenset("\n\t\u200c\u200d")
+"""Line breaks, tabs, and the two joiners, without which Persian, Hindi and many emoji are misspelt."""
+
+
+def visible(text: str) -> str:
+    """`text` with every control, format, bidi and surrogate character written out as ⟨U+202E⟩.
+
+    Such characters can hide text or reverse it; escaping for HTML leaves them alone.
+    """
+    return "".join(
+        f"⟨U+{ord(c):04X}⟩" if c not in _KEPT_CONTROLS and unicodedata.category(c) in _UNSEEN else c
+        for c in text.replace("\r\n", "\n")
+    )
+
+
+_UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
+def one_line(text: str, limit: int = 200) -> str:
+    """`text` made visible, on one line, cut after `limit` characters."""
+    # A name may be a megabyte long: cut first, so that only what is shown is worked on.
+    flat = " ".join(visible(text[: 4 * limit]).split())
+    return flat if len(flat) <= limit and len(text) <= 4 * limit else flat[: limit - 1] + "…"
+
+
+_MARKDOWN = re.compile(r"[\\`*\[\]{}|~$@&<>]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<=\w):(?=//)|(?<=www)\.", re.I)
+
+
+def markdown(text: str, limit: int = 200) -> str:
+    """`text` as inert Markdown for a table cell or a list item.
+
+    Whatever could start markup, HTML, a link or a mention becomes a numeric entity. A backslash before a pipe would
+    do for CommonMark, but readers of tables differ in how they split cells.
+    """
+    return _MARKDOWN.sub(lambda found: f"&#{ord(found.group())};", one_line(text, limit))
+
+
+def csv_cell(text: str) -> str:
+    """`text` for a CSV cell; one that a spreadsheet would take for a formula gets an apostrophe in front."""
+    shown = visible(text)
+    return f"'{shown}" if shown.lstrip()[:1] in tuple("=+-@＝＋－＠") or shown[:1] in ("\t", "\n") else shown
+
+
+def attribute(text: str) -> str:
+    """`text` for an attribute or text of an SVG."""
+    return html.escape(one_line(text), quote=True)
+
+
+def percent(value: float | None, *, signed: bool = False) -> str:
+    """A share as a percentage with one decimal: 3.5, -12.0 with `signed` as −12.0, n/a for None."""
+    if value is None:
+        return "n/a"
+    rounded = round(100 * value, 1) + 0.0
+    return f"{rounded:+.1f}".replace("-", "−") if signed else f"{rounded:.1f}"
+
+
+def bounds(low: float | None, high: float | None, *, signed: bool = False) -> str:
+    """An interval in percent, `30.0 to 44.6`; empty if there is none."""
+    if low is None or high is None:
+        return ""
+    return f"{percent(low, signed=signed)} to {percent(high, signed=signed)}"
+
+
+def unscored(estimate: Estimate) -> str:
+    """`0 of 150 scored` where nothing has a value, `3 of 150 unscored` where some have none; else empty."""
+    total = estimate.n + estimate.n_unscored
+    if estimate.mean is None:
+        return f"{estimate.n} of {total} scored"
+    return f"{estimate.n_unscored} of {total} unscored" if estimate.n_unscored else ""
+
+
+def sample_size(estimate: Estimate) -> str:
+    """Prompts and seeds behind a number: `200 × 3 seeds`, `200` for one seed, `199–200 × 3 seeds`."""
+    counts = [metric.n for metric in estimate.by_seed.values()]
+    prompts = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)}–{max(counts)}"
+    return f"{prompts} × {len(counts)} seeds" if len(counts) > 1 else prompts
+
+
+def seeds_below(difference: Difference) -> str:
+    """`lower in 3/3 seeds`: the sign count of a paired difference, said of the larger side."""
+    paired = difference.paired
+    n = len(paired.pairs)
+    if not n:
+        return "no seed in common"
+    if paired.n_lower == paired.n_higher == 0:
+        return f"equal in {n}/{n} seeds"
+    side, count = ("lower", paired.n_lower) if paired.n_lower >= paired.n_higher else ("higher", paired.n_higher)
+    return f"{side} in {count}/{n} seeds"
+
+
+def listed(names: Iterable[str], limit: int = 6) -> str:
+    """`A`, `A and B`, `A, B and C`; beyond `limit` names, how many more."""
+    shown = [one_line(name, 60) for name in names]
+    if len(shown) > limit:
+        shown = [*shown[: limit - 1], f"{len(shown) - limit + 1} more"]
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}" if shown else "none"

@@ -1,0 +1,48 @@
+"""What the training logs show, one entry for each training however many arms patch its adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from stayaligned.report_new.values import Points, Training
+from stayaligned.results import Result
+
+QUANTITIES = ("loss", "alignment_loss", "finetuning_loss", "drift")
+"""Keys of a log row that a report draws; those after the first are there for alternating defenses alone."""
+
+
+def collect_trainings(groups: Mapping[str, Sequence[Result]]) -> tuple[Training, ...]:
+    """The trainings of the arms. Arms whose training stage is the same in a seed share one."""
+    owner: dict[str, str] = {}
+    arms: dict[str, list[str]] = {}
+    runs_of: dict[str, dict[int, Result]] = {}
+    for arm, runs in groups.items():
+        logged = [run for run in runs if run.training_log]
+        if not logged:
+            continue
+        keys = [run.provenance.stages.get("train") or f"{arm}/{run.seed}" for run in logged]
+        first = next((owner[key] for key in keys if key in owner), arm)
+        owner.update(dict.fromkeys(keys, first))
+        arms.setdefault(first, []).append(arm)
+        for run in logged:
+            runs_of.setdefault(first, {}).setdefault(run.seed, run)
+    trainings = [Training(tuple(arms[first]), _curves(runs_of[first])) for first in arms]
+    return tuple(training for training in trainings if training.curves)
+
+
+def _curves(runs: Mapping[int, Result]) -> dict[str, dict[int, Points]]:
+    curves = {
+        quantity: {seed: points for seed, run in runs.items() if (points := _points(run, quantity))}
+        for quantity in QUANTITIES
+    }
+    return {quantity: by_seed for quantity, by_seed in curves.items() if by_seed}
+
+
+def _points(run: Result, quantity: str) -> Points:
+    rows = [(row.get("step"), row.get(quantity)) for row in run.training_log]
+    return tuple(
+        (float(step), float(value))
+        for step, value in rows
+        if isinstance(step, int | float) and isinstance(value, int | float) and math.isfinite(value)
+    )

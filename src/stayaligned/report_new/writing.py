@@ -1,0 +1,22 @@
+"""Write a report to a directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stayaligned.files import write_text
+from stayaligned.report_new.page import html_text
+from stayaligned.report_new.prose import markdown_text
+from stayaligned.report_new.tables import csv_text
+from stayaligned.report_new.values import Report
+
+
+def write_report(report: Report, directory: Path) -> list[Path]:
+    """Write `report.html`, `report.md` and `results.csv` into `directory`; equal reports give equal bytes.
+
+    All three are worked out before the first is written, and each appears whole or not at all.
+    """
+    texts = {"report.html": html_text(report), "report.md": markdown_text(report), "results.csv": csv_text(report)}
+    for name, text in texts.items():
+        write_text(directory / name, text)
+    return [directory / name for name in texts]
