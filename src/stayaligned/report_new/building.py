@@ -7,12 +7,13 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
 from stayaligned.errors import StayalignedError
-from stayaligned.metrics import across_seeds, paired_difference
+from stayaligned.metrics import PairedDifference, across_seeds, paired_difference
 from stayaligned.records import Metric, PromptSet
 from stayaligned.report_new.background import collect_facts, collect_notes, collect_questions, collect_times
 from stayaligned.report_new.texts import listed
@@ -225,8 +226,15 @@ def _differences(arm: Mapping[str, Estimate], reference: Mapping[str, Estimate])
             {seed: metric.value for seed, metric in ours.by_seed.items()},
             {seed: metric.value for seed, metric in theirs.by_seed.items()},
         )
-        differences[name] = Difference(paired, _resolved(paired.low, paired.high, ours, theirs))
+        differences[name] = Difference(_clipped(paired), _resolved(paired.low, paired.high, ours, theirs))
     return differences
+
+
+def _clipped(paired: PairedDifference) -> PairedDifference:
+    """The difference with its interval cut to what shares can differ by."""
+    if paired.low is None or paired.high is None:
+        return paired
+    return replace(paired, low=max(-1.0, paired.low), high=min(1.0, paired.high))
 
 
 def _resolved(low: float | None, high: float | None, ours: Estimate, theirs: Estimate) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from stayaligned.report_new.texts import attribute
 
@@ -35,7 +36,7 @@ def drawing(width: int, height: int) -> Generator[Figure]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[Any, Any] = {
         "figure.dpi": 72,
         "svg.hashsalt": "stayaligned",
         "svg.fonttype": "none",
@@ -61,7 +62,9 @@ def drawing(width: int, height: int) -> Generator[Figure]:
         "xtick.labelsize": 10,
         "ytick.labelsize": 10,
     }
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # The page draws the text with the reader's fonts; that matplotlib's own lacks a letter only shifts its measure.
+        warnings.filterwarnings("ignore", message="Glyph")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(style)
         figure = Figure(figsize=(width * _PIXEL, height * _PIXEL), layout="constrained")
@@ -90,12 +93,11 @@ def svg(figure: Figure, name: str, description: str) -> str:
     return f'{head}aria-label="{attribute(description)}">{body}'.rstrip()
 
 
-def share_axis(axes: Axes, which: str, low: float = 0.0, high: float = 1.0) -> None:
-    """Percent on the axis `x` or `y`, from `low` to `high`."""
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+def share_axis(axes: Axes, which: Literal["x", "y"]) -> None:
+    """Percent on one axis, from 0 to 100 with room for marks at the ends."""
+    from matplotlib.ticker import FixedLocator, PercentFormatter
 
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    margin = 0.03 * (high - low)
-    axis.set_view_interval(low - margin, high + margin, ignore=True)
+    axis.set_major_locator(FixedLocator([step / 5 for step in range(6)]))
+    axis.set_view_interval(-0.03, 1.03, ignore=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stayaligned.report_new.drawing import BLUE, GRAY, INK, ORANGE, PAPER, drawing, share_axis, svg
-from stayaligned.report_new.labels import Box, place
+from stayaligned.report_new.labels import Box, Point, along, place
 from stayaligned.report_new.texts import listed, one_line, percent
 from stayaligned.report_new.values import Arm, Estimate, ModuleEffect, PatchSummary, Points, Report, Training
 
@@ -19,62 +20,84 @@ if TYPE_CHECKING:
 # ---- harm against accuracy -----------------------------------------------------------------------------------------
 
 
-def harm_against_accuracy(report: Report) -> str | None:
-    """Mean harm and mean accuracy of every arm with intervals, single seeds faint; None where no arm has both."""
-    shown = [
-        (arm, harm, gain)
+@dataclass(frozen=True, slots=True)
+class _Spot:
+    """An arm's place in the picture."""
+
+    arm: Arm
+    harm: Estimate
+    gain: Estimate
+    at: Point
+    """(mean harm, mean accuracy)."""
+
+    @property
+    def color(self) -> str:
+        """Blue on the front, gray for controls."""
+        return BLUE if self.arm.on_front else INK if self.arm.comparable and not self.arm.control else GRAY
+
+    @property
+    def seeds(self) -> list[Point]:
+        """The same of every seed that has both; none for one seed, which is the mean itself."""
+        pairs = [(m.value, n.value) for seed, m in self.harm.by_seed.items() if (n := self.gain.by_seed.get(seed))]
+        points = [(x, y) for x, y in pairs if x is not None and y is not None]
+        return points if len(points) > 1 else []
+
+    @property
+    def intervals(self) -> list[tuple[Point, Point]]:
+        """The ends of the two intervals, as far as there are any."""
+        (x, y), harm, gain = self.at, self.harm, self.gain
+        across = [((harm.low, y), (harm.high, y))] if harm.low is not None and harm.high is not None else []
+        along = [((x, gain.low), (x, gain.high))] if gain.low is not None and gain.high is not None else []
+        return across + along
+
+
+def harm_against_accuracy(report: Report) -> tuple[str, list[str]] | None:
+    """Mean harm and mean accuracy of every arm with intervals, single seeds faint; None where no arm has both.
+
+    Returns:
+        The picture, and the names of arms for which it has no room.
+    """
+    spots = [
+        _Spot(arm, harm, gain, (harm.mean, gain.mean))
         for arm in report.arms
         if (harm := arm.estimates.get("harmful_score")) is not None
         and (gain := arm.estimates.get("finetune_accuracy")) is not None
         and harm.mean is not None
         and gain.mean is not None
     ]
-    if not shown:
+    if not spots:
         return None
-    with drawing(680, 470) as figure:
+    with drawing(720, 500) as figure:
         axes = figure.add_subplot()
         share_axis(axes, "x")
         share_axis(axes, "y")
         axes.grid(visible=True)
         axes.tick_params(length=0)
-        axes.set_xlabel("harmful score  (lower is better)")
-        axes.set_ylabel("fine-tune accuracy  (higher is better)")
+        axes.set_xlabel("harmful score (lower is better)")
+        axes.set_ylabel("fine-tune accuracy (higher is better)")
         axes.set_title("↖ better: less harm, more accuracy", color=BLUE)
-        for arm, harm, gain in shown:
-            _draw_arm(axes, arm, report.reference, harm, gain)
-        unlabeled = _label(figure, axes, shown)
+        for spot in spots:
+            _draw_spot(axes, spot, ORANGE if spot.arm.name == report.reference else spot.color)
+        unnamed = _name_spots(figure, axes, spots)
         described = "; ".join(
-            f"{one_line(arm.name, 40)} harm {percent(harm.mean)} %, accuracy {percent(gain.mean)} %"
-            for arm, harm, gain in shown[:20]
+            f"{one_line(s.arm.name, 40)} harm {percent(s.at[0])} %, accuracy {percent(s.at[1])} %" for s in spots[:20]
         )
-        if unlabeled:
-            axes.set_xlabel(f"harmful score  (lower is better)\nno room to name: {listed(unlabeled, 4)}")
-        return svg(figure, "front", f"Harmful score against fine-tune accuracy, mean over seeds: {described}.")
+        picture = svg(figure, "front", f"Harmful score against fine-tune accuracy, mean over seeds: {described}.")
+        return picture, unnamed
 
 
-def _color(arm: Arm, reference: str | None) -> str:
-    if arm.name == reference:
-        return ORANGE
-    return BLUE if arm.on_front else INK if arm.comparable and not arm.control else GRAY
-
-
-def _draw_arm(axes: Axes, arm: Arm, reference: str | None, harm: Estimate, gain: Estimate) -> None:
-    color = _color(arm, reference)
-    assert harm.mean is not None and gain.mean is not None  # noqa: S101 the caller chose them so
-    for point in _seed_points(harm, gain):
-        axes.plot(*zip((harm.mean, gain.mean), point, strict=True), color=color, alpha=0.25, linewidth=0.7)
-        axes.plot(*point, marker="o", markersize=3.5, color=color, alpha=0.4, markeredgewidth=0)
-    for estimate, along in ((harm, "x"), (gain, "y")):
-        if estimate.low is not None and estimate.high is not None:
-            ends = (estimate.low, estimate.high)
-            here = (gain.mean, gain.mean) if along == "x" else (harm.mean, harm.mean)
-            axes.plot(*((ends, here) if along == "x" else (here, ends)), color=color, alpha=0.55, linewidth=1.1)
+def _draw_spot(axes: Axes, spot: _Spot, color: str) -> None:
+    for x, y in spot.seeds:
+        axes.plot([spot.at[0], x], [spot.at[1], y], color=color, alpha=0.25, linewidth=0.7)
+        axes.plot([x], [y], marker="o", markersize=3.5, color=color, alpha=0.4, markeredgewidth=0)
+    for (x0, y0), (x1, y1) in spot.intervals:
+        axes.plot([x0, x1], [y0, y1], color=color, alpha=0.55, linewidth=1.1)
     axes.plot(
-        harm.mean,
-        gain.mean,
-        marker="s" if arm.control else "D" if arm.on_front else "o",
+        [spot.at[0]],
+        [spot.at[1]],
+        marker="s" if spot.arm.control else "D" if spot.arm.on_front else "o",
         markersize=8,
-        markerfacecolor=color if arm.comparable else PAPER,
+        markerfacecolor=color if spot.arm.comparable else PAPER,
         markeredgecolor=color,
         markeredgewidth=1.4,
         zorder=3,
@@ -82,38 +105,45 @@ def _draw_arm(axes: Axes, arm: Arm, reference: str | None, harm: Estimate, gain:
     )
 
 
-def _seed_points(harm: Estimate, gain: Estimate) -> list[tuple[float, float]]:
-    """(harm, accuracy) of every seed that has both; none for one seed, which is the mean itself."""
-    pairs = [(metric.value, other.value) for seed, metric in harm.by_seed.items() if (other := gain.by_seed.get(seed))]
-    points = [(x, y) for x, y in pairs if x is not None and y is not None]
-    return points if len(points) > 1 else []
-
-
-def _label(figure: Figure, axes: Axes, shown: Sequence[tuple[Arm, Estimate, Estimate]]) -> list[str]:
-    """Write every arm's name beside its point; returns the names for which there is no room."""
-    figure.draw_without_rendering()  # the layout must stand before pixels mean anything
+def _name_spots(figure: Figure, axes: Axes, spots: Sequence[_Spot]) -> list[str]:
+    """Write every arm's name beside its mark; returns the names for which there is no room."""
+    # The layout must stand, and stay, before pixels mean anything.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     texts = [
-        axes.text(0, 0, one_line(arm.name, 26), fontsize=11, fontweight="bold" if arm.on_front else "normal")
-        for arm, _, _ in shown
+        axes.text(0, 0, one_line(s.arm.name, 26), fontsize=11, fontweight="bold" if s.arm.on_front else "normal")
+        for s in spots
     ]
     sizes = [(extent.width + 4, extent.height + 2) for extent in (text.get_window_extent() for text in texts)]
-    to_pixels = axes.transData.transform
-    points = [tuple(map(float, to_pixels((h.mean, g.mean)))) for _, h, g in shown]
-    clutter = [tuple(map(float, to_pixels(p))) for _, h, g in shown for p in _seed_points(h, g)]
+
+    def to_pixels(point: Point) -> Point:
+        x, y = axes.transData.transform(point)
+        return float(x), float(y)
+
+    def to_data(point: Point) -> Point:
+        x, y = axes.transData.inverted().transform(point)
+        return float(x), float(y)
+
+    lines = [(to_pixels(start), to_pixels(end)) for spot in spots for start, end in spot.intervals]
     frame = axes.get_window_extent()
-    inside = Box(frame.x0, frame.y0, frame.x1, frame.y1)
-    places = place(points, sizes, inside=inside, marker=6.0, clutter=clutter)  # pyright: ignore[reportArgumentType]
-    to_data = axes.transData.inverted().transform
+    places = place(
+        [to_pixels(spot.at) for spot in spots],
+        sizes,
+        inside=Box(frame.x0, frame.y0, frame.x1, frame.y1),
+        marker=6.0,
+        clutter=[to_pixels(seed) for spot in spots for seed in spot.seeds]
+        + [point for line in lines for point in along(line, 10.0)],
+    )
     missing: list[str] = []
-    for text, found, (arm, _, _) in zip(texts, places, shown, strict=True):
+    for text, found, spot in zip(texts, places, spots, strict=True):
         if found is None:
             text.remove()
-            missing.append(arm.name)
+            missing.append(spot.arm.name)
             continue
         text.set_position(to_data((found.box.left + 2, found.box.bottom + 3)))
         if found.leader is not None:
-            ends = [to_data(end) for end in found.leader]
-            axes.plot([e[0] for e in ends], [e[1] for e in ends], color=INK, linewidth=0.6, alpha=0.6, zorder=2)
+            (x0, y0), (x1, y1) = (to_data(end) for end in found.leader)
+            axes.plot([x0, x1], [y0, y1], color=INK, linewidth=0.6, alpha=0.6, zorder=2)
     return missing
 
 
@@ -175,7 +205,7 @@ def layer_map(arm: Arm, patch: PatchSummary, quantity: str, name: str) -> str:
 _ZERO_MEANS = {"similarity": "update points elsewhere", "shrinkage": "update gone"}
 
 
-def _mark_selected(axes: Axes, cells: Mapping[tuple[int, int], Sequence[ModuleEffect]], colors: Sequence) -> None:
+def _mark_selected(axes: Axes, cells: Mapping[tuple[int, int], Sequence[ModuleEffect]], colors: Any) -> None:
     """A dot in each changed cell, its area the share of seeds (and modules) in which it was."""
     for (row, column), effects in cells.items():
         part = sum(e.n_selected for e in effects) / sum(e.n_seeds for e in effects)

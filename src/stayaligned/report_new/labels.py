@@ -81,7 +81,7 @@ def place(
                 break
             if not candidate.box.within(inside) or not _free(candidate, index, marks, placed.values()):
                 continue
-            cost = distance + 6.0 * sum(_holds(candidate.box, c) for c in clutter)
+            cost = distance + 5.0 * sum(_holds(candidate.box, c) for c in clutter)
             if best is None or cost < best[0]:
                 best = (cost, candidate)
         if best is not None:
@@ -146,3 +146,10 @@ def _cross(first: Line, second: Line) -> bool:
 
 def _holds(box: Box, point: Point) -> bool:
     return box.left <= point[0] <= box.right and box.bottom <= point[1] <= box.top
+
+
+def along(line: Line, step: float) -> list[Point]:
+    """Points on the line, about `step` apart, both ends included."""
+    (x0, y0), (x1, y1) = line
+    pieces = max(1, round(math.dist(*line) / step))
+    return [(x0 + (x1 - x0) * i / pieces, y0 + (y1 - y0) * i / pieces) for i in range(pieces + 1)]

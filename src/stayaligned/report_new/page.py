@@ -85,7 +85,8 @@ def _figures(report: Report) -> dict[str, Any]:
         for _, value in points
     ]
     return {
-        "front": None if front is None else inline(front),
+        "front": None if front is None else inline(front[0]),
+        "unnamed": [] if front is None else front[1],
         "curves": [
             (training, inline(training_curves(training, max(losses, default=1.0), f"training{i}")))
             for i, training in enumerate(report.trainings)

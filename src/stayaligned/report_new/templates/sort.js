@@ -7,8 +7,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
     const button = document.createElement("button");
     button.type = "button";
     button.title = "Sort; a third press restores the order of the comparison";
-    button.append(...head.childNodes);
-    head.append(button);
+    button.append(...Array.from(head.childNodes).filter((node) => node.className !== "n"));
+    head.prepend(button);
     button.addEventListener("click", () => {
       const next = { ascending: "descending", descending: null }[head.getAttribute("aria-sort")];
       const order = next === undefined ? "ascending" : next;
