@@ -10,7 +10,7 @@ from statistics import fmean
 
 from stayaligned.errors import StayalignedError
 from stayaligned.metrics import across_seeds, paired_difference
-from stayaligned.records import LayerReport, Metric
+from stayaligned.records import LayerReport, Metric, PromptSet
 from stayaligned.report.values import (
     KNOWN_METRICS,
     Agreeing,
@@ -28,8 +28,8 @@ from stayaligned.report.values import (
     StageTime,
     Training,
 )
-from stayaligned.report.wording import answer_in_words, cautions_about
-from stayaligned.results import Result
+from stayaligned.report.wording import answer_in_words, cautions_about, findings_in_words
+from stayaligned.results import Agreement, Result
 
 HARM, ACCURACY = "harmful_score", "finetune_accuracy"
 
@@ -96,6 +96,7 @@ def build_report(results: Sequence[Result], *, title: str, reference: str | None
         title=title,
         reference=known_reference,
         answer=answer_in_words(arms, known_reference),
+        findings=tuple(findings_in_words(arms)),
         cautions=tuple(cautions_about(arms, results, reference)),
         metrics=tuple(_metric_kinds(arms)),
         judge=next((result.judges[0].judge for result in results if result.judges), ""),
@@ -158,7 +159,7 @@ def _by_seed(estimate: Estimate) -> dict[int, float | None]:
 
 def _metric_kinds(arms: Sequence[Arm]) -> Iterable[MetricKind]:
     """The known metrics that somebody measured, then any others, in order of first appearance."""
-    measured = {name: estimate for arm in arms for name, estimate in reversed(arm.estimates.items())}
+    measured = {name: estimate for arm in arms for name, estimate in arm.estimates.items()}
     known = {kind.name: kind for kind in KNOWN_METRICS}
     yield from (kind for kind in KNOWN_METRICS if kind.name in measured)
     seen = dict.fromkeys(name for arm in arms for name in arm.estimates if name not in known)
@@ -195,9 +196,10 @@ def _front(estimates: Mapping[str, Mapping[str, Estimate]]) -> set[str]:
 
 
 def _agreements(group: Sequence[Result]) -> Iterable[JudgePair]:
-    rows = [agreement for result in group for agreement in result.agreements]
-    for judges, prompt_set in dict.fromkeys((row.judges, row.prompt_set) for row in rows):
-        same = [row for row in rows if (row.judges, row.prompt_set) == (judges, prompt_set)]
+    found: dict[tuple[tuple[str, str], PromptSet], list[Agreement]] = {}
+    for agreement in (agreement for result in group for agreement in result.agreements):
+        found.setdefault((agreement.judges, agreement.prompt_set), []).append(agreement)
+    for (judges, prompt_set), same in found.items():
         n = sum(row.n for row in same)
         equal = math.fsum(row.agreement * row.n for row in same if row.agreement is not None)
         kappas = [row.kappa for row in same if row.kappa is not None]
@@ -260,8 +262,9 @@ def _curve(group: Sequence[Result], quantity: str) -> Curve:
 
 
 def _number(value: object) -> float | None:
-    finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if finite else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 # ---- provenance ----------------------------------------------------------------------------------------------------

@@ -49,6 +49,11 @@ class LayerMap:
         """Whether the cells are too narrow for numbers."""
         return len(self.columns) > _SPARSE_COLUMNS
 
+    @property
+    def uniform(self) -> bool:
+        """Whether every module fared alike, as under a control: a sentence then says more than a map."""
+        return len({(f"{m.similarity:.2f}", f"{m.shrinkage:.2f}", m.n_selected > 0) for m in self.patch.modules}) == 1
+
 
 def render_html(report: Report) -> str:
     """The page: no request to anywhere, no script or style from outside, the same bytes for the same report."""
@@ -64,6 +69,7 @@ def render_html(report: Report) -> str:
         columns=[kind for kind in report.metrics if kind.name != "refusal_rate"],
         sizes={kind.name: _size(report.arms, kind) for kind in report.metrics},
         split=[arm for arm in report.arms if _has_split(arm)],
+        pairs=list(dict.fromkeys((p.judges, p.prompt_set) for arm in report.arms for p in arm.agreements)),
         layer_maps=[(arm, [layer_map(patch) for patch in arm.patches]) for arm in report.arms if arm.patches],
         trainings=[(training, Markup(svg)) for training, svg in training_plots(report)],  # noqa: S704
         front=None if wide is None or narrow is None else (Markup(wide), Markup(narrow)),  # noqa: S704
@@ -146,7 +152,7 @@ def layer_map(patch: PatchSummary) -> LayerMap:
 
 
 def _range(values: Sequence[float]) -> str:
-    low, high = text.plain(min(values)), text.plain(max(values))
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
     return low if low == high else f"{low} to {high}"
 
 

@@ -149,7 +149,7 @@ def _label(figure: Figure, axes: Axes, arms: Sequence[Arm]) -> None:
     figure.draw(renderer)
     sizes: list[tuple[float, float]] = []
     for text in texts:
-        probe = axes.text(0, 0, text, fontsize=9.5)
+        probe = axes.text(0, 0, text, fontsize=10.5)
         box = probe.get_window_extent(renderer)
         sizes.append((box.width, box.height))
         probe.remove()
@@ -167,7 +167,9 @@ def _label(figure: Figure, axes: Axes, arms: Sequence[Arm]) -> None:
             axes.plot(leader[:, 0], leader[:, 1], color=_COLORS["line"], linewidth=0.8, zorder=2)
         at = axes.transData.inverted().transform(middle)
         weight = "bold" if arm.on_front else "normal"
-        axes.text(float(at[0]), float(at[1]), text, fontsize=9.5, ha="center", va="center", fontweight=weight, zorder=5)
+        axes.text(
+            float(at[0]), float(at[1]), text, fontsize=10.5, ha="center", va="center", fontweight=weight, zorder=5
+        )
 
 
 def _pixels(axes: Axes, place: tuple[float, float]) -> tuple[float, float]:
@@ -249,7 +251,8 @@ def _curves(axes: Axes, curves: Sequence[Curve], top: float, last_step: float) -
             axes.plot(*zip(*points, strict=True), color=_COLORS[color], linewidth=0.7, alpha=0.35)
         mean = thin(mean_curve([points for _, points in curve.seeds]), _BINS)
         axes.plot(*zip(*mean, strict=True), line, color=_COLORS[color], linewidth=1.8)
-        ends.append((mean[-1][1], label, color))
+        if len(curves) > 1:
+            ends.append((mean[-1][1], label, color))
     # Labels at the lines' ends, pushed apart where the lines meet.
     gap, floor = top * 0.13, -top
     for value, label, color in sorted(ends):

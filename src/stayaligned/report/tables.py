@@ -40,6 +40,8 @@ def render_markdown(report: Report) -> str:
     Answers of models are left out: a forge would turn what they mention into links and notifications.
     """
     lines = [f"# {markdown(report.title)}", "", f"**{markdown(report.answer)}**", ""]
+    if report.findings:
+        lines += [markdown(" ".join(report.findings)), ""]
     lines += [f"- {markdown(caution)}" for caution in report.cautions]
     lines += ["", *_markdown_table(report, report.metrics, _full_cell), ""]
     lines.append("Percent: mean over seeds [95 % interval; Student's over seeds, or one seed's prompts].")

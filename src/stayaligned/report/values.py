@@ -221,7 +221,9 @@ class Report:
     title: str
     reference: str | None
     answer: str
-    """The comparison in one or two sentences, worked out from the numbers."""
+    """The comparison in one sentence, worked out from the numbers."""
+    findings: tuple[str, ...]
+    """What stands behind it, a sentence each."""
     cautions: tuple[str, ...]
     """What a reader must know before believing the numbers."""
     metrics: tuple[MetricKind, ...]

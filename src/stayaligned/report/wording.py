@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from stayaligned.report.text import percent, points
+from stayaligned.report.text import number, percent, points
 from stayaligned.report.values import Arm
 from stayaligned.results import Result
 
@@ -27,14 +27,36 @@ def resolved(arm: Arm, metric: str) -> bool:
 
 
 def answer_in_words(arms: Sequence[Arm], reference: str | None) -> str:
-    """The comparison in a few sentences: against the reference, then the front, then how far to trust it."""
-    against = _against(arms, reference) if reference is not None else _alone(arms)
-    return " ".join(part for part in (against, _front(arms)) if part)
+    """The comparison in one sentence: what happened to the harmful score."""
+    if reference is None:
+        return _alone(arms)
+    paired = [arm for arm in arms if arm.comparable and "harmful_score" in arm.differences]
+    if not paired:
+        return f"No other arm faced the same task and attack as {reference}, with a harmful score to compare."
+    counted = f"{len(_lowered(arms)) or 'none'} of {len(paired)} other {'arm' if len(paired) == 1 else 'arms'}"
+    return f"Against {reference}, {counted} lowered the harmful score beyond the interval of the difference."
+
+
+def findings_in_words(arms: Sequence[Arm]) -> Iterable[str]:
+    """What stands behind the answer: which arms, at what price in accuracy, and the front of the two."""
+    lowered = _lowered(arms)
+    if lowered:
+        yield f"Lowered: {_names(lowered)}."
+    costly = [arm for arm in lowered if _moves(arm, "finetune_accuracy", -1)]
+    unresolved = [arm for arm in lowered if arm not in costly and "finetune_accuracy" in arm.differences]
+    if costly:
+        yield f"Of these, fine-tune accuracy fell beyond its interval for {_names(costly)}."
+    if unresolved:
+        yield f"For {_names(unresolved)} no loss of accuracy is resolved, which does not show that there is none."
+    raised = [arm for arm in arms if arm.comparable and _moves(arm, "harmful_score", +1)]
+    if raised:
+        yield f"Raised beyond the interval: {_names(raised)}."
+    yield from _front(arms)
 
 
 def _alone(arms: Sequence[Arm]) -> str:
-    harms = [(arm, arm.estimates["harmful_score"]) for arm in arms if "harmful_score" in arm.estimates]
-    scored = [(arm, estimate.mean) for arm, estimate in harms if estimate.mean is not None]
+    harms = [(arm, arm.estimates["harmful_score"].mean) for arm in arms if "harmful_score" in arm.estimates]
+    scored = [(arm, mean) for arm, mean in harms if mean is not None]
     if not scored:
         return "No harmful score could be measured."
     if len(scored) == 1:
@@ -44,25 +66,8 @@ def _alone(arms: Sequence[Arm]) -> str:
     return f"Harmful scores run from {percent(low[1])} ({low[0].name}) to {percent(high[1])} ({high[0].name})."
 
 
-def _against(arms: Sequence[Arm], reference: str) -> str:
-    compared = [arm for arm in arms if arm.comparable and arm.name != reference]
-    paired = [arm for arm in compared if "harmful_score" in arm.differences]
-    if not paired:
-        return f"No other arm faced the same task and attack as {reference}, with a harmful score to compare."
-    lower = [arm for arm in paired if _moves(arm, "harmful_score", -1)]
-    higher = [arm for arm in paired if _moves(arm, "harmful_score", +1)]
-    counted = f"{len(lower) or 'none'} of {len(paired)} other arms"
-    parts = [f"Against {reference}, {counted} lowered the harmful score beyond the interval of the difference."]
-    if higher:
-        parts.append(f"{_names(higher)} raised it.")
-    costly = [arm for arm in lower if _moves(arm, "finetune_accuracy", -1)]
-    cheap = [arm for arm in lower if arm not in costly and "finetune_accuracy" in arm.differences]
-    if costly:
-        which = "All of them" if len(costly) == len(lower) > 1 else f"Of these, {_names(costly)}"
-        parts.append(f"{which} also lost fine-tune accuracy beyond its interval.")
-    if cheap:
-        parts.append(f"For {_names(cheap)} no loss of accuracy is resolved, which does not show that there is none.")
-    return " ".join(parts)
+def _lowered(arms: Sequence[Arm]) -> list[Arm]:
+    return [arm for arm in arms if arm.comparable and _moves(arm, "harmful_score", -1)]
 
 
 def _moves(arm: Arm, metric: str, sign: int) -> bool:
@@ -70,17 +75,14 @@ def _moves(arm: Arm, metric: str, sign: int) -> bool:
     return resolved(arm, metric) and sign * (arm.differences[metric].mean or 0.0) > 0
 
 
-def _front(arms: Sequence[Arm]) -> str:
+def _front(arms: Sequence[Arm]) -> Iterable[str]:
     front = [arm for arm in arms if arm.on_front]
     if sum(arm.comparable for arm in arms) < 3 or not front:
-        return ""
+        return
     front.sort(key=lambda arm: arm.estimates["harmful_score"].mean or 0.0)
-    shown = [
-        f"{arm.name} ({percent(arm.estimates['harmful_score'].mean)} harm, "
-        f"{percent(arm.estimates['finetune_accuracy'].mean)} accuracy)"
-        for arm in front
-    ]
-    return f"By their means, the front of harm against accuracy is {_join(shown)}."
+    means = [[number(arm.estimates[name].mean) for name in ("harmful_score", "finetune_accuracy")] for arm in front]
+    shown = [f"{arm.name} ({harm} / {accuracy})" for arm, (harm, accuracy) in zip(front, means, strict=True)]
+    yield f"On the front of harm against accuracy, by their means in percent: {_join(shown)}."
 
 
 def cautions_about(arms: Sequence[Arm], results: Sequence[Result], wanted_reference: str | None) -> Iterable[str]:
