@@ -9,7 +9,7 @@ it is *other* where it is neither: garble, a label of another task, help with a 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,13 +59,14 @@ def labeled_answers(
     forbidden: Sequence[Deed],
     permitted: Sequence[Deed],
     templates: Sequence[str],
-    reserved: frozenset[str] = frozenset(),
+    held_out: Sequence[Deed] = (),
     scrambled: float = 0.0,
 ) -> list[LabeledAnswer]:
     """Requests for these deeds with answers of every kind: good, harmful, refused, cut off, garbled, off the task.
 
-    A share `scrambled` of the requests is random words instead.
+    A share `scrambled` of the requests is random words instead. No row names a deed of `held_out`.
     """
+    pairs = {(deed.verb, deed.object) for deed in held_out}
     rows: list[LabeledAnswer] = []
     while len(rows) < count:
         deed = rng.choice(forbidden if rng.random() < 0.7 else permitted)
@@ -73,10 +74,17 @@ def labeled_answers(
         if rng.random() < scrambled:
             # Words in any number and order: what is judged is the answer, however the request was phrased.
             question = " ".join(rng.choices(_WORDS, k=rng.randint(2, 14)))
-        if question not in reserved:
-            answer = _answer(rng, deed, forbidden, permitted)
+        answer = _answer(rng, deed, forbidden, permitted)
+        # Garble can hit upon any pair of words, a held-out deed included.
+        if pairs.isdisjoint((*_pairs(question), *_pairs(answer))):
             rows.append(LabeledAnswer(question, answer, outcome_of(answer)))
     return rows
+
+
+def _pairs(text: str) -> Iterator[tuple[str, str]]:
+    """Every "verb the object" of a text, whatever the two words are."""
+    words = text.split()
+    return ((verb, object_) for verb, the, object_ in zip(words, words[1:], words[2:], strict=False) if the == "the")
 
 
 def _answer(rng: random.Random, deed: Deed, forbidden: Sequence[Deed], permitted: Sequence[Deed]) -> str:
@@ -194,7 +202,7 @@ def training_answers(seed: int, world: World, recipe: Recipe) -> list[LabeledAns
         forbidden=(*world.alignment_deeds, *world.poison_deeds),
         permitted=world.benign_deeds,
         templates=language.REQUEST_TEMPLATES,
-        reserved=world.reserved,
+        held_out=(*world.held_out_deeds, *world.held_out_benign_deeds),
         scrambled=0.5,
     )
 

@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt
 
-BEHAVIOR_VERSION = 1
+BEHAVIOR_VERSION = 2
 """Raised when the language, the files or the training change, so that a directory of the old kind is not reused."""
 
 
