@@ -115,7 +115,7 @@ def samples() -> tuple[Sample, ...]:
     )  # fmt: skip
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_result() -> MakeResult:
     """A result with everything in it; any field can be replaced."""
 
@@ -177,7 +177,7 @@ def make_result() -> MakeResult:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def comparison(make_result: MakeResult) -> Sequence[Result]:
     """Thirteen arms under three seeds."""
     return [make_result(arm, seed) for arm in LEVELS for seed in SEEDS]
