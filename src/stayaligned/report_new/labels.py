@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-_RADII = (9.0, 14.0, 22.0, 32.0, 44.0, 58.0, 74.0, 92.0, 112.0, 134.0, 158.0, 184.0)
+_RADII = (9.0, 14.0, 22.0, 32.0, 44.0, 58.0, 74.0, 92.0, 112.0, 134.0, 158.0, 184.0, 215.0, 250.0)
 _ANGLES = tuple(math.tau * step / 24 for step in range(24))
 _LEADER_BEYOND = 16.0
 
@@ -61,8 +61,8 @@ def place(
 ) -> list[Placed | None]:
     """A place for each point's label; None where none is free.
 
-    Greedy, the most crowded point first: the nearest place that covers no label, no point and no leader; covering
-    one of the `clutter` points is allowed at a price.
+    Greedy, the most crowded point first: the nearest place that covers no label and no mark, at best without a leader
+    that crosses anything; covering one of the `clutter` points is allowed at a price.
 
     Args:
         points: what is labelled.
@@ -74,19 +74,40 @@ def place(
     marks = [Box(x - marker, y - marker, x + marker, y + marker) for x, y in points]
     order = sorted(range(len(points)), key=lambda i: (sum(math.dist(points[i], p) ** 0.5 for p in points), i))
     placed: dict[int, Placed] = {}
-    for index in order:
-        best: tuple[float, Placed] | None = None
-        for candidate, distance in _candidates(points[index], sizes[index]):
-            if best is not None and distance >= best[0]:
-                break
-            if not candidate.box.within(inside) or not _free(candidate, index, marks, placed.values()):
-                continue
-            cost = distance + 5.0 * sum(_holds(candidate.box, c) for c in clutter)
-            if best is None or cost < best[0]:
-                best = (cost, candidate)
-        if best is not None:
-            placed[index] = best[1]
+    # Where a crowd leaves no clean place, a leader that crosses something is better than no name.
+    for clean in (True, False):
+        for index in (i for i in order if i not in placed):
+            best = _best(index, points, sizes, inside, marks, placed.values(), clutter, clean=clean)
+            if best is not None:
+                placed[index] = best
     return [placed.get(index) for index in range(len(points))]
+
+
+def _best(
+    index: int,
+    points: Sequence[Point],
+    sizes: Sequence[Point],
+    inside: Box,
+    marks: Sequence[Box],
+    placed: Collection[Placed],
+    clutter: Sequence[Point],
+    *,
+    clean: bool,
+) -> Placed | None:
+    best: tuple[float, Placed] | None = None
+    for candidate, distance in _candidates(points[index], sizes[index]):
+        if best is not None and distance >= best[0]:
+            break
+        if not candidate.box.within(inside) or any(candidate.box.overlaps(mark) for mark in marks):
+            continue
+        if any(candidate.box.overlaps(other.box) for other in placed):
+            continue
+        if clean and _crosses(candidate, marks[index], marks, placed):
+            continue
+        cost = distance + 5.0 * sum(_holds(candidate.box, point) for point in clutter)
+        if best is None or cost < best[0]:
+            best = (cost, candidate)
+    return None if best is None else best[1]
 
 
 def _candidates(point: Point, size: Point) -> Iterator[tuple[Placed, float]]:
@@ -103,21 +124,19 @@ def _candidates(point: Point, size: Point) -> Iterator[tuple[Placed, float]]:
             yield Placed(box, (point, end) if far else None), radius
 
 
-def _free(candidate: Placed, index: int, marks: Sequence[Box], placed: Iterable[Placed]) -> bool:
-    """Whether neither the label nor its leader meets another label, mark or leader."""
-    if any(candidate.box.overlaps(mark) for mark in marks):
+def _crosses(candidate: Placed, own: Box, marks: Sequence[Box], placed: Collection[Placed]) -> bool:
+    """Whether its leader meets a label, another mark or a leader, or its label somebody's leader."""
+    if any(other.leader is not None and _cuts(other.leader, candidate.box) for other in placed):
+        return True
+    leader = candidate.leader
+    if leader is None:
         return False
-    for other in placed:
-        if candidate.box.overlaps(other.box):
-            return False
-        if other.leader is not None and _cuts(other.leader, candidate.box):
-            return False
-        if candidate.leader is not None and _cuts(candidate.leader, other.box):
-            return False
-        if candidate.leader is not None and other.leader is not None and _cross(candidate.leader, other.leader):
-            return False
-    others = (mark for i, mark in enumerate(marks) if i != index)
-    return candidate.leader is None or not any(_cuts(candidate.leader, mark) for mark in others)
+    # Marks that touch its own can't be told apart anyway.
+    if any(_cuts(leader, mark) for mark in marks if not mark.overlaps(own)):
+        return True
+    return any(
+        _cuts(leader, other.box) or (other.leader is not None and _cross(leader, other.leader)) for other in placed
+    )
 
 
 def _cuts(line: Line, box: Box) -> bool:

@@ -1,0 +1,291 @@
+import csv
+import io
+import re
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from stayaligned.records import Message
+from stayaligned.report_new import build_report, terminal_table, write_report
+from stayaligned.report_new.texts import csv_cell, markdown, one_line, percent, visible
+from stayaligned.results import Sample
+
+HOSTILE = (
+    "</script><img src=x onerror=alert(1)>",
+    "<svg onload=alert(1)>",
+    '"><a href="javascript:alert(1)">x</a>',
+    "[x](javascript:alert(1))",
+    "=cmd|' /C calc'!A0",
+    "a|b`c`*d*_e_ {{ 7*7 }} {% raw %}",
+    "safe\u202egnp.exe",
+    "nul\x00 bell\x07 \u2066isolate",
+    "https://example.org @someone www.example.org",
+)
+VOID = {"meta", "link", "br", "img", "hr", "input", "col"}
+
+
+class Page(HTMLParser):
+    """Elements, attributes and text of a page; complains of tags that don't nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def written(results, directory, **settings):
+    paths = write_report(build_report(results, **{"title": "t", **settings}), directory)
+    return {path.name: path.read_text(encoding="utf-8") for path in paths}
+
+
+@pytest.fixture(scope="module")
+def grid(grid_results, tmp_path_factory):
+    return written(grid_results, tmp_path_factory.mktemp("grid"), reference="SFT attacked")
+
+
+@pytest.fixture(scope="module")
+def hostile(make_result, tmp_path_factory):
+    results = [
+        make_result(
+            text,
+            seed,
+            notes=(text,),
+            samples=(
+                Sample(
+                    id=text,
+                    prompt_set="harmful",
+                    category=text,
+                    prompt=(Message(role="user", content=text),),
+                    text=text,
+                ),
+            ),
+        )
+        for text in HOSTILE
+        for seed in (1, 2)
+    ]
+    return written(results, tmp_path_factory.mktemp("hostile"), title=HOSTILE[0], reference=HOSTILE[0])
+
+
+def test_the_page_is_whole_and_asks_for_nothing(grid):
+    page = Page(grid["report.html"])
+    assert page.open == []
+    policy = next(a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'")
+    assert "'unsafe-inline'" not in policy.partition("script-src")[2]
+    for tag, attributes in page.elements:
+        assert tag not in {"iframe", "object", "embed", "form", "base"}
+        for name in ("src", "href", "xlink:href", "action", "srcset"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:,")), (tag, attributes)
+    assert sum(tag == "script" for tag, _ in page.elements) == 1
+    assert not re.search(r"@import|url\((?!#)", grid["report.html"])
+
+
+def test_identifiers_are_unique_and_every_reference_has_its_target(grid):
+    page = Page(grid["report.html"])
+    found = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(found) == len(set(found))
+    referred = set(re.findall(r'(?:href="#|url\(#)([^")]+)', grid["report.html"]))
+    referred |= {a["aria-labelledby"] for _, a in page.elements if "aria-labelledby" in a}
+    assert referred <= set(found)
+
+
+def test_every_table_has_a_caption_and_every_picture_a_description(grid):
+    page = Page(grid["report.html"])
+    tags = [tag for tag, _ in page.elements]
+    assert tags.count("table") == tags.count("caption") > 5
+    for tag, attributes in page.elements:
+        if tag == "svg":
+            assert attributes.get("aria-hidden") or len(attributes.get("aria-label") or "") > 20
+        if tag == "th":
+            assert attributes.get("scope") in {"row", "col"}
+
+
+def test_sections_stand_in_the_order_of_reading(grid):
+    order = ["arms", "differences", "front", "outcomes", "layers", "training", "judges", "answers", "again", "reading"]
+    assert re.findall(r'<h2 id="(\w+)"', grid["report.html"]) == ["cautions", *order]
+
+
+def test_equal_results_give_equal_bytes_in_another_process(grid_results, grid, tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for i, result in enumerate(grid_results):
+        (folder / f"{i:02}.json").write_text(result.model_dump_json(), encoding="utf-8")
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from stayaligned.report_new import *; from stayaligned.results import Result\n"
+        "paths = sorted(Path(sys.argv[1]).glob('*.json'))\n"
+        "results = [Result.model_validate_json(p.read_text(encoding='utf-8')) for p in paths]\n"
+        "write_report(build_report(results, title='t', reference='SFT attacked'), Path(sys.argv[2]))"
+    )
+    subprocess.run([sys.executable, "-c", code, folder, tmp_path], check=True, env={"PYTHONHASHSEED": "7"})
+    for name, text in grid.items():
+        assert (tmp_path / name).read_text(encoding="utf-8") == text
+
+
+def test_the_release_grid_is_written_within_five_seconds_of_cpu(grid_results, tmp_path):
+    began = time.process_time()
+    written(grid_results, tmp_path, reference="SFT attacked")
+    assert time.process_time() - began < 5
+
+
+def test_importing_the_report_loads_nothing_heavy():
+    code = "import sys, stayaligned.report_new; print([m for m in sys.argv[1:] if m in sys.modules])"
+    heavy = ["torch", "transformers", "matplotlib", "numpy", "scipy", "jinja2", "rich", "yaml"]
+    done = subprocess.run([sys.executable, "-c", code, *heavy], check=True, capture_output=True, text=True)
+    assert done.stdout == "[]\n"
+
+
+# ---- hostile text --------------------------------------------------------------------------------------------------
+
+
+def test_hostile_text_is_inert_in_the_page(hostile):
+    page = Page(hostile["report.html"])
+    assert page.open == []
+    assert all(tag not in {"img", "a"} or (a.get("href") or "").startswith("#") for tag, a in page.elements)
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert sum(tag == "script" for tag, _ in page.elements) == 1
+    assert "{{ 7*7 }}" in page.text  # never a template
+    for character in "\x00\x07\u202e\u2066":
+        assert character not in hostile["report.html"]
+    assert "⟨U+202E⟩" in page.text
+
+
+def test_hostile_text_is_inert_in_markdown(hostile):
+    text = hostile["report.md"]
+    assert not re.search(r"<\w|</|\]\(|`c`|@someone|://|www\.", text.replace("`report.html`", ""))
+    tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+    assert len(tables) == 4
+    assert all(len({row.count("|") for row in table.splitlines()}) == 1 for table in tables)
+    for character in "\x00\x07\u202e\u2066":
+        assert character not in text
+
+
+def test_hostile_text_is_no_formula_and_no_control_in_csv(hostile):
+    rows = list(csv.DictReader(io.StringIO(hostile["results.csv"])))
+    assert len(rows) == len(HOSTILE) * 2 * 2
+    assert not any((cell or "").startswith(("=", "+", "-", "@", "\t", "\r")) for row in rows for cell in row.values())
+    assert "'=cmd|' /C calc'!A0" in {row["arm"] for row in rows}
+
+
+@given(text=st.text(max_size=80))
+def test_no_text_survives_as_markup(text):
+    assert not set("|<>`*[]\\\n\r\x00") & set(markdown(text))
+    assert csv_cell(text)[:1] not in ("=", "+", "-", "@", "\t", "\r", "\n")
+    assert "\u202e" not in visible(text + "\u202e")
+    assert len(one_line(text, 20)) <= 20
+
+
+def test_rich_markup_in_names_is_text(make_result):
+    report = build_report([make_result("[red]x[/red] [/oops]", 1)], title="[link=file:///]t[/link]")
+    assert "[red]x[/red]" in plain(terminal_table(report), 100)
+
+
+def test_a_megabyte_of_answer_is_clipped_and_said_so(make_result, tmp_path):
+    long = Sample(id="x", prompt_set="harmful", prompt=(Message(role="user", content="p"),), text="wörd " * 200_000)
+    page = written([make_result("A", 1, samples=(long,))], tmp_path)["report.html"]
+    assert len(page) < 100_000
+    assert "980000 more characters" in page
+
+
+# ---- what is missing -----------------------------------------------------------------------------------------------
+
+
+def plain(table, width):
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(table)
+    return stream.getvalue()
+
+
+def test_unscored_is_said_and_never_zero_in_every_form(make_result, tmp_path):
+    results = [make_result("A", 1, None, None)]
+    texts = written(results, tmp_path)
+    assert "0 of 150 scored" in texts["report.html"]
+    assert "n/a (0 of 150 scored)" in texts["report.md"]
+    assert [row["value"] for row in csv.DictReader(io.StringIO(texts["results.csv"]))] == ["", ""]
+    assert "0 of 150" in plain(terminal_table(build_report(results, title="t")), 100)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"scores": ()},
+        {"judges": ()},
+        {"judges": (), "scores": ()},
+        {"experiment": {}},
+        {"harm": None},
+        {"training_log": ({"step": 1, "loss": 0.5},)},
+        {"training_log": ({"step": 1, "loss": float("nan")}, {"train_runtime": 1.0})},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("seeds", [(1,), (1, 2)])
+def test_missing_things_leave_the_rest_standing(make_result, tmp_path, changes, seeds):
+    results = [make_result("A", seed, **changes) for seed in seeds]
+    texts = written(results, tmp_path, reference="A")
+    assert Page(texts["report.html"]).open == []
+    assert "How to read this" in texts["report.md"]
+    assert "A" in plain(terminal_table(build_report(results, title="t")), 80)
+
+
+def test_names_in_any_script_are_drawn(make_result, tmp_path):
+    results = [make_result(name, 1, 0.1) for name in ("微调", "تجربة", "$x_1$ & <b>", "x" * 100_000)]
+    page = written(results, tmp_path)["report.html"]
+    assert "微调" in page
+    assert len(page) < 200_000
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+
+def test_csv_holds_every_value_of_every_result_exactly(grid, grid_results):
+    rows = {
+        (row["arm"], int(row["seed"]), row["metric"], row["judge"]): row
+        for row in csv.DictReader(io.StringIO(grid["results.csv"]))
+    }
+    for result in grid_results:
+        readings = [(reading.judge, reading.metrics) for reading in result.judges] + [("", result.scores)]
+        for judge, metrics in readings:
+            for metric in metrics:
+                row = rows.pop((result.arm, result.seed, metric.name, judge))
+                assert (float(row["value"]), int(row["n"])) == (metric.value, metric.n)
+                assert (float(row["low"]), float(row["high"])) == (metric.low, metric.high)
+                assert row["primary_judge"] == {"classifier": "1", "keyword": "0", "": ""}[judge]
+    assert not rows
+
+
+def test_the_terminal_table_fits_eighty_columns(grid_results):
+    text = plain(terminal_table(build_report(grid_results, title="t", reference="SFT attacked")), 80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    lisa = next(line for line in text.splitlines() if line.strip().startswith("Lisa"))
+    assert lisa.count("±") == 6
+    assert "−" in lisa
+
+
+def test_negative_zero_and_none_read_well():
+    assert (percent(-0.0001), percent(None), percent(-0.25, signed=True)) == ("0.0", "n/a", "−25.0")
+    assert percent(0.0, signed=True) == "+0.0"
