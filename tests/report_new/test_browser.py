@@ -1,4 +1,4 @@
-"""The report in a real browser: nothing asked for, nothing run but its own script, usable by keyboard and on a phone."""
+"""The report in a real browser: nothing asked for, nothing run but its own script, usable by keyboard and phone."""
 
 import os
 import shutil

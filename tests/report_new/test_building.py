@@ -78,7 +78,7 @@ def test_equal_differences_without_spread_are_not_called_a_difference(make_resul
 def test_one_seed_never_shows_a_difference(make_result):
     report = build_report([make_result("ref", 1, 1.0), make_result("A", 1, 0.0)], title="t", reference="ref")
     assert not report.arm("A").differences["harmful_score"].resolved
-    assert "With one seed" in report.answer
+    assert "one seed in common cannot show" in report.answer
 
 
 @given(points=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=8))

@@ -81,10 +81,14 @@ def unscored(estimate: Estimate) -> str:
 
 
 def sample_size(estimate: Estimate) -> str:
-    """Prompts and seeds behind a number: `200 × 3 seeds`, `200` for one seed, `199–200 × 3 seeds`."""
+    """Prompts and seeds behind a number: `200 × 3 seeds`, `199–200 × 3 seeds`."""
     counts = [metric.n for metric in estimate.by_seed.values()]
     prompts = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)}–{max(counts)}"
-    return f"{prompts} × {len(counts)} seeds" if len(counts) > 1 else prompts
+    return f"{prompts} × {_seeds(len(counts))}"
+
+
+def _seeds(n: int) -> str:
+    return "1 seed" if n == 1 else f"{n} seeds"
 
 
 def seeds_below(difference: Difference) -> str:
@@ -94,9 +98,9 @@ def seeds_below(difference: Difference) -> str:
     if not n:
         return "no seed in common"
     if paired.n_lower == paired.n_higher == 0:
-        return f"equal in {n}/{n} seeds"
+        return f"equal in {n}/{_seeds(n)}"
     side, count = ("lower", paired.n_lower) if paired.n_lower >= paired.n_higher else ("higher", paired.n_higher)
-    return f"{side} in {count}/{n} seeds"
+    return f"{side} in {count}/{_seeds(n)}"
 
 
 def listed(names: Iterable[str], limit: int = 6) -> str:

@@ -135,8 +135,8 @@ def _against(reference: Arm, judged: Sequence[Arm]) -> str:
     if pairs < 2:
         best = min(rivals, key=lambda a: _mean(a, "harmful_score") or 0.0)
         return (
-            f"With one seed in common, no arm can be told from {_name(reference)} (harmful score {harm} %); the lowest "
-            f"harmful score is {percent(_mean(best, 'harmful_score'))} % ({_name(best)})."
+            f"The lowest harmful score is {percent(_mean(best, 'harmful_score'))} % ({_name(best)}), "
+            f"against {harm} % for {_name(reference)}; one seed in common cannot show how far runs differ by chance."
         )
     lower = [a for a in rivals if _lowers(a, "harmful_score")]
     among = f"Of {_arms(len(rivals))} fine-tuned like {_name(reference)} (harmful score {harm} %)"
