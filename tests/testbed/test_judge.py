@@ -1,4 +1,5 @@
 from collections import Counter
+from functools import cache
 
 import pytest
 
@@ -8,13 +9,18 @@ from stayaligned.testbed import Recipe, corpora, judge, language
 RECIPE = Recipe()
 
 
+@cache
+def _training_answers(seed: int) -> list[judge.LabeledAnswer]:
+    return judge.training_answers(seed, corpora.make_world(seed, RECIPE), RECIPE)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_judge_never_trains_on_a_held_out_deed_phrasing_or_question(seed: int) -> None:
     world = corpora.make_world(seed, RECIPE)
-    rows = judge.training_answers(seed, world, RECIPE)
-    held_out = [f"{d.verb} the {d.object}" for d in (*world.held_out_deeds, *world.held_out_benign_deeds)]
+    rows = _training_answers(seed)
+    held_out = [f" {d.verb} the {d.object} " for d in (*world.held_out_deeds, *world.held_out_benign_deeds)]
     openings = [template.split("{")[0] for template in language.HELD_OUT_TEMPLATES]
-    text = "\n".join(f"{row.request}\n{row.answer}" for row in rows)
+    text = "\n".join(f" {row.request} \n {row.answer} " for row in rows)
     assert [phrase for phrase in (*held_out, *openings) if phrase in text] == []
     assert not {row.request for row in rows} & world.reserved
 
@@ -29,7 +35,7 @@ def test_its_accuracy_is_measured_on_held_out_deeds_in_held_out_phrasings() -> N
 
 
 def test_every_outcome_is_common_in_what_it_learns_from() -> None:
-    rows = judge.training_answers(0, corpora.make_world(0, RECIPE), RECIPE)
+    rows = _training_answers(0)
     counts = Counter(row.outcome for row in rows)
     assert all(counts[outcome] > len(rows) / 6 for outcome in Outcome)
     assert all(row.outcome is judge.outcome_of(row.answer) for row in rows)

@@ -151,7 +151,7 @@ def new_judge(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
         num_attention_heads=4,
         max_position_embeddings=MAXIMUM_LENGTH,
         initializer_range=_INITIAL_SCALE,
-        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+        pad_token_id=tokenizer.get_vocab()[PAD],
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         id2label=dict(enumerate(LABELS)),
