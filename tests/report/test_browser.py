@@ -43,7 +43,8 @@ def browser() -> Iterator[Browser]:
 def report(comparison: Sequence[Result], make_result, tmp_path_factory: pytest.TempPathFactory) -> Path:
     sample = Sample(id="h", prompt_set="harmful", prompt=(Message(role="user", content=HOSTILE),), text=HOSTILE * 20)
     hostile = make_result(HOSTILE + "w" * 200, samples=(sample,), notes=(HOSTILE,))
-    built = build_report([*comparison, hostile], title=HOSTILE, reference="SFT attacked")
+    mute = make_result("Mute", judges=(), scores=())
+    built = build_report([comparison[0], mute, *comparison[1:], hostile], title=HOSTILE, reference="SFT attacked")
     return write_report(built, tmp_path_factory.mktemp("report"))[0]
 
 
@@ -90,21 +91,23 @@ def test_labels_of_the_plot_do_not_overlap_as_drawn(browser: Browser, report: Pa
     page.close()
 
 
-def test_rows_sort_from_the_keyboard_up_down_and_back(browser: Browser, report: Path) -> None:
+def test_rows_sort_from_the_keyboard_up_down_and_back_with_the_unscored_last(browser: Browser, report: Path) -> None:
     page = browser.new_page()
     page.goto(report.as_uri())
 
-    def column() -> list[float]:
-        return [float(cell) for cell in page.locator("table.main tbody tr td:nth-child(2)").evaluate_all(
-            "cells => cells.map(cell => cell.dataset.sort)")]  # fmt: skip
+    def column() -> list[str]:
+        cells = page.locator("table.main tbody tr td:nth-child(2)")
+        return cells.evaluate_all("cells => cells.map(cell => cell.dataset.sort)")
 
     heading = page.locator("table.main thead th").nth(1)
     original = column()
+    up, down = (sorted(filter(None, original), key=float, reverse=backwards) for backwards in (False, True))
+    assert original.count("") == 1
     heading.locator("button").focus()
     page.keyboard.press("Enter")
-    assert (column(), heading.get_attribute("aria-sort")) == (sorted(original), "ascending")
+    assert (column(), heading.get_attribute("aria-sort")) == ([*up, ""], "ascending")
     page.keyboard.press("Space")
-    assert (column(), heading.get_attribute("aria-sort")) == (sorted(original, reverse=True), "descending")
+    assert (column(), heading.get_attribute("aria-sort")) == ([*down, ""], "descending")
     page.keyboard.press("Enter")
     assert (column(), heading.get_attribute("aria-sort")) == (original, None)
     page.close()

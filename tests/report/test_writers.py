@@ -75,13 +75,18 @@ def hostile_result(make_result) -> Result:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def plain_page(comparison: Sequence[Result]) -> str:
+    return render_html(build_report(comparison, title="t", reference="SFT attacked"))
+
+
+@pytest.fixture(scope="module")
 def hostile_page(make_result) -> str:
     return render_html(build_report([hostile_result(make_result), make_result("b")], title=HOSTILE))
 
 
-def test_the_page_asks_nothing_of_a_network(comparison: Sequence[Result]) -> None:
-    page = Page(render_html(build_report(comparison, title="t", reference="SFT attacked")))
+def test_the_page_asks_nothing_of_a_network(plain_page: str) -> None:
+    page = Page(plain_page)
     for tag, attributes in page.tags:
         assert tag not in ("iframe", "object", "embed", "form", "base", "audio", "video", "img")
         for name in ("src", "href", "xlink:href", "action", "srcset", "data"):
@@ -92,8 +97,8 @@ def test_the_page_asks_nothing_of_a_network(comparison: Sequence[Result]) -> Non
     assert "@import" not in page.raw["style"][0]
 
 
-def test_the_policy_admits_exactly_the_one_script(comparison: Sequence[Result]) -> None:
-    page = Page(render_html(build_report(comparison, title="t")))
+def test_the_policy_admits_exactly_the_one_script(plain_page: str) -> None:
+    page = Page(plain_page)
     (script,) = page.raw["script"]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     (policy,) = [a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
@@ -102,13 +107,12 @@ def test_the_policy_admits_exactly_the_one_script(comparison: Sequence[Result]) 
     assert f"script-src 'sha256-{digest}'" in policy
 
 
-def test_ids_are_unique_and_every_inner_link_leads_somewhere(comparison: Sequence[Result]) -> None:
-    text = render_html(build_report(comparison, title="t", reference="SFT attacked"))
-    page = Page(text)
+def test_ids_are_unique_and_every_inner_link_leads_somewhere(plain_page: str) -> None:
+    page = Page(plain_page)
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
     used = {a[n] for _, a in page.tags for n in ("href", "xlink:href") if (a.get(n) or "").startswith("#")}
-    used |= {f"#{name}" for name in re.findall(r"url\(#([^)]*)\)", text)}
+    used |= {f"#{name}" for name in re.findall(r"url\(#([^)]*)\)", plain_page)}
     used |= {f"#{name}" for _, a in page.tags for name in (a.get("aria-labelledby") or "").split()}
     assert {target[1:] for target in used} <= set(ids)
 
@@ -212,15 +216,18 @@ def test_equal_results_give_equal_bytes(comparison: Sequence[Result], tmp_path: 
     assert [path.name for path in sorted((tmp_path / "a").iterdir())] == ["report.html", "report.md", "results.csv"]
 
 
-def test_the_plots_take_every_color_from_the_page(comparison: Sequence[Result]) -> None:
-    html = render_html(build_report(comparison, title="t", reference="SFT attacked"))
-    pictures = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))
+def test_the_plots_take_every_color_from_the_page(plain_page: str) -> None:
+    pictures = "".join(re.findall(r"<svg.*?</svg>", plain_page, flags=re.DOTALL))
     assert not re.findall(r"#[0-9a-f]{6}\b", pictures)
-    assert set(re.findall(r"var\(--(\w+)\)", pictures)) <= set(re.findall(r"--(\w+):", html))
+    assert set(re.findall(r"var\(--(\w+)\)", pictures)) <= set(re.findall(r"--(\w+):", plain_page))
 
 
-def test_labels_in_any_script_draw_without_a_warning(make_result) -> None:
-    assert "对齐" in render_html(build_report([make_result("对齐 🎈"), make_result("$x_1$")], title="t"))
+def test_labels_are_drawn_as_written_in_any_script_and_never_as_formulas(make_result) -> None:
+    labels = ("对齐 🎈", "$x_1$", "$\\frac$")
+    html = render_html(build_report([make_result(label) for label in labels], title="t"))
+    (picture,) = re.findall(r'<div class="wide">(<svg.*?</svg>)', html, flags=re.DOTALL)
+    for label in labels:
+        assert f">{label}</text>" in picture
 
 
 def test_the_terminal_takes_markup_in_labels_literally(make_result) -> None:
