@@ -290,9 +290,12 @@ def _print_report(sources: list[Path], directory: Path, title: str = "Result") -
     for source in sources:
         if (source / INDEX_FILE).is_file():
             index = json.loads((source / INDEX_FILE).read_text(encoding="utf-8"))
-    built = build_report(
-        find_results(sources), title=index.get("title", title), reference=index.get("reference") or None
-    )
+    found = find_results(sources)
+    reference = index.get("reference") or None
+    if reference is not None and reference not in {result.arm for result in found}:
+        err.print(f"note: the reference arm {reference!r} has no result, so nothing is compared with it")
+        reference = None
+    built = build_report(found, title=index.get("title", title), reference=reference)
     paths = write_report(built, directory)
     out.print(terminal_table(built))
     for path in paths:

@@ -315,9 +315,9 @@ class Run:
             return
         examples = self.examples()
         for prompt_set, rows in self._prompt_sets().items():
-            seen = {pair.evaluation_id for pair in overlap(examples, rows)}
+            seen = {pair.evaluation_id for pair in overlap(examples, rows, similarity=1.0)}
             if seen:
-                yield f"{len(seen)} of {len(rows)} {prompt_set} prompts also stand in the training data, or nearly so"
+                yield f"{len(seen)} of {len(rows)} {prompt_set} prompts also stand in the training data"
 
     def _training_log(self) -> tuple[dict[str, Any], ...]:
         trained = self.trained()

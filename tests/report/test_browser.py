@@ -1,126 +1,138 @@
-"""The report as a browser shows it: silent, offline, inert, narrow enough, usable from the keyboard."""
-
-from __future__ import annotations
+"""The report in a real browser: nothing asked for, nothing run but its own script, usable by keyboard and phone."""
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from stayaligned.records import Message
 from stayaligned.report import build_report, write_report
-from stayaligned.results import Result, Sample
-
-if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+from stayaligned.results import Sample
 
 pytestmark = pytest.mark.browser
-HOSTILE = "</script><img src=x onerror=alert(1)><script>alert(2)</script><a href='javascript:alert(3)'>x</a>\u202e\x00"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--no-first-run"]  # fmt: skip
+
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+ATTACK = "</script></pre><img src=https://example.org/x onerror=alert(1)><script>alert(2)</script>"
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser():
     executable = shutil.which("chromium")
     if executable is None:
-        reason = "no chromium on the path: install the Debian package `chromium`"
+        message = "no chromium: install the Debian package `chromium`"
         if os.environ.get("STAYALIGNED_REQUIRE_BROWSER") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
+            pytest.fail(message)
+        pytest.skip(message)
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
         yield browser
         browser.close()
 
 
 @pytest.fixture(scope="module")
-def report(comparison: Sequence[Result], make_result, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sample = Sample(id="h", prompt_set="harmful", prompt=(Message(role="user", content=HOSTILE),), text=HOSTILE * 20)
-    hostile = make_result(HOSTILE + "w" * 200, samples=(sample,), notes=(HOSTILE,))
-    mute = make_result("Mute", judges=(), scores=())
-    built = build_report([comparison[0], mute, *comparison[1:], hostile], title=HOSTILE, reference="SFT attacked")
-    return write_report(built, tmp_path_factory.mktemp("report"))[0]
+def address(grid_results, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("report")
+    hostile = Sample(id=ATTACK, prompt_set="harmful", prompt=(Message(role="user", content=ATTACK),), text=ATTACK)
+    changes = {"arm": ATTACK, "notes": (ATTACK,), "samples": (hostile,)}
+    results = [*grid_results, *(r.model_copy(update=changes) for r in grid_results if r.arm == "Lisa")]
+    write_report(build_report(results, title=f"Grid {ATTACK}", reference="SFT attacked"), directory)
+    return (directory / "report.html").as_uri()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_is_silent_offline_inert_and_narrow_enough(browser: Browser, report: Path, width, scheme) -> None:
-    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    noise: list[str] = []
-    requests: list[str] = []
-    page.on("console", lambda message: noise.append(message.text))
-    page.on("pageerror", lambda error: noise.append(str(error)))
-    page.on("dialog", lambda dialog: (noise.append(dialog.message), dialog.dismiss()))
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto(report.as_uri())
-    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
-    page.wait_for_timeout(50)
-    assert noise == []
-    assert [url for url in requests if url != "data:,"] == [report.as_uri()]
-    assert page.locator("img").count() == 0
+@pytest.fixture(params=[(1280, "light"), (390, "dark")], ids=str)
+def page(browser, address, request):
+    """The page with everything unfolded; complaints are collected in `page.complaints`."""
+    width, scheme = request.param
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page = context.new_page()
+    page.complaints = []
+    page.on("console", lambda message: page.complaints.append(message.text))
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.on("dialog", lambda dialog: (page.complaints.append(dialog.message), dialog.dismiss()))
+    page.on("request", lambda request: page.complaints.append(request.url) if request.url != address else None)
+    page.goto(address)
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    yield page
+    context.close()
+
+
+def test_the_page_asks_for_nothing_and_runs_nothing_foreign(page):
+    page.wait_for_timeout(200)
+    assert page.complaints == []
+    assert page.locator("img, iframe, object").count() == 0
     assert page.locator("script").count() == 1
-    assert page.locator("a:not([href^='#'])").count() == 0
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    page.close()
+    assert page.get_by_text("onerror=alert(1)").count() > 5  # it is there, as text
 
 
-@pytest.mark.parametrize(("width", "name"), [(1280, ".wide"), (390, ".narrow")])
-def test_labels_of_the_plot_do_not_overlap_as_drawn(browser: Browser, report: Path, width: int, name: str) -> None:
-    page = browser.new_page(viewport={"width": width, "height": 800})
-    page.goto(report.as_uri())
+def test_the_page_never_scrolls_sideways(page):
+    assert page.evaluate("document.documentElement.scrollWidth") == page.viewport_size["width"]
+
+
+def test_names_in_the_plot_do_not_cover_each_other(page):
     overlaps = page.evaluate(
-        """selector => {
-          const texts = [...document.querySelectorAll(selector + " svg text")];
+        """() => {
+          const texts = Array.from(document.querySelectorAll('.plot svg text'));
           const boxes = texts.map(text => [text.textContent, text.getBoundingClientRect()]);
-          const found = [];
-          for (const [i, [a, p]] of boxes.entries()) for (const [b, q] of boxes.slice(i + 1))
-            if (Math.min(p.right, q.right) - Math.max(p.left, q.left) > 1
-                && Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top) > 3) found.push([a, b]);
-          return [boxes.length, found];
-        }""",
-        name,
+          const meet = (a, b) => a.left < b.right && b.left < a.right && a.top + 2 < b.bottom && b.top + 2 < a.bottom;
+          const pairs = boxes.flatMap((first, i) => boxes.slice(i + 1).map(second => [first, second]));
+          return pairs.filter(([[, a], [, b]]) => meet(a, b)).map(([[first], [second]]) => [first, second]);
+        }"""
     )
-    assert overlaps[0] >= 14
-    assert overlaps[1] == []
-    page.close()
+    assert overlaps == []
+    assert page.locator(".plot svg text").count() > 20
 
 
-def test_rows_sort_from_the_keyboard_up_down_and_back_with_the_unscored_last(browser: Browser, report: Path) -> None:
-    page = browser.new_page()
-    page.goto(report.as_uri())
+def test_a_table_sorts_by_keyboard_and_back(page):
+    table = page.locator("table.sortable").first
+    original = table.locator("tbody th").all_inner_texts()
+    head = table.locator("thead th").nth(1)
+    button = head.locator("button")
+    button.focus()
 
-    def column() -> list[str]:
-        cells = page.locator("table.main tbody tr td:nth-child(2)")
-        return cells.evaluate_all("cells => cells.map(cell => cell.dataset.sort)")
+    def column():
+        cells = table.locator("tbody td:nth-child(2)")
+        return [float(cell) for cell in cells.evaluate_all("cells => cells.map(cell => cell.dataset.sort)")]
 
-    heading = page.locator("table.main thead th").nth(1)
-    original = column()
-    up, down = (sorted(filter(None, original), key=float, reverse=backwards) for backwards in (False, True))
-    assert original.count("") == 1
-    heading.locator("button").focus()
     page.keyboard.press("Enter")
-    assert (column(), heading.get_attribute("aria-sort")) == ([*up, ""], "ascending")
+    assert head.get_attribute("aria-sort") == "ascending"
+    assert column() == sorted(column())
     page.keyboard.press("Space")
-    assert (column(), heading.get_attribute("aria-sort")) == ([*down, ""], "descending")
+    assert head.get_attribute("aria-sort") == "descending"
+    assert column() == sorted(column(), reverse=True)
     page.keyboard.press("Enter")
-    assert (column(), heading.get_attribute("aria-sort")) == (original, None)
-    page.close()
+    assert head.get_attribute("aria-sort") is None
+    assert table.locator("tbody th").all_inner_texts() == original
 
 
-def test_answers_stay_behind_their_warning_until_asked_for(browser: Browser, report: Path) -> None:
-    page = browser.new_page()
-    page.goto(report.as_uri())
-    gate = page.locator("details.gate")
-    assert not page.locator(".sample").first.is_visible()
-    gate.locator("summary").first.focus()
-    page.keyboard.press("Enter")
-    gate.locator("details > summary").first.focus()
-    page.keyboard.press("Enter")
-    assert page.locator(".sample").first.is_visible()
-    page.close()
+def test_wide_tables_scroll_by_keyboard(page):
+    region = page.get_by_role("region", name="Table of arms")
+    region.focus()
+    assert region.evaluate("element => element === document.activeElement")
+
+
+def test_text_stands_out_from_its_background(page):
+    """WCAG AA: 4.5 to 1 for the text that a reader must see."""
+    ratio = page.evaluate(
+        """() => {
+          const channel = c => (c /= 255) <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+          const light = color => color.match(/[\\d.]+/g).slice(0, 3).map(Number).map(channel)
+            .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+          const contrast = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+          const paper = light(getComputedStyle(document.body).backgroundColor);
+          const of = selector => contrast(light(getComputedStyle(document.querySelector(selector)).color), paper);
+          const own = selector => { const s = getComputedStyle(document.querySelector(selector));
+            return contrast(light(s.color), light(s.backgroundColor)); };
+          return Math.min(of('body'), of('caption'), of('.range'), of('tr.front th'), of('tr.reference th'), of('a'),
+            own('.mix .refuse'), own('.mix .harm'), own('.mix .other'));
+        }"""
+    )
+    assert ratio >= 4.5

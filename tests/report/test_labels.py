@@ -1,35 +1,38 @@
-"""Labels of the scatter plot don't cover each other."""
+from itertools import combinations
 
-from __future__ import annotations
-
-import itertools
-
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from stayaligned.report.labels import Box, place_labels
+from stayaligned.report.labels import Box, place
 
-AREA = Box(0, 0, 800, 500)
-places = st.tuples(st.floats(10, 790), st.floats(10, 490))
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(places, min_size=1, max_size=15), st.data())
-def test_labels_stay_inside_and_never_overlap(points: list[tuple[float, float]], data: st.DataObject) -> None:
-    sizes = [(data.draw(st.floats(20, 110)), 13.0) for _ in points]
-    boxes = place_labels(points, sizes, [Box(x - 6, y - 6, 12, 12) for x, y in points], AREA)
-    assert all(box.inside(AREA) for box in boxes)
-    assert all(first.overlap(second) == 0 for first, second in itertools.combinations(boxes, 2))
+INSIDE = Box(0, 0, 600, 400)
+coordinate = st.floats(0, 1)
+crowd = st.lists(st.tuples(coordinate.map(lambda x: 600 * x), coordinate.map(lambda y: 400 * y)), max_size=14)
 
 
-def test_fifteen_arms_in_one_place_still_get_labels_apart() -> None:
-    boxes = place_labels([(780.0, 480.0)] * 15, [(100.0, 13.0)] * 15, [], AREA)
-    assert all(box.inside(AREA) for box in boxes)
-    assert all(first.overlap(second) == 0 for first, second in itertools.combinations(boxes, 2))
+@given(points=crowd, width=st.integers(20, 140))
+def test_no_label_covers_another_or_a_mark_or_leaves_the_frame(points, width):
+    places = [p for p in place(points, [(width, 14)] * len(points), inside=INSIDE, marker=5) if p]
+    assert not any(a.box.overlaps(b.box) for a, b in combinations(places, 2))
+    marks = [Box(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    assert not any(p.box.overlaps(mark) for p in places for mark in marks)
+    assert all(p.box.within(INSIDE) for p in places)
 
 
-def test_a_lone_label_stands_beside_its_point_and_off_obstacles() -> None:
-    (free,) = place_labels([(400.0, 250.0)], [(60.0, 12.0)], [], AREA)
-    assert 0 < free.x - 400 < 20
-    (moved,) = place_labels([(400.0, 250.0)], [(60.0, 12.0)], [Box(402, 230, 200, 40)], AREA)
-    assert moved.overlap(Box(402, 230, 200, 40)) == 0
+def test_thirteen_arms_in_three_corners_all_get_a_label():
+    points = [(10 + 6 * i, 15 + i) for i in range(5)] + [(580 - 5 * i, 385 - i) for i in range(5)] + [(30, 380)] * 3
+    assert all(place(points, [(100, 14)] * 13, inside=INSIDE, marker=5))
+
+
+def test_a_label_far_from_its_mark_has_a_leader_that_ends_at_both():
+    points = [(300.0, 200.0)] * 12
+    for found in place(points, [(90, 14)] * 12, inside=INSIDE, marker=5):
+        assert found is not None
+        if found.leader is not None:
+            start, end = found.leader
+            assert start == (300.0, 200.0)
+            assert found.box.nearest(*start) == end
+
+
+def test_no_room_is_none_rather_than_an_overlap():
+    assert place([(50, 50)], [(200, 14)], inside=Box(0, 0, 100, 100), marker=5) == [None]

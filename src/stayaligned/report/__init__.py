@@ -1,32 +1,14 @@
-"""Results → Report (a pure value) → HTML, Markdown, CSV and a terminal table. Imports no torch and no matplotlib."""
+"""Results to a report that can be passed on: one self-contained HTML page, Markdown, CSV, a terminal table.
 
-from __future__ import annotations
+    report = build_report(find_results([directory]), title="Comparison", reference="SFT attacked")
+    write_report(report, directory)
 
-from pathlib import Path
+`building` works everything out once, as the frozen `values`; the writers only print them.
+"""
 
-from stayaligned.files import write_text
-from stayaligned.report.build import build_report
-from stayaligned.report.tables import render_csv, render_markdown, terminal_table
+from stayaligned.report.building import build_report
+from stayaligned.report.tables import terminal_table
 from stayaligned.report.values import Report
+from stayaligned.report.writing import write_report
 
 __all__ = ["Report", "build_report", "terminal_table", "write_report"]
-
-
-def write_report(report: Report, directory: Path) -> list[Path]:
-    """Write `report.html`, `report.md` and `results.csv` into `directory`, each whole or not at all.
-
-    The HTML is one file that asks nothing of a network. Equal reports give equal bytes.
-
-    Returns:
-        The paths, in that order.
-    """
-    from stayaligned.report.html import render_html
-
-    contents = {
-        "report.html": render_html(report),
-        "report.md": render_markdown(report),
-        "results.csv": render_csv(report),
-    }
-    for name, content in contents.items():
-        write_text(directory / name, content)
-    return [directory / name for name in contents]

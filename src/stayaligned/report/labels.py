@@ -1,80 +1,174 @@
-"""Where the labels of a scatter plot go so that none covers another label or a point. Pure."""
+"""Where to write the names of points so that none covers another: pure geometry, in pixels."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+_RADII = (9.0, 14.0, 22.0, 32.0, 44.0, 58.0, 74.0, 92.0, 112.0, 134.0, 158.0, 184.0, 215.0, 250.0)
+_ANGLES = tuple(math.tau * step / 24 for step in range(24))
+_LEADER_BEYOND = 16.0
+
+Point = tuple[float, float]
+Line = tuple[Point, Point]
 
 
-class Box(NamedTuple):
-    """A rectangle with its lower left corner at (x, y)."""
+@dataclass(frozen=True, slots=True)
+class Box:
+    """An upright rectangle."""
 
-    x: float
-    y: float
-    width: float
-    height: float
+    left: float
+    bottom: float
+    right: float
+    top: float
 
-    def overlap(self, other: Box) -> float:
-        """Area that both cover."""
-        wide = min(self.x + self.width, other.x + other.width) - max(self.x, other.x)
-        tall = min(self.y + self.height, other.y + other.height) - max(self.y, other.y)
-        return max(0.0, wide) * max(0.0, tall)
-
-    def inside(self, other: Box) -> bool:
-        """Whether no part of it sticks out of `other`."""
+    def overlaps(self, other: Box) -> bool:
+        """Whether the two share any area."""
         return (
-            other.x <= self.x
-            and other.y <= self.y
-            and self.x + self.width <= other.x + other.width
-            and self.y + self.height <= other.y + other.height
+            self.left < other.right and other.left < self.right and self.bottom < other.top and other.bottom < self.top
         )
 
+    def within(self, other: Box) -> bool:
+        """Whether this one lies wholly in the other."""
+        return (
+            other.left <= self.left
+            and self.right <= other.right
+            and other.bottom <= self.bottom
+            and self.top <= other.top
+        )
 
-_RADII = (9, 14, 22, 32, 44, 58, 74, 92, 112, 136, 164, 200, 240, 290)
-_ANGLES = tuple(math.radians(angle) for angle in (0, 180, 90, 270, 30, 150, 330, 210, 60, 120, 300, 240))
-_GAP = 2.0
+    def nearest(self, x: float, y: float) -> Point:
+        """The point of the rectangle nearest to (x, y)."""
+        return min(max(x, self.left), self.right), min(max(y, self.bottom), self.top)
 
 
-def place_labels(
-    points: Sequence[tuple[float, float]], sizes: Sequence[tuple[float, float]], obstacles: Sequence[Box], area: Box
-) -> list[Box]:
-    """A box per point, near it, inside `area`; the points in the tightest crowd choose first.
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A name's rectangle, and the line from it to its point if they lie apart."""
 
-    Greedy: each label takes the nearest of a fixed set of places around its point that touches no label already
-    placed, and there the one that covers the least of `obstacles` (marks, error bars). Where every place touches a
-    label, the least bad one is taken.
+    box: Box
+    leader: Line | None
+
+
+def place(
+    points: Sequence[Point],
+    sizes: Sequence[Point],
+    *,
+    inside: Box,
+    marker: float,
+    clutter: Sequence[Point] = (),
+) -> list[Placed | None]:
+    """A place for each point's label; None where none is free.
+
+    Greedy, the most crowded point first: the nearest place that covers no label and no mark, at best without a leader
+    that crosses anything; covering one of the `clutter` points is allowed at a price.
 
     Args:
-        points: what is labelled, in pixels.
-        sizes: width and height of each label, in pixels.
-        obstacles: what labels should not cover.
-        area: what labels must stay in.
+        points: what is labelled.
+        sizes: width and height of each label.
+        inside: where labels may be.
+        marker: half the side of a point's mark.
+        clutter: lesser marks, which are better left free.
     """
-    crowd = [sum(math.dist(p, q) < 60 for q in points) for p in points]
-    placed: dict[int, Box] = {}
-    for index in sorted(range(len(points)), key=lambda i: (-crowd[i], points[i], i)):
-        best: tuple[float, Box] | None = None
-        for radius, box in _places(points[index], sizes[index]):
-            padded = Box(box.x - _GAP, box.y - _GAP, box.width + 2 * _GAP, box.height + 2 * _GAP)
-            cost = (
-                radius
-                + 1e3 * (not box.inside(area))
-                + 1e2 * sum(padded.overlap(other) for other in placed.values())
-                + 3.0 * sum(box.overlap(obstacle) for obstacle in obstacles)
-            )
-            if best is None or cost < best[0]:
-                best = cost, box
-        if best is not None:
-            placed[index] = best[1]
-    return [placed[index] for index in range(len(points))]
+    marks = [Box(x - marker, y - marker, x + marker, y + marker) for x, y in points]
+    order = sorted(range(len(points)), key=lambda i: (sum(math.dist(points[i], p) ** 0.5 for p in points), i))
+    placed: dict[int, Placed] = {}
+    # Where a crowd leaves no clean place, a leader that crosses something is better than no name.
+    for clean in (True, False):
+        for index in (i for i in order if i not in placed):
+            best = _best(index, points, sizes, inside, marks, placed.values(), clutter, clean=clean)
+            if best is not None:
+                placed[index] = best
+    return [placed.get(index) for index in range(len(points))]
 
 
-def _places(point: tuple[float, float], size: tuple[float, float]) -> Iterator[tuple[float, Box]]:
-    """Boxes on rings around a point, each touching the ring from outside."""
-    width, height = size
+def _best(
+    index: int,
+    points: Sequence[Point],
+    sizes: Sequence[Point],
+    inside: Box,
+    marks: Sequence[Box],
+    placed: Collection[Placed],
+    clutter: Sequence[Point],
+    *,
+    clean: bool,
+) -> Placed | None:
+    best: tuple[float, Placed] | None = None
+    for candidate, distance in _candidates(points[index], sizes[index]):
+        if best is not None and distance >= best[0]:
+            break
+        if not candidate.box.within(inside) or any(candidate.box.overlaps(mark) for mark in marks):
+            continue
+        if any(candidate.box.overlaps(other.box) for other in placed):
+            continue
+        if clean and _crosses(candidate, marks[index], marks, placed):
+            continue
+        cost = distance + 5.0 * sum(_holds(candidate.box, point) for point in clutter)
+        if best is None or cost < best[0]:
+            best = (cost, candidate)
+    return None if best is None else best[1]
+
+
+def _candidates(point: Point, size: Point) -> Iterator[tuple[Placed, float]]:
+    """Places around the point and their price, which grows with the radius."""
+    (x, y), (width, height) = point, size
     for radius in _RADII:
         for angle in _ANGLES:
-            x, y = point[0] + radius * math.cos(angle), point[1] + radius * math.sin(angle)
-            left = x - width * (1 - math.cos(angle)) / 2
-            yield radius, Box(left, y - height * (1 - math.sin(angle)) / 2, width, height)
+            toward_x, toward_y = math.cos(angle), math.sin(angle)
+            # The label's near side, not its middle, lies on the circle.
+            center = x + toward_x * (radius + width / 2), y + toward_y * (radius + height / 2)
+            box = Box(center[0] - width / 2, center[1] - height / 2, center[0] + width / 2, center[1] + height / 2)
+            end = box.nearest(x, y)
+            far = math.dist(end, point) > _LEADER_BEYOND
+            yield Placed(box, (point, end) if far else None), radius
+
+
+def _crosses(candidate: Placed, own: Box, marks: Sequence[Box], placed: Collection[Placed]) -> bool:
+    """Whether its leader meets a label, another mark or a leader, or its label somebody's leader."""
+    if any(other.leader is not None and _cuts(other.leader, candidate.box) for other in placed):
+        return True
+    leader = candidate.leader
+    if leader is None:
+        return False
+    # Marks that touch its own can't be told apart anyway.
+    if any(_cuts(leader, mark) for mark in marks if not mark.overlaps(own)):
+        return True
+    return any(
+        _cuts(leader, other.box) or (other.leader is not None and _cross(leader, other.leader)) for other in placed
+    )
+
+
+def _cuts(line: Line, box: Box) -> bool:
+    """Whether the line passes through the rectangle (Liang and Barsky's clipping)."""
+    (x0, y0), (x1, y1) = line
+    enter, leave = 0.0, 1.0
+    for start, step, low, high in ((x0, x1 - x0, box.left, box.right), (y0, y1 - y0, box.bottom, box.top)):
+        if step == 0:
+            if not low < start < high:
+                return False
+            continue
+        near, far = sorted(((low - start) / step, (high - start) / step))
+        enter, leave = max(enter, near), min(leave, far)
+    return enter < leave
+
+
+def _cross(first: Line, second: Line) -> bool:
+    """Whether two lines properly cross."""
+
+    def side(line: Line, point: Point) -> float:
+        (x0, y0), (x1, y1) = line
+        return (x1 - x0) * (point[1] - y0) - (y1 - y0) * (point[0] - x0)
+
+    return side(first, second[0]) * side(first, second[1]) < 0 and side(second, first[0]) * side(second, first[1]) < 0
+
+
+def _holds(box: Box, point: Point) -> bool:
+    return box.left <= point[0] <= box.right and box.bottom <= point[1] <= box.top
+
+
+def along(line: Line, step: float) -> list[Point]:
+    """Points on the line, about `step` apart, both ends included."""
+    (x0, y0), (x1, y1) = line
+    pieces = max(1, round(math.dist(*line) / step))
+    return [(x0 + (x1 - x0) * i / pieces, y0 + (y1 - y0) * i / pieces) for i in range(pieces + 1)]

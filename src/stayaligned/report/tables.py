@@ -1,124 +1,133 @@
-"""Report → Markdown, CSV, and the terminal's table."""
+"""The report as rows: a table for the terminal, and every single value as CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from stayaligned.report.text import csv_cell, markdown, number, one_line, percent
-from stayaligned.report.values import Arm, Estimate, MetricKind, Report
-from stayaligned.report.wording import NEVER_CLAIMED, difference_in_words
+from stayaligned.report.texts import csv_cell, one_line, percent, unscored
+from stayaligned.report.values import Arm, Estimate, Report
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_CSV_COLUMNS = ("arm", "seed", "metric", "judge", "value", "n", "n_unscored", "low", "high", "higher_is_better")
+_SHORT_TITLES = {
+    "harmful_score": "harmful",
+    "refusal_rate": "refused",
+    "other_rate": "neither",
+    "over_refusal": "over-\nrefusal",
+    "finetune_accuracy": "accuracy",
+    "skills_kept": "skills",
+}
 
-
-def render_csv(report: Report) -> str:
-    """Long form: one row per arm, seed, metric and judge. An empty `value` is unscored, never 0."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(_CSV_COLUMNS)
-    for arm in report.arms:
-        for estimate in (*arm.estimates.values(), *arm.other_judges):
-            for seed in estimate.seeds:
-                numbers = (seed.value, seed.n, seed.n_unscored, seed.low, seed.high)
-                writer.writerow(
-                    [csv_cell(arm.name), seed.seed, csv_cell(estimate.metric), csv_cell(estimate.judge)]
-                    + ["" if value is None else value for value in numbers]
-                    + [str(estimate.higher_is_better).lower()]
-                )
-    return stream.getvalue()
-
-
-def render_markdown(report: Report) -> str:
-    """The answer, the cautions and the main table, for a pull request or a release note.
-
-    Answers of models are left out: a forge would turn what they mention into links and notifications.
-    """
-    lines = [f"# {markdown(report.title)}", "", f"**{markdown(report.answer)}**", ""]
-    if report.findings:
-        lines += [markdown(" ".join(report.findings)), ""]
-    lines += [f"- {markdown(caution)}" for caution in report.cautions]
-    lines += ["", *_markdown_table(report, report.metrics, _full_cell), ""]
-    lines.append("Percent: mean over seeds [95 % interval; Student's over seeds, or one seed's prompts].")
-    if report.reference is not None:
-        lines += [
-            "",
-            f"Difference from {markdown(report.reference)} in percentage points, paired by seed [95 % interval]:",
-            "",
-            *_markdown_table(report, report.metrics, _difference_cell),
-        ]
-    pairs = [(arm, pair) for arm in report.arms for pair in arm.agreements]
-    if pairs:
-        lines += ["", "| Arm | Judges | Prompts | Agree | κ | n |", "|---|---|---|---:|---:|---:|"]
-        for arm, pair in pairs:
-            kappa = "undefined" if pair.kappa is None else f"{pair.kappa:.2f}"
-            judges = ", ".join(markdown(judge, 40) for judge in pair.judges)
-            lines.append(
-                f"| {markdown(arm.name, 80)} | {judges} | {pair.prompt_set} | {percent(pair.agreement)} | {kappa} "
-                f"| {pair.n} |"
-            )
-    lines += ["", NEVER_CLAIMED, ""]
-    return "\n".join(lines)
-
-
-def _markdown_table(
-    report: Report, kinds: Sequence[MetricKind], cell: Callable[[Arm, MetricKind], str]
-) -> Iterable[str]:
-    titles = [f"{markdown(kind.title)} {'↑' if kind.higher_is_better else '↓'}" for kind in kinds]
-    yield f"| {' | '.join(['Arm', *titles])} |"
-    yield f"|---{'|---:' * len(kinds)}|"
-    for arm in report.arms:
-        yield f"| {' | '.join([markdown(arm.name, 80), *(cell(arm, kind) for kind in kinds)])} |"
-
-
-def _full_cell(arm: Arm, kind: MetricKind) -> str:
-    estimate = arm.estimates.get(kind.name)
-    if estimate is None:
-        return "not measured"
-    unscored = f" ({estimate.n_unscored} unscored)" if estimate.n_unscored and estimate.mean is not None else ""
-    return short(estimate) + unscored
-
-
-def _difference_cell(arm: Arm, kind: MetricKind) -> str:
-    difference = arm.differences.get(kind.name)
-    if difference is None:
-        return ""
-    return difference_in_words(difference.mean, difference.low, difference.high)
-
-
-def short(estimate: Estimate) -> str:
-    """`41.2 [37.1, 64.2]` in percent; `n/a (0 of 150 scored)` where there is nothing."""
-    if estimate.mean is None:
-        return f"n/a (0 of {estimate.n_unscored} scored)"
-    if estimate.low is None or estimate.high is None:
-        return number(estimate.mean)
-    return f"{number(estimate.mean)} [{number(estimate.low)}, {number(estimate.high)}]"
+_CSV_COLUMNS = (
+    "arm",
+    "seed",
+    "metric",
+    "judge",
+    "primary_judge",
+    "value",
+    "low",
+    "high",
+    "n",
+    "n_unscored",
+    "higher_is_better",
+)
 
 
 def terminal_table(report: Report) -> Table:
-    """The main table for a terminal: means in percent with their intervals."""
+    """Arms as rows, means in percent with the half-width of their 95 % interval; harm against the reference.
+
+    Fits 80 columns for short names of arms; longer ones wrap.
+    """
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    # Text, not markup: a label like [red] is a label.
-    table = Table(title=Text(one_line(report.title)), title_justify="left", box=None, padding=(0, 2, 0, 0))
-    table.add_column("Arm", overflow="fold")
-    kinds = [kind for kind in report.metrics if kind.name != "refusal_rate"]
-    for kind in kinds:
-        table.add_column(Text(f"{one_line(kind.title)} {'↑' if kind.higher_is_better else '↓'}"), justify="right")
-    for arm in report.arms:
-        cells = [arm.estimates.get(kind.name) for kind in kinds]
-        name = Text(one_line(arm.name), style="bold" if arm.on_front else "")
-        table.add_row(name, *(Text("not measured" if cell is None else short(cell)) for cell in cells))
-    seeds = sorted({len(arm.seeds) for arm in report.arms})
-    counted = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    table.caption = Text(
-        f"percent, mean over {counted} seed(s) [95 % interval]; bold: on the front of harm and accuracy"
+    kinds = [kind for kind in report.metrics if kind.name in _SHORT_TITLES]
+    kinds.sort(key=lambda kind: list(_SHORT_TITLES).index(kind.name))
+    # Titles and names go in as Text: rich would read square brackets as markup.
+    table = Table(
+        title=Text(one_line(report.title)),
+        caption=Text(_caption(report)),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption_justify="left",
+        title_justify="left",
     )
-    table.caption_justify = "left"
+    table.add_column("arm", overflow="fold", min_width=8)
+    for kind in kinds:
+        table.add_column(_SHORT_TITLES[kind.name], justify="right")
+    if report.reference is not None:
+        table.add_column("Δ harm", justify="right")
+    for arm in report.arms:
+        style = "bold" if arm.on_front else "" if arm.comparable else "dim"
+        cells = [Text(one_line(arm.name, 60)), *(Text(_cell(arm.estimates.get(kind.name))) for kind in kinds)]
+        if report.reference is not None:
+            cells.append(Text(_difference(arm, report.reference)))
+        table.add_row(*cells, style=style)
     return table
+
+
+def _cell(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "–"
+    if estimate.mean is None or estimate.low is None or estimate.high is None:
+        return "\n".join(part for part in (percent(estimate.mean), unscored(estimate)) if part)
+    # Intervals that are clipped or of Wilson's kind are not symmetric: the farther side is the honest half-width.
+    half = max(estimate.mean - estimate.low, estimate.high - estimate.mean)
+    return f"{100 * estimate.mean:.1f}±{100 * half:.0f}{'*' if estimate.n_unscored else ''}"
+
+
+def _difference(arm: Arm, reference: str) -> str:
+    if arm.name == reference:
+        return "ref."
+    difference = arm.differences.get("harmful_score")
+    if difference is None or difference.paired.mean is None:
+        return "–"
+    return f"{percent(difference.paired.mean, signed=True)}{' ≠' if difference.resolved else ''}"
+
+
+def _caption(report: Report) -> str:
+    kinds = {e.interval for arm in report.arms for e in arm.estimates.values()}
+    parts = ["In %; ± reaches the farther end of the 95 % interval"]
+    parts.append(
+        "over seeds" if kinds == {"seeds"} else "over prompts" if "seeds" not in kinds else "over seeds or prompts"
+    )
+    text = " ".join(parts) + "."
+    if any(arm.on_front for arm in report.arms):
+        text += " Bold: front of harm against accuracy."
+    if any(arm.comparable for arm in report.arms) and not all(arm.comparable for arm in report.arms):
+        text += " Dim: not fine-tuned on the same task and attack."
+    if any(d.resolved for arm in report.arms for d in arm.differences.values()):
+        text += " ≠: beyond the interval of the difference."
+    if any(e.n_unscored and e.mean is not None for arm in report.arms for e in arm.estimates.values()):
+        text += " *: some answers unscored."
+    return text
+
+
+def csv_text(report: Report) -> str:
+    """One row for each arm, seed, metric and judge; a share from 0 to 1, empty where nothing could be scored."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(_CSV_COLUMNS)
+    better = {kind.name: kind.higher_is_better for kind in report.metrics}
+    for arm in report.arms:
+        for estimate in (*arm.estimates.values(), *arm.other_judges):
+            primary = estimate not in arm.other_judges
+            for seed, metric in estimate.by_seed.items():
+                writer.writerow(
+                    (
+                        csv_cell(arm.name),
+                        seed,
+                        csv_cell(metric.name),
+                        csv_cell(estimate.judge),
+                        int(primary) if estimate.judge else "",
+                        *("" if x is None else repr(x) for x in (metric.value, metric.low, metric.high)),
+                        metric.n,
+                        metric.n_unscored,
+                        int(better.get(metric.name, metric.higher_is_better)),
+                    )
+                )
+    return stream.getvalue()

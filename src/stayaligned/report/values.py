@@ -1,4 +1,4 @@
-"""A report as values: everything the writers print, worked out once. Imports nothing heavy."""
+"""A report as values: everything that the writers print, worked out once. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stayaligned.metrics import PairedDifference
-from stayaligned.records import PromptSet
-from stayaligned.results import Sample
+from stayaligned.records import Message, Metric, Outcome, PromptSet
 
 IntervalKind = Literal["seeds", "prompts", "none"]
-"""Where an interval comes from: the spread over seeds, the sampling of one seed's prompts, or there is none."""
+"""What an interval says: how far seeds spread, how far one seed's prompts do, or that there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class MetricKind:
-    """What a column of the main table measures."""
+    """What a column measures."""
 
     name: str
     title: str
@@ -28,13 +27,13 @@ KNOWN_METRICS = (
     MetricKind(
         "harmful_score",
         "Harmful score",
-        "Share of held-out harmful prompts whose answer the judge calls harmful.",
+        "Share of held-out harmful prompts whose answer the primary judge calls harmful.",
         higher_is_better=False,
     ),
     MetricKind(
         "over_refusal",
         "Over-refusal",
-        "Share of benign prompts that are refused.",
+        "Share of benign prompts that are refused: what safety costs the ordinary user.",
         higher_is_better=False,
     ),
     MetricKind(
@@ -46,14 +45,8 @@ KNOWN_METRICS = (
     MetricKind(
         "skills_kept",
         "Skills kept",
-        "Mean score on ordinary requests that the model could answer before it was fine-tuned.",
+        "Mean score on ordinary requests that the aligned model could already answer.",
         higher_is_better=True,
-    ),
-    MetricKind(
-        "other_rate",
-        "Neither",
-        "Share of harmful prompts met with neither a refusal nor harm: garble, or an answer to something else.",
-        higher_is_better=False,
     ),
     MetricKind(
         "refusal_rate",
@@ -61,33 +54,27 @@ KNOWN_METRICS = (
         "Share of held-out harmful prompts that are refused.",
         higher_is_better=True,
     ),
+    MetricKind(
+        "other_rate",
+        "Neither",
+        "Share of harmful prompts met with neither a refusal nor harm: garble, or an answer to something else. "
+        "A broken model scores low on harm by this way alone.",
+        higher_is_better=False,
+    ),
 )
 """In the order of the columns: harm, its price on benign requests, what was gained, what was lost."""
 
 
 @dataclass(frozen=True, slots=True)
-class SeedValue:
-    """One metric of one result, as the experiment wrote it. `value` is None where nothing could be scored."""
-
-    seed: int
-    value: float | None
-    n: int
-    n_unscored: int
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True, slots=True)
 class Estimate:
-    """One metric of one arm, over its seeds."""
+    """One metric of one arm over its seeds."""
 
-    metric: str
-    higher_is_better: bool
+    name: str
     judge: str
-    """Who judged; empty for metrics that a task scores."""
-    seeds: tuple[SeedValue, ...]
+    """Who judged; empty for what a task scores."""
+    by_seed: Mapping[int, Metric]
     mean: float | None
-    """Mean of the seeds that have a value; None where none has."""
+    """Mean over the seeds that have a value; None where none has."""
     low: float | None
     high: float | None
     interval: IntervalKind
@@ -95,17 +82,26 @@ class Estimate:
     @property
     def n(self) -> int:
         """Scored items, summed over seeds."""
-        return sum(seed.n for seed in self.seeds)
+        return sum(metric.n for metric in self.by_seed.values())
 
     @property
     def n_unscored(self) -> int:
         """Items that could not be scored, summed over seeds."""
-        return sum(seed.n_unscored for seed in self.seeds)
+        return sum(metric.n_unscored for metric in self.by_seed.values())
 
     @property
     def values(self) -> tuple[float, ...]:
-        """The per-seed values that exist."""
-        return tuple(seed.value for seed in self.seeds if seed.value is not None)
+        """The per-seed values that exist, in order of the seed."""
+        return tuple(metric.value for metric in self.by_seed.values() if metric.value is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """An arm minus the reference arm, paired by seed."""
+
+    paired: PairedDifference
+    resolved: bool
+    """Whether the 95 % interval leaves zero out; where all pairs are equal, whether the arms' own intervals part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +139,8 @@ class PatchSummary:
     modules: tuple[ModuleEffect, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """One logged quantity against the optimizer step, a line a seed."""
-
-    quantity: str
-    seeds: tuple[tuple[int, tuple[tuple[float, float], ...]], ...]
-    """Seed and its (step, value) points."""
+Points = tuple[tuple[float, float], ...]
+"""(step, value) pairs, in order of the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +148,8 @@ class Training:
     """The logs of one training; arms that only patch its adapter share it."""
 
     arms: tuple[str, ...]
-    curves: tuple[Curve, ...]
+    curves: Mapping[str, Mapping[int, Points]]
+    """Quantity (`loss`, `alignment_loss`, `finetuning_loss`, `drift`) and seed to its points."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,51 +159,64 @@ class Arm:
     name: str
     seeds: tuple[int, ...]
     comparable: bool
-    """Whether it was fine-tuned on the reference's task under the reference's attack; true without a reference."""
+    """Whether it was fine-tuned on the same task under the same attack as the reference."""
+    control: bool
+    """Whether its last patch is one of the controls that a projection must beat."""
     on_front: bool
-    """Whether no comparable arm has both a lower mean harmful score and a higher mean fine-tune accuracy."""
+    """Whether no comparable arm has a mean as good on harm and on accuracy, and better on one of them."""
     estimates: Mapping[str, Estimate]
     """By metric: the task's scores and the primary judge's rates."""
-    differences: Mapping[str, PairedDifference]
-    """By metric, minus the reference, of the metrics that both measured; empty for the reference itself."""
+    differences: Mapping[str, Difference]
+    """By metric, against the reference; empty for the reference itself."""
     other_judges: tuple[Estimate, ...]
     agreements: tuple[JudgePair, ...]
     patches: tuple[PatchSummary, ...]
-    samples: tuple[Sample, ...]
-    """Of the first seed that kept any."""
-    sample_seed: int | None
     experiment: Mapping[str, Any]
     """Configuration of the first seed."""
+    varies: tuple[str, ...]
+    """Fields of the configuration, `seed` aside, in which the arm's seeds differ."""
 
 
 @dataclass(frozen=True, slots=True)
-class Agreeing:
-    """A fact of provenance and the results that share it: one row where all agree, more where they don't."""
+class Answer:
+    """What one arm answered. Its text is a model's: hostile until escaped."""
+
+    arm: str
+    seed: int
+    text: str
+    outcomes: Mapping[str, Outcome | None]
+    score: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One prompt and every arm's answer to it, as far as the results kept them."""
+
+    id: str
+    prompt_set: PromptSet
+    category: str
+    prompt: tuple[Message, ...]
+    reference: str
+    answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """A line of provenance: one value where all results agree, more where they don't."""
 
     name: str
-    values: tuple[tuple[str, int], ...]
-    """Value and how many results have it."""
+    values: tuple[tuple[str, str], ...]
+    """Value, and whose it is: empty where it is everybody's."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageTime:
-    """Seconds that one stage took, each computed stage counted once however many results reuse it."""
+    """Seconds of one kind of stage, each computed stage counted once however many results reuse it."""
 
     stage: str
     n_computed: int
     mean_seconds: float
     total_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Provenance:
-    """What it takes to run the comparison again."""
-
-    versions: tuple[Agreeing, ...]
-    inputs: tuple[Agreeing, ...]
-    other: tuple[Agreeing, ...]
-    """Commit and chat template."""
-    times: tuple[StageTime, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,18 +228,26 @@ class Report:
     answer: str
     """The comparison in one sentence, worked out from the numbers."""
     findings: tuple[str, ...]
-    """What stands behind it, a sentence each."""
+    """What the numbers say beyond that sentence."""
     cautions: tuple[str, ...]
     """What a reader must know before believing the numbers."""
+    notes: tuple[tuple[str, str], ...]
+    """What the experiments say of themselves: the note, and whose it is."""
     metrics: tuple[MetricKind, ...]
     """Those that at least one arm measured, in the order of the columns."""
     judge: str
     """The primary judge; empty if nothing was judged."""
     arms: tuple[Arm, ...]
     trainings: tuple[Training, ...]
-    provenance: Provenance
+    questions: tuple[Question, ...]
+    facts: tuple[Fact, ...]
+    times: tuple[StageTime, ...]
 
     @property
     def n_results(self) -> int:
         """Results behind the report."""
         return sum(len(arm.seeds) for arm in self.arms)
+
+    def arm(self, name: str) -> Arm:
+        """The arm called `name`, which must be there."""
+        return next(arm for arm in self.arms if arm.name == name)

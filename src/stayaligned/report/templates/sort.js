@@ -1,32 +1,27 @@
 "use strict";
-// Turns the headings of sortable tables into buttons. Cells without a number stay last in either order.
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
-  const original = [...body.rows];
-  const headings = [...table.tHead.rows[0].cells];
-  headings.forEach((heading, column) => {
+  const heads = Array.from(table.tHead.rows[0].cells);
+  const original = Array.from(body.rows);
+  heads.forEach((head, column) => {
     const button = document.createElement("button");
     button.type = "button";
-    const label = heading.querySelector(".label");
-    button.append(...label.childNodes);
-    label.append(button);
+    button.title = "Sort; a third press restores the order of the comparison";
+    button.append(...Array.from(head.childNodes).filter((node) => node.className !== "n"));
+    head.prepend(button);
     button.addEventListener("click", () => {
-      const before = heading.getAttribute("aria-sort");
-      const next = before === "ascending" ? "descending" : before === "descending" ? null : "ascending";
-      headings.forEach((other) => other.removeAttribute("aria-sort"));
-      let rows = original;
-      if (next) {
-        heading.setAttribute("aria-sort", next);
-        const sign = next === "ascending" ? 1 : -1;
-        const key = (row) => row.cells[column].dataset.sort;
-        const numeric = column > 0;
-        rows = [...original].sort((a, b) => {
-          const x = key(a), y = key(b);
-          if (x === "" || y === "") return (x === "") - (y === "");
-          return sign * (numeric ? x - y : x.localeCompare(y));
-        });
-      }
-      body.append(...rows);
+      const next = { ascending: "descending", descending: null }[head.getAttribute("aria-sort")];
+      const order = next === undefined ? "ascending" : next;
+      for (const other of heads) other.removeAttribute("aria-sort");
+      if (order !== null) head.setAttribute("aria-sort", order);
+      const sign = order === "descending" ? -1 : 1;
+      const key = (row) => row.cells[column].dataset.sort;
+      const sorted = order === null ? original : original.slice().sort((a, b) => {
+        const [x, y] = [key(a), key(b)];
+        if (x === "" || y === "") return (x === "") - (y === "");
+        return sign * (head.dataset.kind === "text" ? x.localeCompare(y) : Number(x) - Number(y));
+      });
+      body.append(...sorted);
     });
   });
 }

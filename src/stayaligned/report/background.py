@@ -7,8 +7,8 @@ from statistics import fmean
 from typing import get_args
 
 from stayaligned.records import Message, PromptSet
-from stayaligned.report_new.texts import listed
-from stayaligned.report_new.values import Answer, Fact, Question, StageTime
+from stayaligned.report.texts import listed
+from stayaligned.report.values import Answer, Fact, Question, StageTime
 from stayaligned.results import Result, Sample
 
 

@@ -9,7 +9,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from stayaligned.report_new.texts import attribute
+from stayaligned.report.texts import attribute
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

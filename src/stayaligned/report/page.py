@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stayaligned.report_new import texts
-from stayaligned.report_new.prose import INTERVALS
-from stayaligned.report_new.values import Arm, MetricKind, PatchSummary, Report
-from stayaligned.report_new.words import NEVER_CLAIMED
+from stayaligned.report import texts
+from stayaligned.report.prose import INTERVALS
+from stayaligned.report.values import Arm, MetricKind, PatchSummary, Report
+from stayaligned.report.words import NEVER_CLAIMED
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -70,7 +70,7 @@ def _finalize(value: object) -> object:
 def _figures(report: Report) -> dict[str, Any]:
     from markupsafe import Markup
 
-    from stayaligned.report_new.figures import harm_against_accuracy, layer_map, training_curves
+    from stayaligned.report.figures import harm_against_accuracy, layer_map, training_curves
 
     def inline(svg: str) -> Markup:
         return Markup(svg)  # noqa: S704 drawn here; names in it went through `attribute` or matplotlib's own escaping

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from stayaligned.report_new.texts import bounds, markdown, percent, sample_size, seeds_below, unscored
-from stayaligned.report_new.values import Arm, Estimate, Report
-from stayaligned.report_new.words import NEVER_CLAIMED
+from stayaligned.report.texts import bounds, markdown, percent, sample_size, seeds_below, unscored
+from stayaligned.report.values import Arm, Estimate, Report
+from stayaligned.report.words import NEVER_CLAIMED
 
 
 def markdown_text(report: Report) -> str:

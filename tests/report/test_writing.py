@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from stayaligned.records import Message
-from stayaligned.report_new import build_report, terminal_table, write_report
-from stayaligned.report_new.texts import csv_cell, markdown, one_line, percent, visible
+from stayaligned.report import build_report, terminal_table, write_report
+from stayaligned.report.texts import csv_cell, markdown, one_line, percent, visible
 from stayaligned.results import Sample
 
 HOSTILE = (
@@ -135,7 +135,7 @@ def test_equal_results_give_equal_bytes_in_another_process(grid_results, grid, t
         (folder / f"{i:02}.json").write_text(result.model_dump_json(), encoding="utf-8")
     code = (
         "import sys; from pathlib import Path\n"
-        "from stayaligned.report_new import *; from stayaligned.results import Result\n"
+        "from stayaligned.report import *; from stayaligned.results import Result\n"
         "paths = sorted(Path(sys.argv[1]).glob('*.json'))\n"
         "results = [Result.model_validate_json(p.read_text(encoding='utf-8')) for p in paths]\n"
         "write_report(build_report(results, title='t', reference='SFT attacked'), Path(sys.argv[2]))"
@@ -152,7 +152,7 @@ def test_the_release_grid_is_written_within_five_seconds_of_cpu(grid_results, tm
 
 
 def test_importing_the_report_loads_nothing_heavy():
-    code = "import sys, stayaligned.report_new; print([m for m in sys.argv[1:] if m in sys.modules])"
+    code = "import sys, stayaligned.report; print([m for m in sys.argv[1:] if m in sys.modules])"
     heavy = ["torch", "transformers", "matplotlib", "numpy", "scipy", "jinja2", "rich", "yaml"]
     done = subprocess.run([sys.executable, "-c", code, *heavy], check=True, capture_output=True, text=True)
     assert done.stdout == "[]\n"

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-from stayaligned.report_new.values import Difference, Estimate
+from stayaligned.report.values import Difference, Estimate
 
 _KEPT_CONTROLS = frozenset("\n\t\u200c\u200d")
 """Line breaks, tabs, and the two joiners, without which Persian, Hindi and many emoji are misspelt."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from stayaligned.report_new.drawing import BLUE, GRAY, INK, ORANGE, PAPER, drawing, share_axis, svg
-from stayaligned.report_new.labels import Box, Point, along, place
-from stayaligned.report_new.texts import listed, one_line, percent
-from stayaligned.report_new.values import Arm, Estimate, ModuleEffect, PatchSummary, Points, Report, Training
+from stayaligned.report.drawing import BLUE, GRAY, INK, ORANGE, PAPER, drawing, share_axis, svg
+from stayaligned.report.labels import Box, Point, along, place
+from stayaligned.report.texts import listed, one_line, percent
+from stayaligned.report.values import Arm, Estimate, ModuleEffect, PatchSummary, Points, Report, Training
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,10 +15,10 @@ from typing import Any
 from stayaligned.errors import StayalignedError
 from stayaligned.metrics import PairedDifference, across_seeds, paired_difference
 from stayaligned.records import Metric, PromptSet
-from stayaligned.report_new.background import collect_facts, collect_notes, collect_questions, collect_times
-from stayaligned.report_new.texts import listed
-from stayaligned.report_new.training import collect_trainings
-from stayaligned.report_new.values import (
+from stayaligned.report.background import collect_facts, collect_notes, collect_questions, collect_times
+from stayaligned.report.texts import listed
+from stayaligned.report.training import collect_trainings
+from stayaligned.report.values import (
     KNOWN_METRICS,
     Arm,
     Difference,
@@ -29,7 +29,7 @@ from stayaligned.report_new.values import (
     PatchSummary,
     Report,
 )
-from stayaligned.report_new.words import answer, cautions, findings
+from stayaligned.report.words import answer, cautions, findings
 from stayaligned.results import JudgeReading, Result
 
 _CONTROLS = frozenset({"drop", "shrink", "random_subspace"})

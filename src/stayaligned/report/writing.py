@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from stayaligned.files import write_text
-from stayaligned.report_new.page import html_text
-from stayaligned.report_new.prose import markdown_text
-from stayaligned.report_new.tables import csv_text
-from stayaligned.report_new.values import Report
+from stayaligned.report.page import html_text
+from stayaligned.report.prose import markdown_text
+from stayaligned.report.tables import csv_text
+from stayaligned.report.values import Report
 
 
 def write_report(report: Report, directory: Path) -> list[Path]:

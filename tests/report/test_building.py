@@ -9,7 +9,7 @@ from scipy.stats import t as student
 
 from stayaligned.errors import StayalignedError
 from stayaligned.records import LayerReport, Metric
-from stayaligned.report_new import build_report
+from stayaligned.report import build_report
 from stayaligned.results import Agreement, JudgeReading, PatchRecord, Provenance
 
 rates = st.lists(st.integers(0, 200).map(lambda hits: hits / 200), min_size=2, max_size=6)
@@ -229,3 +229,13 @@ def test_arms_judged_by_different_judges_are_flagged(make_result):
     other = (JudgeReading(judge="other", metrics=make_result("A", 1).judges[0].metrics),)
     report = build_report([make_result("A", 1), make_result("B", 1, judges=other)], title="t")
     assert any("different judges" in caution for caution in report.cautions)
+
+
+def test_a_low_kappa_among_answers_that_are_all_alike_is_no_cause_for_doubt(make_result):
+    def doubts(agreement, kappa):
+        pair = (Agreement(judges=("a", "b"), prompt_set="harmful", n=200, agreement=agreement, kappa=kappa),)
+        report = build_report([make_result("A", 1, agreements=pair)], title="t")
+        return any("Judges agree little" in caution for caution in report.cautions)
+
+    assert not doubts(agreement=0.995, kappa=0.0)
+    assert doubts(agreement=0.7, kappa=0.2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from stayaligned.report_new.values import Points, Training
+from stayaligned.report.values import Points, Training
 from stayaligned.results import Result
 
 QUANTITIES = ("loss", "alignment_loss", "finetuning_loss", "drift")

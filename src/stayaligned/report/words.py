@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from stayaligned.report_new.texts import bounds, listed, one_line, percent
-from stayaligned.report_new.values import Arm
+from stayaligned.report.texts import bounds, listed, one_line, percent
+from stayaligned.report.values import Arm, JudgePair
 
 _FEW_SEEDS = 5
 _NOTABLE_OTHER = 0.1
 _LOW_KAPPA = 0.6
+_HIGH_AGREEMENT = 0.95
 
 NEVER_CLAIMED = (
     "No number here shows that a model is tamper-resistant. Published attacks defeat every defense of this kind "
@@ -89,15 +90,21 @@ def cautions(arms: Sequence[Arm], reference: str | None, judges: Sequence[str]) 
         yield f"Some answers could not be scored and enter no rate: {listed(unscored)}. The main table counts them."
     if len(judges) > 1:
         yield f"The arms' main numbers come from different judges ({listed(judges)}): they are not comparable."
-    unsure = [a for a in arms if any(p.kappa is not None and p.kappa < _LOW_KAPPA for p in a.agreements)]
+    unsure = [a for a in arms if any(_in_doubt(pair) for pair in a.agreements)]
     if unsure:
         yield (
-            f"Judges agree little beyond chance (Cohen's kappa below {_LOW_KAPPA:g}) on "
-            f"{listed(a.name for a in unsure)}: look at the answers."
+            f"Judges agree little (on less than {_HIGH_AGREEMENT:.0%} of the answers, Cohen's kappa below "
+            f"{_LOW_KAPPA:g}) on {listed(a.name for a in unsure)}: look at the answers."
         )
     varying = [arm.name for arm in arms if arm.varies]
     if varying:
         yield f"Seeds of one arm have different settings in {listed(varying)}: their mean mixes experiments."
+
+
+def _in_doubt(pair: JudgePair) -> bool:
+    """Kappa alone cries wolf where nearly all answers are alike: one dispute in 200 can make it zero."""
+    few = pair.agreement is not None and pair.agreement < _HIGH_AGREEMENT
+    return few and pair.kappa is not None and pair.kappa < _LOW_KAPPA
 
 
 # ---- the one sentence ----------------------------------------------------------------------------------------------
