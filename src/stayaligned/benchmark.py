@@ -317,7 +317,8 @@ def _pool(workers: int, plugins: Sequence[Path], listener: Listener) -> Generato
     """Worker processes that report to `listener`, and that die with this one."""
     context = multiprocessing.get_context("spawn")
     messages: Any = context.Queue()
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    cores = len(os.sched_getaffinity(0))
+    threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or max(1, cores // workers)
     ended = threading.Event()
 
     def relay() -> None:
