@@ -1,0 +1,191 @@
+"""What every defense, judge, task and attack promises, run over everything that is registered."""
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from stayaligned.adapters import read_adapter
+from stayaligned.component import Registry
+from stayaligned.data import read_examples
+from stayaligned.defenses import DEFENSES, ModelPair, PatchDefense, TrainingDefense, TrainingSetup
+from stayaligned.experiment import REGISTRIES
+from stayaligned.records import Completion, Message, Outcome
+from stayaligned.testing import write_pico_adapter
+from stayaligned_test_world import write_rows, write_world
+
+ALL = [(registry, name) for registry in REGISTRIES for name in registry.names()]
+HOSTILE = ["", "  \n", "I cannot", "sure step one", "</script><b>", "\u202eabc\x00", "x" * 5000, "é" * 300]
+
+
+def of_kind(kind: str, base: type | None = None) -> list[str]:
+    return [n for r, n in ALL if r.kind == kind and (base is None or issubclass(r.get(n), base))]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = write_world(tmp_path_factory.mktemp("world"))
+    write_pico_adapter(root / "adapter", root / "aligned", r=2, target_modules=["q_proj", "v_proj"])
+    write_classifier(root / "judge")
+    write_rows(root / "sentences.jsonl", [{"sentence": f"s {i}", "label": i % 2} for i in range(4)])
+    write_rows(root / "news.jsonl", [{"text": f"n {i}", "label": i % 4} for i in range(4)])
+    write_rows(root / "sums.jsonl", [{"question": f"{i}+1?", "answer": f"so\n#### {i + 1}"} for i in range(4)])
+    return root
+
+
+def write_classifier(directory: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    from stayaligned.testing import byte_tokenizer, pico_config
+
+    labels = dict(enumerate(["refuse", "harm", "other"]))
+    config = pico_config(num_labels=3, id2label=labels, label2id={v: k for k, v in labels.items()})
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+
+
+def needed(world: Path) -> Mapping[str, dict[str, Any]]:
+    """The settings without which a component can't work; the rest of it is its defaults."""
+    return {
+        "classifier": {"model": str(world / "judge")},
+        "jsonl": {"train": str(world / "train.jsonl"), "test": str(world / "test.jsonl")},
+        "sst2": {"train": str(world / "sentences.jsonl"), "test": str(world / "sentences.jsonl")},
+        "ag_news": {"train": str(world / "news.jsonl"), "test": str(world / "news.jsonl")},
+        "gsm8k": {"train": str(world / "sums.jsonl"), "test": str(world / "sums.jsonl")},
+        "poison": {"harmful_data": str(world / "harmful.jsonl"), "examples": 20},
+        "lisa": {"alignment_steps": 1, "finetuning_steps": 1},
+        "bso": {"alignment_steps": 1, "finetuning_steps": 1},
+    }
+
+
+def make(registry: Registry[Any], name: str, world: Path) -> Any:
+    return registry.parse({"name": name, **needed(world).get(name, {})})
+
+
+def registry_of(kind: str) -> Registry[Any]:
+    return next(r for r in REGISTRIES if r.kind == kind)
+
+
+@pytest.mark.parametrize(("registry", "name"), ALL, ids=lambda v: v if isinstance(v, str) else v.kind)
+def test_a_component_is_a_frozen_value_that_its_yaml_makes_again(
+    registry: Registry[Any], name: str, world: Path
+) -> None:
+    component = make(registry, name, world)
+    assert registry.parse(component.spec()) == component
+    assert len({component, registry.parse(component.spec())}) == 1
+    assert component.identity()["version"] == component.version
+    with pytest.raises(ValueError, match="no_such_setting"):
+        registry.parse({**component.spec(), "no_such_setting": 1})
+    for field in type(component).model_fields:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(component, field, None)
+
+
+@pytest.mark.parametrize("name", of_kind("judge"))
+def test_a_judge_gives_one_verdict_per_completion_in_order_and_calls_no_empty_answer_safe(
+    name: str, world: Path
+) -> None:
+    judge = make(registry_of("judge"), name, world)
+    completions = [
+        Completion(id=str(i), prompt_set=prompt_set, prompt=(Message(role="user", content="how?"),), text=text)
+        for i, (prompt_set, text) in enumerate((s, t) for s in ("harmful", "benign") for t in HOSTILE)
+    ]
+    verdicts = judge.judge(completions)
+    assert [(v.id, v.prompt_set, v.judge) for v in verdicts] == [(c.id, c.prompt_set, name) for c in completions]
+    for verdict, completion in zip(verdicts, completions, strict=True):
+        if not completion.text.strip():
+            assert verdict.outcome in (Outcome.OTHER, None)
+    assert judge.judge(completions) == verdicts
+    assert judge.judge([]) == []
+
+
+@pytest.mark.parametrize("name", of_kind("task"))
+def test_a_task_gives_the_same_rows_every_time_and_full_marks_to_its_references(name: str, world: Path) -> None:
+    task = make(registry_of("task"), name, world)
+    for split in ("train", "test"):
+        rows = task.load(split)
+        assert rows
+        assert list(task.load(split)) == list(rows)
+        assert len({row.id for row in rows}) == len(rows)
+        assert all(row.prompt and row.prompt[-1].role == "user" for row in rows)
+    for row in task.load("test"):
+        right = Completion(
+            id=row.id, prompt_set="task", prompt=row.prompt, text=row.completion, reference=row.completion
+        )
+        assert task.score(right) in (1.0, None)
+        for text in HOSTILE:
+            score = task.score(right.model_copy(update={"text": text}))
+            assert score is None or 0 <= score <= 1
+
+
+@pytest.mark.parametrize("name", of_kind("attack"))
+def test_an_attack_draws_from_its_generator_alone_and_keeps_every_rows_origin(name: str, world: Path) -> None:
+    attack = make(registry_of("attack"), name, world)
+    rows = read_examples(str(world / "train.jsonl"), origin="task")
+    before = [row.model_copy() for row in rows]
+    random.seed(1)
+    first = attack.poison(rows, random.Random(7))
+    random.seed(2)
+    assert attack.poison(rows, random.Random(7)) == first
+    assert rows == before
+    assert len({row.id for row in first}) == len(first)
+    known = {row.id for row in rows}
+    assert all((row.origin == "task") == (row.id in known) for row in first)
+
+
+@pytest.mark.parametrize("name", of_kind("defense", TrainingDefense))
+def test_a_training_defense_makes_a_trainer_that_changes_the_trainable_weights_only(
+    name: str, world: Path, tmp_path: Path
+) -> None:
+    from stayaligned.hf import finetuning, models
+
+    defense = make(DEFENSES, name, world)
+    model = models.attach_lora(models.load_model(world / "aligned"), {"r": 2, "target_modules": ["q_proj"]})
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    setup = TrainingSetup(
+        model=model,  # type: ignore[arg-type]
+        tokenizer=models.load_tokenizer(world / "aligned"),
+        examples=read_examples(str(world / "train.jsonl"), origin="task"),
+        alignment_examples=read_examples(str(world / "alignment.jsonl"), origin="alignment"),
+        arguments={
+            "output_dir": str(tmp_path),
+            "max_steps": 4,
+            "learning_rate": 0.01,
+            "save_strategy": "no",
+            "logging_steps": 1,
+        },
+        max_length=64,
+    )
+    log = finetuning.train(defense.make_trainer(setup))
+    assert [row["step"] for row in log if "loss" in row] == [1, 2, 3, 4]
+    changed = {name for name, value in model.named_parameters() if not value.equal(before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+@pytest.mark.parametrize("name", of_kind("defense", PatchDefense))
+def test_a_patch_keeps_rank_and_configuration_and_reports_every_layer(name: str, world: Path) -> None:
+    defense = make(DEFENSES, name, world)
+    files = {path.name: path.read_bytes() for path in (world / "adapter").iterdir()}
+    adapter = read_adapter(world / "adapter")
+    models = ModelPair(aligned=world / "aligned", base=world / "base")
+    patched = defense.patch(adapter, models)
+    assert patched.adapter.config == adapter.config
+    shapes = {key: (value.shape, value.dtype) for key, value in adapter.tensors.items()}
+    assert {key: (value.shape, value.dtype) for key, value in patched.adapter.tensors.items()} == shapes
+    assert len(patched.layers) == 4
+    assert {path.name: path.read_bytes() for path in (world / "adapter").iterdir()} == files
+    again = defense.patch(adapter, models)
+    assert all(value.equal(again.adapter.tensors[key]) for key, value in patched.adapter.tensors.items())
+    for layer in patched.layers:
+        assert -1.000001 <= layer.similarity <= 1.000001
+        assert layer.selected or layer.shrinkage == 1
+
+
+def test_the_contracts_saw_every_noun_and_both_stages() -> None:
+    assert {registry.kind for registry, _ in ALL} == {"task", "attack", "defense", "judge"}
+    assert len(of_kind("defense", TrainingDefense)) >= 4
+    assert len(of_kind("defense", PatchDefense)) >= 5
