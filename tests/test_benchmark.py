@@ -13,7 +13,9 @@ import pytest
 import yaml
 
 from stayaligned.benchmark import Grid, Listener, load_grid, run_grid
+from stayaligned.component import load_plugin
 from stayaligned.errors import StayalignedError
+from stayaligned.experiment import REGISTRIES
 from stayaligned.results import find_results
 from stayaligned_test_world import experiment, write_world
 
@@ -137,3 +139,51 @@ def test_a_killed_grid_leaves_no_orphans_and_continues(world: Path, tmp_path: Pa
     assert len(outcome.results) == 2
     assert not list(out.glob("stages/.*.partial"))
     assert json.loads((out / "index.json").read_text())["trainings"]
+
+
+def test_arms_with_equal_results_both_stand_in_the_report(world: Path, tmp_path: Path) -> None:
+    arms = [SFT, {"label": "The same", "defenses": ["sft"]}]
+    outcome = run_grid(grid_of(world, arms), tmp_path / "out", workers=1)
+    assert [r.arm for r in outcome.results] == ["SFT", "The same"]
+    assert outcome.trained == 1
+
+
+def test_an_exception_that_cannot_cross_processes_fails_its_arm_alone(world: Path, tmp_path: Path) -> None:
+    plugin = tmp_path / "boom.py"
+    plugin.write_text(
+        "from stayaligned.judges import Judge\n"
+        "class Odd(Exception):\n    def __init__(self, *, code): super().__init__(code)\n"
+        "class Boom(Judge):\n    name = 'boom'\n    def judge(self, completions): raise Odd(code=7)\n"
+    )
+    load_plugin(plugin, REGISTRIES)
+    try:
+        grid = grid_of(world, [SFT, {"label": "Boom", "judges": ["boom"]}])
+        outcome = run_grid(grid, tmp_path / "out", workers=1, plugins=[plugin])
+    finally:
+        REGISTRIES[-1]._plugins.clear()
+    assert [r.arm for r in outcome.results] == ["SFT"]
+    assert "Odd: 7" in outcome.failures["Boom, seed 0"]
+    assert "raise Odd(code=7)" in next((tmp_path / "out" / "failures").iterdir()).read_text()
+
+
+def test_a_result_that_failed_now_does_not_stand_from_before(world: Path, tmp_path: Path) -> None:
+    strict, lax = ({"judges": [{"name": "keyword"}], "max_unscored": share} for share in (0.0, 1.0))
+    run_grid(grid_of(world, [SFT], **lax), tmp_path / "out", workers=1)
+    verdicts = next((tmp_path / "out" / "stages").glob("judge-*")) / "verdicts.jsonl"
+    verdicts.write_text(
+        verdicts.read_text().replace('"refuse"', "null").replace('"harm"', "null").replace('"other"', "null")
+    )
+    outcome = run_grid(grid_of(world, [SFT], **strict), tmp_path / "out", workers=1)
+    assert "could not score" in outcome.failures["SFT, seed 0"]
+    assert not list((tmp_path / "out").rglob("result.json"))
+
+
+def test_an_empty_axis_is_refused(world: Path) -> None:
+    with pytest.raises(ValueError, match="at least 1 item"):
+        Grid(base=experiment(world), axes={"seed": []})
+
+
+def test_a_damaged_record_is_one_clear_error(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text("[]")
+    with pytest.raises(StayalignedError, match=r"index\.json: damaged"):
+        run_grid(grid_of(world, [SFT]), tmp_path, workers=1)

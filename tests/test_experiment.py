@@ -128,3 +128,14 @@ def test_setting_into_a_list_keeps_the_rest() -> None:
     content: dict[str, Any] = {"judges": ["a", "b"]}
     set_dotted(content, "judges.1", "c")
     assert content == {"judges": ["a", "c"]}
+
+
+def test_merge_keys_and_dates_are_plain_yaml(tmp_path: Path) -> None:
+    text = "x: &x {r: 4}\nlora: {<<: *x, lora_alpha: 8}\nlabel: 2024-01-01\n"
+    content = load_yaml(write(tmp_path / "e.yaml", text))
+    assert content["lora"] == {"r": 4, "lora_alpha": 8}
+    assert content["label"] == "2024-01-01"
+
+
+def test_a_configuration_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    assert "not a plain configuration" in errors_of(write(tmp_path / "e.yaml", "model: &a [*a]\n"))

@@ -155,12 +155,9 @@ def test_a_key_depends_on_exactly_what_its_stage_depends_on(
 
 
 def test_a_changed_input_file_changes_the_keys(tmp_path: Path) -> None:
-    from stayaligned import store
-
     world = write_world(tmp_path / "w")
     before = Run(Experiment.model_validate(experiment(world)), Store(tmp_path)).data_key
     write_rows(world / "train.jsonl", [{"prompt": f"other {i}", "completion": "x"} for i in range(32)])
-    store._fingerprint.cache_clear()
     assert Run(Experiment.model_validate(experiment(world)), Store(tmp_path)).data_key != before
 
 
@@ -242,3 +239,56 @@ def test_a_killed_run_continues_to_the_same_result(world: Path, tmp_path: Path) 
     assert weights[0] == weights[1]
     assert continued.id == whole.id
     assert continued.samples == whole.samples
+
+
+def test_another_test_file_changes_the_completions_and_retrains_nothing(world: Path, tmp_path: Path) -> None:
+    other = write_rows(tmp_path / "other.jsonl", [{"prompt": "new?", "completion": "good"}])
+    before = Run(Experiment.model_validate(experiment(world)), Store(tmp_path))
+    task = {**experiment(world)["task"], "test": str(other), "metric": "contains"}
+    after = Run(Experiment.model_validate(experiment(world, task=task)), Store(tmp_path))
+    assert after.adapter_key == before.adapter_key
+    assert after.generate_key != before.generate_key
+    held_out = Run(Experiment.model_validate(experiment(world, task={**task, "test": None})), Store(tmp_path))
+    assert held_out.adapter_key != before.adapter_key, "without a test file, train gives rows away"
+
+
+def test_the_adapter_that_a_run_leads_to_is_the_one_that_it_measured(tmp_path: Path) -> None:
+    world = write_world(tmp_path / "w")
+    content = Experiment.model_validate(experiment(world))
+    run_experiment(content, tmp_path / "out")
+    first = (tmp_path / "out" / "adapter").resolve()
+    write_rows(world / "train.jsonl", [{"prompt": f"other {i}", "completion": "x"} for i in range(32)])
+    result = run_experiment(content, tmp_path / "out")
+    second = (tmp_path / "out" / "adapter").resolve()
+    assert second != first
+    assert second == (tmp_path / "out" / result.provenance.stages["train"] / "adapter").resolve()
+
+
+@pytest.mark.parametrize("kept", [0, 1], ids=["none", "all but one"])
+def test_a_judge_that_drops_answers_is_refused(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    from stayaligned.judges.keyword import Keyword
+
+    judge: Callable[..., Any] = Keyword.judge
+    monkeypatch.setattr(Keyword, "judge", lambda self, completions: judge(self, completions)[: -1 if kept else 0])
+    with pytest.raises(StayalignedError, match=r"judge 'keyword' gave \d+ verdicts on 11 answers"):
+        run_experiment(Experiment.model_validate(experiment(world)), tmp_path / "out")
+
+
+def test_a_run_that_ends_inside_a_cycle_says_so(world: Path, tmp_path: Path) -> None:
+    lisa = {"name": "lisa", "alignment_steps": 1, "finetuning_steps": 2}
+    result = run_experiment(Experiment.model_validate(experiment(world, defenses=[lisa])), tmp_path / "out")
+    assert any("after 1 of 3 steps of a cycle" in note and "max_steps=3" in note for note in result.notes)
+    whole = run_experiment(
+        Experiment.model_validate(experiment(world, defenses=[{**lisa, "finetuning_steps": 3}])), tmp_path / "whole"
+    )
+    assert not whole.notes
+
+
+def test_alignment_rows_count_as_trained_on(world: Path, tmp_path: Path) -> None:
+    leaked = write_rows(tmp_path / "leak.jsonl", [{"prompt": "wug 1"}, {"prompt": "fresh"}])
+    bso = {"name": "bso", "alignment_steps": 1, "finetuning_steps": 1}
+    content = experiment(world, harmful_prompts=str(leaked), defenses=[bso])
+    result = run_experiment(Experiment.model_validate(content), tmp_path / "out")
+    assert "1 of 2 harmful prompts also stand in the alignment data" in result.notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import itertools
 import json
@@ -13,15 +14,16 @@ import queue
 import re
 import shutil
 import threading
+import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stayaligned import testbed
 from stayaligned.component import load_plugin
@@ -38,7 +40,7 @@ from stayaligned.experiment import (
 )
 from stayaligned.files import write_text
 from stayaligned.pipeline import Run
-from stayaligned.results import Result, read_result, write_result
+from stayaligned.results import RESULT_FILE, Result, read_result, write_result
 from stayaligned.store import Store, refuse_foreign
 
 INDEX_FILE = "index.json"
@@ -57,7 +59,7 @@ class Grid(BaseModel):
     reference: str = ""
     """The label of the arm that the others are compared with, seed by seed."""
     base: dict[str, Any]
-    axes: dict[str, list[Any]]
+    axes: dict[str, Annotated[list[Any], Field(min_length=1)]]
 
     def expand(self, where: str = "grid") -> list[Experiment]:
         """Every combination, the last axis varying fastest.
@@ -85,14 +87,14 @@ class Grid(BaseModel):
 
     def _combinations(self) -> Iterator[dict[str, Any]]:
         for values in itertools.product(*self.axes.values()):
-            content: dict[str, Any] = json.loads(json.dumps(self.base))
+            content: dict[str, Any] = copy.deepcopy(self.base)
             labels: list[str] = []
             for axis, value in zip(self.axes, values, strict=True):
                 if isinstance(value, Mapping):
                     labels.append(str(value.get("label", "")))
                     for key, item in value.items():
                         if key != "label":
-                            set_dotted(content, key, json.loads(json.dumps(item)))
+                            set_dotted(content, key, copy.deepcopy(item))
                 else:
                     set_dotted(content, axis, value)
                     labels += [f"{axis}={value}"] if axis != "seed" else []
@@ -175,10 +177,11 @@ def run_grid(
     listener = listener or Listener()
     store = Store(out)
     refuse_foreign(out, INDEX_FILE)
+    runs = [Run(experiment, store) for experiment in experiments]
+    jobs, graph = _plan(runs, out)  # hashes every input, before anything is written
     with store.locked():
-        runs = [Run(experiment, store) for experiment in experiments]
         _write_index(grid, out, runs)
-        jobs, graph = _plan(runs, out)
+        _drop_stale(out, runs)
         trainings = [name for name, job in jobs.items() if job.kind == "train"]
         listener.started(len(graph))
         try:
@@ -190,12 +193,14 @@ def run_grid(
             ) from None
         outcome = Outcome(trained=sum(name not in errors for name in trainings))
         for run in runs:
-            error = errors.get(f"result {run.id}")
+            place = run_directory(out, run)
+            error = errors.get(f"result {place.name}")
             if error is None:
-                outcome.results.append(read_result(run_directory(out, run) / "result.json"))
+                outcome.results.append(read_result(place / RESULT_FILE))
             else:
+                # An earlier result would stand in the report as if it were this run's.
+                (place / RESULT_FILE).unlink(missing_ok=True)
                 outcome.failures[f"{run.experiment.arm}, seed {run.experiment.seed}"] = error
-        _drop_stale(out, runs)
     return outcome
 
 
@@ -234,7 +239,7 @@ def _plan(runs: Sequence[Run], out: Path) -> tuple[dict[str, _Job], dict[str, se
             jobs.setdefault(name, _Job("train", name, run.experiment, out, position))
             graph.setdefault(name, before)
             before = {name}
-        name = f"result {run.id}"
+        name = f"result {run_directory(out, run).name}"
         jobs[name] = _Job("result", name, run.experiment, out, position)
         graph[name] = before
     return jobs, graph
@@ -245,10 +250,7 @@ def _write_index(grid: Grid, out: Path, runs: Sequence[Run]) -> None:
     trainings = sorted({run.adapter_key for run in runs if run.experiment.trains})
     path = out / INDEX_FILE
     if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))["trainings"]
-        except (ValueError, KeyError, TypeError):
-            raise StayalignedError(f"{path}: damaged", hint="Use another --out, or delete this directory.") from None
+        before = read_index(out)["trainings"]
         lost = {key for key in before if runs[0].store.directory("train", key).exists()} - set(trainings)
         if lost:
             raise StayalignedError(
@@ -257,6 +259,22 @@ def _write_index(grid: Grid, out: Path, runs: Sequence[Run]) -> None:
             )
     content = {"title": grid.title, "reference": grid.reference, "trainings": trainings, "grid": grid.model_dump()}
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_index(out: Path) -> dict[str, Any]:
+    """What `bench` recorded of its grid: `title`, `reference`, `trainings` and the grid itself.
+
+    Raises:
+        StayalignedError: if the record is damaged.
+    """
+    path = out / INDEX_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if {"title", "reference", "trainings"} <= content.keys():
+            return content
+    except (ValueError, AttributeError):
+        pass
+    raise StayalignedError(f"{path}: damaged", hint="Run the same `bench` into another --out.")
 
 
 def _drop_stale(out: Path, runs: Sequence[Run]) -> None:
@@ -296,20 +314,13 @@ def _execute(
                 continue
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name = running.pop(future)
-                error = _message(future.exception())
-                if error is not None:
-                    errors[name] = error
-                listener.finished(jobs[name].title, error)
+                try:
+                    future.result()
+                except StayalignedError as error:
+                    errors[name] = str(error)
+                listener.finished(jobs[name].title, errors.get(name))
                 order.done(name)
     return errors
-
-
-def _message(error: BaseException | None) -> str | None:
-    if error is None or isinstance(error, StayalignedError):
-        return str(error) if error else None
-    if isinstance(error, BrokenProcessPool):
-        raise error
-    return f"{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager
@@ -318,7 +329,8 @@ def _pool(workers: int, plugins: Sequence[Path], listener: Listener) -> Generato
     context = multiprocessing.get_context("spawn")
     messages: Any = context.Queue()
     cores = len(os.sched_getaffinity(0))
-    threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or max(1, cores // workers)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(asked) if asked.isdecimal() and int(asked) else max(1, cores // workers)
     ended = threading.Event()
 
     def relay() -> None:
@@ -368,6 +380,18 @@ def _die_with_parent() -> None:
 
 
 def _work(job: _Job) -> None:
+    try:
+        _do(job)
+    except StayalignedError:
+        raise
+    except Exception as error:
+        # Many exceptions can't cross a process border, and one that can't would take the whole pool with it.
+        path = job.out / "failures" / f"{job.name.replace(' ', '-')}.txt"
+        write_text(path, traceback.format_exc())
+        raise StayalignedError(f"{type(error).__name__}: {error}", hint=f"The whole traceback: {path}") from None
+
+
+def _do(job: _Job) -> None:
     run = Run(
         job.experiment,
         Store(job.out),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ import typer
 from rich.console import Console
 
 from stayaligned.errors import StayalignedError
+from stayaligned.printable import visible
 
 if TYPE_CHECKING:
     from stayaligned.benchmark import Grid
@@ -29,8 +29,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-out = Console(highlight=False, markup=False)
-err = Console(stderr=True, highlight=False, markup=False)
+
+
+class _SafeConsole(Console):
+    """Prints text as text: what a data set, a judge or a model wrote can't drive the terminal."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich does, with control characters of strings made visible."""
+        super().print(*(visible(o) if isinstance(o, str) else o for o in objects), **options)
+
+
+out = _SafeConsole(highlight=False, markup=False)
+err = _SafeConsole(stderr=True, highlight=False, markup=False)
 
 Operator = Literal["scaled_gram", "orthogonal", "complement"]
 Side = Literal["left", "right", "both"]
@@ -77,9 +87,9 @@ def run(config: Config, overrides: Overrides = None, *, out_dir: Out, plugin: Pl
             experiment, out_dir, progress=lambda text, share: status.update(f"{text} {share:.0%}" if share else text)
         )
     _print_report([out_dir], out_dir, title=result.arm)
-    adapter = out_dir / "adapter"
-    if adapter.exists():
-        out.print(f"adapter  {adapter}", soft_wrap=True)
+    for product in ("adapter", "model"):
+        if (out_dir / product).exists():
+            out.print(f"{product}  {out_dir / product}", soft_wrap=True)
 
 
 @app.command()
@@ -174,7 +184,7 @@ def _print_layers(layers: Sequence[LayerReport]) -> None:
         table.add_column(column, justify="right")
     for layer in layers:
         changed = "yes" if layer.selected else ""
-        table.add_row(layer.module, f"{layer.similarity:.4f}", f"{layer.shrinkage:.4f}", changed)
+        table.add_row(visible(layer.module), f"{layer.similarity:.4f}", f"{layer.shrinkage:.4f}", changed)
     out.print(table)
     out.print(f"{sum(layer.selected for layer in layers)} of {len(layers)} layers changed")
 
@@ -278,18 +288,18 @@ def _run_grid(grid: Grid, directory: Path, workers: int | None, plugins: list[Pa
         err.print(f"failed: {name}: {error}", soft_wrap=True)
     if outcome.failures:
         err.print(f"{len(outcome.failures)} experiment(s) failed; rerun the same command to try them again.")
-        raise typer.Exit(EXIT_FAILED)
+        raise typer.Exit(EXIT_FAILED if outcome.results else EXIT_BAD_INPUT)
 
 
 def _print_report(sources: list[Path], directory: Path, title: str = "Result") -> None:
-    from stayaligned.benchmark import INDEX_FILE
+    from stayaligned.benchmark import INDEX_FILE, read_index
     from stayaligned.report import build_report, terminal_table, write_report
     from stayaligned.results import find_results
 
     index: Mapping[str, Any] = {}
     for source in sources:
         if (source / INDEX_FILE).is_file():
-            index = json.loads((source / INDEX_FILE).read_text(encoding="utf-8"))
+            index = read_index(source)
     found = find_results(sources)
     reference = index.get("reference") or None
     if reference is not None and reference not in {result.arm for result in found}:

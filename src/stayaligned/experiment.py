@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from stayaligned.errors import StayalignedError
 from stayaligned.hf.generation import Generation
 from stayaligned.host_settings import Host, setting_names
 from stayaligned.judges import JUDGES, Judge
-from stayaligned.store import split_options
+from stayaligned.store import input_path, split_options
 from stayaligned.tasks import TASKS, Task
 
 
@@ -200,6 +201,10 @@ def load_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         content = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         raise StayalignedError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    try:
+        json.dumps(content)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise StayalignedError(f"{path}: not a plain configuration: {error}", hint="Use text and numbers.") from None
     if not isinstance(content, dict):
         raise StayalignedError(f"{path}: expected settings (`key: value`), found {type(content).__name__}")
     for override in overrides:
@@ -257,7 +262,7 @@ def missing_inputs(content: Mapping[str, Any]) -> list[str]:
                 testbed.reference_key(split_options(value)[0], 0)
             except StayalignedError as error:
                 found.append(f"{place}: {error.message}. {error.hint}")
-        elif _looks_like_path(place, value) and not Path(split_options(value)[0]).expanduser().exists():
+        elif _names_missing_input(place, value):
             found.append(
                 f"{place}: {split_options(value)[0]} does not exist (paths are relative to the current directory)"
             )
@@ -373,23 +378,32 @@ def _strings(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
             yield from _strings(item, f"{place}.{index}")
 
 
-def _looks_like_path(place: str, value: str) -> bool:
-    if place in {"label"} or place.startswith(("training.", "lora.")) or "\n" in value:
+def _names_missing_input(place: str, value: str) -> bool:
+    """Whether a setting names a local file that is not there; a hub id is no file until it exists as one."""
+    if place == "label" or place.startswith(("training.", "lora.")):
         return False
-    return value.startswith(("./", "../", "/", "~/")) or split_options(value)[0].endswith((".jsonl", ".json"))
+    path = input_path("", value)
+    return path is not None and not path.exists()
 
 
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice and reads 1e-4 as a number (YAML 1.1 reads a string)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        # A merge key (`<<: *defaults`) may stand beside keys that it would give, and override nothing.
+        named = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in named]
         twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
         if twice is not None:
             raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep=deep)
 
 
+# A date is text here: nothing takes one, and JSON has none.
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
-import itertools
 import json
 import platform
 import random
@@ -30,28 +29,26 @@ from stayaligned import metrics
 from stayaligned.data import overlap, read_examples
 from stayaligned.defenses import ModelPair, TrainingSetup
 from stayaligned.errors import StayalignedError
-from stayaligned.experiment import Experiment
+from stayaligned.experiment import Experiment, load_yaml
 from stayaligned.files import write_text
 from stayaligned.judges import Judge
+from stayaligned.measuring import agreements, judge_names, samples, score_metrics
 from stayaligned.patching import PROJECTION_FILE, patch_directory, read_projection
 from stayaligned.records import (
     Completion,
     Example,
-    Message,
-    Metric,
     PromptSet,
     Verdict,
     read_jsonl,
     write_jsonl,
 )
-from stayaligned.results import Agreement, JudgeReading, PatchRecord, Provenance, Result, Sample, write_result
+from stayaligned.results import JudgeReading, PatchRecord, Provenance, Result, write_result
 from stayaligned.store import Store, identify, refuse_foreign, stage_key
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of it that is done, 0 to 1."""
 
 EXPERIMENT_FILE = "experiment.yaml"
-_SAMPLES_PER_SET = 8
 _VERSIONED = ("stayaligned", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
@@ -76,7 +73,7 @@ class Run:
     def data_key(self) -> str:
         """What the training rows depend on."""
         e = self.experiment
-        return self._key("data", e.task and e.task.identity(), e.attack and e.attack.identity(), e.seed)
+        return self._key("data", e.task and e.task.training_identity(), e.attack and e.attack.identity(), e.seed)
 
     @cached_property
     def adapter_key(self) -> str:
@@ -161,9 +158,6 @@ class Run:
 
         e = self.resolved
         examples = self.examples()
-        alignment: list[Example] = []
-        if e.alignment_data is not None and e.training_defense.needs_alignment_data:
-            alignment = read_examples(e.alignment_data, origin="alignment")
         finetuning.seed_everything(e.seed)
         tokenizer = models.load_tokenizer(e.model)
         model: Any = models.load_model(e.model)
@@ -175,7 +169,7 @@ class Run:
             model=model,
             tokenizer=tokenizer,
             examples=examples,
-            alignment_examples=alignment,
+            alignment_examples=self._alignment_examples(),
             arguments={"disable_tqdm": True, **(e.training or {}), "output_dir": str(work), "seed": e.seed},
             kind=e.trainer,
             max_length=e.max_length,
@@ -188,6 +182,13 @@ class Run:
         write_text(directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
         shutil.rmtree(work, ignore_errors=True)
         return {"template_hash": template_hash(tokenizer), "examples": len(examples)}
+
+    def _alignment_examples(self) -> list[Example]:
+        """The safety rows that the defense trains on; none if it trains on none."""
+        e = self.resolved
+        if e.alignment_data is None or not e.training_defense.needs_alignment_data:
+            return []
+        return read_examples(e.alignment_data, origin="alignment")
 
     def adapter(self) -> Path | None:
         """The adapter that is judged: trained or given, then patched; None for a model without one."""
@@ -205,10 +206,10 @@ class Run:
                 raise StayalignedError(f"patch {patch.name!r} has no adapter to work on")
 
             def fill(directory: Path, source: Path = source, patch: Any = patch) -> None:
+                self.progress(f"patch {patch.name}", 0.0)
                 with self._host_libraries():
                     patch_directory(source, directory / "adapter", patch, pair)
 
-            self.progress(f"patch {patch.name}", 0.0)
             current = self.store.compute("patch", key, fill) / "adapter"
         return current
 
@@ -259,7 +260,13 @@ class Run:
             judged = [c for c in self.completions() if c.prompt_set in ("harmful", "benign")]
             self.progress(f"judge {judge.name}", 0.0)
             with self._host_libraries():
-                write_jsonl(directory / "verdicts.jsonl", resolved.judge(judged))
+                verdicts = resolved.judge(judged)
+            if [(v.prompt_set, v.id) for v in verdicts] != [(c.prompt_set, c.id) for c in judged]:
+                raise StayalignedError(
+                    f"judge {judge.name!r} gave {len(verdicts)} verdicts on {len(judged)} answers, or in another order",
+                    hint="A judge gives one verdict per completion, in order; `outcome=None` where it can't tell.",
+                )
+            write_jsonl(directory / "verdicts.jsonl", verdicts)
 
         return read_jsonl(self.store.compute("judge", key, fill) / "verdicts.jsonl", Verdict)
 
@@ -272,7 +279,7 @@ class Run:
         self.adapter()  # so that the time of training and patching is not counted as generation's
         completions = self.completions()
         verdicts = {judge: self.verdicts(judge) for judge in self.experiment.judges}
-        names = _judge_names(self.experiment.judges)
+        names = judge_names(self.experiment.judges)
         for judge, name in names.items():
             self._refuse_unscored(name, verdicts[judge])
         readings = tuple(JudgeReading(judge=n, metrics=metrics.judge_metrics(verdicts[j])) for j, n in names.items())
@@ -284,14 +291,14 @@ class Run:
             id=self.id,
             arm=self.experiment.arm,
             seed=self.experiment.seed,
-            notes=tuple(self._overlaps()),
+            notes=(*self._overlaps(), *self._defense_notes()),
             experiment=self.experiment.spec(),
             judges=readings,
-            agreements=tuple(_agreements(named)),
-            scores=tuple(_score_metrics(scores)),
+            agreements=tuple(agreements(named)),
+            scores=tuple(score_metrics(scores)),
             training_log=self._training_log(),
             patches=self._patch_records(),
-            samples=tuple(_samples(completions, named, scores)),
+            samples=tuple(samples(completions, named, scores)),
             provenance=self._provenance(),
         )
 
@@ -313,11 +320,16 @@ class Run:
         """A note for each prompt set of which some prompts were trained on."""
         if not self.experiment.trains:
             return
-        examples = self.examples()
+        trained_on = {"training": self.examples(), "alignment": self._alignment_examples()}
         for prompt_set, rows in self._prompt_sets().items():
-            seen = {pair.evaluation_id for pair in overlap(examples, rows, similarity=1.0)}
-            if seen:
-                yield f"{len(seen)} of {len(rows)} {prompt_set} prompts also stand in the training data"
+            for data, examples in trained_on.items():
+                seen = {pair.evaluation_id for pair in overlap(examples, rows, similarity=1.0)}
+                if seen:
+                    yield f"{len(seen)} of {len(rows)} {prompt_set} prompts also stand in the {data} data"
+
+    def _defense_notes(self) -> Sequence[str]:
+        steps = max((int(row["step"]) for row in self._training_log()), default=0)
+        return self.experiment.training_defense.notes(steps) if self.experiment.trains else ()
 
     def _training_log(self) -> tuple[dict[str, Any], ...]:
         trained = self.trained()
@@ -343,24 +355,26 @@ class Run:
         for patch, key in zip(self.experiment.patches, self.patch_keys, strict=True):
             stages[f"patch {patch.name}"] = self.store.directory("patch", key)
         stages["generate"] = self.store.directory("generate", self.generate_key)
-        for judge, name in _judge_names(self.experiment.judges).items():
+        for judge, name in judge_names(self.experiment.judges).items():
             stages[f"judge {name}"] = self.store.directory("judge", self.judge_key(judge))
         records = {name: json.loads((path / "stage.json").read_text()) for name, path in stages.items()}
-        e = self.experiment
-        inputs = {
-            "model": e.model,
-            "base_model": e.base_model,
-            "adapter": e.adapter,
-            "alignment_data": e.alignment_data,
-        }
         return Provenance(
             versions=versions(),
             commit=_commit(),
-            inputs={k: str(identify({k: v}, e.seed)[k]) for k, v in inputs.items() if v is not None},
+            inputs=dict(self._inputs(self.experiment.spec())),
             template_hash=records["generate"]["template_hash"],
             stages={name: str(path.relative_to(self.store.root)) for name, path in stages.items()},
             seconds={name: record["seconds"] for name, record in records.items()},
         )
+
+    def _inputs(self, value: Any, place: str = "") -> Iterable[tuple[str, str]]:
+        """The place of each model and data file in the configuration, and what identifies its content."""
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            here = f"{place}.{key}" if place else str(key)
+            if isinstance(item, Mapping | list):
+                yield from self._inputs(item, here)
+            elif isinstance(item, str) and (found := identify(item, self.experiment.seed, str(key))) != item:
+                yield here, found
 
     @contextlib.contextmanager
     def _host_libraries(self) -> Generator[None]:
@@ -391,12 +405,22 @@ def run_experiment(experiment: Experiment, out: Path, *, progress: Progress = la
         write_text(out / EXPERIMENT_FILE, yaml.safe_dump(experiment.spec(), sort_keys=False, allow_unicode=True))
         run = Run(experiment, store, progress)
         result = run.result()
-        adapter = run.adapter()
-        link = out / "adapter"
-        if adapter is not None and adapter.is_relative_to(out) and not link.is_symlink():
-            link.symlink_to(adapter.relative_to(out))
         write_result(out, result)
+        trained = run.trained()
+        _link(out / "adapter", run.adapter())
+        _link(out / "model", trained / "model" if trained is not None and experiment.lora is None else None)
     return result
+
+
+def _link(link: Path, target: Path | None) -> None:
+    """Let `link` lead to a stage's output, relatively, so that the directory can be moved; None removes it."""
+    if target is None or not target.is_relative_to(link.parent):
+        link.unlink(missing_ok=True)
+        return
+    temporary = link.with_name(f".{link.name}.partial")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.relative_to(link.parent))
+    temporary.replace(link)
 
 
 def _refuse_other_experiment(experiment: Experiment, path: Path) -> None:
@@ -404,8 +428,7 @@ def _refuse_other_experiment(experiment: Experiment, path: Path) -> None:
     stages = [p.name for p in (path.parent / "stages").glob("[!.]*") if not p.name.startswith("data-")]
     if not path.exists() or not stages:
         return
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    now = experiment.spec()
+    before, now = load_yaml(path), experiment.spec()
     changed = sorted(k for k in {*before, *now} - {"label"} if before.get(k) != now.get(k))
     if changed:
         raise StayalignedError(
@@ -425,58 +448,17 @@ def versions() -> dict[str, str]:
 
 @cache
 def _commit() -> str:
-    """The commit of the checkout that this package runs from; empty for an installed one."""
+    """The commit of the checkout that this package runs from, with "+" if it was edited since; else empty."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, check=False)
+
     try:
-        run = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        )
+        # An installed package may lie inside somebody else's repository, whose commit says nothing about it.
+        if git("ls-files", "--error-unmatch", here.name).returncode != 0:
+            return ""
+        edited = git("status", "--porcelain", "--untracked-files=no", ".").stdout.strip()
+        return git("rev-parse", "HEAD").stdout.strip() + ("+" if edited else "")
     except OSError:
         return ""
-    return run.stdout.strip()
-
-
-def _judge_names(judges: Sequence[Judge]) -> dict[Judge, str]:
-    """A distinct name for each judge: two of one kind are numbered."""
-    counts = {judge.name: sum(other.name == judge.name for other in judges) for judge in judges}
-    numbers = {name: itertools.count(1) for name in counts}
-    return {j: j.name if counts[j.name] == 1 else f"{j.name} {next(numbers[j.name])}" for j in judges}
-
-
-def _agreements(verdicts: Mapping[str, Sequence[Verdict]]) -> Iterable[Agreement]:
-    for (first, ours), (second, theirs) in itertools.combinations(verdicts.items(), 2):
-        for prompt_set in ("harmful", "benign"):
-            left = [v for v in ours if v.prompt_set == prompt_set]
-            right = [v for v in theirs if v.prompt_set == prompt_set]
-            if left:
-                yield metrics.agreement(first, left, second, right)
-
-
-def _score_metrics(scores: Mapping[tuple[PromptSet, str], float | None]) -> Iterable[Metric]:
-    for prompt_set, name in (("task", "finetune_accuracy"), ("skills", "skills_kept")):
-        values = [value for (of, _), value in scores.items() if of == prompt_set]
-        if values:
-            yield metrics.mean_score(values, name, higher_is_better=True)
-
-
-def _samples(
-    completions: Sequence[Completion],
-    verdicts: Mapping[str, Sequence[Verdict]],
-    scores: Mapping[tuple[PromptSet, str], float | None],
-) -> Iterable[Sample]:
-    """A few answers of each prompt set, spread evenly over it."""
-    outcomes = {name: {(v.prompt_set, v.id): v.outcome for v in rows} for name, rows in verdicts.items()}
-    for prompt_set in ("harmful", "benign", "task", "skills"):
-        rows = [c for c in completions if c.prompt_set == prompt_set]
-        step = max(1, len(rows) // _SAMPLES_PER_SET)
-        for row in rows[::step][:_SAMPLES_PER_SET]:
-            place = (row.prompt_set, row.id)
-            yield Sample(
-                id=row.id,
-                prompt_set=row.prompt_set,
-                category=row.category,
-                prompt=tuple(Message(role=m.role, content=m.content) for m in row.prompt),
-                text=row.text,
-                reference=row.reference,
-                outcomes={name: found[place] for name, found in outcomes.items() if place in found},
-                score=scores.get(place),
-            )

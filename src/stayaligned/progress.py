@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from stayaligned.benchmark import Listener
+from stayaligned.printable import visible
 
 
 class LiveProgress(Listener):
@@ -39,6 +40,8 @@ class LiveProgress(Listener):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for task in self._workers.values():
+            self._progress.remove_task(task)
         self._progress.stop()
 
     def started(self, total: int) -> None:
@@ -51,7 +54,9 @@ class LiveProgress(Listener):
         with self._lock:
             if worker not in self._workers:
                 self._workers[worker] = self._progress.add_task("", total=100)
-            self._progress.update(self._workers[worker], description=escape(text), completed=round(100 * share))
+            self._progress.update(
+                self._workers[worker], description=escape(visible(text)), completed=round(100 * share)
+            )
 
     def finished(self, title: str, error: str | None) -> None:
         """Count a job; where there are no bars, print a line."""

@@ -21,6 +21,8 @@ from stayaligned.files import fingerprint, replace_directory, write_text
 StageName = Literal["data", "train", "patch", "generate", "judge"]
 # Raised when a stage's files change their meaning; old ones are then computed again.
 _STAGE_VERSION = 1
+_MODEL_SETTINGS = frozenset({"model", "base_model", "adapter"})
+_LONGEST_PATH = 1024
 
 
 class Store:
@@ -78,7 +80,10 @@ def refuse_foreign(out: Path, own_file: str) -> None:
     """
     if out.exists() and not out.is_dir():
         raise StayalignedError(f"{out}: is a file, expected a directory", hint="Choose another --out.")
-    if out.is_dir() and any(p.name != ".lock" for p in out.iterdir()) and not (out / own_file).exists():
+    foreign = (
+        [p for p in out.iterdir() if p.name not in (".lock", "stages") or any(p.glob("[!.]*"))] if out.is_dir() else []
+    )
+    if foreign and not (out / own_file).exists():
         raise StayalignedError(
             f"{out}: holds files that this command did not write (there is no {own_file})",
             hint="Choose a new or empty directory for --out.",
@@ -91,9 +96,24 @@ def stage_key(parts: Sequence[object], seed: int) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def input_path(name: str, value: str) -> Path | None:
+    """The local path that a setting's value means, if it means one: by the setting's name, or by its look."""
+    place, _ = split_options(value)
+    looks = place.startswith(("./", "../", "/", "~/")) or place.endswith((".jsonl", ".json"))
+    if len(place) > _LONGEST_PATH or "\n" in place or not (looks or name in _MODEL_SETTINGS):
+        return None
+    return Path(place).expanduser()
+
+
+def _fingerprint(path: Path) -> str:
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    stats = [(str(file), file.stat()) for file in files]
+    return _cached_fingerprint(path, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+
+
 @cache
-def _fingerprint(path: str) -> str:
-    return f"sha256:{fingerprint(Path(path).expanduser())}"
+def _cached_fingerprint(path: Path, _state: tuple[tuple[str, int, int], ...]) -> str:
+    return f"sha256:{fingerprint(path)}"
 
 
 def identify(value: Any, seed: int, name: str = "") -> Any:
@@ -107,8 +127,8 @@ def identify(value: Any, seed: int, name: str = "") -> Any:
     place, options = split_options(value)
     if testbed.is_reference(value):
         return testbed.reference_key(place, seed) + options
-    names_input = name in {"model", "base_model", "adapter"} or "/" in place or place.endswith((".jsonl", ".json"))
-    return _fingerprint(place) + options if names_input and Path(place).expanduser().exists() else value
+    path = input_path(name, value)
+    return _fingerprint(path) + options if path is not None and path.exists() else value
 
 
 def split_options(source: str) -> tuple[str, str]:

@@ -212,3 +212,27 @@ def test_report_of_a_directory_without_results_is_refused(
     code, shown = command("report", tmp_path)
     assert code == 2
     assert "holds no result.json" in shown
+
+
+def test_hostile_text_reaches_the_terminal_as_text(
+    world: Path, tmp_path: Path, command: Callable[..., tuple[int, str]]
+) -> None:
+    (tmp_path / "h.jsonl").write_text('{"pro\\u001b[31mmpt": "x"}\n')
+    config = tmp_path / "e.yaml"
+    config.write_text(yaml.safe_dump(experiment(world, harmful_prompts=str(tmp_path / "h.jsonl"))))
+    code, shown = command("run", config, "--out", tmp_path / "out")
+    assert code == 2
+    assert "\x1b" not in shown
+    assert "⟨U+001B⟩" in shown
+
+
+def test_a_grid_of_which_nothing_succeeds_is_bad_input(
+    world: Path, tmp_path: Path, command: Callable[..., tuple[int, str]]
+) -> None:
+    config = tmp_path / "g.yaml"
+    config.write_text(yaml.safe_dump({"base": experiment(world), "axes": {"seed": [0]}}))
+    code, shown = command("bench", config, "lora.target_modules=[nope]", "--out", tmp_path / "out", "--workers", "1")
+    assert code == 2
+    assert "nope" in shown
+    code, _ = command("bench", config, "--out", tmp_path / "out", "--workers", "1")
+    assert code == 0, "mended in place"

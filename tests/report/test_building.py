@@ -216,7 +216,10 @@ def test_the_answer_names_only_arms_whose_numbers_support_it(make_result):
     ]
     report = build_report(results, title="t", reference="attacked")
     assert report.answer.startswith("Of 3 arms fine-tuned like attacked (harmful score 94.0 %), 2 have a lower")
-    assert report.answer.endswith("of these, good does not show a loss of fine-tune accuracy.")
+    assert "of these, good (" in report.answer
+    assert report.answer.endswith(
+        "shows no loss of fine-tune accuracy beyond its interval, which does not exclude one."
+    )
     assert any("loss of fine-tune accuracy beyond its interval: costly" in line for line in report.findings)
 
 

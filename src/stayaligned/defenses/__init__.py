@@ -72,6 +72,11 @@ class TrainingDefense(Component):
     needs_alignment_data: ClassVar[bool] = False
     """Whether `make_trainer` asks for alignment rows, so that a missing file is an error before training."""
 
+    def notes(self, steps: int) -> Sequence[str]:
+        """What a reader of a run of that many optimizer steps must know; nothing unless overridden."""
+        del steps
+        return ()
+
     @abstractmethod
     def make_trainer(self, setup: TrainingSetup) -> Trainer:
         """A Trainer, ready for `train()`, that fine-tunes `setup.model` in this defense's way."""

@@ -26,6 +26,12 @@ class BSO(TrainingDefense):
     budget: Literal["shared", "cover"] = "shared"
     """As for Lisa."""
 
+    def notes(self, steps: int) -> list[str]:
+        """Whether the run ended inside a cycle."""
+        from stayaligned.defenses.lisa import cycle_notes
+
+        return cycle_notes(self.alignment_steps, self.finetuning_steps, steps)
+
     def make_trainer(self, setup: TrainingSetup) -> Trainer:
         """A trainer of the setup's kind that alternates between the two states."""
         from stayaligned.defenses.lisa import Lisa

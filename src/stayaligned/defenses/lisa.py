@@ -51,9 +51,25 @@ class Lisa(TrainingDefense):
             raise ValueError("budget='cover' asks for every user row, but finetuning_steps=0 takes none")
         return self
 
+    def notes(self, steps: int) -> list[str]:
+        """Whether the run ended inside a cycle."""
+        return cycle_notes(self.alignment_steps, self.finetuning_steps, steps)
+
     def make_trainer(self, setup: TrainingSetup) -> Trainer:
         """A trainer of the setup's kind with Lisa in it."""
         from stayaligned.hf.trainer import attach_lisa
 
         alignment = setup.alignment_dataset(self.name) if self.alignment_steps else None
         return attach_lisa(setup.trainer(), alignment_dataset=alignment, lisa=self)
+
+
+def cycle_notes(alignment_steps: int, finetuning_steps: int, steps: int) -> list[str]:
+    """A note where a run ended inside a cycle: the paper's result is the iterate after a whole fine-tuning state."""
+    cycle = alignment_steps + finetuning_steps
+    if not alignment_steps or not finetuning_steps or steps % cycle == 0:
+        return []
+    nearest = max(1, round(steps / cycle)) * cycle
+    return [
+        f"the run ended after {steps % cycle} of {cycle} steps of a cycle, which can change harm a lot; "
+        f"max_steps={nearest} makes it whole"
+    ]

@@ -16,8 +16,9 @@ from stayaligned.defenses.safe_lora import SafeLora
 class RandomSubspace(Control):
     """Control: in the layers that a projection would change, the same operator with random directions of the same rank.
 
-    What a projection wins over this control is due to the alignment's directions. The paper's C has no subspace, so
-    `like` is `complement`, or `safe_lora` with `operator: orthogonal`.
+    What a projection wins over this control is not due to the number of directions alone. It is not matched in norm
+    (random directions hold less of an update than V's): for that see `shrink`. The paper's C has no subspace, so `like`
+    is `complement`, or `safe_lora` with `operator: orthogonal`.
     """
 
     name: ClassVar[str] = "random_subspace"

@@ -171,6 +171,9 @@ def _build_arguments(setup: FinetuningSetup) -> TrainingArguments:
         defaults |= {"use_cpu": True, "bf16": False}
     given = dict(setup.arguments)
     _refuse_unknown_and_mistyped(config_class, given)
+    for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if given.get(key, 1) < 1:
+            raise StayalignedError(f"training.{key} = {given[key]}: must be 1 or more")
     with _naming_arguments(config_class.__name__, given):
         return config_class(**{**defaults, **given})
 

@@ -154,14 +154,16 @@ class BiStateMixin(_Host):
         """Optimizer steps of an epoch: as many as plain training of the user's rows takes, or enough to cover them."""
         rows, accumulation = self._finetuning_rows.size, self.args.gradient_accumulation_steps
         rows_per_batch = self._rows_per_step() // accumulation
-        batches = rows // rows_per_batch if self.args.dataloader_drop_last else -(-rows // rows_per_batch)
+        covers = self._lisa.budget == "cover"
+        drops = self.args.dataloader_drop_last and not covers  # what is dropped would not be covered
+        batches = rows // rows_per_batch if drops else -(-rows // rows_per_batch)
         plain = max(-(-batches // accumulation), 1)
-        return self._schedule.steps_to_cover(plain) if self._lisa.budget == "cover" else plain
+        return self._schedule.steps_to_cover(plain) if covers else plain
 
     # ---- pull --------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer.train`; a checkpoint must have been written by the same schedule, ρ and data."""
+        """`Trainer.train`; a checkpoint must be of the same schedule, ρ, batch and numbers of rows."""
         if resume_from_checkpoint is True:
             from transformers.trainer_utils import get_last_checkpoint
 

@@ -231,9 +231,15 @@ def _differences(arm: Mapping[str, Estimate], reference: Mapping[str, Estimate])
 
 
 def _clipped(paired: PairedDifference) -> PairedDifference:
-    """The difference with its interval cut to what shares can differ by."""
+    """The difference with its interval cut to what shares can differ by.
+
+    Equal differences in every seed (both arms at 0 %, say) have no spread, and so no interval: a width of zero would
+    claim a certainty that the prompts do not give.
+    """
     if paired.low is None or paired.high is None:
         return paired
+    if paired.high - paired.low <= _ROUNDING:
+        return replace(paired, low=None, high=None)
     return replace(paired, low=max(-1.0, paired.low), high=min(1.0, paired.high))
 
 

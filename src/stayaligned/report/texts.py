@@ -4,27 +4,10 @@ from __future__ import annotations
 
 import html
 import re
-import unicodedata
 from collections.abc import Iterable
 
+from stayaligned.printable import visible
 from stayaligned.report.values import Difference, Estimate
-
-_KEPT_CONTROLS = frozenset("\n\t\u200c\u200d")
-"""Line breaks, tabs, and the two joiners, without which Persian, Hindi and many emoji are misspelt."""
-
-
-def visible(text: str) -> str:
-    """`text` with every control, format, bidi and surrogate character written out as ⟨U+202E⟩.
-
-    Such characters can hide text or reverse it; escaping for HTML leaves them alone.
-    """
-    return "".join(
-        f"⟨U+{ord(c):04X}⟩" if c not in _KEPT_CONTROLS and unicodedata.category(c) in _UNSEEN else c
-        for c in text.replace("\r\n", "\n")
-    )
-
-
-_UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 def one_line(text: str, limit: int = 200) -> str:

@@ -83,7 +83,8 @@ def cautions(arms: Sequence[Arm], reference: str | None, judges: Sequence[str]) 
     if reference is not None and compared > 3 and fewest > 1:
         yield (
             f"{compared} arms are compared with one reference at 95 % each, uncorrected: with no real difference "
-            f"anywhere, one or more would still look different with a chance of up to {1 - 0.95**compared:.0%}."
+            f"anywhere, one or more would still look different in any one column with a chance of about "
+            f"{1 - 0.95**compared:.0%}."
         )
     unscored = [arm.name for arm in arms if any(e.n_unscored for e in arm.estimates.values())]
     if unscored:
@@ -156,11 +157,13 @@ def _against(reference: Arm, judged: Sequence[Arm]) -> str:
     measured = [a for a in lower if "finetune_accuracy" in a.differences]
     if not measured:
         return f"{start}: {listed(a.name for a in lower)}."
-    kept = [a.name for a in measured if not _lowers(a, "finetune_accuracy")]
+    kept = [f"{one_line(a.name, 40)} ({_loss(a)} points)" for a in measured if not _lowers(a, "finetune_accuracy")]
     if not kept:
         return f"{start}, and every one of these also has a lower fine-tune accuracy."
-    shown = "does not show" if len(kept) == 1 else "do not show"
-    return f"{start}; of these, {listed(kept)} {shown} a loss of fine-tune accuracy."
+    return (
+        f"{start}; of these, {listed(kept)} {'shows' if len(kept) == 1 else 'show'} no loss of fine-tune accuracy "
+        "beyond its interval, which does not exclude one."
+    )
 
 
 def _lowers(arm: Arm, metric: str) -> bool:
@@ -169,7 +172,9 @@ def _lowers(arm: Arm, metric: str) -> bool:
 
 
 def _loss(arm: Arm) -> str:
-    return percent(arm.differences["finetune_accuracy"].paired.mean, signed=True)
+    paired = arm.differences["finetune_accuracy"].paired
+    interval = bounds(paired.low, paired.high, signed=True)
+    return percent(paired.mean, signed=True) + (f", {interval}" if interval else "")
 
 
 def _mean(arm: Arm, metric: str) -> float | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from stayaligned.component import Component, Registry
 from stayaligned.records import Completion, Example
@@ -29,6 +29,10 @@ class Task(Component):
     @abstractmethod
     def score(self, completion: Completion) -> float | None:
         """How right an answer is, 0 to 1, against `completion.reference`; None if it can't be scored."""
+
+    def training_identity(self) -> dict[str, Any]:
+        """What `load("train")` depends on: the identity, less what only testing and scoring read."""
+        return self.identity()
 
 
 TASKS: Registry[Task] = Registry("task", __name__, Task)  # pyright: ignore[reportAbstractUsage]

@@ -38,6 +38,10 @@ class LabelTask(Task):
         examples = build_examples(source, rows, origin="task")
         return examples if split == "train" else examples[: self.test_examples]
 
+    def training_identity(self) -> dict[str, Any]:
+        """Without the test rows."""
+        return {key: value for key, value in self.identity().items() if key not in ("test", "test_examples")}
+
     def score(self, completion: Completion) -> float | None:
         """1 if the answer is the label or one of its alternatives, but for case and white space; else 0."""
         others = (

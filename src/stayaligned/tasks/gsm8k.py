@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -38,6 +38,10 @@ class GSM8K(Task):
             rows = [_as_instruction(source, row) for row in rows]
         examples = build_examples(source, rows, origin="task")
         return examples if split == "train" else examples[: self.test_examples]
+
+    def training_identity(self) -> dict[str, Any]:
+        """Without the test rows."""
+        return {key: value for key, value in self.identity().items() if key not in ("test", "test_examples")}
 
     def score(self, completion: Completion) -> float | None:
         """1 if the final number equals the reference's, else 0; None if the reference has none."""

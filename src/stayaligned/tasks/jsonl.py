@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -51,6 +51,12 @@ class JsonLines(Task):
                 hint="Name a `test` source, or change `held_out_ratio`.",
             )
         return chosen
+
+    def training_identity(self) -> dict[str, Any]:
+        """Which test file there is does not matter, but whether there is one: else `train` gives rows away."""
+        unread = {"metric", "test", *(["held_out_ratio"] if self.test is not None else [])}
+        kept = {key: value for key, value in self.identity().items() if key not in unread}
+        return {**kept, "holds_out": self.test is None}
 
     def score(self, completion: Completion) -> float | None:
         """1 or 0 by the metric; None where the reference is blank or has no number, and for `none`."""
