@@ -1,5 +1,6 @@
 """One experiment, end to end on real files: what is there is not computed again, and nothing half-written counts."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -292,3 +293,30 @@ def test_alignment_rows_count_as_trained_on(world: Path, tmp_path: Path) -> None
     content = experiment(world, harmful_prompts=str(leaked), defenses=[bso])
     result = run_experiment(Experiment.model_validate(content), tmp_path / "out")
     assert "1 of 2 harmful prompts also stand in the alignment data" in result.notes
+
+
+def test_a_disk_that_fills_up_while_the_adapter_is_written_does_not_cost_the_training(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stayaligned import files
+
+    sync = files._sync
+
+    def full(path: Path) -> None:
+        if path.name == "adapter_model.safetensors":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        sync(path)
+
+    content = experiment(world, training={**experiment(world)["training"], "save_steps": 2})
+    monkeypatch.setattr(files, "_sync", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_experiment(Experiment.model_validate(content), tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").glob("stages/.train-*/checkpoint-4")] == ["checkpoint-4"]
+    assert not [name for name in stages(tmp_path / "out") if name.startswith("train-")]
+    monkeypatch.undo()
+    result = run_experiment(Experiment.model_validate(content), tmp_path / "out")
+    assert [row["step"] for row in result.training_log if "loss" in row] == [1, 2, 3, 4]
+    assert not list((tmp_path / "out").glob("stages/.train-*"))
+    run_experiment(Experiment.model_validate(content), tmp_path / "whole")
+    weights = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert weights[0] == weights[1]

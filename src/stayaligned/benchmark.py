@@ -37,6 +37,7 @@ from stayaligned.experiment import (
     parse,
     raise_problems,
     set_dotted,
+    strings_in,
 )
 from stayaligned.files import write_text
 from stayaligned.pipeline import Run
@@ -228,7 +229,7 @@ def _plan(runs: Sequence[Run], out: Path) -> tuple[dict[str, _Job], dict[str, se
     for run in runs:
         position = arms.index(run.experiment.arm)
         before: set[str] = set()
-        if any(testbed.is_reference(value) for value in _leaves(run.experiment.spec())):
+        if any(testbed.is_reference(value) for _, value in strings_in(run.experiment.spec())):
             name = f"testbed seed {run.experiment.seed}"
             jobs.setdefault(name, _Job("testbed", name, run.experiment, out, position))
             graph.setdefault(name, set())
@@ -405,17 +406,6 @@ def _do(job: _Job) -> None:
     else:
         result = run.result().model_copy(update={"position": job.position})
         write_result(run_directory(job.out, run), result)
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        for item in value.values():
-            yield from _leaves(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, str):
-        yield value
 
 
 def _grouped(items: Sequence[Any], key: Callable[[Any], Any]) -> list[tuple[Any, list[Any]]]:

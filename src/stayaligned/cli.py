@@ -266,7 +266,7 @@ def new(
 @app.command()
 def env() -> None:
     """Print versions and hardware, for a bug report."""
-    from stayaligned.pipeline import versions
+    from stayaligned.results import versions
 
     import torch  # isort: skip
 

@@ -256,7 +256,7 @@ def set_dotted(content: dict[str, Any], key: str, value: Any) -> None:
 def missing_inputs(content: Mapping[str, Any]) -> list[str]:
     """One line for each local file, directory or testbed entry that a configuration names and that is not there."""
     found: list[str] = []
-    for place, value in _strings(content):
+    for place, value in strings_in(content):
         if testbed.is_reference(value):
             try:
                 testbed.reference_key(split_options(value)[0], 0)
@@ -366,16 +366,16 @@ def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[B
     return model
 
 
-def _strings(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    """Every string in a nested value, with its dotted place."""
+def strings_in(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Every string in a nested value, with its dotted place: `("defenses.0.name", "lisa")`."""
     if isinstance(value, str):
         yield place, value
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from _strings(item, f"{place}.{key}" if place else str(key))
+            yield from strings_in(item, f"{place}.{key}" if place else str(key))
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _strings(item, f"{place}.{index}")
+            yield from strings_in(item, f"{place}.{index}")
 
 
 def _names_missing_input(place: str, value: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,11 +15,11 @@ from stayaligned.defenses import ModelPair, PatchDefense
 from stayaligned.errors import StayalignedError
 from stayaligned.files import fingerprint
 from stayaligned.records import LayerReport
+from stayaligned.results import versions
 
 PROJECTION_FILE = "projection.json"
 """The record's file name in the new adapter's directory."""
 _FORMAT = 1
-_VERSIONS_OF = ("stayaligned", "torch", "transformers", "peft", "safetensors")
 
 
 def patch_directory(
@@ -64,7 +63,7 @@ def patch_directory(
         "paper": patch.paper,
         "command": list(command),
         "inputs": {"adapter": _input(adapter), "aligned": _input(models.aligned), "base": _input(models.base)},
-        "versions": {package: importlib.metadata.version(package) for package in _VERSIONS_OF},
+        "versions": versions(),
         "layers": [report.model_dump(mode="json") for report in patched.layers],
     }
     say(f"Writing {out}")

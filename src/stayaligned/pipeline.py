@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import json
-import platform
 import random
 import shutil
 import subprocess
@@ -29,7 +27,7 @@ from stayaligned import metrics
 from stayaligned.data import overlap, read_examples
 from stayaligned.defenses import ModelPair, TrainingSetup
 from stayaligned.errors import StayalignedError
-from stayaligned.experiment import Experiment, load_yaml
+from stayaligned.experiment import Experiment, load_yaml, strings_in
 from stayaligned.files import write_text
 from stayaligned.judges import Judge
 from stayaligned.measuring import agreements, judge_names, samples, score_metrics
@@ -42,14 +40,13 @@ from stayaligned.records import (
     read_jsonl,
     write_jsonl,
 )
-from stayaligned.results import JudgeReading, PatchRecord, Provenance, Result, write_result
+from stayaligned.results import JudgeReading, PatchRecord, Provenance, Result, versions, write_result
 from stayaligned.store import Store, identify, refuse_foreign, stage_key
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of it that is done, 0 to 1."""
 
 EXPERIMENT_FILE = "experiment.yaml"
-_VERSIONED = ("stayaligned", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
 @dataclass(frozen=True)
@@ -150,7 +147,15 @@ class Run:
             with self._host_libraries():
                 return self._train(directory)
 
-        return self.store.compute("train", self.adapter_key, fill)
+        stage = self.store.compute("train", self.adapter_key, fill)
+        # Not before the stage stands: a disk that fills up while it is written must not cost the training.
+        shutil.rmtree(self._checkpoints, ignore_errors=True)
+        return stage
+
+    @property
+    def _checkpoints(self) -> Path:
+        """The Trainer's output directory: beside the stage, under a fixed name that a rerun finds and resumes."""
+        return self.store.root / "stages" / f".train-{self.adapter_key[:20]}.checkpoints"
 
     def _train(self, directory: Path) -> Mapping[str, Any]:
         from stayaligned.hf import finetuning, models
@@ -163,14 +168,17 @@ class Run:
         model: Any = models.load_model(e.model)
         if e.lora is not None:
             model = models.attach_lora(model, e.lora)
-        # Checkpoints live beside the stage under a fixed name, so that a rerun finds and resumes them.
-        work = self.store.root / "stages" / f".train-{self.adapter_key[:20]}.checkpoints"
         setup = TrainingSetup(
             model=model,
             tokenizer=tokenizer,
             examples=examples,
             alignment_examples=self._alignment_examples(),
-            arguments={"disable_tqdm": True, **(e.training or {}), "output_dir": str(work), "seed": e.seed},
+            arguments={
+                "disable_tqdm": True,
+                **(e.training or {}),
+                "output_dir": str(self._checkpoints),
+                "seed": e.seed,
+            },
             kind=e.trainer,
             max_length=e.max_length,
         )
@@ -180,7 +188,6 @@ class Run:
         if e.lora is None:
             tokenizer.save_pretrained(directory / "model")
         write_text(directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
-        shutil.rmtree(work, ignore_errors=True)
         return {"template_hash": template_hash(tokenizer), "examples": len(examples)}
 
     def _alignment_examples(self) -> list[Example]:
@@ -361,20 +368,18 @@ class Run:
         return Provenance(
             versions=versions(),
             commit=_commit(),
-            inputs=dict(self._inputs(self.experiment.spec())),
+            inputs=dict(self._inputs()),
             template_hash=records["generate"]["template_hash"],
             stages={name: str(path.relative_to(self.store.root)) for name, path in stages.items()},
             seconds={name: record["seconds"] for name, record in records.items()},
         )
 
-    def _inputs(self, value: Any, place: str = "") -> Iterable[tuple[str, str]]:
+    def _inputs(self) -> Iterable[tuple[str, str]]:
         """The place of each model and data file in the configuration, and what identifies its content."""
-        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-            here = f"{place}.{key}" if place else str(key)
-            if isinstance(item, Mapping | list):
-                yield from self._inputs(item, here)
-            elif isinstance(item, str) and (found := identify(item, self.experiment.seed, str(key))) != item:
-                yield here, found
+        for place, value in strings_in(self.experiment.spec()):
+            found = identify(value, self.experiment.seed, place.rpartition(".")[2])
+            if found != value:
+                yield place, found
 
     @contextlib.contextmanager
     def _host_libraries(self) -> Generator[None]:
@@ -435,15 +440,6 @@ def _refuse_other_experiment(experiment: Experiment, path: Path) -> None:
             f"{path.parent}: belongs to another experiment; different: {', '.join(changed)}",
             hint="Use another --out; `bench` compares several in one directory and shares their stages.",
         )
-
-
-def versions() -> dict[str, str]:
-    """The versions of everything that can change a number."""
-    found = {"python": platform.python_version()}
-    for package in _VERSIONED:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
 
 
 @cache

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from stayaligned.records import LayerReport, Message, Metric, Outcome, PromptSet
 
 FORMAT_VERSION = 1
 RESULT_FILE = "result.json"
+_VERSIONED = ("stayaligned", "torch", "transformers", "peft", "trl", "safetensors", "accelerate", "datasets")
 
 
 class JudgeReading(Record):
@@ -104,6 +108,15 @@ class Result(Record):
         """The metric called `name`: a score, or the primary judge's rate; None if it was not measured."""
         rates = self.judges[0].metrics if self.judges else ()
         return next((m for m in (*self.scores, *rates) if m.name == name), None)
+
+
+def versions() -> dict[str, str]:
+    """The versions of everything that can change a number."""
+    found = {"python": platform.python_version()}
+    for package in _VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def write_result(directory: Path, result: Result) -> None:

@@ -302,6 +302,7 @@ def test_lisa_is_put_in_once(tmp_path: Path) -> None:
     ("owner", "name", "parameters"),
     [
         (Trainer, "_get_train_sampler", ["self", "train_dataset"]),
+        (Trainer, "_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
         (Trainer, "_save_checkpoint", ["self", "model", "trial"]),
         (Trainer, "_get_output_dir", ["self", "trial"]),
         (Trainer, "get_total_train_batch_size", ["self", "args"]),

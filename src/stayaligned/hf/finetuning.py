@@ -123,10 +123,11 @@ def train(
     Args:
         trainer: what `build_trainer` or a defense made.
         resume: go on from the last complete checkpoint in the output directory, if there is one. A checkpoint whose
-            writing was cut off is passed over.
+            writing was cut off is passed over. One of the last step is loaded and nothing trained: the host, asked to
+            resume it, would take a step too many.
         progress: called with the share of steps done, 0 to 1, after every step.
     """
-    from transformers import TrainerCallback
+    from transformers import TrainerCallback, TrainerState
 
     class Progress(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -134,6 +135,12 @@ def train(
                 progress(state.global_step / state.max_steps)
 
     checkpoint = _last_complete_checkpoint(Path(str(trainer.args.output_dir))) if resume else None
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step >= state.max_steps:
+            trainer._load_from_checkpoint(str(checkpoint))  # pyright: ignore[reportPrivateUsage]
+            trainer.state = state
+            return list(state.log_history)
     callback = Progress()
     trainer.add_callback(callback)
     try:
