@@ -243,11 +243,6 @@ class Report:
     facts: tuple[Fact, ...]
     times: tuple[StageTime, ...]
 
-    @property
-    def n_results(self) -> int:
-        """Results behind the report."""
-        return sum(len(arm.seeds) for arm in self.arms)
-
     def arm(self, name: str) -> Arm:
         """The arm called `name`, which must be there."""
         return next(arm for arm in self.arms if arm.name == name)
