@@ -67,6 +67,11 @@ def main() -> None:
     except SystemExit as ended:
         if ended.code == EXIT_INTERRUPTED:
             err.print("Interrupted. What was finished is kept: rerun the same command to continue.")
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # An interrupt that struck inside an exec (of a dataclass being imported, say) makes Python end itself by
+            # the signal whatever the exit code; everything has been cleaned up by now.
+            os._exit(EXIT_INTERRUPTED)
         raise
     except OSError as error:
         err.print(f"error: {error.filename or 'system'}: {error.strerror or error}", soft_wrap=True)
