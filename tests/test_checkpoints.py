@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stayaligned.checkpoints import Checkpoint, checkpoint_directory, iter_deltas, open_checkpoint
+from stayaligned.checkpoints import Checkpoint, checkpoint_directory, open_checkpoint
 from stayaligned.errors import StayalignedError
 
 INDEX = "model.safetensors.index.json"
@@ -38,56 +38,6 @@ def pair(tmp_path: Path, aligned_shards: int = 1, base_shards: int = 1) -> tuple
         Checkpoint(write(tmp_path / "aligned", weights(0), aligned_shards)),
         Checkpoint(write(tmp_path / "base", weights(1), base_shards)),
     )
-
-
-@pytest.mark.parametrize(("aligned_shards", "base_shards"), [(1, 1), (1, 2), (3, 2)])
-def test_deltas_do_not_depend_on_the_sharding(tmp_path: Path, aligned_shards: int, base_shards: int) -> None:
-    aligned, base = pair(tmp_path, aligned_shards, base_shards)
-    assert sorted(aligned) == sorted(base) == sorted(weights(0))
-    order = ["layers.3.weight", "layers.0.weight"]
-    found = dict(iter_deltas(aligned, base, order))
-    assert list(found) == order
-    for name, value in found.items():
-        assert torch.equal(value, weights(0)[name] - weights(1)[name])
-
-
-def test_differences_are_fp32_whatever_is_stored(tmp_path: Path) -> None:
-    low, high = weights(0, dtype=torch.bfloat16), weights(1)
-    aligned, base = Checkpoint(write(tmp_path / "a", low)), Checkpoint(write(tmp_path / "b", high))
-    for name, value in iter_deltas(aligned, base, list(low)):
-        assert value.dtype == torch.float32
-        assert torch.equal(value, low[name].float() - high[name])
-
-
-def test_the_two_checkpoints_may_name_a_weight_differently(tmp_path: Path) -> None:
-    aligned = Checkpoint(write(tmp_path / "a", {"model.x": torch.ones(2, 2)}))
-    base = Checkpoint(write(tmp_path / "b", {"x": torch.zeros(2, 2)}))
-    ((name, value),) = iter_deltas(aligned, base, {"q_proj": ("model.x", "x")})
-    assert name == "q_proj"
-    assert torch.equal(value, torch.ones(2, 2))
-
-
-def test_all_missing_and_misshapen_names_stand_in_one_error(tmp_path: Path) -> None:
-    aligned = Checkpoint(write(tmp_path / "a", {"x": torch.ones(2, 3), "y": torch.ones(2), "z": torch.ones(1)}))
-    base = Checkpoint(write(tmp_path / "b", {"x": torch.ones(2, 4), "z": torch.zeros(1)}))
-    with pytest.raises(StayalignedError) as caught:
-        iter_deltas(aligned, base, ["x", "y", "w", "z"])
-    for expected in ("x (2×3 against 2×4)", f"y (not in {base.directory})", f"w (not in {aligned.directory})"):
-        assert expected in caught.value.message
-
-
-def test_identical_checkpoints_are_an_error(tmp_path: Path) -> None:
-    aligned, same = (Checkpoint(write(tmp_path / name, weights(0))) for name in "ab")
-    with pytest.raises(StayalignedError, match="same weights"):
-        list(iter_deltas(aligned, same, list(weights(0))))
-    with pytest.raises(StayalignedError, match="same directory"):
-        iter_deltas(aligned, aligned, list(weights(0)))
-
-
-def test_one_changed_weight_is_enough(tmp_path: Path) -> None:
-    changed = weights(0) | {"layers.2.weight": torch.zeros(3, 4)}
-    aligned, base = Checkpoint(write(tmp_path / "a", weights(0))), Checkpoint(write(tmp_path / "b", changed))
-    assert [bool(value.any()) for _, value in iter_deltas(aligned, base, sorted(changed))] == [0, 0, 1, 0, 0]
 
 
 def test_nothing_but_headers_is_read_before_a_tensor_is_asked_for(tmp_path: Path) -> None:
@@ -141,19 +91,6 @@ def test_pickled_checkpoints_are_refused_with_the_way_out(tmp_path: Path) -> Non
     with pytest.raises(StayalignedError) as caught:
         Checkpoint(tmp_path)
     assert "safetensors" in str(caught.value.hint)
-
-
-def test_quantised_and_non_finite_weights_are_refused(tmp_path: Path) -> None:
-    good = {"x": torch.ones(2, 2)}
-    base = Checkpoint(write(tmp_path / "base", good))
-    for name, bad, expected in (
-        ("int8", torch.ones(2, 2, dtype=torch.int8), "stored as torch.int8"),
-        ("fp8", torch.ones(2, 2).to(torch.float8_e4m3fn), "stored as torch.float8"),
-        ("nan", torch.full((2, 2), torch.nan), "not finite"),
-    ):
-        aligned = Checkpoint(write(tmp_path / name, {"x": bad}))
-        with pytest.raises(StayalignedError, match=expected):
-            list(iter_deltas(aligned, base, ["x"]))
 
 
 def test_directories_are_taken_as_they_are_and_hub_ids_from_the_cache(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from stayaligned.errors import StayalignedError
     from stayaligned.experiment import Experiment, load_experiment
     from stayaligned.hf.trainer import attach_lisa, with_lisa
-    from stayaligned.patching import patch_directory
+    from stayaligned.patching import apply_safe_lora, patch_directory
     from stayaligned.pipeline import run_experiment
     from stayaligned.report import build_report, write_report
 
@@ -29,6 +29,7 @@ _HOMES = {
     "ModelPair": "stayaligned.defenses",
     "SafeLora": "stayaligned.defenses.safe_lora",
     "StayalignedError": "stayaligned.errors",
+    "apply_safe_lora": "stayaligned.patching",
     "attach_lisa": "stayaligned.hf.trainer",
     "build_report": "stayaligned.report",
     "load_experiment": "stayaligned.experiment",
@@ -48,6 +49,7 @@ __all__ = [
     "ModelPair",
     "SafeLora",
     "StayalignedError",
+    "apply_safe_lora",
     "attach_lisa",
     "build_report",
     "load_experiment",

@@ -5,8 +5,9 @@ What a layer is, and which tensors make it, is found by `hf.layers.lora_layers`;
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -27,10 +28,16 @@ _WEIGHTS = "adapter_model.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class LoraLayer:
-    """One LoRA layer: where it sits, its scaling, and the tensors of the adapter that it is made of."""
+    """One low-rank update of one weight matrix: where it sits, its scaling, and the tensors that it is made of.
+
+    An adapter on a stack of experts is one layer an expert: PEFT keeps the factors of all of them in two tensors, A as
+    (experts · rank, in) with an expert's rows together, B as (out, rank · experts) with the experts interleaved.
+    """
 
     name: str
-    """The module in the model, `model.layers.0.self_attn.q_proj`."""
+    """Unique: the module, `model.layers.0.self_attn.q_proj`; of an expert `model.layers.0.mlp.experts.down_proj[3]`."""
+    parameter: str
+    """The parameter of the model that it changes, `model.layers.0.self_attn.q_proj.weight`."""
     a_key: str
     b_key: str
     rank: int
@@ -38,7 +45,9 @@ class LoraLayer:
     in_features: int
     out_features: int
     transposed: bool = False
-    """Whether the model stores the weight as (in, out), as GPT-2's Conv1D does."""
+    """Whether the model stores the weight as (in, out), as GPT-2's Conv1D and embeddings do."""
+    expert: int | None = None
+    experts: int = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,8 +67,29 @@ class Adapter:
 
         from stayaligned.projection import LoraFactors
 
-        a, b = self.tensors[layer.a_key], self.tensors[layer.b_key]
+        a, b = self._slices(self.tensors, layer)
         return LoraFactors(a.to(torch.float32), b.to(torch.float32), layer.scaling)
+
+    @staticmethod
+    def _slices(tensors: Mapping[str, Tensor], layer: LoraLayer) -> tuple[Tensor, Tensor]:
+        """The parts of A and B that are this layer's, as views."""
+        a, b = tensors[layer.a_key], tensors[layer.b_key]
+        if layer.expert is None:
+            return a, b
+        stacked = b.view(layer.out_features, layer.rank, layer.experts)
+        return a.view(layer.experts, layer.rank, layer.in_features)[layer.expert], stacked[:, :, layer.expert]
+
+    def stored(self, layer: LoraLayer, factors: LoraFactors) -> LoraFactors:
+        """Factors in the dtype in which the adapter keeps the layer's, on the CPU."""
+        import torch
+
+        from stayaligned.projection import LoraFactors
+
+        return LoraFactors(
+            factors.a.to(torch.device("cpu"), self.tensors[layer.a_key].dtype),
+            factors.b.to(torch.device("cpu"), self.tensors[layer.b_key].dtype),
+            factors.scaling,
+        )
 
     def with_factors(self, changed: Mapping[LoraLayer, LoraFactors]) -> Adapter:
         """An adapter with new A and B in the given layers, stored in the dtype that they had; the rest is shared.
@@ -69,14 +99,16 @@ class Adapter:
         """
         tensors = dict(self.tensors)
         for layer, factors in changed.items():
-            for key, value in ((layer.a_key, factors.a), (layer.b_key, factors.b)):
-                stored = value.to(self.tensors[key].dtype).contiguous()
-                if not bool(stored.isfinite().all()):
+            for key in (layer.a_key, layer.b_key):
+                if tensors[key] is self.tensors[key]:
+                    tensors[key] = self.tensors[key].contiguous().clone()
+            for place, value in zip(self._slices(tensors, layer), (factors.a, factors.b), strict=True):
+                place.copy_(value)
+                if not bool(place.isfinite().all()):
                     raise StayalignedError(
-                        f"{layer.name}: the changed factors overflow {stored.dtype}",
+                        f"{layer.name}: the changed factors overflow {place.dtype}",
                         hint="Save the adapter in fp32 or bf16 first.",
                     )
-                tensors[key] = stored
         return replace(self, tensors=MappingProxyType(tensors))
 
 
@@ -130,13 +162,25 @@ def write_adapter(adapter: Adapter, path: Path, *, notes: Mapping[str, str] | No
     """
     from safetensors.torch import save_file
 
+    with new_directory(path) as temporary:
+        save_file(dict(adapter.tensors), temporary / _WEIGHTS, metadata={"format": "pt"})
+        write_text(temporary / _CONFIG, json.dumps(dict(adapter.config), indent=2, ensure_ascii=False))
+        for name, text in (notes or {}).items():
+            write_text(temporary / name, text)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a directory holds a PEFT adapter."""
+    return (path / _CONFIG).is_file()
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Generator[Path]:
+    """`replace_directory` for a user's output: one that exists already is a StayalignedError."""
     refuse_existing(path)
     try:
         with replace_directory(path) as temporary:
-            save_file(dict(adapter.tensors), temporary / _WEIGHTS, metadata={"format": "pt"})
-            write_text(temporary / _CONFIG, json.dumps(dict(adapter.config), indent=2, ensure_ascii=False))
-            for name, text in (notes or {}).items():
-                write_text(temporary / name, text)
+            yield temporary
     except FileExistsError:
         refuse_existing(path)
         raise

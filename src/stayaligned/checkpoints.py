@@ -1,19 +1,16 @@
-"""Model checkpoints as read-only mappings from names to tensors, and the differences between two of them.
-
-Only safetensors, only what is asked for: a tensor is read from its shard when it is looked up, so comparing two
-140 GB checkpoints needs the memory of one weight pair (and of the next, which is read while the first is worked on).
-"""
+"""Model checkpoints as read-only mappings from names to tensors, read from safetensors and only as far as asked for."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stayaligned.errors import StayalignedError
+from stayaligned.safetensors_file import Entry, SafetensorsFile
 
 if TYPE_CHECKING:
     import torch
@@ -22,15 +19,27 @@ if TYPE_CHECKING:
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_REDOWNLOAD = "The file was cut off or damaged; download or save the checkpoint again."
+REDOWNLOAD = "The file was cut off or damaged; download or save the checkpoint again."
+"""The way out of a damaged file."""
 
 
-class Delta(NamedTuple):
-    """V of one weight."""
+class Block(NamedTuple):
+    """Some rows of a stored tensor; of a 3-D tensor (one matrix per expert), rows of one expert's matrix."""
 
     name: str
-    value: Tensor
-    """W_aligned - W_base, in fp32 whatever the checkpoints store."""
+    expert: int | None = None
+    first_row: int = 0
+    rows: int | None = None
+    """All rows from `first_row` on if None."""
+
+
+Weight = tuple[Block, ...]
+"""A matrix as it is stored: blocks stacked along the rows."""
+
+
+def whole(name: str) -> Weight:
+    """The weight that one 2-D tensor holds."""
+    return (Block(name),)
 
 
 class Checkpoint(Mapping[str, "Tensor"]):
@@ -45,19 +54,34 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._shards = _shards_of(directory)
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, SafetensorsFile] = {}
+        self._lock = threading.Lock()
+        self._shards = self._shards_of()
 
     def __getitem__(self, name: str) -> Tensor:
-        shard, handle = self._locate(name)
-        try:
-            return handle.get_tensor(name)
-        except Exception as error:
-            raise _damaged(self.directory / shard, error) from error
+        return self.file_of(name).tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the header alone."""
-        return tuple(self._locate(name)[1].get_slice(name).get_shape())
+        return self.entry(name).shape
+
+    def entry(self, name: str) -> Entry:
+        """Where and how a tensor is stored."""
+        return self.file_of(name).entries[name]
+
+    def file_of(self, name: str) -> SafetensorsFile:
+        """The file that holds a tensor, its header read and checked."""
+        shard = self._shards[name]
+        opened = self._file(shard)
+        if name not in opened.entries:
+            raise StayalignedError(
+                f"{self.directory / shard} has no tensor {name!r}, which {_INDEX} says it holds", hint=REDOWNLOAD
+            )
+        return opened
+
+    def shards(self) -> Mapping[str, str]:
+        """{tensor name: file name}."""
+        return self._shards
 
     def __contains__(self, name: object) -> bool:
         return name in self._shards  # Mapping's own would read the tensor
@@ -77,15 +101,84 @@ class Checkpoint(Mapping[str, "Tensor"]):
         path = self.directory / "config.json"
         return read_json_object(path, hint="A checkpoint is a directory that `save_pretrained` wrote.")
 
-    def _locate(self, name: str) -> tuple[str, Any]:
-        shard = self._shards[name]
-        if shard not in self._open:
-            self._open[shard] = _open_shard(self.directory / shard)
-        if name not in self._open[shard].keys():  # noqa: SIM118 - safe_open is no mapping
+    def matrix_shape(self, weight: Weight) -> tuple[int, int]:
+        """(rows, columns) of a weight as stored.
+
+        Raises:
+            StayalignedError: if its blocks are no matrices of plain floats, or don't go together.
+        """
+        spans = self.spans(weight)
+        kinds = {(span.columns, span.dtype) for span in spans}
+        if len(kinds) != 1:
+            names = ", ".join(block.name for block in weight)
+            raise StayalignedError(f"{self.directory}: {names} make one weight, but differ in width or type")
+        return sum(span.rows for span in spans), spans[0].columns
+
+    def spans(self, weight: Weight) -> list[Span]:
+        """Where the rows of a weight lie in the files, block by block."""
+        return [self._span(block) for block in weight]
+
+    def _span(self, block: Block) -> Span:
+        file = self.file_of(block.name)
+        entry = file.entries[block.name]
+        if len(entry.shape) != (2 if block.expert is None else 3):
+            raise StayalignedError(f"{self.directory}: {block.name} has the shape {entry.shape}, which is no matrix")
+        if not entry.is_plain_float:
             raise StayalignedError(
-                f"{self.directory / shard} has no tensor {name!r}, which {_INDEX} says it holds", hint=_REDOWNLOAD
+                f"{self.directory}: {block.name} is stored as {entry.dtype}",
+                hint="Quantised weights can't be subtracted; use the checkpoint in bf16, fp16 or fp32.",
             )
-        return shard, self._open[shard]
+        rows, columns = entry.shape[-2:]
+        width = columns * entry.item_bytes
+        first = (block.expert or 0) * rows + block.first_row
+        count = rows - block.first_row if block.rows is None else block.rows
+        return Span(file, entry.dtype, entry.offset + first * width, count, columns, block.name)
+
+    def _file(self, shard: str) -> SafetensorsFile:
+        with self._lock:
+            if shard not in self._open:
+                self._open[shard] = SafetensorsFile(self.directory / shard, hint=REDOWNLOAD)
+            return self._open[shard]
+
+    def _shards_of(self) -> dict[str, str]:
+        if (self.directory / _INDEX).is_file():
+            weight_map = read_json_object(self.directory / _INDEX, hint=REDOWNLOAD).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise StayalignedError(f"{self.directory / _INDEX} has no weight_map", hint=REDOWNLOAD)
+            shards = set(weight_map.values())
+            outside = sorted(str(s) for s in shards if not isinstance(s, str) or Path(s).name != s)
+            if outside:
+                raise StayalignedError(
+                    f"{self.directory / _INDEX} names files outside its directory: {', '.join(outside)}",
+                    hint=REDOWNLOAD,
+                )
+            absent = sorted({shard for shard in shards if not (self.directory / shard).is_file()})
+            if absent:
+                raise StayalignedError(
+                    f"{self.directory / _INDEX} names files that are missing: {', '.join(absent)}", hint=REDOWNLOAD
+                )
+            return weight_map
+        if (self.directory / _SINGLE).is_file():
+            return dict.fromkeys(self._file(_SINGLE).entries, _SINGLE)
+        pickled = any(self.directory.glob("*.bin"))
+        raise StayalignedError(
+            f"{self.directory} holds neither {_SINGLE} nor {_INDEX}",
+            hint="Only safetensors are read: load the model once and `save_pretrained` it."
+            if pickled
+            else "Give a checkpoint directory as `save_pretrained` writes it (not an adapter).",
+        )
+
+
+class Span(NamedTuple):
+    """Rows that lie one behind the other in a file."""
+
+    file: SafetensorsFile
+    dtype: torch.dtype
+    offset: int
+    """Of the first row, in bytes."""
+    rows: int
+    columns: int
+    name: str
 
 
 def checkpoint_directory(ref: str | Path) -> Path:
@@ -126,87 +219,6 @@ def open_checkpoint(ref: str | Path) -> Checkpoint:
     return Checkpoint(checkpoint_directory(ref))
 
 
-def iter_deltas(
-    aligned: Checkpoint, base: Checkpoint, names: Mapping[str, tuple[str, str]] | Sequence[str]
-) -> Iterator[Delta]:
-    """V = W_aligned - W_base for each name in order, subtracted in fp32, one weight in memory at a time plus the next.
-
-    Args:
-        aligned: the aligned checkpoint.
-        base: its unaligned ancestor; shards and storage type may differ.
-        names: what to compare, or {label: (name in aligned, name in base)} where the two store different names.
-
-    Raises:
-        StayalignedError: before the first delta if a name is missing or shaped differently (all of them are listed);
-            during the iteration if a shard is damaged; after the last delta if every one was zero.
-    """
-    pairs = names if isinstance(names, Mapping) else {name: (name, name) for name in names}
-    if aligned.directory.resolve() == base.directory.resolve():
-        raise StayalignedError(
-            f"aligned and base are the same directory, {aligned.directory}", hint="Name two different checkpoints."
-        )
-    _check_pairs(aligned, base, pairs)
-    return _stream(aligned, base, pairs)
-
-
-def _stream(aligned: Checkpoint, base: Checkpoint, pairs: Mapping[str, tuple[str, str]]) -> Iterator[Delta]:
-    any_change = False
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="deltas") as reader:
-        labels = iter(pairs)
-        label = next(labels, None)
-        upcoming = reader.submit(_difference, aligned, base, *pairs[label]) if label is not None else None
-        while label is not None and upcoming is not None:
-            value, following = upcoming.result(), next(labels, None)
-            upcoming = reader.submit(_difference, aligned, base, *pairs[following]) if following is not None else None
-            any_change = any_change or bool(value.any())
-            yield Delta(label, value)
-            label = following
-    if pairs and not any_change:
-        raise StayalignedError(
-            f"{aligned.directory} and {base.directory} hold the same weights: there is no alignment direction",
-            hint="`aligned` is the chat or instruct model, `base` its pretrained ancestor.",
-        )
-
-
-def _difference(aligned: Checkpoint, base: Checkpoint, aligned_name: str, base_name: str) -> torch.Tensor:
-    import torch
-
-    for checkpoint, name in ((aligned, aligned_name), (base, base_name)):
-        if checkpoint[name].dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            raise StayalignedError(
-                f"{checkpoint.directory}: {name} is stored as {checkpoint[name].dtype}",
-                hint="Quantised weights can't be subtracted; use the checkpoint in bf16, fp16 or fp32.",
-            )
-    # In-place subtraction promotes bf16 and fp16 to fp32 element by element, without a second fp32 copy.
-    value = aligned[aligned_name].to(torch.float32, copy=True).sub_(base[base_name])
-    if not bool(torch.isfinite(value).all()):
-        raise StayalignedError(
-            f"{aligned_name} is not finite in {aligned.directory} or {base.directory}", hint=_REDOWNLOAD
-        )
-    return value
-
-
-def _check_pairs(aligned: Checkpoint, base: Checkpoint, pairs: Mapping[str, tuple[str, str]]) -> None:
-    missing = [
-        f"{label} (not in {checkpoint.directory})"
-        for label, names in pairs.items()
-        for checkpoint, name in zip((aligned, base), names, strict=True)
-        if name not in checkpoint
-    ]
-    differing: list[str] = []
-    for label, (aligned_name, base_name) in pairs.items():
-        if aligned_name in aligned and base_name in base:
-            shapes = aligned.shape(aligned_name), base.shape(base_name)
-            if shapes[0] != shapes[1]:
-                differing.append(f"{label} ({'×'.join(map(str, shapes[0]))} against {'×'.join(map(str, shapes[1]))})")
-    if missing or differing:
-        raise StayalignedError(
-            f"aligned {aligned.directory} and base {base.directory} don't match. "
-            f"Missing: {', '.join(missing) or 'none'}. Different shape: {', '.join(differing) or 'none'}",
-            hint="The base must be the ancestor that the aligned model was trained from.",
-        )
-
-
 def read_json_object(path: Path, *, hint: str) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -220,39 +232,3 @@ def read_json_object(path: Path, *, hint: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise StayalignedError(f"{path}: expected a JSON object", hint=hint)
     return content
-
-
-def _shards_of(directory: Path) -> dict[str, str]:
-    """{tensor name: file name}."""
-    if (directory / _INDEX).is_file():
-        weight_map = read_json_object(directory / _INDEX, hint=_REDOWNLOAD).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise StayalignedError(f"{directory / _INDEX} has no weight_map", hint=_REDOWNLOAD)
-        absent = sorted({shard for shard in weight_map.values() if not (directory / shard).is_file()})
-        if absent:
-            raise StayalignedError(
-                f"{directory / _INDEX} names files that are missing: {', '.join(absent)}", hint=_REDOWNLOAD
-            )
-        return weight_map
-    if (directory / _SINGLE).is_file():
-        return dict.fromkeys(_open_shard(directory / _SINGLE).keys(), _SINGLE)
-    pickled = any(directory.glob("*.bin"))
-    raise StayalignedError(
-        f"{directory} holds neither {_SINGLE} nor {_INDEX}",
-        hint="Only safetensors are read: load the model once and `save_pretrained` it."
-        if pickled
-        else "Give a checkpoint directory as `save_pretrained` writes it (not an adapter).",
-    )
-
-
-def _open_shard(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> StayalignedError:
-    return StayalignedError(f"{path} can't be read as safetensors: {error}", hint=_REDOWNLOAD)

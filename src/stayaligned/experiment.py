@@ -158,8 +158,8 @@ class Experiment(BaseModel):
             yield f"alignment_data: {trainers[0]} needs safety data; name a JSONL file of requests and safe answers"
         for patch in self.patches:
             if not self.trains and self.adapter is None:
-                yield f"defenses: {patch.name} patches an adapter, but none is trained or given as `adapter:`"
-            if self.lora is None and self.adapter is None:
+                yield f"defenses: {patch.name} patches a fine-tune, but nothing is trained or given as `adapter:`"
+            if self.lora is None and self.adapter is None and not patch.patches_full_weights:
                 yield f"defenses: {patch.name} patches LoRA adapters, but `lora: null` trains the full weights"
             if patch.needs_base and self.base_model is None:
                 yield f"base_model: {patch.name} compares the model with its unaligned ancestor; name it"

@@ -1,76 +1,193 @@
-"""Patch an adapter on disk: a new directory beside it, with the record of what was done and to what."""
+"""Patch adapters and fine-tuned models on disk: new directories beside them, with the record of what was done."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from stayaligned.adapters import read_adapter, refuse_existing, write_adapter
-from stayaligned.checkpoints import checkpoint_directory, read_json_object
-from stayaligned.defenses import ModelPair, PatchDefense
+from stayaligned.adapters import is_adapter, new_directory, read_adapter, refuse_existing, write_adapter
+from stayaligned.checkpoints import checkpoint_directory, open_checkpoint, read_json_object
+from stayaligned.defenses import DEFENSES, Execution, ModelPair, PatchDefense
 from stayaligned.errors import StayalignedError
-from stayaligned.files import fingerprint
+from stayaligned.files import fingerprint, write_text
 from stayaligned.records import LayerReport
 from stayaligned.results import versions
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from stayaligned.deltas import BytesDone
+
 PROJECTION_FILE = "projection.json"
-"""The record's file name in the new adapter's directory."""
-_FORMAT = 1
+"""The record's file name in the new directory."""
+_FORMAT = 2
 
 
 def patch_directory(
-    adapter: str | Path,
+    finetuned: str | Path,
     out: str | Path,
     patch: PatchDefense,
     models: ModelPair,
     *,
     command: Sequence[str] = (),
-    progress: Callable[[str], None] | None = None,
+    device: str = "cpu",
+    progress: Callable[[BytesDone], None] | None = None,
 ) -> list[LayerReport]:
-    """Write a patched copy of an adapter, and `projection.json`: the defense, every layer's report, hashes, versions.
+    """Write a patched copy of an adapter or of a fully fine-tuned model, and the record of it, `projection.json`.
 
-    The copy loads wherever the original did: same rank, same configuration. The input is only read.
+    The copy loads wherever the original did: an adapter keeps its rank, configuration and file layout, a model its
+    shards; what is not changed is copied byte for byte. The input is only read.
 
     Args:
-        adapter: the directory of a PEFT adapter.
+        finetuned: the directory of a PEFT adapter, or of a fine-tuned checkpoint.
         out: a directory that does not exist yet; it appears whole or not at all.
         patch: the defense.
-        models: the aligned model and its base.
+        models: the aligned model and its base, or a subspace file.
         command: the command line to put on record.
-        progress: called with a sentence before each step that takes time.
+        device: where the products are made, "cpu" or "cuda".
+        progress: called as the weights stream past.
 
     Returns:
-        A report for every LoRA layer, changed or not.
+        A report for every layer, changed or not.
 
     Raises:
         StayalignedError: if `out` exists, or the inputs are damaged or don't fit together.
     """
-    say = progress or (lambda _: None)
-    adapter, out = Path(adapter), Path(out)
+    finetuned, out = Path(finetuned), Path(out)
+    how = Execution(device, progress)
+    if is_adapter(finetuned) or not (finetuned / "config.json").is_file():
+        return patch_directories([finetuned], [out], patch, models, command=command, how=how)[0]
     refuse_existing(out)
-    say(f"Reading {adapter}")
-    original = read_adapter(adapter)
-    say(f"Comparing {models.aligned} with {models.base or 'nothing'}, layer by layer")
-    patched = patch.patch(original, models)
-    say("Hashing the inputs")
-    record: dict[str, Any] = {
-        "format": _FORMAT,
-        "defense": patch.identity(),
-        "paper": patch.paper,
-        "command": list(command),
-        "inputs": {"adapter": _input(adapter), "aligned": _input(models.aligned), "base": _input(models.base)},
-        "versions": versions(),
-        "layers": [report.model_dump(mode="json") for report in patched.layers],
-    }
-    say(f"Writing {out}")
-    write_adapter(
-        patched.adapter, out, notes={PROJECTION_FILE: json.dumps(record, indent=2, ensure_ascii=False) + "\n"}
-    )
+    with _Hashes() as hashes, new_directory(out) as temporary:
+        checkpoint = open_checkpoint(finetuned)
+        for file in sorted(path for path in finetuned.rglob("*") if path.is_file()):
+            place = temporary / file.relative_to(finetuned)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
+        hashes.start(finetuned=finetuned, **_inputs(models))
+        layers = patch.patch_model(checkpoint, temporary, models, how)
+        write_text(temporary / PROJECTION_FILE, _record(patch, command, hashes.all(), layers, ()))
+    return layers
+
+
+def patch_directories(
+    adapters: Sequence[Path],
+    outs: Sequence[Path],
+    patch: PatchDefense,
+    models: ModelPair,
+    *,
+    command: Sequence[str] = (),
+    how: Execution | None = None,
+) -> list[list[LayerReport]]:
+    """`patch_directory` for several adapters of one model; the weights are read once for all of them.
+
+    Args:
+        adapters: directories of PEFT adapters.
+        outs: as many directories, none of which exists; each appears whole or not at all, after the last layer.
+        patch: the defense.
+        models: the aligned model and its base, or a subspace file.
+        command: the command line to put on record.
+        how: device and progress.
+
+    Returns:
+        The reports of each adapter.
+
+    Raises:
+        StayalignedError: as `patch_directory`.
+    """
+    for out in outs:
+        refuse_existing(out)
+    with _Hashes() as hashes:
+        originals = [read_adapter(path) for path in adapters]
+        hashes.start(**_inputs(models), **{f"adapter {i}": path for i, path in enumerate(adapters)})
+        patched = patch.patch_all(originals, models, how or Execution())
+        found = hashes.all()
+        for index, (out, one) in enumerate(zip(outs, patched, strict=True)):
+            inputs = {name: value for name, value in found.items() if not name.startswith("adapter ")}
+            inputs = {"adapter": found[f"adapter {index}"], **inputs}
+            record = _record(patch, command, inputs, one.layers, one.notes)
+            write_adapter(one.adapter, out, notes={PROJECTION_FILE: record})
+    return [list(one.layers) for one in patched]
+
+
+def apply_safe_lora(
+    peft_model: PeftModel,
+    base: str | Path,
+    aligned: str | Path,
+    *,
+    threshold: float | None = None,
+    lowest: int | None = None,
+    operator: Literal["scaled_gram", "orthogonal", "complement"] = "scaled_gram",
+    rank: int | None = None,
+    energy: float | None = None,
+    adapter_name: str | None = None,
+    new_name: str = "safe_lora",
+) -> list[LayerReport]:
+    """Safe LoRA on a model in memory: adds the projected adapter beside the trained one, and makes it the active one.
+
+    What was trained stays as it is under its own name, so both can be compared (`set_adapter`), and the result is
+    saved by PEFT itself: `peft_model.save_pretrained(out, selected_adapters=["safe_lora"])`. Base and aligned are
+    streamed from their files; neither is loaded.
+
+    Args:
+        peft_model: a PeftModel with a LoRA that was trained on `aligned`.
+        base: the unaligned ancestor: directory or hub id.
+        aligned: the model under the adapter: directory or hub id.
+        threshold: change the layers with similarity below this.
+        lowest: change exactly this many layers, the least similar ones. With neither, all of them.
+        operator: `scaled_gram` is the paper's C.
+        rank: the k of the other operators.
+        energy: instead of `rank`, the share of ‖V‖² that the k directions hold.
+        adapter_name: the adapter to project; the active one if not given.
+        new_name: the name of the projected adapter.
+
+    Returns:
+        A report for every layer.
+
+    Raises:
+        StayalignedError: if the settings, the adapter and the checkpoints don't fit together; the model is then as it
+            was.
+    """
+    from stayaligned.hf.in_memory import active_adapter, adapter_in_memory, add_adapter
+
+    spec = projection_spec(operator, {"threshold": threshold, "lowest": lowest}, {"rank": rank, "energy": energy})
+    try:
+        patch: PatchDefense = DEFENSES.parse(spec)
+    except ValueError as error:
+        raise StayalignedError(f"apply_safe_lora: {error}", hint="See `stayaligned show defense safe_lora`.") from None
+    if new_name in peft_model.peft_config:
+        raise StayalignedError(f"the model has an adapter {new_name!r} already", hint="Choose another new_name.")
+    trained = adapter_name or active_adapter(peft_model)
+    (patched,) = patch.patch_all([adapter_in_memory(peft_model, trained)], ModelPair(aligned, base), Execution())
+    add_adapter(peft_model, patched.adapter, new_name, like=trained)
     return list(patched.layers)
+
+
+def projection_spec(
+    operator: str, selection: Mapping[str, Any], settings: Mapping[str, Any], control: str | None = None
+) -> dict[str, Any]:
+    """The mapping that names a projection defense, or a control for it.
+
+    Args:
+        operator: scaled_gram, orthogonal or complement.
+        selection: `threshold`, `lowest`; what is None is left out, and with nothing left all layers are meant.
+        settings: `rank`, `energy`, `side`; what is None is left out.
+        control: drop, shrink or random: that control for the operator, instead of it.
+    """
+    name = "complement" if operator == "complement" else "safe_lora"
+    chosen = {key: value for key, value in selection.items() if value is not None} or {"all_layers": True}
+    spec: dict[str, Any] = {"name": name, **chosen, **{k: v for k, v in settings.items() if v is not None}}
+    if operator != "complement":
+        spec["operator"] = operator
+    if control is None:
+        return spec
+    return {"name": "random_subspace" if control == "random" else control, "like": spec}
 
 
 def read_projection(path: Path) -> list[LayerReport]:
@@ -79,12 +196,58 @@ def read_projection(path: Path) -> list[LayerReport]:
     Raises:
         StayalignedError: if the file is missing or `patch_directory` did not write it.
     """
-    hint = "Patch the adapter again; the file is written beside it."
+    hint = "Patch it again; the file is written beside it."
     try:
         return [LayerReport.model_validate(row) for row in read_json_object(path, hint=hint)["layers"]]
     except (KeyError, TypeError, ValidationError) as error:
         raise StayalignedError(f"{path} is no record of a patch: {error}", hint=hint) from None
 
 
-def _input(ref: str | Path | None) -> dict[str, str] | None:
-    return None if ref is None else {"ref": str(ref), "sha256": fingerprint(checkpoint_directory(ref))}
+def _record(
+    patch: PatchDefense,
+    command: Sequence[str],
+    inputs: Mapping[str, Any],
+    layers: Sequence[LayerReport],
+    notes: Sequence[str],
+) -> str:
+    record: dict[str, Any] = {
+        "format": _FORMAT,
+        "defense": patch.identity(),
+        "paper": patch.paper,
+        "command": list(command),
+        "inputs": inputs,
+        "notes": list(notes),
+        "versions": versions(),
+        "layers": [report.model_dump(mode="json") for report in layers],
+    }
+    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+
+
+def _inputs(models: ModelPair) -> dict[str, str | Path]:
+    named = {"aligned": models.aligned, "base": models.base, "subspace": models.subspace}
+    return {name: ref for name, ref in named.items() if ref is not None}
+
+
+class _Hashes:
+    """Hashes inputs in a thread of its own, while the weights stream."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="hashes")
+        self._running: dict[str, tuple[str, Future[str]]] = {}
+
+    def __enter__(self) -> _Hashes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def start(self, **inputs: str | Path) -> None:
+        """Begin to hash directories, files or hub ids."""
+        for name, ref in inputs.items():
+            path = Path(ref)
+            place = path if path.exists() else checkpoint_directory(ref)
+            self._running[name] = str(ref), self._pool.submit(fingerprint, place)
+
+    def all(self) -> dict[str, dict[str, str]]:
+        """{name: what was named, and its hash}, once all are there."""
+        return {name: {"ref": ref, "sha256": future.result()} for name, (ref, future) in self._running.items()}

@@ -184,7 +184,7 @@ class Run:
         )
         trainer = e.training_defense.make_trainer(setup)
         log = finetuning.train(trainer, progress=lambda share: self.progress(f"train {e.training_defense.name}", share))
-        model.save_pretrained(str(directory / ("model" if e.lora is None else "adapter")))
+        model.save_pretrained(str(directory / self.product))
         if e.lora is None:
             tokenizer.save_pretrained(directory / "model")
         write_text(directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
@@ -197,28 +197,32 @@ class Run:
             return []
         return read_examples(e.alignment_data, origin="alignment")
 
-    def adapter(self) -> Path | None:
-        """The adapter that is judged: trained or given, then patched; None for a model without one."""
+    def finetuned(self) -> Path | None:
+        """What is judged: the adapter or model that was trained or given, then patched; None for the model as it is."""
         trained = self.trained()
+        current: Path | None = None
         if self.resolved.adapter is not None:
-            current: Path | None = Path(self.resolved.adapter)
-        elif trained is not None and self.experiment.lora is not None:
-            current = trained / "adapter"
-        else:
-            current = None
+            current = Path(self.resolved.adapter)
+        elif trained is not None:
+            current = trained / self.product
         pair = ModelPair(aligned=self.resolved.model, base=self.resolved.base_model)
         for patch, key in zip(self.resolved.patches, self.patch_keys, strict=True):
             source = current
             if source is None:
-                raise StayalignedError(f"patch {patch.name!r} has no adapter to work on")
+                raise StayalignedError(f"patch {patch.name!r} has nothing to work on")
 
             def fill(directory: Path, source: Path = source, patch: Any = patch) -> None:
                 self.progress(f"patch {patch.name}", 0.0)
                 with self._host_libraries():
-                    patch_directory(source, directory / "adapter", patch, pair)
+                    patch_directory(source, directory / self.product, patch, pair)
 
-            current = self.store.compute("patch", key, fill) / "adapter"
+            current = self.store.compute("patch", key, fill) / self.product
         return current
+
+    @property
+    def product(self) -> str:
+        """The name of the directory that training and patches write: a LoRA's adapter, or the whole model."""
+        return "model" if self.experiment.lora is None and self.experiment.adapter is None else "adapter"
 
     def completions(self) -> list[Completion]:
         """The answers of the final model to every prompt set."""
@@ -234,10 +238,10 @@ class Run:
         from stayaligned.hf.features import template_hash
 
         e = self.resolved
-        adapter, trained = self.adapter(), self.trained()
-        full = trained / "model" if trained is not None and e.lora is None else None
+        finetuned = self.finetuned()
+        whole = finetuned is not None and self.product == "model"
         tokenizer = models.load_tokenizer(e.model)
-        model = models.load_finetuned(full or e.model, adapter)
+        model = models.load_finetuned(finetuned if whole and finetuned else e.model, None if whole else finetuned)
         rows: list[Completion] = []
         for prompt_set, examples in self._prompt_sets().items():
             say = functools.partial(self.progress, f"generate {prompt_set}")
@@ -283,7 +287,7 @@ class Run:
         Raises:
             StayalignedError: if a judge left a larger share unscored than `max_unscored`.
         """
-        self.adapter()  # so that the time of training and patching is not counted as generation's
+        self.finetuned()  # so that the time of training and patching is not counted as generation's
         completions = self.completions()
         verdicts = {judge: self.verdicts(judge) for judge in self.experiment.judges}
         names = judge_names(self.experiment.judges)
@@ -349,7 +353,7 @@ class Run:
             PatchRecord(
                 patch=patch.name,
                 settings=patch.spec(),
-                layers=tuple(read_projection(self.store.directory("patch", key) / "adapter" / PROJECTION_FILE)),
+                layers=tuple(read_projection(self.store.directory("patch", key) / self.product / PROJECTION_FILE)),
             )
             for patch, key in zip(self.experiment.patches, self.patch_keys, strict=True)
         )
@@ -411,9 +415,8 @@ def run_experiment(experiment: Experiment, out: Path, *, progress: Progress = la
         run = Run(experiment, store, progress)
         result = run.result()
         write_result(out, result)
-        trained = run.trained()
-        _link(out / "adapter", run.adapter())
-        _link(out / "model", trained / "model" if trained is not None and experiment.lora is None else None)
+        for product in ("adapter", "model"):
+            _link(out / product, run.finetuned() if run.product == product else None)
     return result
 
 

@@ -1,8 +1,8 @@
-"""Safe LoRA's maths (arXiv 2405.16833, section 3): what an alignment subspace keeps of a LoRA update, and which layers.
+"""Safe LoRA's maths (arXiv 2405.16833, section 3): what an alignment subspace keeps of an update, and which layers.
 
-V = W_aligned - W_base is one weight's alignment direction, ΔW = scaling·BA one LoRA update. Every operator here maps
-the factors (A, B) to new factors of the same rank. Neither ΔW nor any out × out matrix is ever formed: C·B is
-V(VᵀB)/‖V‖_F, and norms and cosines of updates live in rank × rank Gram matrices.
+V = W_aligned - W_base is one weight's alignment direction, ΔW its update: scaling·BA of a LoRA, or W_ft - W_aligned of
+a full fine-tune. Every operator here maps the factors (A, B) to new factors of the same rank. Of a LoRA neither ΔW nor
+any out × out matrix is ever formed: C·B is V(VᵀB)/‖V‖_F, and norms and cosines live in rank × rank Gram matrices.
 
 Pure functions of tensors. Operators work in the dtype of V (fp32 from a checkpoint); norms and Grams accumulate in
 fp64, because an fp32 cosine over the flattened update is off by 1e-3 at width 4096 and is compared with a threshold.
@@ -11,13 +11,16 @@ fp64, because an fp32 cosine over the flattened update is off by 1e-3 at width 4
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from stayaligned.directions import AlignmentDelta, AlignmentSubspace, cached_rows, frobenius_norm, onto, random_frame
 
 if TYPE_CHECKING or find_spec("jaxtyping"):  # shapes are checked where jaxtyping is installed: in tests
     from jaxtyping import Float
@@ -25,12 +28,6 @@ if TYPE_CHECKING or find_spec("jaxtyping"):  # shapes are checked where jaxtypin
 Side = Literal["left", "right", "both"]
 Selection = Callable[[Mapping[str, float]], frozenset[str]]
 """Which modules to change, given the similarity of each."""
-
-_EXACT_SVD_UP_TO = 768
-"""Smaller side of V up to which its SVD is computed in full; beyond, the leading part is sampled."""
-_OVERSAMPLING = 16
-_POWER_ITERATIONS = 6
-_SEED = 0
 
 
 class LoraFactors(NamedTuple):
@@ -41,181 +38,191 @@ class LoraFactors(NamedTuple):
     scaling: float
     """alpha / rank, or alpha / √rank for rank-stabilised LoRA."""
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class AlignmentSubspace:
-    """The k leading left and right singular directions of V: U_k (outputs) and Q_k (inputs), orthonormal columns."""
-
-    left: Float[Tensor, "out_features k"]
-    right: Float[Tensor, "in_features k"]
-    captured_energy: float
-    """‖U_kᵀ V Q_k‖² / ‖V‖², 0 to 1."""
-
-    @property
-    def rank(self) -> int:
-        """The k."""
-        return self.left.shape[1]
+    def to(self, device: str) -> LoraFactors:
+        """The same on another device."""
+        return LoraFactors(self.a.to(device), self.b.to(device), self.scaling)
 
 
-class Operator(Protocol):
-    """A linear map of updates, in factor form."""
+Update = LoraFactors | Tensor
+"""ΔW, as factors or as a matrix (out, in)."""
+
+
+class Operator(ABC):
+    """A linear map of updates that acts on their outputs (B's columns), on their inputs (A's rows), or on both."""
 
     @property
     def subspace(self) -> AlignmentSubspace | None:
-        """The subspace it is built on; None for the paper's C."""
-        ...
+        """The directions it is built on; None for the paper's C, which weighs all of them."""
+        return None
 
-    def __call__(self, factors: LoraFactors) -> LoraFactors:
-        """The mapped update, of the same rank and scaling."""
-        ...
+    @abstractmethod
+    def outputs(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
+        """The map of B's columns."""
+
+    def inputs(self, rows: Float[Tensor, "m in_features"]) -> Float[Tensor, "m in_features"]:
+        """The map of A's rows; unless overridden they stay."""
+        return rows
+
+    def __call__(self, update: Update) -> Update:
+        """The mapped update: factors of the same rank and scaling, or a matrix."""
+        if isinstance(update, LoraFactors):
+            return LoraFactors(self.inputs(update.a), self.outputs(update.b), update.scaling)
+        return self.inputs(self.outputs(update))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ScaledGram:
+class ScaledGram(Operator):
     """The paper's C = V Vᵀ / ‖V‖_F (section 3.4): ΔW ← C ΔW.
 
     Not a projector: its eigenvalues are σ²/‖V‖_F, so C(cV) = |c|·C(V) and what is left of an update depends on the
     size of V. The paper's code forms C (out × out); here C·B = V(VᵀB)/‖V‖_F, the same matrix for 1/d of the work.
     """
 
-    delta: Float[Tensor, "out_features in_features"]
+    delta: AlignmentDelta
 
-    @property
-    def subspace(self) -> None:
-        """None: C weighs all of V's directions."""
-        return
-
-    def __call__(self, factors: LoraFactors) -> LoraFactors:
-        """B ← V(VᵀB)/‖V‖_F.
+    def outputs(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
+        """V(VᵀB)/‖V‖_F.
 
         Raises:
             ValueError: if V is zero, where C is 0/0 (the paper's code goes on with NaN).
         """
-        norm = frobenius_norm(self.delta)
-        if norm == 0:
+        if self.delta.norm == 0:
             raise ValueError("C = V Vᵀ/‖V‖ is undefined for V = 0")
-        b = factors.b.to(self.delta.dtype)
-        # (BᵀV)ᵀ is VᵀB, read along V's rows: ten times as fast
-        return factors._replace(b=self.delta @ (b.T @ self.delta).T / norm)
+        return self.delta.gram(columns) / self.delta.norm
+
+    def truncation_error(self, before: Update, after: Update) -> float | None:
+        """What a truncated V costs: a bound on ‖(C - C_k)ΔW‖ / ‖C_kΔW‖, in the Frobenius norm; None for a whole V.
+
+        ‖(C - C_k)ΔW‖ ≤ σ²_{k+1}/‖V‖ · ‖(I - U_kU_kᵀ)ΔW‖, with σ²_{k+1} bounded by what V's energy leaves for it.
+        """
+        columns = before.b if isinstance(before, LoraFactors) else before
+        outside = self.delta.tail(columns)
+        if outside is None:
+            return None
+        missed: Update = before._replace(b=outside) if isinstance(before, LoraFactors) else outside
+        lost = self.delta.largest_missing / self.delta.norm * update_norm(missed)
+        kept = update_norm(after)
+        return lost / kept if kept else (0.0 if lost == 0 else math.inf)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Orthogonal:
+class Orthogonal(Operator):
     """The rank-k orthogonal projector ΔW ← U_k U_kᵀ ΔW, idempotent and independent of the size of V.
 
     Stands in for the paper's "exact" V(VᵀV)⁻¹Vᵀ (equation 2), which is the identity when V is square with full rank.
     """
 
-    subspace: AlignmentSubspace
+    directions: AlignmentSubspace
 
-    def __call__(self, factors: LoraFactors) -> LoraFactors:
-        """B ← U_k(U_kᵀB)."""
-        return factors._replace(b=_onto(self.subspace.left, factors.b))
+    @property
+    def subspace(self) -> AlignmentSubspace:
+        """U_k and Q_k."""
+        return self.directions
+
+    def outputs(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
+        """U_k(U_kᵀB)."""
+        return onto(self.directions.left, columns)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Complement:
+class Complement(Operator):
     """Remove the subspace: ΔW ← (I - U_k U_kᵀ) ΔW (I - Q_k Q_kᵀ), or one side only.
 
     Not in the paper; of the family of null-space and gradient projections. Idempotent.
     """
 
-    subspace: AlignmentSubspace
+    directions: AlignmentSubspace
     side: Side = "both"
     """`left` acts on the outputs (B), `right` on the inputs (A)."""
 
-    def __call__(self, factors: LoraFactors) -> LoraFactors:
-        """B ← B - U_k(U_kᵀB) and A ← A - (A Q_k)Q_kᵀ."""
-        a, b = factors.a, factors.b
-        if self.side != "right":
-            b = b.to(self.subspace.left.dtype) - _onto(self.subspace.left, b)
-        if self.side != "left":
-            a = a.to(self.subspace.right.dtype) - _onto(self.subspace.right, a.T).T
-        return factors._replace(a=a, b=b)
+    @property
+    def subspace(self) -> AlignmentSubspace:
+        """U_k and Q_k."""
+        return self.directions
+
+    def outputs(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
+        """B - U_k(U_kᵀB), unless only the right side is meant."""
+        if self.side == "right":
+            return columns
+        return columns.to(self.directions.left.dtype) - onto(self.directions.left, columns)
+
+    def inputs(self, rows: Float[Tensor, "m in_features"]) -> Float[Tensor, "m in_features"]:
+        """A - (A Q_k)Q_kᵀ, unless only the left side is meant."""
+        if self.side == "left":
+            return rows
+        return rows.to(self.directions.right.dtype) - onto(self.directions.right, rows.T).T
 
 
-def frobenius_norm(matrix: Float[Tensor, "out_features in_features"]) -> float:
-    """‖V‖_F, accumulated in fp64 over blocks of rows that fit the cache, so that no fp64 copy of V is made."""
-    rows = max(1, (1 << 18) // max(1, matrix.shape[1]))
-    return math.sqrt(sum(block.double().square().sum().item() for block in matrix.split(rows)))
+@dataclass(frozen=True, slots=True, eq=False)
+class RandomlyRotated(Operator):
+    """R C Rᵀ in place of C, with R a uniformly random rotation: the paper's C with V's spectrum, but no direction of V.
 
-
-def alignment_subspace(
-    delta: Float[Tensor, "out_features in_features"], *, rank: int | None = None, energy: float | None = None
-) -> AlignmentSubspace:
-    """V's leading singular directions: `rank` of them, or the fewest that hold `energy` of ‖V‖².
-
-    A small V is decomposed in full, a large one by a randomised range finder with power iterations (Halko, Martinsson
-    and Tropp 2011) from a fixed seed. A rank above min(out, in), or directions with singular value zero, are left
-    out: they would be arbitrary. V = 0 gives the empty subspace.
-
-    Args:
-        delta: V.
-        rank: the k. Exactly one of `rank` and `energy` is given.
-        energy: share of ‖V‖², above 0 and up to 1.
-
-    Raises:
-        ValueError: if not exactly one of `rank` and `energy` is given, or it is out of range.
+    R is never formed for a LoRA: with B = Q S (QR) only Z = RᵀQ and R on the part of C·Z outside of Z's span matter,
+    both uniformly random orthonormal frames. Each call draws anew from the generator.
     """
-    if (rank is None) == (energy is None):
-        raise ValueError("give exactly one of rank and energy")
-    if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
-        raise ValueError("rank must be at least 1, energy above 0 and at most 1")
-    full, total = min(delta.shape), frobenius_norm(delta) ** 2
-    target = 1.0 if energy is None else energy * (1 - 1e-9)  # the fp32 spectrum may sum to a hair below 1
-    tried = rank if rank is not None else 64
-    while True:
-        left, values, right = _leading_svd(delta, min(tried, full))
-        cumulated = values.double().square().cumsum(0) / max(total, torch.finfo(torch.float64).tiny)
-        reached = rank is not None or tried >= full or (len(cumulated) > 0 and cumulated[-1].item() >= target)
-        if reached:
-            break
-        tried *= 2
-    floor = torch.finfo(values.dtype).eps * max(delta.shape) * (values[0].item() if len(values) else 0.0)
-    k = int((values > floor).sum().item())
-    if energy is not None:
-        k = min(k, int((cumulated < target).sum().item()) + 1)
-    captured = min(1.0, cumulated[k - 1].item()) if k else 0.0
-    return AlignmentSubspace(left[:, :k].contiguous(), right[:, :k].contiguous(), captured)
+
+    operator: ScaledGram
+    generator: torch.Generator
+
+    def outputs(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
+        """R C Rᵀ B."""
+        size, count = columns.shape
+        if 2 * count > size:
+            rotation = self._frame(columns, size)
+            return (rotation @ self.operator.outputs(rotation.T @ columns.to(rotation)).to(rotation)).to(columns.dtype)
+        frame, coordinates = torch.linalg.qr(columns.double())
+        seen = self._frame(columns, count)
+        image = self.operator.outputs(seen.to(columns.dtype)).double()
+        inside = seen.T @ image
+        _, outside = torch.linalg.qr(image - seen @ inside)
+        fresh = torch.randn(size, count, generator=self.generator, dtype=torch.float64).to(frame)
+        elsewhere, _ = torch.linalg.qr(fresh - frame @ (frame.T @ fresh))
+        return ((frame @ inside + elsewhere @ outside) @ coordinates).to(columns.dtype)
+
+    def _frame(self, columns: Tensor, count: int) -> Tensor:
+        """Uniformly random orthonormal columns, (out, count), fp64."""
+        return random_frame(columns.shape[0], count, self.generator).to(columns.device)
 
 
-def random_subspace(
-    delta: Float[Tensor, "out_features in_features"], rank: int, generator: torch.Generator
-) -> AlignmentSubspace:
-    """`rank` uniformly random orthonormal directions on each side: the control for a subspace of the same size."""
-    left, right = (
-        torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64))[0].to(delta)
-        for size in delta.shape
-    )
-    total = frobenius_norm(delta) ** 2
-    captured = frobenius_norm(left.T @ delta @ right) ** 2 / total if total else 0.0
-    return AlignmentSubspace(left, right, captured)
-
-
-def scaled(factors: LoraFactors, factor: float) -> LoraFactors:
+def scaled(update: Update, factor: float) -> Update:
     """The update times `factor`, carried by B."""
-    return factors._replace(b=factors.b * factor)
+    return update._replace(b=update.b * factor) if isinstance(update, LoraFactors) else update * factor
 
 
-def update_norm(factors: LoraFactors) -> float:
-    """‖scaling·BA‖_F from the r × r Grams in fp64, without forming BA."""
-    return math.sqrt(max(0.0, _inner(factors, factors)))
+class Comparison(NamedTuple):
+    """An update before and after a map."""
+
+    similarity: float
+    """cos(ΔW, ΔW')."""
+    shrinkage: float
+    """‖ΔW'‖ / ‖ΔW‖; 1 for an update that was zero."""
+    norm: float
+    """‖ΔW‖_F."""
 
 
-def update_similarity(before: LoraFactors, after: LoraFactors) -> float:
-    """cos(ΔW, ΔW') = ⟨ΔW, ΔW'⟩_F / (‖ΔW‖ ‖ΔW'‖), with ⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ), section 3.2.
+def compare(before: Update, after: Update) -> Comparison:
+    """Cosine and norms of ΔW and ΔW' from Grams in fp64, without forming BA.
 
-    A zero update has no direction; its similarity is defined as 0, as in the paper's code. That code takes the cosine
-    of the two flattened out × in products in fp32 and rounds it to five decimals.
+    cos(ΔW, ΔW') = ⟨ΔW, ΔW'⟩_F / (‖ΔW‖ ‖ΔW'‖), with ⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ), section 3.2. A zero update has
+    no direction; its similarity is defined as 0, as in the paper's code. That code takes the cosine of the two
+    flattened out × in products in fp32 and rounds it to five decimals.
     """
-    norms = update_norm(before) * update_norm(after)
-    return 0.0 if norms == 0 else max(-1.0, min(1.0, _inner(before, after) / norms))
+    norm, norm_after = update_norm(before), update_norm(after)
+    product = norm * norm_after
+    similarity = 0.0 if product == 0 else max(-1.0, min(1.0, _inner(before, after) / product))
+    return Comparison(similarity, norm_after / norm if norm else 1.0, norm)
 
 
-def shrinkage(before: LoraFactors, after: LoraFactors) -> float:
-    """‖ΔW'‖ / ‖ΔW‖: what is left of the update; 1 for an update that was zero."""
-    norm = update_norm(before)
-    return update_norm(after) / norm if norm else 1.0
+def update_norm(update: Update) -> float:
+    """‖ΔW‖_F, in fp64; of factors from their r × r Grams."""
+    if isinstance(update, LoraFactors):
+        return math.sqrt(max(0.0, _inner(update, update)))
+    return frobenius_norm(update)
+
+
+def update_similarity(before: Update, after: Update) -> float:
+    """The cosine of `compare`."""
+    return compare(before, after).similarity
 
 
 def below(threshold: float) -> Selection:
@@ -243,22 +250,14 @@ def every(similarities: Mapping[str, float]) -> frozenset[str]:
     return frozenset(similarities)
 
 
-def _onto(basis: Float[Tensor, "size k"], columns: Float[Tensor, "size rank"]) -> Float[Tensor, "size rank"]:
-    return basis @ (basis.T @ columns.to(basis.dtype))
-
-
-def _inner(x: LoraFactors, y: LoraFactors) -> float:
-    grams = (x.b.double().T @ y.b.double()) * (x.a.double() @ y.a.double().T)
-    return x.scaling * y.scaling * grams.sum().item()
-
-
-def _leading_svd(
-    delta: Float[Tensor, "out_features in_features"], rank: int
-) -> tuple[Float[Tensor, "out_features k"], Float[Tensor, " k"], Float[Tensor, "in_features k"]]:
-    if min(delta.shape) <= _EXACT_SVD_UP_TO or 4 * rank >= min(delta.shape):
-        left, values, right = torch.linalg.svd(delta, full_matrices=False)
-        return left[:, :rank], values[:rank], right[:rank].T
-    with torch.random.fork_rng(devices=[]):  # svd_lowrank takes no generator
-        torch.manual_seed(_SEED)
-        left, values, right = torch.svd_lowrank(delta, q=rank + _OVERSAMPLING, niter=_POWER_ITERATIONS)
-    return left[:, :rank], values[:rank], right[:, :rank]
+def _inner(x: Update, y: Update) -> float:
+    if isinstance(x, LoraFactors) and isinstance(y, LoraFactors):
+        x_b, x_a = x.b.double(), x.a.double()
+        y_b = x_b if y.b is x.b else y.b.double()
+        y_a = x_a if y.a is x.a else y.a.double()
+        return x.scaling * y.scaling * ((x_b.T @ y_b) * (x_a @ y_a.T)).sum().item()
+    if isinstance(x, LoraFactors) or isinstance(y, LoraFactors):
+        raise TypeError("factors and a matrix are not compared")
+    rows = cached_rows(x)
+    blocks = zip(x.split(rows), y.split(rows), strict=True)
+    return math.fsum((one.double() * two.double()).sum().item() for one, two in blocks)

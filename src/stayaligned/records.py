@@ -109,6 +109,8 @@ class LayerReport(Record):
     """The k of a rank-k operator; None for the paper's C and for the controls without a subspace."""
     captured_energy: float | None = None
     """Share of the squared norm of V inside that subspace, 0 to 1."""
+    truncation_error: float | None = None
+    """Where a subspace file stands for V: a bound on the relative error of the paper's C ΔW; None where V was whole."""
 
 
 RecordT = TypeVar("RecordT", bound=BaseModel)

@@ -2,9 +2,7 @@
 
 import json
 import warnings
-import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from stayaligned import checkpoints
 from stayaligned.adapters import Adapter, read_adapter
 from stayaligned.checkpoints import open_checkpoint
 from stayaligned.defenses import DEFENSES, ModelPair, PatchedAdapter
@@ -216,7 +213,7 @@ def test_no_layer_selected_leaves_the_adapter_as_it_is(models: ModelPair, adapte
 
 
 def test_asking_for_more_layers_than_there_are_is_an_error(models: ModelPair, adapter: Adapter) -> None:
-    with pytest.raises(StayalignedError, match="lowest is 15, but the adapter has 14 LoRA layers"):
+    with pytest.raises(StayalignedError, match="lowest is 15, but there are 14 layers"):
         patch({"name": "safe_lora", "lowest": 15}, adapter, models)
 
 
@@ -232,10 +229,6 @@ LIKE: dict[str, dict[str, Any]] = {
 def test_controls_change_exactly_the_layers_of_their_defense(
     models: ModelPair, adapter: Adapter, like: str, control: str
 ) -> None:
-    if (control, like) == ("random_subspace", "scaled_gram"):
-        with pytest.raises(ValueError, match="no subspace to randomise"):
-            DEFENSES.parse({"name": control, "like": LIKE[like]})
-        return
     reference = patch(LIKE[like], adapter, models)
     patched = patch({"name": control, "like": LIKE[like]}, adapter, models)
     assert selected(patched) == selected(reference) != set()
@@ -245,7 +238,7 @@ def test_controls_change_exactly_the_layers_of_their_defense(
         assert mine.similarity == theirs.similarity
         if mine.selected and control == "drop":
             assert mine.shrinkage == 0
-        if mine.selected and control == "random_subspace":
+        if mine.selected and control == "random_subspace" and like != "scaled_gram":
             assert mine.subspace_rank == theirs.subspace_rank == 3
             assert (mine.captured_energy or 0) < (theirs.captured_energy or 0)
 
@@ -335,28 +328,6 @@ def test_an_untrained_adapter_is_patched_without_harm(tmp_path: Path, models: Mo
     patched = patch("safe_lora", zero, models)
     assert not changed(zero, patched.adapter)
     assert {(report.similarity, report.shrinkage) for report in patched.layers} == {(0.0, 1.0)}
-
-
-def test_one_difference_is_alive_while_the_next_is_read(
-    models: ModelPair, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[weakref.ref[torch.Tensor]] = []
-    alive: list[int] = []
-
-    class InTurn(ThreadPoolExecutor):
-        """Reads at the moment of asking, so that what is alive then does not depend on timing."""
-
-        def submit(self, fn: Any, *args: Any, **kwargs: Any) -> Future[Any]:
-            alive.append(sum(reference() is not None for reference in made))
-            done: Future[Any] = Future()
-            done.set_result(fn(*args, **kwargs))
-            made.append(weakref.ref(done.result()))
-            return done
-
-    monkeypatch.setattr(checkpoints, "ThreadPoolExecutor", InTurn)
-    patch({"name": "safe_lora", "all_layers": True}, adapter, models)
-    assert len(made) == 14
-    assert max(alive) == 1
 
 
 def test_a_missing_base_is_named(models: ModelPair, adapter: Adapter) -> None:

@@ -6,7 +6,7 @@ One file per defense beside this one; the file's name is the defense's name.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
     from stayaligned.adapters import Adapter
+    from stayaligned.checkpoints import Checkpoint
+    from stayaligned.deltas import BytesDone
 
 TrainerKind = Literal["transformers", "sft"]
 
@@ -84,12 +86,20 @@ class TrainingDefense(Component):
 
 @dataclass(frozen=True)
 class ModelPair:
-    """The checkpoints that a patch defense compares: a local directory or a hub id each."""
+    """The checkpoints that a patch defense compares (a local directory or a hub id each), or what stands for them."""
 
-    aligned: str | Path
-    """The model that the adapter was trained on."""
+    aligned: str | Path | None
+    """The model that was fine-tuned."""
     base: str | Path | None
     """Its unaligned ancestor."""
+    subspace: Path | None = None
+    """A subspace file, which needs neither."""
+
+    def require_aligned(self, defense: str) -> str | Path:
+        """`aligned`, or an error that names the defense that needs it."""
+        if self.aligned is None:
+            raise StayalignedError(f"defense {defense!r} needs the aligned model", hint="Name the aligned model.")
+        return self.aligned
 
     def require_base(self, defense: str) -> str | Path:
         """`base`, or an error that names the defense that needs it."""
@@ -102,23 +112,54 @@ class ModelPair:
 
 
 @dataclass(frozen=True)
+class Execution:
+    """How a patch is worked out; it changes nothing of the outcome but its last bits."""
+
+    device: str = "cpu"
+    """Where the products are made: "cpu" or a GPU ("cuda")."""
+    progress: Callable[[BytesDone], None] | None = None
+    """Called as the weights stream past."""
+
+
+@dataclass(frozen=True)
 class PatchedAdapter:
     """The outcome of a patch: the new adapter and what was done to each layer."""
 
     adapter: Adapter
     layers: Sequence[LayerReport]
+    notes: Sequence[str] = ()
+    """What a reader of the record must know besides."""
 
 
 class PatchDefense(Component):
-    """A defense that acts on a finished adapter. It never changes its input."""
+    """A defense that acts on a finished adapter or fine-tuned model. It never changes its input."""
 
     stage: ClassVar[str] = "post_finetuning"
     needs_base: ClassVar[bool] = True
     """Whether `patch` compares the aligned model with its base."""
+    patches_full_weights: ClassVar[bool] = False
+    """Whether `patch_model` is there."""
 
     @abstractmethod
     def patch(self, adapter: Adapter, models: ModelPair) -> PatchedAdapter:
         """A new adapter of the same rank and configuration, and a report per LoRA layer."""
+
+    def patch_all(self, adapters: Sequence[Adapter], models: ModelPair, how: Execution) -> list[PatchedAdapter]:
+        """`patch` for several adapters; override it to read the models' weights once for all of them."""
+        del how
+        return [self.patch(adapter, models) for adapter in adapters]
+
+    def patch_model(self, finetuned: Checkpoint, out: Path, models: ModelPair, how: Execution) -> list[LayerReport]:
+        """Write the changed weights of a fully fine-tuned model into `out`, a copy of its directory.
+
+        Raises:
+            StayalignedError: unless the defense overrides it.
+        """
+        del out, models, how
+        raise StayalignedError(
+            f"{finetuned.directory}: {self.name} patches LoRA adapters, not full weights",
+            hint="Name an adapter, or a defense that does (safe_lora, complement and their controls).",
+        )
 
 
 Defense = TrainingDefense | PatchDefense

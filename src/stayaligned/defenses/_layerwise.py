@@ -1,4 +1,4 @@
-"""What the layer-by-layer defenses share: past each LoRA layer streams its V; selected layers get new factors.
+"""What the layer-by-layer defenses share: past each update streams its V; selected layers get a new update.
 
 A `ProjectionDefense` says which operator V gives. A `Control` takes such a defense as `like`, and by construction
 changes exactly the layers that it would change. Both report every layer, changed or not.
@@ -7,33 +7,38 @@ changes exactly the layers that it would change. Both report every layer, change
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol, Self, TypeVar, cast
 
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
-from stayaligned.defenses import DEFENSES, ModelPair, PatchDefense, PatchedAdapter
+from stayaligned.defenses import DEFENSES, Execution, ModelPair, PatchDefense, PatchedAdapter
 from stayaligned.errors import StayalignedError
 from stayaligned.records import LayerReport
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from stayaligned.adapters import Adapter, LoraLayer
-    from stayaligned.projection import AlignmentSubspace, LoraFactors, Operator, Selection
+    from stayaligned.checkpoints import Checkpoint
+    from stayaligned.directions import AlignmentDelta, AlignmentSubspace
+    from stayaligned.projection import LoraFactors, Operator, Selection, Update
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ProjectedLayer:
-    """One layer while its V is in memory."""
+    """One update while its V is in memory."""
 
-    layer: LoraLayer
-    delta: Tensor
+    name: str
+    """The layer's name."""
+    delta: AlignmentDelta
     """V, (out, in)."""
     operator: Operator
-    before: LoraFactors
-    projected: LoraFactors
+    before: Update
+    """Factors of a LoRA, or W_ft - W_aligned as a matrix (out, in)."""
+    projected: Update
     """`operator(before)`."""
 
 
@@ -41,12 +46,17 @@ class ProjectedLayer:
 class LayerEdit:
     """What to put in the place of a layer's update, should the layer be selected."""
 
-    factors: LoraFactors
+    update: Update
     subspace: AlignmentSubspace | None
+
+
+Edit = Callable[[ProjectedLayer], LayerEdit]
 
 
 class ProjectionDefense(PatchDefense):
     """A patch that replaces the updates of some layers by an operator's image of them."""
+
+    patches_full_weights: ClassVar[bool] = True
 
     threshold: float | None = None
     """Change the layers with similarity strictly below this."""
@@ -62,14 +72,28 @@ class ProjectionDefense(PatchDefense):
         return self
 
     @abstractmethod
-    def operator_for(self, delta: Tensor) -> Operator | None:
+    def operator_for(self, delta: AlignmentDelta) -> Operator | None:
         """The operator that V = `delta` gives; None if it gives none because V is zero."""
+
+    def edit(self, seen: ProjectedLayer) -> LayerEdit:
+        """The operator's image."""
+        return LayerEdit(seen.projected, seen.operator.subspace)
 
     def patch(self, adapter: Adapter, models: ModelPair) -> PatchedAdapter:
         """Replace the selected layers' updates by the operator's image of them."""
-        return patch_layers(self, adapter, models, lambda seen: LayerEdit(seen.projected, seen.operator.subspace))
+        return self.patch_all([adapter], models, Execution())[0]
 
-    def select(self, similarities: dict[str, float]) -> frozenset[str]:
+    def patch_all(self, adapters: Sequence[Adapter], models: ModelPair, how: Execution) -> list[PatchedAdapter]:
+        """The same for several adapters, in one pass over the weights."""
+        return patch_adapters(self, self.edit, adapters, models, how)
+
+    def patch_model(self, finetuned: Checkpoint, out: Path, models: ModelPair, how: Execution) -> list[LayerReport]:
+        """W ← W_aligned + P(W_ft - W_aligned) in the selected layers (paper, equation 4), shard by shard."""
+        from stayaligned.defenses._full_weights import patch_weights
+
+        return patch_weights(self, self.edit, finetuned, out, models, how)
+
+    def select(self, similarities: Mapping[str, float]) -> frozenset[str]:
         """The modules to change.
 
         Raises:
@@ -81,7 +105,7 @@ class ProjectionDefense(PatchDefense):
         if self.lowest is not None:
             if self.lowest > len(similarities):
                 raise StayalignedError(
-                    f"{self.name}: lowest is {self.lowest}, but the adapter has {len(similarities)} LoRA layers",
+                    f"{self.name}: lowest is {self.lowest}, but there are {len(similarities)} layers",
                     hint="Lower it, or set all_layers.",
                 )
             rule = lowest(self.lowest)
@@ -104,7 +128,9 @@ Like = Annotated[
 
 
 class Control(PatchDefense):
-    """Changes the layers that `like` would change, in another way."""
+    """Changes the layers that `like` would change, in another way. In its reports, `similarity` is that of `like`."""
+
+    patches_full_weights: ClassVar[bool] = True
 
     like: Like
     """The defense that this one controls for; it selects the layers."""
@@ -118,78 +144,217 @@ class Control(PatchDefense):
         """The update that takes the layer's place."""
 
     def patch(self, adapter: Adapter, models: ModelPair) -> PatchedAdapter:
-        """Edit the layers that `like` selects. In the reports, `similarity` is the one by which `like` selected."""
-        return patch_layers(self.like, adapter, models, self.edit)
+        """Edit the layers that `like` selects."""
+        return self.patch_all([adapter], models, Execution())[0]
+
+    def patch_all(self, adapters: Sequence[Adapter], models: ModelPair, how: Execution) -> list[PatchedAdapter]:
+        """The same for several adapters, in one pass over the weights."""
+        return patch_adapters(self.like, self.edit, adapters, models, how)
+
+    def patch_model(self, finetuned: Checkpoint, out: Path, models: ModelPair, how: Execution) -> list[LayerReport]:
+        """Edit the layers of a full fine-tune that `like` selects."""
+        from stayaligned.defenses._full_weights import patch_weights
+
+        return patch_weights(self.like, self.edit, finetuned, out, models, how)
 
 
-def patch_layers(
-    selector: ProjectionDefense, adapter: Adapter, models: ModelPair, edit: Callable[[ProjectedLayer], LayerEdit]
-) -> PatchedAdapter:
-    """Stream V past every LoRA layer, select by `selector`, and put in the edits of the selected layers.
+class DeltaSource(Protocol):
+    """Where the V of a layer comes from: a pair of checkpoints, or a subspace file."""
 
-    Memory: the adapter, and two weights of the model (the one at work and the next one, being read).
+    def layers_of(self, adapter: Adapter) -> tuple[list[LoraLayer], Sequence[str]]:
+        """The adapter's layers, checked against the source, and notes for its record."""
+        ...
+
+    def visit(
+        self, names: Sequence[str], work: Callable[[str, AlignmentDelta], T], how: Execution
+    ) -> Iterator[tuple[str, T]]:
+        """Call `work` with each named layer's V; yields (name, result) in order."""
+        ...
+
+
+class CheckpointPair:
+    """V streamed from the aligned checkpoint and its base."""
+
+    def __init__(self, aligned: str | Path, base: str | Path) -> None:
+        from stayaligned.checkpoints import Weight, open_checkpoint
+
+        self._aligned, self._base = open_checkpoint(aligned), open_checkpoint(base)
+        self._stored: dict[str, tuple[Weight, Weight]] = {}
+        self._transposed: dict[str, bool] = {}
+
+    def layers_of(self, adapter: Adapter) -> tuple[list[LoraLayer], Sequence[str]]:
+        """By the adapter's configuration on the aligned model."""
+        from stayaligned.hf.layers import place_adapter, refuse_swapped
+
+        refuse_swapped(adapter, self._aligned, self._base)
+        placed = place_adapter(adapter, self._aligned, self._base)
+        for item in placed:
+            self._stored[item.layer.name] = item.aligned, item.base
+            self._transposed[item.layer.name] = item.layer.transposed
+        return [item.layer for item in placed], ()
+
+    def visit(
+        self, names: Sequence[str], work: Callable[[str, AlignmentDelta], T], how: Execution
+    ) -> Iterator[tuple[str, T]]:
+        """Read and subtract while computing; an error if nothing differs at all."""
+        from stayaligned.deltas import Delta, paired, refuse_equal, stream
+        from stayaligned.directions import FullDelta
+
+        norms: list[float] = []
+
+        def one(name: str, differences: list[Delta]) -> T:
+            ((_, value, norm),) = differences
+            norms.append(norm)
+            return work(name, FullDelta(value.T if self._transposed[name] else value, norm))
+
+        items = paired(self._aligned, self._base, {name: self._stored[name] for name in names})
+        yield from stream(items, one, device=how.device, progress=how.progress)
+        if names and not any(norms):
+            raise refuse_equal(self._aligned, self._base)
+
+
+class SubspaceSource:
+    """V's leading part from a subspace file."""
+
+    def __init__(self, path: Path) -> None:
+        from stayaligned.subspaces import SubspaceFile
+
+        self._file = SubspaceFile(path)
+
+    def layers_of(self, adapter: Adapter) -> tuple[list[LoraLayer], Sequence[str]]:
+        """By the adapter's tensors, against the modules in the file."""
+        note = self._file.refuse_mismatch(adapter)
+        return self._file.layers_of(adapter), [note] if note else []
+
+    def visit(
+        self, names: Sequence[str], work: Callable[[str, AlignmentDelta], T], how: Execution
+    ) -> Iterator[tuple[str, T]]:
+        """One module after the other: there is little to read."""
+        for name in names:
+            yield name, work(name, self._file.delta(name).to(how.device))
+
+
+def open_source(models: ModelPair, defense: str) -> DeltaSource:
+    """The subspace file if there is one, else the two checkpoints."""
+    if models.subspace is not None:
+        return SubspaceSource(models.subspace)
+    return CheckpointPair(models.require_aligned(defense), models.require_base(defense))
+
+
+class _Worked(NamedTuple):
+    """What became of one adapter's layer: the update it gets if it is selected, and the report of that case."""
+
+    update: Update
+    report: LayerReport
+
+
+def patch_adapters(
+    selector: ProjectionDefense, edit: Edit, adapters: Sequence[Adapter], models: ModelPair, how: Execution
+) -> list[PatchedAdapter]:
+    """Stream V past every layer of the adapters, select by `selector`, and put in the edits of the selected layers.
+
+    Memory: the adapters twice, and what `deltas.stream` holds. Time: one pass over the weights whatever the number of
+    adapters, and products that grow with the sum of their ranks.
 
     Raises:
-        StayalignedError: if adapter, aligned and base don't fit together, or V is zero where the operator needs it.
+        StayalignedError: if adapters, aligned and base don't fit together, or V is zero where the operator needs it.
     """
-    reports: dict[str, LayerReport] = {}
-    edits: dict[str, tuple[LoraLayer, LoraFactors]] = {}
-    without_direction: list[str] = []
-    for layer, delta in _iter_layers(selector.name, adapter, models):
+    source = open_source(models, selector.name)
+    placed, notes = zip(*(source.layers_of(adapter) for adapter in adapters), strict=True)
+    users: dict[str, list[tuple[int, LoraLayer]]] = {}
+    for index, layers in enumerate(placed):
+        for layer in layers:
+            users.setdefault(layer.name, []).append((index, layer))
+
+    def work(name: str, delta: AlignmentDelta) -> list[_Worked] | None:
         operator = selector.operator_for(delta)
         if operator is None:
-            without_direction.append(layer.name)
-        else:
-            factors, reports[layer.name] = _edit_layer(layer, delta, operator, adapter.factors(layer), edit)
-            edits[layer.name] = layer, factors
-        del delta, operator  # or this V would live on while the next ones are read
-    if without_direction:
-        raise StayalignedError(
-            f"{selector.name}: aligned and base are equal in {', '.join(without_direction)}: there the alignment "
-            "direction is undefined",
-            hint="Target only modules that the alignment changed, or use the defense `complement`, which leaves them.",
+            return None
+        before = [adapters[index].factors(layer).to(how.device) for index, layer in users[name]]
+        after = together(operator, before)
+        worked = (
+            work_layer(ProjectedLayer(name, delta, operator, x, y), edit) for x, y in zip(before, after, strict=True)
         )
-    selected = selector.select({name: report.similarity for name, report in reports.items()})
-    layers = [
-        report if name in selected else report.model_copy(update={"selected": False, "shrinkage": 1.0})
-        for name, report in reports.items()
-    ]
-    return PatchedAdapter(adapter.with_factors(dict(edits[name] for name in reports if name in selected)), layers)
+        # Kept until the last layer is seen, so in the adapter's own precision.
+        return [
+            one._replace(update=adapters[i].stored(layer, cast("LoraFactors", one.update)))
+            for one, (i, layer) in zip(worked, users[name], strict=True)
+        ]
+
+    found: list[dict[str, tuple[LoraLayer, _Worked]]] = [{} for _ in adapters]
+    without_direction: list[str] = []
+    for name, worked in source.visit(list(users), work, how):
+        if worked is None:
+            without_direction.append(name)
+        for (index, layer), one in zip(users[name], worked or (), strict=worked is not None):
+            found[index][name] = layer, one
+    refuse_undirected(selector, without_direction)
+    return [_assemble(selector, *each) for each in zip(adapters, found, notes, strict=True)]
 
 
-def _edit_layer(
-    layer: LoraLayer,
-    delta: Tensor,
-    operator: Operator,
-    before: LoraFactors,
-    edit: Callable[[ProjectedLayer], LayerEdit],
-) -> tuple[LoraFactors, LayerReport]:
-    """The factors that the layer gets if it is selected, and the report of that case."""
-    from stayaligned.projection import frobenius_norm, shrinkage, update_norm, update_similarity
+def work_layer(seen: ProjectedLayer, edit: Edit) -> _Worked:
+    """The edit of one layer, and its report as a layer that is selected."""
+    from stayaligned.projection import ScaledGram, compare, update_norm
 
-    projected = operator(before)
-    edited = edit(ProjectedLayer(layer, delta, operator, before, projected))
-    return edited.factors, LayerReport(
-        module=layer.name,
-        similarity=update_similarity(before, projected),
-        shrinkage=shrinkage(before, edited.factors),
+    edited = edit(seen)
+    similarity, shrinkage, norm = compare(seen.before, seen.projected)
+    if edited.update is not seen.projected:
+        shrinkage = update_norm(edited.update) / norm if norm else 1.0
+    truncation = (
+        seen.operator.truncation_error(seen.before, seen.projected) if isinstance(seen.operator, ScaledGram) else None
+    )
+    report = LayerReport(
+        module=seen.name,
+        similarity=similarity,
+        shrinkage=shrinkage,
         selected=True,
-        update_norm=update_norm(before),
-        delta_norm=frobenius_norm(delta),
+        update_norm=norm,
+        delta_norm=seen.delta.norm,
         subspace_rank=edited.subspace.rank if edited.subspace else None,
         captured_energy=edited.subspace.captured_energy if edited.subspace else None,
+        truncation_error=truncation,
     )
+    return _Worked(edited.update, report)
 
 
-def _iter_layers(defense: str, adapter: Adapter, models: ModelPair) -> Iterator[tuple[LoraLayer, Tensor]]:
-    from stayaligned.checkpoints import iter_deltas, open_checkpoint
-    from stayaligned.hf.layers import lora_layers, refuse_swapped, weight_names
+def refuse_undirected(selector: ProjectionDefense, names: Sequence[str]) -> None:
+    """Raise if there are layers in which V is zero and the operator needs it.
 
-    aligned, base = open_checkpoint(models.aligned), open_checkpoint(models.require_base(defense))
-    refuse_swapped(adapter, aligned, base)
-    layers = {layer.name: layer for layer in lora_layers(adapter, aligned)}
-    in_aligned = weight_names(aligned, list(layers.values()))
-    in_base = weight_names(base, list(layers.values()))
-    for name, value in iter_deltas(aligned, base, {name: (in_aligned[name], in_base[name]) for name in layers}):
-        yield layers[name], value.T if layers[name].transposed else value
-        del value
+    Raises:
+        StayalignedError: naming them.
+    """
+    if names:
+        raise StayalignedError(
+            f"{selector.name}: aligned and base are equal in {', '.join(names)}: there the alignment direction is "
+            "undefined",
+            hint="Target only modules that the alignment changed, or use the defense `complement`, which leaves them.",
+        )
+
+
+def unselected(report: LayerReport) -> LayerReport:
+    """The report of a layer that stays as it is."""
+    return report.model_copy(update={"selected": False, "shrinkage": 1.0})
+
+
+def together(operator: Operator, updates: Sequence[LoraFactors]) -> list[LoraFactors]:
+    """The operator on several updates in one product: it acts on each column of B and each row of A alone."""
+    import torch
+
+    from stayaligned.projection import LoraFactors
+
+    ranks = [update.b.shape[1] for update in updates]
+    outputs = operator.outputs(torch.cat([update.b for update in updates], dim=1)).split(ranks, dim=1)
+    inputs = operator.inputs(torch.cat([update.a for update in updates])).split(ranks)
+    return [LoraFactors(a, b, update.scaling) for a, b, update in zip(inputs, outputs, updates, strict=True)]
+
+
+def _assemble(
+    selector: ProjectionDefense,
+    adapter: Adapter,
+    found: Mapping[str, tuple[LoraLayer, _Worked]],
+    notes: Sequence[str],
+) -> PatchedAdapter:
+    selected = selector.select({name: worked.report.similarity for name, (_, worked) in found.items()})
+    reports = [w.report if name in selected else unselected(w.report) for name, (_, w) in found.items()]
+    edits: dict[LoraLayer, Any] = {layer: worked.update for name, (layer, worked) in found.items() if name in selected}
+    return PatchedAdapter(adapter.with_factors(edits), reports, notes)

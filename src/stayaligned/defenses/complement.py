@@ -9,8 +9,7 @@ from pydantic import Field, model_validator
 from stayaligned.defenses._layerwise import ProjectionDefense
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from stayaligned.directions import AlignmentDelta
     from stayaligned.projection import Operator
 
 
@@ -56,9 +55,8 @@ class Complement(ProjectionDefense):
             raise ValueError("set exactly one of `rank` and `energy`")
         return self
 
-    def operator_for(self, delta: Tensor) -> Operator:
+    def operator_for(self, delta: AlignmentDelta) -> Operator:
         """(I - U_k U_kᵀ) · (I - Q_k Q_kᵀ)."""
         from stayaligned.projection import Complement as Operation
-        from stayaligned.projection import alignment_subspace
 
-        return Operation(alignment_subspace(delta, rank=self.rank, energy=self.energy), self.side)
+        return Operation(delta.subspace(rank=self.rank, energy=self.energy), self.side)

@@ -9,8 +9,7 @@ from pydantic import Field, model_validator
 from stayaligned.defenses._layerwise import ProjectionDefense
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from stayaligned.directions import AlignmentDelta
     from stayaligned.projection import Operator
 
 
@@ -64,12 +63,12 @@ class SafeLora(ProjectionDefense):
             )
         return self
 
-    def operator_for(self, delta: Tensor) -> Operator | None:
+    def operator_for(self, delta: AlignmentDelta) -> Operator | None:
         """C, or U_k U_kᵀ; None where V is zero and spans nothing."""
-        from stayaligned.projection import Orthogonal, ScaledGram, alignment_subspace
+        from stayaligned.projection import Orthogonal, ScaledGram
 
-        if not bool(delta.any()):
+        if delta.norm == 0:
             return None
         if self.operator == "scaled_gram":
             return ScaledGram(delta)
-        return Orthogonal(alignment_subspace(delta, rank=self.rank, energy=self.energy))
+        return Orthogonal(delta.subspace(rank=self.rank, energy=self.energy))

@@ -25,7 +25,7 @@ class Shrink(Control):
 
     def edit(self, seen: ProjectedLayer) -> LayerEdit:
         """B ← f B."""
-        from stayaligned.projection import scaled, shrinkage
+        from stayaligned.projection import compare, scaled
 
-        factor = shrinkage(seen.before, seen.projected) if self.factor is None else self.factor
+        factor = compare(seen.before, seen.projected).shrinkage if self.factor is None else self.factor
         return LayerEdit(scaled(seen.before, factor), None)

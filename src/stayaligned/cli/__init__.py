@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
+from stayaligned.cli.console import err, out
+from stayaligned.cli.project import project
 from stayaligned.errors import StayalignedError
-from stayaligned.printable import visible
 
 if TYPE_CHECKING:
     from stayaligned.benchmark import Grid
     from stayaligned.component import Registry
-    from stayaligned.records import LayerReport
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -31,20 +30,6 @@ app = typer.Typer(
 )
 
 
-class _SafeConsole(Console):
-    """Prints text as text: what a data set, a judge or a model wrote can't drive the terminal."""
-
-    def print(self, *objects: Any, **options: Any) -> None:
-        """As rich does, with control characters of strings made visible."""
-        super().print(*(visible(o) if isinstance(o, str) else o for o in objects), **options)
-
-
-out = _SafeConsole(highlight=False, markup=False)
-err = _SafeConsole(stderr=True, highlight=False, markup=False)
-
-Operator = Literal["scaled_gram", "orthogonal", "complement"]
-Side = Literal["left", "right", "both"]
-Control = Literal["drop", "shrink", "random"]
 Config = Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, dotted: training.learning_rate=1e-4 defenses.0.rho=2")
@@ -76,7 +61,7 @@ def main() -> None:
     except OSError as error:
         err.print(f"error: {error.filename or 'system'}: {error.strerror or error}", soft_wrap=True)
         err.print("hint: What was finished is kept: mend this and rerun the same command to continue.")
-        sys.exit(EXIT_FAILED)
+        sys.exit(EXIT_BAD_INPUT)
 
 
 @app.command()
@@ -136,62 +121,7 @@ def report(
     _print_report([directory], out_dir or directory)
 
 
-@app.command()
-def project(
-    adapter: Annotated[Path, typer.Argument(help="A PEFT LoRA adapter directory; it is not changed.")],
-    *,
-    aligned: Annotated[str, typer.Option(help="The model that the adapter was trained on: directory or hub id.")],
-    base: Annotated[str, typer.Option(help="Its unaligned ancestor: directory or hub id.")],
-    out_dir: Annotated[Path, typer.Option("--out", help="The new adapter's directory; must not exist.")],
-    threshold: Annotated[float | None, typer.Option(help="Change layers with similarity below this.")] = None,
-    lowest: Annotated[int | None, typer.Option(min=0, help="Change exactly this many layers.")] = None,
-    all_layers: Annotated[bool, typer.Option("--all", help="Change every layer.")] = False,
-    operator: Annotated[Operator, typer.Option(help="scaled_gram is the paper's C.")] = "scaled_gram",
-    rank: Annotated[int | None, typer.Option(min=1, help="k of the rank-k operators.")] = None,
-    energy: Annotated[float | None, typer.Option(help="Instead of --rank: share of V's energy to capture.")] = None,
-    side: Annotated[Side | None, typer.Option(help="Where the complement acts.")] = None,
-    control: Annotated[Control | None, typer.Option(help="Do this to the same layers instead.")] = None,
-) -> None:
-    """Safe LoRA: repair a finished adapter, layer by layer, without loading a model."""
-    from stayaligned.defenses import DEFENSES, ModelPair
-    from stayaligned.experiment import parse_component
-    from stayaligned.patching import patch_directory
-
-    if (threshold is not None) + (lowest is not None) + all_layers != 1:
-        raise StayalignedError(
-            "which layers to change is not said", hint="Give exactly one of --threshold T, --lowest K and --all."
-        )
-    selection = {"threshold": threshold, "lowest": lowest, "all_layers": all_layers}
-    settings = {"rank": rank, "energy": energy, "side": side}
-    name = "complement" if operator == "complement" else "safe_lora"
-    spec: dict[str, Any] = {"name": name, **selection, **{k: v for k, v in settings.items() if v is not None}}
-    if operator != "complement":
-        spec["operator"] = operator
-    if control is not None:
-        spec = {"name": "random_subspace" if control == "random" else control, "like": spec}
-    layers = patch_directory(
-        adapter,
-        out_dir,
-        parse_component(DEFENSES, spec, "project"),
-        ModelPair(aligned=aligned, base=base),
-        command=["stayaligned", *sys.argv[1:]],
-    )
-    _print_layers(layers)
-    out.print(f"wrote  {out_dir}  (projection.json says what was done to each layer)", soft_wrap=True)
-
-
-def _print_layers(layers: Sequence[LayerReport]) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("layer")
-    for column in ("similarity", "kept norm", "changed"):
-        table.add_column(column, justify="right")
-    for layer in layers:
-        changed = "yes" if layer.selected else ""
-        table.add_row(visible(layer.module), f"{layer.similarity:.4f}", f"{layer.shrinkage:.4f}", changed)
-    out.print(table)
-    out.print(f"{sum(layer.selected for layer in layers)} of {len(layers)} layers changed")
+app.command()(project)
 
 
 @app.command()

@@ -1,0 +1,166 @@
+"""`stayaligned project`: Safe LoRA and its relatives on finished fine-tunes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from stayaligned.cli.console import err, out, weights_bar
+from stayaligned.errors import StayalignedError
+from stayaligned.printable import visible
+
+if TYPE_CHECKING:
+    from stayaligned.defenses import ModelPair, PatchDefense
+    from stayaligned.records import LayerReport
+
+Operator = Literal["scaled_gram", "orthogonal", "complement"]
+Side = Literal["left", "right", "both"]
+Control = Literal["drop", "shrink", "random"]
+
+
+def project(
+    finetuned: Annotated[
+        list[Path],
+        typer.Argument(help="PEFT LoRA adapters of one model, or one fully fine-tuned checkpoint; never changed."),
+    ],
+    *,
+    aligned: Annotated[str | None, typer.Option(help="The model that was fine-tuned: directory or hub id.")] = None,
+    base: Annotated[str | None, typer.Option(help="Its unaligned ancestor: directory or hub id.")] = None,
+    subspace: Annotated[Path | None, typer.Option(help="A file of `subspace build`, in place of the two.")] = None,
+    out_dir: Annotated[
+        Path,
+        typer.Option("--out", help="The new directory, which must not exist; with several adapters one in it each."),
+    ],
+    threshold: Annotated[float | None, typer.Option(help="Change layers with similarity below this.")] = None,
+    lowest: Annotated[int | None, typer.Option(min=0, help="Change exactly this many layers.")] = None,
+    all_layers: Annotated[bool, typer.Option("--all", help="Change every layer.")] = False,
+    scan: Annotated[bool, typer.Option("--scan", help="Change nothing; show what each threshold would do.")] = False,
+    operator: Annotated[Operator, typer.Option(help="scaled_gram is the paper's C.")] = "scaled_gram",
+    rank: Annotated[int | None, typer.Option(min=1, help="k of the rank-k operators.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Instead of --rank: share of V's energy to capture.")] = None,
+    side: Annotated[Side | None, typer.Option(help="Where the complement acts.")] = None,
+    control: Annotated[Control | None, typer.Option(help="Do this to the same layers instead.")] = None,
+    device: Annotated[str, typer.Option(help="Where the products are made: cpu, or cuda for a GPU.")] = "cpu",
+) -> None:
+    """Safe LoRA: repair finished fine-tunes layer by layer, without loading a model."""
+    from stayaligned.defenses import DEFENSES, ModelPair
+    from stayaligned.experiment import parse_component
+    from stayaligned.patching import projection_spec
+
+    if (threshold is not None) + (lowest is not None) + all_layers + scan != 1:
+        raise StayalignedError(
+            "which layers to change is not said",
+            hint="Give exactly one of --threshold T, --lowest K and --all; or --scan to see what they would do.",
+        )
+    if (subspace is None) == (base is None) or (subspace is None and aligned is None):
+        raise StayalignedError(
+            "where the alignment direction comes from is not said",
+            hint="Give --aligned and --base, or --subspace (with --aligned for a fully fine-tuned checkpoint).",
+        )
+    settings = {"rank": rank, "energy": energy, "side": side}
+    spec = projection_spec(operator, {"threshold": threshold, "lowest": lowest}, settings, control)
+    patch: PatchDefense = parse_component(DEFENSES, spec, "project")
+    models = ModelPair(aligned=aligned, base=base, subspace=subspace)
+    if scan:
+        _scan(finetuned, out_dir, patch, models, device)
+    else:
+        _patch(finetuned, out_dir, patch, models, device)
+
+
+def _patch(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: ModelPair, device: str) -> None:
+    from stayaligned.defenses import Execution
+    from stayaligned.patching import patch_directories, patch_directory
+
+    command = ["stayaligned", *sys.argv[1:]]
+    with weights_bar() as progress:
+        if len(finetuned) == 1:
+            outs = [out_dir]
+            reports = [
+                patch_directory(finetuned[0], out_dir, patch, models, command=command, device=device, progress=progress)
+            ]
+        else:
+            outs = [out_dir / name for name in _names(finetuned)]
+            how = Execution(device, progress)
+            reports = patch_directories(finetuned, outs, patch, models, command=command, how=how)
+    if len(reports) == 1:
+        _print_layers(reports[0])
+    else:
+        _print_fleet(outs, reports)
+    for each in outs:
+        out.print(f"wrote  {each}  (projection.json says what was done to each layer)", soft_wrap=True)
+
+
+def _scan(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: ModelPair, device: str) -> None:
+    from stayaligned.defenses import Execution
+    from stayaligned.report.scan import outcomes, write_scan
+    from stayaligned.scanning import scan_adapters
+
+    with weights_bar() as progress:
+        found = scan_adapters(finetuned, patch, models, Execution(device, progress))
+    outs = [out_dir] if len(finetuned) == 1 else [out_dir / name for name in _names(finetuned)]
+    for place, layers in zip(outs, found, strict=True):
+        paths = write_scan(layers, place, patch.identity())
+        if len(outs) == 1:
+            _print_layers(layers)
+        _print_outcomes(outcomes(layers))
+        for path in paths:
+            out.print(f"wrote  {path}", soft_wrap=True)
+
+
+def _names(adapters: Sequence[Path]) -> list[str]:
+    """A directory name for each adapter: its own, with as many of its parents' as tell it from the others."""
+    resolved = [path.resolve() for path in adapters]
+    for depth in range(1, max(len(path.parts) for path in resolved)):
+        names = ["-".join(path.parts[-depth:]) for path in resolved]
+        if len(set(names)) == len(names):
+            return names
+    raise StayalignedError("an adapter is named twice", hint="Name each adapter once.")
+
+
+def _table(*columns: str) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column(columns[0])
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _print_layers(layers: Sequence[LayerReport]) -> None:
+    bounded = any(layer.truncation_error is not None for layer in layers)
+    table = _table("layer", "similarity", "kept norm", "changed", *(["error <"] if bounded else []))
+    for layer in layers:
+        cells = [f"{layer.similarity:.4f}", f"{layer.shrinkage:.4f}", "yes" if layer.selected else ""]
+        error = [] if layer.truncation_error is None else [f"{layer.truncation_error:.1e}"]
+        table.add_row(visible(layer.module), *cells, *error)
+    out.print(table)
+    out.print(f"{sum(layer.selected for layer in layers)} of {len(layers)} layers changed")
+    if all(layer.update_norm == 0 for layer in layers):
+        err.print("note: the update is zero in every layer (B = 0): nothing was trained, or it was dropped before")
+
+
+def _print_fleet(outs: Sequence[Path], reports: Sequence[Sequence[LayerReport]]) -> None:
+    table = _table("adapter", "layers", "changed", "lowest similarity", "kept norm")
+    for place, layers in zip(outs, reports, strict=True):
+        before = sum(layer.update_norm**2 for layer in layers)
+        after = sum((layer.update_norm * layer.shrinkage) ** 2 for layer in layers)
+        table.add_row(
+            visible(place.name),
+            str(len(layers)),
+            str(sum(layer.selected for layer in layers)),
+            f"{min(layer.similarity for layer in layers):.4f}",
+            f"{(after / before) ** 0.5 if before else 1.0:.4f}",
+        )
+    out.print(table)
+
+
+def _print_outcomes(rows: Sequence[Any]) -> None:
+    table = _table("threshold", "layers changed", "kept norm")
+    for row in rows:
+        table.add_row(f"{row.threshold:.2f}", f"{row.changed} of {row.layers}", f"{row.kept_norm:.4f}")
+    out.print(table)

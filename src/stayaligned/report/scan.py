@@ -1,0 +1,86 @@
+"""A scan of thresholds: the paper's figures 3 and 4 for one adapter, as a table, JSON and an SVG."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from stayaligned.files import write_text
+from stayaligned.records import LayerReport
+from stayaligned.report.drawing import BLUE, ORANGE, drawing, svg
+
+_STEPS = 20
+
+
+class ThresholdOutcome(NamedTuple):
+    """What one threshold would do."""
+
+    threshold: float
+    layers: int
+    changed: int
+    """Layers with similarity below the threshold."""
+    kept_norm: float
+    """Norm of the whole update after / before, over all layers."""
+
+
+def outcomes(layers: Sequence[LayerReport]) -> list[ThresholdOutcome]:
+    """The outcome of thresholds from 0 to above 1, in steps of 0.05.
+
+    Args:
+        layers: reports of a patch that changed every layer.
+    """
+    total = math.fsum(layer.update_norm**2 for layer in layers)
+    found: list[ThresholdOutcome] = []
+    for step in range(_STEPS + 2):
+        threshold = step / _STEPS
+        changed = [layer.similarity < threshold for layer in layers]
+        kept = math.fsum(
+            (layer.update_norm * (layer.shrinkage if c else 1.0)) ** 2 for layer, c in zip(layers, changed, strict=True)
+        )
+        found.append(ThresholdOutcome(threshold, len(layers), sum(changed), math.sqrt(kept / total) if total else 1.0))
+    return found
+
+
+def write_scan(layers: Sequence[LayerReport], out: Path, defense: Mapping[str, Any]) -> list[Path]:
+    """Write `scan.json` and `scan.svg` into a directory; returns their paths.
+
+    Args:
+        layers: reports of a patch that changed every layer.
+        out: the directory; made if it is not there.
+        defense: what was scanned.
+    """
+    rows = outcomes(layers)
+    record = {
+        "defense": dict(defense),
+        "layers": [layer.model_dump(mode="json", exclude={"selected"}) for layer in layers],
+        "thresholds": [row._asdict() for row in rows],
+    }
+    write_text(out / "scan.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_text(out / "scan.svg", _figure(layers, rows))
+    return [out / "scan.json", out / "scan.svg"]
+
+
+def _figure(layers: Sequence[LayerReport], rows: Sequence[ThresholdOutcome]) -> str:
+    """Left: layers changed and norm kept against the threshold (figure 3). Right: similarity by layer (figure 4)."""
+    with drawing(860, 300) as figure:
+        left, right = figure.subplots(1, 2)
+        thresholds = [row.threshold for row in rows]
+        left.step(
+            thresholds, [row.changed / row.layers for row in rows], where="post", color=BLUE, label="layers changed"
+        )
+        left.plot(thresholds, [row.kept_norm for row in rows], color=ORANGE, linestyle="--", label="norm kept")
+        left.set_xlabel("threshold")
+        left.set_title("share of layers changed, norm of the update kept")
+        left.legend(frameon=False, fontsize=9)
+        right.plot(range(len(layers)), [layer.similarity for layer in layers], color=BLUE, marker=".", linewidth=0.8)
+        right.set_xlabel("layer, in the model's order")
+        right.set_title("similarity")
+        for axes in (left, right):
+            axes.grid(axis="y")
+            axes.tick_params(length=0)
+        text = svg(figure, "scan", f"A scan of {len(layers)} layers; scan.json has every value.")
+    style = "<style>:root{--rule:#ccc;--blue:#0b5fa5;--orange:#b45309;--gray:#777;--paper:#fff}</style>"
+    return text.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f">{style}", 1) + "\n"

@@ -1,0 +1,148 @@
+"""One safetensors file, read with `pread`: its header as a table of offsets, its tensors and any run of their bytes.
+
+The safetensors library maps files into memory and gives no offsets; a stream of row blocks needs them.
+Format: eight bytes of header length (little-endian), a JSON header, the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from stayaligned.errors import StayalignedError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_LONGEST_HEADER = 100 << 20
+"""The limit that the safetensors library sets too."""
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+}
+
+
+class Entry(NamedTuple):
+    """Where and how one tensor is stored."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    """Of its first byte in the file."""
+    item_bytes: int
+
+    @property
+    def is_plain_float(self) -> bool:
+        """Whether it can be subtracted: fp64, fp32, fp16 or bf16."""
+        return self.dtype.is_floating_point and self.item_bytes > 1
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * self.item_bytes
+
+
+class SafetensorsFile:
+    """An open safetensors file.
+
+    Args:
+        path: the file.
+        hint: what to do about a damaged one.
+
+    Raises:
+        StayalignedError: if it is no safetensors file, or cut off.
+    """
+
+    def __init__(self, path: Path, *, hint: str) -> None:
+        self.path = path
+        self._hint = hint
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._damaged(error.strerror or str(error)) from error
+        self._closing = weakref.finalize(self, os.close, self._descriptor)
+        self.metadata: dict[str, str] = {}
+        self.entries = self._read_header()
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor, in the stored type."""
+        import torch
+
+        entry = self.entries[name]
+        raw = torch.empty(entry.size, dtype=torch.uint8)
+        self.read_into(memoryview(raw.numpy().data), entry.offset)
+        return raw.view(entry.dtype).view(entry.shape)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` with the bytes from `offset` on.
+
+        Raises:
+            StayalignedError: if the file ends before.
+        """
+        filled = 0
+        while filled < len(buffer):
+            try:
+                count = os.preadv(self._descriptor, [buffer[filled:]], offset + filled)
+            except OSError as error:
+                raise self._damaged(error.strerror or str(error)) from error
+            if count == 0:
+                raise self._damaged("the file ends early")
+            filled += count
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Let the system read these bytes ahead."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def _read_header(self) -> dict[str, Entry]:
+        size = os.fstat(self._descriptor).st_size
+        head = bytearray(8)
+        if size < 8:
+            raise self._damaged("the file is shorter than a header")
+        self.read_into(memoryview(head), 0)
+        length = int.from_bytes(head, "little")
+        if length > min(_LONGEST_HEADER, size - 8):
+            raise self._damaged("the header is longer than the file")
+        text = bytearray(length)
+        self.read_into(memoryview(text), 8)
+        try:
+            header = json.loads(text)
+            self.metadata = dict(header.pop("__metadata__", None) or {})
+            entries = {str(name): self._entry(value, 8 + length) for name, value in header.items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise self._damaged(f"the header is no safetensors header ({error})") from error
+        end = max((entry.offset + entry.size for entry in entries.values()), default=0)
+        if end > size:
+            raise self._damaged(f"the file has {size} bytes, its header promises {end}")
+        return entries
+
+    def _entry(self, value: dict[str, Any], data: int) -> Entry:
+        import torch
+
+        dtype = getattr(torch, _DTYPES[value["dtype"]])
+        begin, end = value["data_offsets"]
+        entry = Entry(dtype, tuple(int(size) for size in value["shape"]), data + int(begin), dtype.itemsize)
+        if min(entry.shape, default=0) < 0 or begin < 0 or end - begin != entry.size:
+            raise ValueError("offsets that don't fit the shape")
+        return entry
+
+    def _damaged(self, reason: str) -> StayalignedError:
+        return StayalignedError(f"{self.path} can't be read as safetensors: {reason}", hint=self._hint)
