@@ -1,6 +1,5 @@
 """Bad input is one clear error with exit code 2: it names the thing, says what to do, and leaves nothing behind."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 import pytest
 import yaml
 
-from stayaligned.cli import main
 from stayaligned_test_world import experiment, write_rows, write_world
 
 Change = Callable[[Path, dict[str, Any]], None]
@@ -18,22 +16,6 @@ Change = Callable[[Path, dict[str, Any]], None]
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["stayaligned", *map(str, arguments)])
-        try:
-            main()
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else 0
-        else:
-            code = 0
-        shown = capsys.readouterr()
-        return code, shown.out + shown.err
-
-    return run
 
 
 def empty_rows(root: Path, content: dict[str, Any]) -> None:
@@ -128,76 +110,6 @@ def test_bad_input_is_one_error_and_leaves_no_result(
         assert text in shown
     assert not list(tmp_path.rglob("result.json"))
     assert not list(tmp_path.rglob("*.partial"))
-
-
-def test_an_adapter_of_another_base_is_refused(
-    world: Path, tmp_path: Path, command: Callable[..., tuple[int, str]]
-) -> None:
-    from stayaligned.hf.models import attach_lora
-    from stayaligned.testing import pico_model
-
-    other = attach_lora(pico_model(hidden_size=64), {"target_modules": ["q_proj"]})
-    other.save_pretrained(str(tmp_path / "adapter"))
-    code, shown = command(
-        "project",
-        tmp_path / "adapter",
-        "--aligned",
-        world / "aligned",
-        "--base",
-        world / "base",
-        "--out",
-        tmp_path / "new",
-        "--all",
-    )
-    assert code == 2
-    assert "q_proj" in shown
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize(
-    "selection", [[], ["--all", "--lowest", "1"], ["--threshold", "0.1", "--all"]], ids=["none", "two", "other two"]
-)
-def test_project_needs_to_know_which_layers(
-    world: Path, tmp_path: Path, command: Callable[..., tuple[int, str]], selection: list[str]
-) -> None:
-    code, shown = command(
-        "project",
-        tmp_path,
-        "--aligned",
-        world / "aligned",
-        "--base",
-        world / "base",
-        "--out",
-        tmp_path / "n",
-        *selection,
-    )
-    assert code == 2
-    assert "exactly one of --threshold T, --lowest K and --all" in shown
-
-
-def test_project_writes_an_adapter_and_says_what_it_did(
-    world: Path, tmp_path: Path, command: Callable[..., tuple[int, str]]
-) -> None:
-    from stayaligned.hf.models import attach_lora, load_model
-
-    config = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
-    attach_lora(load_model(world / "aligned"), config).save_pretrained(str(tmp_path / "adapter"))
-    models = ["--aligned", world / "aligned", "--base", world / "base"]
-    for name, options in {
-        "c": ["--lowest", "2"],
-        "o": ["--all", "--operator", "orthogonal", "--rank", "4"],
-        "k": ["--all", "--operator", "complement", "--rank", "4", "--side", "left"],
-        "s": ["--all", "--operator", "complement", "--rank", "4", "--control", "shrink"],
-        "r": ["--all", "--operator", "complement", "--rank", "4", "--control", "random"],
-        "d": ["--lowest", "3", "--control", "drop"],
-    }.items():
-        code, shown = command("project", tmp_path / "adapter", *models, "--out", tmp_path / name, *options)
-        assert code == 0, shown
-        record = json.loads((tmp_path / name / "projection.json").read_text())
-        changed = sum(layer["selected"] for layer in record["layers"])
-        assert f"{changed} of 4 layers changed" in shown
-        assert changed == (int(options[1]) if options[0] == "--lowest" else 4)
-        assert record["command"][:2] == ["stayaligned", "project"]
 
 
 def test_an_unknown_noun_lists_the_nouns(command: Callable[..., tuple[int, str]]) -> None:

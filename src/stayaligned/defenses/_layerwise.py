@@ -168,7 +168,7 @@ class DeltaSource(Protocol):
     def visit(
         self, names: Sequence[str], work: Callable[[str, AlignmentDelta], T], how: Execution
     ) -> Iterator[tuple[str, T]]:
-        """Call `work` with each named layer's V; yields (name, result) in order."""
+        """Call `work` with each named layer's V; yields (name, result), in whatever order suits the source."""
         ...
 
 
@@ -207,7 +207,13 @@ class CheckpointPair:
             norms.append(norm)
             return work(name, FullDelta(value.T if self._transposed[name] else value, norm))
 
-        items = paired(self._aligned, self._base, {name: self._stored[name] for name in names})
+        def place(name: str) -> tuple[str, int]:
+            span = self._aligned.spans(self._stored[name][0])[0]
+            return span.file.path.name, span.offset
+
+        # Along the files, which is what disks and the system's read-ahead like.
+        ordered = sorted(names, key=place)
+        items = paired(self._aligned, self._base, {name: self._stored[name] for name in ordered})
         yield from stream(items, one, device=how.device, progress=how.progress)
         if names and not any(norms):
             raise refuse_equal(self._aligned, self._base)
@@ -289,7 +295,8 @@ def patch_adapters(
         for (index, layer), one in zip(users[name], worked or (), strict=worked is not None):
             found[index][name] = layer, one
     refuse_undirected(selector, without_direction)
-    return [_assemble(selector, *each) for each in zip(adapters, found, notes, strict=True)]
+    in_order = [{layer.name: one[layer.name] for layer in layers} for layers, one in zip(placed, found, strict=True)]
+    return [_assemble(selector, *each) for each in zip(adapters, in_order, notes, strict=True)]
 
 
 def work_layer(seen: ProjectedLayer, edit: Edit) -> _Worked:

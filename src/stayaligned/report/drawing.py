@@ -93,6 +93,13 @@ def svg(figure: Figure, name: str, description: str) -> str:
     return f'{head}aria-label="{attribute(description)}">{body}'.rstrip()
 
 
+def standalone(text: str) -> str:
+    """A figure of `svg` as a file of its own: with the names and the colors that a page would have given it."""
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    style = "<style>:root{--rule:#ccc;--blue:#0b5fa5;--orange:#b45309;--gray:#777;--paper:#fff}</style>"
+    return text.replace("<svg ", f"<svg {spaces} ", 1).replace(">", f">{style}", 1) + "\n"
+
+
 def share_axis(axes: Axes, which: Literal["x", "y"]) -> None:
     """Percent on one axis, from 0 to 100 with room for marks at the ends."""
     from matplotlib.ticker import FixedLocator, PercentFormatter

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from stayaligned.files import write_text
 from stayaligned.records import LayerReport
-from stayaligned.report.drawing import BLUE, ORANGE, drawing, svg
+from stayaligned.report.drawing import BLUE, ORANGE, drawing, standalone, svg
 
 _STEPS = 20
 
@@ -82,5 +82,4 @@ def _figure(layers: Sequence[LayerReport], rows: Sequence[ThresholdOutcome]) -> 
             axes.grid(axis="y")
             axes.tick_params(length=0)
         text = svg(figure, "scan", f"A scan of {len(layers)} layers; scan.json has every value.")
-    style = "<style>:root{--rule:#ccc;--blue:#0b5fa5;--orange:#b45309;--gray:#777;--paper:#fff}</style>"
-    return text.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f">{style}", 1) + "\n"
+    return standalone(text)
