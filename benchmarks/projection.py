@@ -19,7 +19,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from stayaligned.projection import LoraFactors, ScaledGram, alignment_subspace, update_similarity
+from stayaligned.directions import FullDelta, alignment_subspace
+from stayaligned.projection import LoraFactors, ScaledGram, update_similarity
 
 RANK = 8
 T = TypeVar("T")
@@ -68,7 +69,8 @@ def make_problem(width: int) -> tuple[torch.Tensor, LoraFactors]:
 
 
 def factor_form(v: torch.Tensor, factors: LoraFactors) -> tuple[LoraFactors, float]:
-    after = ScaledGram(v)(factors)
+    after = ScaledGram(FullDelta.of(v))(factors)
+    assert isinstance(after, LoraFactors)
     return after, update_similarity(factors, after)
 
 

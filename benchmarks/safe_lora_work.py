@@ -248,6 +248,7 @@ def gpu(request: Mapping[str, Any]) -> None:
 
     import torch
 
+    from stayaligned.directions import FullDelta
     from stayaligned.projection import LoraFactors, ScaledGram, update_similarity
 
     if request["device"] == "cuda" and not torch.cuda.is_available():
@@ -276,7 +277,7 @@ def gpu(request: Mapping[str, Any]) -> None:
         v = torch.randn(width, width, generator=generator, device=device) / width
         a = torch.randn(RANK, width, generator=generator, device=device) / width**0.5
         factors = LoraFactors(a, torch.randn(width, RANK, generator=generator, device=device), 2.0)
-        quick = timed(lambda v=v, f=factors: update_similarity(f, ScaledGram(v)(f)))
+        quick = timed(lambda v=v, f=factors: update_similarity(f, ScaledGram(FullDelta.of(v))(f)))
         slow = timed(lambda v=v, f=factors: dense_form(v, f.a, f.b))
         # V has to come twice, for VᵀB and for V(VᵀB)
         share = 2 * v.numel() * v.element_size() / quick / rate

@@ -104,7 +104,7 @@ def test_quantised_and_non_finite_weights_are_refused(tmp_path: Path) -> None:
 blocks = st.lists(st.integers(1, 7), min_size=1, max_size=4)
 
 
-@given(blocks, blocks, st.integers(1, 9), st.sampled_from([1, 3, 1 << 19]), st.integers(0, 99))
+@given(blocks, blocks, st.integers(1, 9), st.sampled_from([1, 3, 1 << 18]), st.integers(0, 99))
 def test_however_a_matrix_is_cut_into_blocks_its_difference_is_the_same(
     tmp_path_factory: pytest.TempPathFactory, cuts: list[int], others: list[int], columns: int, elements: int, seed: int
 ) -> None:

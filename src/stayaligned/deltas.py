@@ -20,8 +20,8 @@ from stayaligned.errors import StayalignedError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_BLOCK_ELEMENTS = 1 << 19
-"""Elements of a row block: 2 MiB in fp32, so that reading, subtracting and summing it happen in the cache."""
+_BLOCK_ELEMENTS = 1 << 18
+"""Elements of a row block: 1 MiB in fp32, so that reading, subtracting and summing it happen in the cache."""
 _BYTES_IN_FLIGHT = 400 << 20
 """How much of V (fp32) the workers may hold at once; a single larger weight is worked on alone."""
 
@@ -188,6 +188,7 @@ class _Buffers:
 
         self._device = torch.device(device)
         self._raw = torch.empty(0, dtype=torch.uint8)
+        self._fp64 = torch.empty(0, dtype=torch.float64, device=self._device)
         self._values: list[Tensor] = []
 
     def subtract(self, slot: int, label: str, difference: Difference) -> Delta:
@@ -205,13 +206,20 @@ class _Buffers:
             block.copy_(self._rows(minuend, start, len(block)))
             if subtrahend is not None:
                 block.sub_(self._rows(subtrahend, start, len(block)))  # bf16 and fp16 are promoted one by one
-            flat = block.to(torch.float64).view(-1)
-            squares.append(torch.dot(flat, flat))
+            exact = self._exact(block.numel())
+            exact.copy_(block.view(-1))
+            squares.append(torch.dot(exact, exact))
         square = float(torch.stack(squares).sum()) if squares else 0.0
         if not math.isfinite(square):
             places = [str(c.directory) for c in (difference.checkpoint, difference.minus) if c is not None]
             raise StayalignedError(f"{label} is not finite in {' or '.join(places)}", hint=REDOWNLOAD)
         return Delta(label, value, math.sqrt(square))
+
+    def _exact(self, elements: int) -> Tensor:
+        """Room for a block in fp64: a fresh one for each block would cost more than the sum, to map its pages."""
+        if self._fp64.numel() < elements:
+            self._fp64 = self._fp64.new_empty(elements)
+        return self._fp64[:elements]
 
     def _value(self, slot: int, elements: int) -> Tensor:
         import torch

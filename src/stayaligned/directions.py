@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stayaligned.errors import StayalignedError
+
 if TYPE_CHECKING or find_spec("jaxtyping"):  # shapes are checked where jaxtyping is installed: in tests
     from jaxtyping import Float
 
 _EXACT_SVD_UP_TO = 768
 """Smaller side of V up to which its SVD is computed in full; beyond, the leading part is sampled."""
 _OVERSAMPLING = 16
-_POWER_ITERATIONS = 6
+_POWER_ITERATIONS = 5
+_MOST_BASIS_COLUMNS = 640
+"""Width up to which the sampled basis keeps every iterate."""
 _SEED = 0
 
 
@@ -112,6 +116,11 @@ class TruncatedDelta(AlignmentDelta):
     right: Float[Tensor, "in_features k"]
     norm: float
 
+    @property
+    def captured_energy(self) -> float:
+        """Σσ² / ‖V‖², 0 to 1; 0 for V = 0."""
+        return min(1.0, self.values.double().square().sum().item() / self.norm**2) if self.norm else 0.0
+
     def to(self, device: str) -> TruncatedDelta:
         """The same on another device."""
         return TruncatedDelta(self.left.to(device), self.values.to(device), self.right.to(device), self.norm)
@@ -127,15 +136,17 @@ class TruncatedDelta(AlignmentDelta):
         return ((left.T @ self.left) * self.values) @ (self.right.T @ right)
 
     def subspace(self, *, rank: int | None = None, energy: float | None = None) -> AlignmentSubspace:
-        """A prefix of the stored directions.
+        """A prefix of the stored directions; all of them where they hold all of V.
 
         Raises:
-            ValueError: if not exactly one of `rank` and `energy` is given, or the stored directions hold too little.
+            ValueError: if not exactly one of `rank` and `energy` is given.
+            StayalignedError: if the stored directions hold too little.
         """
         if (rank is None) == (energy is None):
             raise ValueError("give exactly one of rank and energy")
-        total = max(self.norm**2, torch.finfo(torch.float64).tiny)
-        cumulated = (self.values.double().square().cumsum(0) / total).clamp(max=1.0)
+        if self.norm == 0:
+            return AlignmentSubspace(self.left[:, :0], self.right[:, :0], 0.0)
+        cumulated = (self.values.double().square().cumsum(0) / self.norm**2).clamp(max=1.0)
         stored = len(self.values)
         if energy is not None:
             rank = int((cumulated < energy * (1 - 1e-9)).sum().item()) + 1
@@ -144,7 +155,10 @@ class TruncatedDelta(AlignmentDelta):
         # Fewer stored than asked for is all there is, if they hold all of V.
         if (rank or 0) > stored and held < 1 - 1e-6:
             wanted = f"{energy:.0%} of V's energy" if energy is not None else f"{rank} directions"
-            raise ValueError(f"{wanted} asked for, but {stored} directions with {held:.1%} of it are stored")
+            raise StayalignedError(
+                f"{wanted} asked for, but {stored} directions with {held:.1%} of V's energy are stored",
+                hint="Ask for less, or build the subspace file with a larger --rank or --energy.",
+            )
         return AlignmentSubspace(self.left[:, :k], self.right[:, :k], held)
 
     def tail(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
@@ -167,11 +181,24 @@ def frobenius_norm(matrix: Float[Tensor, "out_features in_features"]) -> float:
 def alignment_subspace(
     delta: Float[Tensor, "out_features in_features"], *, rank: int | None = None, energy: float | None = None
 ) -> AlignmentSubspace:
-    """V's leading singular directions: `rank` of them, or the fewest that hold `energy` of ‖V‖².
+    """The directions of V's `leading_triplets`.
 
-    A small V is decomposed in full, a large one by a randomised range finder with power iterations (Halko, Martinsson
-    and Tropp 2011) from a fixed seed. A rank above min(out, in), or directions with singular value zero, are left
-    out: they would be arbitrary. V = 0 gives the empty subspace.
+    Raises:
+        ValueError: as there.
+    """
+    leading = leading_triplets(delta, rank=rank, energy=energy)
+    return AlignmentSubspace(leading.left, leading.right, leading.captured_energy)
+
+
+def leading_triplets(
+    delta: Float[Tensor, "out_features in_features"], *, rank: int | None = None, energy: float | None = None
+) -> TruncatedDelta:
+    """V's leading singular triplets: `rank` of them, or the fewest that hold `energy` of ‖V‖².
+
+    A small V is decomposed in full, a large one by randomised block Krylov iteration (Musco and Musco 2015) from a
+    fixed seed: in fine-tuning differences neighboring singular values are close, and power iterations alone would
+    take long to tell them apart. A rank above min(out, in), or triplets with singular value zero, are left out: their
+    directions would be arbitrary. V = 0 gives none.
 
     Args:
         delta: V.
@@ -185,12 +212,12 @@ def alignment_subspace(
         raise ValueError("give exactly one of rank and energy")
     if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
         raise ValueError("rank must be at least 1, energy above 0 and at most 1")
-    full, total = min(delta.shape), frobenius_norm(delta) ** 2
+    full, norm = min(delta.shape), frobenius_norm(delta)
     target = 1.0 if energy is None else energy * (1 - 1e-9)  # the fp32 spectrum may sum to a hair below 1
     tried = rank if rank is not None else 64
     while True:
         left, values, right = _leading_svd(delta, min(tried, full))
-        cumulated = values.double().square().cumsum(0) / max(total, torch.finfo(torch.float64).tiny)
+        cumulated = values.double().square().cumsum(0) / max(norm**2, torch.finfo(torch.float64).tiny)
         reached = rank is not None or tried >= full or (len(cumulated) > 0 and cumulated[-1].item() >= target)
         if reached:
             break
@@ -199,8 +226,7 @@ def alignment_subspace(
     k = int((values > floor).sum().item())
     if energy is not None:
         k = min(k, int((cumulated < target).sum().item()) + 1)
-    captured = min(1.0, cumulated[k - 1].item()) if k else 0.0
-    return AlignmentSubspace(left[:, :k].contiguous(), right[:, :k].contiguous(), captured)
+    return TruncatedDelta(left[:, :k].contiguous(), values[:k].contiguous(), right[:, :k].contiguous(), norm)
 
 
 def random_subspace(delta: AlignmentDelta, like: AlignmentSubspace, generator: torch.Generator) -> AlignmentSubspace:
@@ -216,8 +242,8 @@ def onto(basis: Float[Tensor, "size k"], columns: Float[Tensor, "size rank"]) ->
 
 
 def cached_rows(matrix: Tensor) -> int:
-    """How many rows of a matrix fit the cache in fp64."""
-    return max(1, (1 << 18) // max(1, matrix.shape[1]))
+    """How many rows of a matrix fit the cache in fp64, and small enough for the allocator to keep their room."""
+    return max(1, (1 << 15) // max(1, matrix.shape[1]))
 
 
 def random_frame(size: int, count: int, generator: torch.Generator) -> Tensor:
@@ -232,7 +258,20 @@ def _leading_svd(
     if min(delta.shape) <= _EXACT_SVD_UP_TO or 4 * rank >= min(delta.shape):
         left, values, right = torch.linalg.svd(delta, full_matrices=False)
         return left[:, :rank], values[:rank], right[:rank].T
-    with torch.random.fork_rng(devices=[]):  # svd_lowrank takes no generator
-        torch.manual_seed(_SEED)
-        left, values, right = torch.svd_lowrank(delta, q=rank + _OVERSAMPLING, niter=_POWER_ITERATIONS)
-    return left[:, :rank], values[:rank], right[:, :rank]
+    basis = _sampled_range(delta, rank + _OVERSAMPLING)
+    left, values, right = torch.linalg.svd(basis.T @ delta, full_matrices=False)
+    return basis @ left[:, :rank], values[:rank], right[:rank].T
+
+
+def _sampled_range(delta: Float[Tensor, "out_features in_features"], width: int) -> Float[Tensor, "out_features m"]:
+    """Orthonormal columns that nearly span V's leading left directions, from a generator of their own.
+
+    `torch.svd_lowrank` draws from the global one, which several threads at work on different V would share.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    sample = torch.randn(delta.shape[1], width, generator=generator, dtype=delta.dtype).to(delta.device)
+    iterates = [torch.linalg.qr(delta @ sample).Q]
+    for _ in range(_POWER_ITERATIONS):
+        back = torch.linalg.qr(delta.T @ iterates[-1]).Q
+        iterates.append(torch.linalg.qr(delta @ back).Q)
+    return torch.linalg.qr(torch.cat(iterates[-max(1, _MOST_BASIS_COLUMNS // width) :], dim=1)).Q
