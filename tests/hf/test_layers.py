@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +14,9 @@ from transformers import AutoModelForCausalLM
 from stayaligned.adapters import Adapter, read_adapter
 from stayaligned.checkpoints import Checkpoint, open_checkpoint
 from stayaligned.errors import StayalignedError
-from stayaligned.hf.layers import lora_layers, meta_model, refuse_swapped, refuse_unsupported, weight_names
+from stayaligned.hf.layers import lora_layers, refuse_swapped
+from stayaligned.hf.refusals import refuse_unsupported
+from stayaligned.hf.stored import meta_model
 from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
 
 
@@ -43,7 +44,6 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"bias": "lora_only"}, "bias='lora_only'", 'bias="none"'),
     ({"bias": "all"}, "bias='all'", 'bias="none"'),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save", "modules_to_save"),
-    ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters", "linear modules"),
     ({"trainable_token_indices": [1, 2]}, "trainable_token_indices", "trainable tokens"),
     ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication", "layer_replication"),
     ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens", "train without it"),
@@ -81,6 +81,7 @@ def test_every_setting_of_peft_is_understood_neutral_or_refused(adapter: Adapter
         *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
         *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out"),
         *("use_rslora", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core"),
+        "target_parameters",
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
     }
     for name in default.keys() - acted_on:
@@ -121,13 +122,11 @@ def test_rank_and_scaling_are_those_of_pefts_own_layers(tmp_path: Path, aligned:
         assert (layer.out_features, layer.in_features) == tuple(module.get_delta_weight("default").shape)
 
 
-def test_embeddings_and_convolutions_are_refused_by_module(tmp_path: Path, aligned: Checkpoint) -> None:
-    source = read_adapter(write_pico_adapter(tmp_path / "a", aligned.directory, target_modules=["embed_tokens"]))
-    with pytest.raises(StayalignedError, match=r"LoRA on an embedding.*embed_tokens"):
-        lora_layers(source, aligned)
-    without_tensors = with_tensors(source, {})
-    with pytest.raises(StayalignedError, match=r"only LoRA on linear layers.*embed_tokens \(Embedding\)"):
-        lora_layers(without_tensors, aligned)
+def test_convolutions_are_refused_by_module(tmp_path: Path) -> None:
+    recurrent = open_checkpoint(write_pico_checkpoint(tmp_path / "model", "recurrent_gemma"))
+    source = write_pico_adapter(tmp_path / "a", recurrent.directory, r=32, target_modules=["conv_1d"])
+    with pytest.raises(StayalignedError, match=r"only LoRA on linear layers.*conv_1d \(Conv1d\)"):
+        lora_layers(read_adapter(source), recurrent)
 
 
 def test_missing_and_unexpected_tensors_stand_in_one_error(adapter: Adapter, aligned: Checkpoint) -> None:
@@ -184,19 +183,6 @@ def test_a_checkpoint_without_configuration_is_named(tmp_path: Path, aligned: Ch
         meta_model(Checkpoint(tmp_path))
 
 
-def test_weight_names_follow_prefix_and_ties(tmp_path: Path) -> None:
-    tied = open_checkpoint(write_pico_checkpoint(tmp_path / "tied", tie_word_embeddings=True))
-    AutoModelForCausalLM.from_pretrained(tied.directory).model.save_pretrained(tmp_path / "bare")
-    source = write_pico_adapter(tmp_path / "adapter", tied.directory, target_modules=["q_proj", "lm_head"])
-    layers = lora_layers(read_adapter(source), tied)
-    q_proj = "model.layers.0.self_attn.q_proj"
-    assert weight_names(tied, layers)[q_proj] == f"{q_proj}.weight"
-    assert weight_names(tied, layers)["lm_head"] == "model.embed_tokens.weight"
-    bare = weight_names(open_checkpoint(tmp_path / "bare"), layers)
-    assert bare[q_proj] == f"{q_proj}.weight".removeprefix("model.")
-    assert bare["lm_head"] == "embed_tokens.weight"
-
-
 def test_a_copied_base_weight_that_is_not_the_models_is_refused(tmp_path: Path) -> None:
     tied = open_checkpoint(write_pico_checkpoint(tmp_path / "tied", tie_word_embeddings=True))
     source = write_pico_adapter(tmp_path / "adapter", tied.directory, target_modules=["lm_head"])
@@ -205,41 +191,6 @@ def test_a_copied_base_weight_that_is_not_the_models_is_refused(tmp_path: Path) 
     save_file(tensors, source / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(StayalignedError, match=r"lm_head\.base_layer\.weight is not the weight"):
         lora_layers(read_adapter(source), tied)
-
-
-def test_missing_weights_are_named_and_attention_beside_experts_is_found(tmp_path: Path) -> None:
-    moe = open_checkpoint(
-        write_pico_checkpoint(tmp_path / "moe", "mixtral", num_local_experts=2, num_experts_per_tok=1)
-    )
-    layers = lora_layers(read_adapter(write_pico_adapter(tmp_path / "a", moe.directory)), moe)
-    assert set(weight_names(moe, layers)) == {layer.name for layer in layers}
-    absent = replace(layers[0], name="model.layers.7.q_proj")
-    with pytest.raises(StayalignedError, match=r"Missing: model\.layers\.7\.q_proj\.weight\. "):
-        weight_names(moe, [*layers, absent])
-
-
-def test_adapters_on_experts_are_refused(tmp_path: Path) -> None:
-    moe = open_checkpoint(
-        write_pico_checkpoint(tmp_path / "moe", "mixtral", num_local_experts=2, num_experts_per_tok=1)
-    )
-    source = write_pico_adapter(
-        tmp_path / "a", moe.directory, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]
-    )
-    with pytest.raises(StayalignedError, match="target_parameters"):
-        lora_layers(read_adapter(source), moe)
-
-
-def test_weights_that_are_converted_on_loading_are_refused(
-    adapter: Adapter, aligned: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from transformers import conversion_mapping
-    from transformers.core_model_loading import Transpose, WeightConverter
-
-    turned = WeightConverter("q_proj.weight", "q_proj.weight", operations=[Transpose(0, 1)])
-    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model: [turned])
-    names = ", ".join(f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2))
-    with pytest.raises(StayalignedError, match=f"Missing: none. Stored in another layout: {names}"):
-        weight_names(aligned, lora_layers(adapter, aligned))
 
 
 def test_swapped_models_are_noticed_by_path_and_by_content(tmp_path: Path, adapter: Adapter) -> None:

@@ -1,259 +1,117 @@
-"""Which weights an adapter changes: the layer map, from PEFT's own injection into a model without weights.
+"""Which weights an adapter changes, and where two checkpoints store them.
 
-Names, ranks and scalings come from PEFT itself, and the names on disk from transformers' own loading rules, so that
-rank patterns, regular expressions, renamed checkpoints and tied weights mean here what they mean there. What the maths
-of `projection` does not cover exactly is refused by name.
+Plain adapters are placed by name (`plain`). All others by PEFT's own injection into a model without weights, so that
+rank patterns, regular expressions, experts and tied weights mean here what they mean there, and by transformers' own
+loading rules (`stored`). What the maths of `projection` does not cover exactly is refused by name (`refusals`).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.adapters import Adapter, LoraLayer
-from stayaligned.checkpoints import Checkpoint
+from stayaligned.checkpoints import Block, Checkpoint, Weight, whole
 from stayaligned.errors import StayalignedError
+from stayaligned.hf.plain import PREFIX, natural_key, plainly_placed
+from stayaligned.hf.refusals import PLACEMENT, check_factors, refuse_quantised, refuse_unsupported, some
+from stayaligned.hf.stored import StoredWeights, meta_model
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
     from transformers import PreTrainedModel
 
-_PREFIX = "base_model.model."
-_PLACEMENT = (
-    *("r", "target_modules", "exclude_modules", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
-    *("fan_in_fan_out", "layers_to_transform", "layers_pattern"),
-)
-"""Settings that say where LoRA layers are, and how they scale: PEFT's injection acts on them."""
-_WITHOUT_EFFECT = (
-    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "lora_dropout", "init_lora_weights", "bias"),
-    # parts of features that are off, or of inits that leave the base as it is
-    *("megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-)
-"""Settings that don't change ΔW = scaling·BA, given that `refuse_unsupported` has looked at init and bias."""
-_BASE_PRESERVING_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
-_WAY_OUT = {
-    "use_dora": "Merge it into the model instead (`merge_and_unload`); DoRA's magnitudes are not linear in B and A.",
-    "modules_to_save": "Train without modules_to_save; whole modules are not a low-rank update.",
-    "target_parameters": "Mixture-of-experts parameters are not supported; target linear modules only.",
-    "trainable_token_indices": "Train without trainable tokens.",
-    "lora_bias": "Train with lora_bias=False.",
-    "layer_replication": "Replicated layers share one weight; train without layer_replication.",
-}
+_INPUTS_FIRST = ("Llama4TextExperts",)
+"""Modules whose experts are stored (in, out) without saying so to PEFT, which takes them for (out, in)."""
 
 
-def lora_layers(adapter: Adapter, checkpoint: Checkpoint) -> list[LoraLayer]:
-    """The adapter's LoRA layers in the model's order, checked tensor by tensor against the adapter's file.
+@dataclass(frozen=True, slots=True)
+class PlacedLayer:
+    """A LoRA layer and the weight that it changes, in both checkpoints."""
+
+    layer: LoraLayer
+    aligned: Weight
+    """Where the aligned checkpoint stores it."""
+    base: Weight
+    """Where the base stores it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedWeight:
+    """A linear map of the model, in every checkpoint given."""
+
+    name: str
+    """As the `LoraLayer.name` of an adapter on it."""
+    transposed: bool
+    """Whether it is stored as (in, out)."""
+    stored: tuple[Weight, ...]
+    """Where each checkpoint stores it."""
+
+
+def place_adapter(adapter: Adapter, aligned: Checkpoint, base: Checkpoint) -> list[PlacedLayer]:
+    """The adapter's layers, in natural order of their names, each with its weight in both checkpoints.
+
+    That the weights have equal shapes in both is left to `deltas.paired`; all else is checked here, tensor by tensor.
 
     Args:
         adapter: the adapter as read from disk.
-        checkpoint: the model that it was trained on.
+        aligned: the model that it was trained on.
+        base: that model's ancestor; names, shards and storage type may differ.
 
     Raises:
-        StayalignedError: if the adapter uses what is not supported, or does not fit the model.
+        StayalignedError: if the adapter uses what is not supported or does not fit the model, or a checkpoint lacks a
+            weight or stores it in a layout whose rows can't be told.
     """
     refuse_unsupported(adapter)
-    injected = _inject(adapter, meta_model(checkpoint))
-    layers = [_layer(name, module, adapter) for name, module in injected.items()]
-    expected = {key for layer in layers for key in (layer.a_key, layer.b_key)}
-    missing = sorted(expected - adapter.tensors.keys())
-    unexpected = sorted(adapter.tensors.keys() - expected - _base_copies(adapter, checkpoint, layers))
-    if missing or unexpected or not layers:
-        raise StayalignedError(
-            f"{adapter.directory}: the adapter's tensors are not those that its configuration gives on "
-            f"{checkpoint.directory}. Missing: {_some(missing)}. Not expected: {_some(unexpected)}",
-            hint="Was the adapter trained on this model, as a causal language model?",
-        )
-    for layer in layers:
-        _check_tensors(layer, adapter, checkpoint)
-    return layers
+    for checkpoint in (aligned, base):
+        refuse_quantised(checkpoint)
+    layers = plainly_placed(adapter, aligned, base)
+    if layers is not None:
+        check_factors(adapter, layers, aligned)
+        return [PlacedLayer(layer, whole(layer.parameter), whole(layer.parameter)) for layer in layers]
+    in_aligned = StoredWeights(aligned, meta_model(aligned))
+    layers = _layers_on(adapter, in_aligned, aligned)
+    parameters = [layer.parameter for layer in layers]
+    in_base = in_aligned if base is aligned else StoredWeights(base, meta_model(base))
+    places = in_aligned.find(parameters), in_base.find(parameters)
+    return [PlacedLayer(layer, *(place[layer.parameter][layer.expert or 0] for place in places)) for layer in layers]
 
 
-def weight_names(checkpoint: Checkpoint, layers: Sequence[LoraLayer]) -> dict[str, str]:
-    """{layer name: name of its weight in the checkpoint's files}, by transformers' loading rules and weight ties.
+def lora_layers(adapter: Adapter, checkpoint: Checkpoint) -> list[LoraLayer]:
+    """The adapter's LoRA layers on the model that it was trained on, where no base is at hand.
 
     Raises:
-        StayalignedError: listing the layers whose weight is missing, or is put together from several tensors.
+        StayalignedError: as `place_adapter`.
     """
-    model = meta_model(checkpoint)
-    stored = _stored_names(checkpoint, model)
-    tied: Mapping[str, str] = model.all_tied_weights_keys
-    names: dict[str, str] = {}
-    missing: list[str] = []
-    converted: list[str] = []
-    for layer in layers:
-        weight = f"{layer.name}.weight"
-        sources = stored.get(weight) or stored.get(tied.get(weight, ""))
-        if not sources:
-            missing.append(weight)
-        elif sources == [None] or len(sources) > 1:
-            converted.append(weight)
-        else:
-            names[layer.name] = str(sources[0])
-    if missing or converted:
-        raise StayalignedError(
-            f"{checkpoint.directory}: weights of the adapter's layers can't be read. Missing: {_some(missing)}. "
-            f"Stored in another layout: {_some(converted)}",
-            hint="Is this the model that the adapter was trained on, or its ancestor? Fused or split weights "
-            "(mixtures of experts, for one) are not supported.",
-        )
-    return names
+    return [placed.layer for placed in place_adapter(adapter, checkpoint, checkpoint)]
 
 
-def refuse_unsupported(adapter: Adapter) -> None:
-    """Raise unless the update is exactly scaling·BA on an unchanged base, by an allow-list of settings.
+def linear_weights(*checkpoints: Checkpoint) -> list[PlacedWeight]:
+    """Every linear map of the model, in natural order of their names: what LoRA on "all-linear" and experts changes.
+
+    These are the linear modules except the head, the experts of mixtures, one by one, and their routers; no
+    embeddings, convolutions, norms or biases. A weight that several modules share counts once.
+
+    Args:
+        checkpoints: at least one; the first one's configuration says which modules there are.
 
     Raises:
-        StayalignedError: naming the setting and the way out.
+        StayalignedError: if a checkpoint lacks one of them, or stores it in a layout whose rows can't be told.
     """
-    config = adapter.config
-    init = config.get("init_lora_weights", True)
-    if init not in _BASE_PRESERVING_INITS:
-        raise StayalignedError(
-            f"{adapter.directory}: init_lora_weights={init!r} changed the base weights, so BA is not the whole update",
-            hint="Convert it: peft_model.save_pretrained(OUT, path_initial_model_for_weight_conversion=INITIAL).",
-        )
-    if config.get("bias", "none") != "none":
-        raise StayalignedError(
-            f"{adapter.directory}: bias={config['bias']!r}: trained biases are not a low-rank update",
-            hint='Train with bias="none".',
-        )
-    for name, value in config.items():
-        if value and name not in _PLACEMENT and name not in _WITHOUT_EFFECT:
-            raise StayalignedError(
-                f"{adapter.directory}: {name}={value!r} is not supported",
-                hint=_WAY_OUT.get(
-                    name, "The setting changes what the adapter computes, or is unknown; train without it."
-                ),
-            )
-    embedded = sorted(key for key in adapter.tensors if "lora_embedding_" in key)
-    if embedded:
-        raise StayalignedError(
-            f"{adapter.directory}: LoRA on an embedding is not supported: {_some(embedded)}",
-            hint="Target linear modules only.",
-        )
-
-
-def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The checkpoint's causal language model on the meta device: every module, no weights.
-
-    Raises:
-        StayalignedError: if the configuration is unknown, quantised, or needs code from the checkpoint.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    stored = checkpoint.config()
-    if stored.get("quantization_config"):
-        raise StayalignedError(
-            f"{checkpoint.directory}: the checkpoint is quantised", hint="Use it in bf16, fp16 or fp32."
-        )
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise StayalignedError(
-            f"{checkpoint.directory}: no causal language model of transformers ({stored.get('model_type')!r}): {error}",
-            hint="Models with code of their own are not loaded.",
-        ) from error
-
-
-def _inject(adapter: Adapter, model: PreTrainedModel) -> dict[str, Any]:
-    """{module name: PEFT's LoRA layer}, or an error that names what PEFT makes of the target besides linear layers."""
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.lora import Linear
-    from peft.tuners.lora import LoraLayer as PeftLayer
-
-    settings: dict[str, Any] = {name: adapter.config[name] for name in _PLACEMENT if name in adapter.config}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # advice for whoever trains: fan_in_fan_out, tied weights
-            injected = inject_adapter_in_model(LoraConfig(**settings), model, low_cpu_mem_usage=True)
-    except (ValueError, TypeError, KeyError) as error:
-        raise StayalignedError(
-            f"{adapter.directory}: PEFT can't place the adapter on a {type(model).__name__}: {error}",
-            hint="Was the adapter trained on this model?",
-        ) from error
-    layers = {name: module for name, module in injected.named_modules() if isinstance(module, PeftLayer)}
-    other = [f"{name} ({type(module).__name__})" for name, module in layers.items() if type(module) is not Linear]
-    if other:
-        raise StayalignedError(
-            f"{adapter.directory}: only LoRA on linear layers is supported, not {_some(other)}",
-            hint="Target linear modules only.",
-        )
-    return layers
-
-
-def _layer(name: str, module: Any, adapter: Adapter) -> LoraLayer:
-    from transformers.pytorch_utils import Conv1D
-
-    return LoraLayer(
-        name=name,
-        a_key=f"{_PREFIX}{name}.lora_A.weight",
-        b_key=f"{_PREFIX}{name}.lora_B.weight",
-        rank=module.r["default"],
-        scaling=module.scaling["default"],
-        in_features=module.in_features,
-        out_features=module.out_features,
-        transposed=isinstance(module.get_base_layer(), Conv1D),
-    )
-
-
-def _base_copies(adapter: Adapter, checkpoint: Checkpoint, layers: Sequence[LoraLayer]) -> set[str]:
-    """Tensors of the adapter's file that repeat a weight of the model, as PEFT saves beside a LoRA on lm_head."""
-    import torch
-
-    copied = {key: layer for layer in layers if (key := f"{_PREFIX}{layer.name}.base_layer.weight") in adapter.tensors}
-    names = weight_names(checkpoint, list(copied.values())) if copied else {}
-    for key, layer in copied.items():
-        stored = checkpoint[names[layer.name]]
-        if not torch.equal(adapter.tensors[key].to(stored.dtype), stored):
-            raise StayalignedError(
-                f"{adapter.directory}: {key} is not the weight of {checkpoint.directory}",
-                hint="The adapter was trained on another model, or together with its own copy of this weight.",
-            )
-    return set(copied)
-
-
-def _check_tensors(layer: LoraLayer, adapter: Adapter, checkpoint: Checkpoint) -> None:
-    for key, expected in (
-        (layer.a_key, (layer.rank, layer.in_features)),
-        (layer.b_key, (layer.out_features, layer.rank)),
-    ):
-        tensor = adapter.tensors[key]
-        if tuple(tensor.shape) != expected:
-            raise StayalignedError(
-                f"{adapter.directory}: {key} is {tuple(tensor.shape)}, but {expected} on {checkpoint.directory}",
-                hint="The adapter was trained on another model, or saved from one process of a sharded run.",
-            )
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise StayalignedError(
-                f"{adapter.directory}: {key} holds values that are no finite floating-point numbers",
-                hint="The training diverged or the file is damaged.",
-            )
-
-
-def _stored_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, list[str | None]]:
-    """{parameter of the model: the names that it is stored under}; None stands for a converted tensor.
-
-    Follows `transformers.core_model_loading.convert_and_load_state_dict_in_model`, without the tensors.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    parameters = model.state_dict()
-    transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    stored: dict[str, list[str | None]] = {}
-    for key in sorted(checkpoint, key=dot_natural_key):
-        renamed, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
-        if renamed not in parameters and key in parameters:
-            renamed, converter = rename_source_key(key, [], [], model.base_model_prefix, parameters)
-        stored.setdefault(renamed, []).append(key if converter is None else None)
-    return stored
+    models = [meta_model(checkpoint) for checkpoint in checkpoints]
+    maps = dict(_linear_parameters(models[0]))
+    found = [StoredWeights(c, model).find(maps) for c, model in zip(checkpoints, models, strict=True)]
+    placed: dict[Weight, PlacedWeight] = {}
+    for parameter, transposed in maps.items():
+        for expert, stored in enumerate(zip(*(each[parameter] for each in found), strict=True)):
+            stacked = models[0].get_parameter(parameter).ndim == 3
+            name = _layer_name(parameter, expert if stacked else None)
+            placed.setdefault(stored[0], PlacedWeight(name, transposed, stored))
+    return sorted(placed.values(), key=lambda weight: natural_key(weight.name))
 
 
 def refuse_swapped(adapter: Adapter, aligned: Checkpoint, base: Checkpoint) -> None:
@@ -287,6 +145,155 @@ def _same_weights(x: Path, y: Path) -> bool:
     return all(fingerprint(a) == fingerprint(b) for a, b in zip(*files, strict=True))
 
 
-def _some(names: Sequence[str], limit: int = 8) -> str:
-    shown = ", ".join(names[:limit]) or "none"
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+def _layers_on(adapter: Adapter, stored: StoredWeights, checkpoint: Checkpoint) -> list[LoraLayer]:
+    """The layers that PEFT makes of the adapter's configuration, checked against the tensors in its file."""
+    injected = _inject(adapter, meta_model(checkpoint))
+    layers = [layer for name, module in injected.items() for layer in _layers(name, module, adapter)]
+    expected = {key for layer in layers for key in (layer.a_key, layer.b_key)}
+    missing = sorted(expected - adapter.tensors.keys())
+    unexpected = sorted(_without_copies(adapter, adapter.tensors.keys() - expected, stored, checkpoint))
+    if missing or unexpected or not layers:
+        raise StayalignedError(
+            f"{adapter.directory}: the adapter's tensors are not those that its configuration gives on "
+            f"{checkpoint.directory}. Missing: {some(missing)}. Not expected: {some(unexpected)}",
+            hint="Was the adapter trained on this model, as a causal language model?",
+        )
+    check_factors(adapter, layers, checkpoint)
+    return sorted(layers, key=lambda layer: natural_key(layer.name))
+
+
+def _inject(adapter: Adapter, model: PreTrainedModel) -> dict[str, Any]:
+    """{module name: PEFT's LoRA layer}, or an error that names what PEFT makes of the target besides linear layers."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import Embedding, Linear, ParamWrapper
+    from peft.tuners.lora import LoraLayer as PeftLayer
+
+    settings: dict[str, Any] = {name: adapter.config[name] for name in PLACEMENT if name in adapter.config}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice for whoever trains: fan_in_fan_out, tied weights
+            injected = inject_adapter_in_model(LoraConfig(**settings), model, low_cpu_mem_usage=True)
+    except (ValueError, TypeError, KeyError) as error:
+        raise StayalignedError(
+            f"{adapter.directory}: PEFT can't place the adapter on a {type(model).__name__}: {error}",
+            hint="Was the adapter trained on this model?",
+        ) from error
+    layers = {name: module for name, module in injected.named_modules() if isinstance(module, PeftLayer)}
+    supported = (Linear, Embedding, ParamWrapper)
+    other = [f"{name} ({type(module).__name__})" for name, module in layers.items() if type(module) not in supported]
+    if other:
+        raise StayalignedError(
+            f"{adapter.directory}: only LoRA on linear layers, embeddings and experts is supported, not {some(other)}",
+            hint="Target linear modules only.",
+        )
+    return layers
+
+
+def _layers(name: str, module: Any, adapter: Adapter) -> Iterator[LoraLayer]:
+    """One of PEFT's layers as ours: a stack of experts becomes a layer for each of them."""
+    from peft.tuners.lora import Embedding, ParamWrapper
+    from transformers.pytorch_utils import Conv1D
+
+    kind: type = type(module)
+    base: torch.nn.Module = module.get_base_layer()
+    # PEFT nests the wrappers of several parameters of one module: `experts`, `experts.base_layer`
+    place = name.replace(".base_layer", "")
+    parameter, transposed, stacked = f"{place}.weight", isinstance(base, Conv1D), False
+    a_key, b_key = (f"{PREFIX}{name}.lora_{factor}.weight" for factor in "AB")
+    if kind is Embedding:
+        transposed = True  # (vocabulary, hidden): a one-hot vector goes in
+        a_key, b_key = (f"{PREFIX}{name}.lora_embedding_{factor}" for factor in "AB")
+    if kind is ParamWrapper:
+        parameter = f"{place}.{module.parameter_name}"
+        weight: Tensor = module.get_param()
+        stacked, transposed = weight.ndim == 3, getattr(base, "is_transposed", False)
+        _refuse_parameter(adapter, parameter, weight, base)
+    experts = int(module.num_experts) if stacked else 1
+    for expert in range(experts) if stacked else (None,):
+        yield LoraLayer(
+            name=_layer_name(parameter, expert),
+            parameter=parameter,
+            a_key=a_key,
+            b_key=b_key,
+            rank=module.r["default"],
+            scaling=module.scaling["default"],
+            in_features=module.in_features,
+            out_features=module.out_features,
+            transposed=transposed,
+            expert=expert,
+            experts=experts,
+        )
+
+
+def _refuse_parameter(adapter: Adapter, parameter: str, weight: Tensor, module: torch.nn.Module) -> None:
+    """Raise if a targeted parameter is no linear map, or PEFT would mistake its input for its output."""
+    if _is_linear_map(parameter, weight, module) and type(module).__name__ not in _INPUTS_FIRST:
+        single = weight.ndim == 3 and weight.shape[0] == 1
+        if not (single and getattr(module, "is_transposed", False)):  # for one expert, PEFT forgets to transpose
+            return
+    shape = "×".join(map(str, weight.shape))
+    raise StayalignedError(
+        f"{adapter.directory}: target_parameters: {parameter} ({shape}, of a {type(module).__name__}) is not supported",
+        hint="Target linear modules, routers and experts that PEFT takes for (experts, out, in) or (experts, in, out).",
+    )
+
+
+def _is_linear_map(parameter: str, weight: Tensor, module: torch.nn.Module) -> bool:
+    """Whether a parameter of a module other than a Conv1D is stored as (out, in), or as one matrix per expert."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)):
+        return False
+    return weight.ndim == 3 or (weight.ndim == 2 and parameter.endswith(".weight"))
+
+
+def _linear_parameters(model: PreTrainedModel) -> Iterator[tuple[str, bool]]:
+    """(name, whether it is stored as (in, out)) of the parameters that `linear_weights` is about."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    for path, module in model.named_modules():
+        for name, weight in module.named_parameters(prefix=path, recurse=False):
+            if isinstance(module, Conv1D) and weight.ndim == 2:
+                yield name, True
+            elif module is not head and _is_linear_map(name, weight, module):
+                transposed = getattr(module, "is_transposed", False) or type(module).__name__ in _INPUTS_FIRST
+                yield name, transposed and weight.ndim == 3
+
+
+def _layer_name(parameter: str, expert: int | None) -> str:
+    return parameter.removesuffix(".weight") + ("" if expert is None else f"[{expert}]")
+
+
+def _without_copies(adapter: Adapter, keys: set[str], stored: StoredWeights, checkpoint: Checkpoint) -> set[str]:
+    """`keys` without tensors that repeat a weight of the model, as PEFT saves beside LoRA on embeddings or the head.
+
+    Raises:
+        StayalignedError: if such a tensor is not the model's weight.
+    """
+    import torch
+
+    names = {key: key.removeprefix(PREFIX).replace(".base_layer", "") for key in keys if key.startswith(PREFIX)}
+    parameters = stored.parameters
+    copies = {
+        key: name
+        for key, name in names.items()
+        if name in parameters and (parameters[name].ndim == 2 or name in checkpoint)  # a head's bias is copied too
+    }
+    places = stored.find(name for name in copies.values() if parameters[name].ndim == 2)
+    for key, name in copies.items():
+        blocks = places[name][0] if name in places else whole(name)
+        weight = torch.cat([_block(checkpoint, block) for block in blocks])
+        copied = adapter.tensors[key]
+        if not (torch.equal(copied.to(weight.dtype), weight) or torch.equal(copied, weight.to(copied.dtype))):
+            raise StayalignedError(
+                f"{adapter.directory}: {key} is not the weight of {checkpoint.directory}",
+                hint="The adapter was trained on another model, or together with its own copy of this weight.",
+            )
+    return keys - copies.keys()
+
+
+def _block(checkpoint: Checkpoint, block: Block) -> Tensor:
+    stored = checkpoint[block.name] if block.expert is None else checkpoint[block.name][block.expert]
+    return stored[block.first_row :][: block.rows]
