@@ -18,6 +18,7 @@ from stayaligned.directions import (
     frobenius_norm,
     random_subspace,
 )
+from stayaligned.errors import StayalignedError
 from stayaligned.projection import (
     Complement,
     LoraFactors,
@@ -309,7 +310,7 @@ def test_more_directions_than_are_stored_are_refused_unless_they_hold_all_of_v()
     v, _ = problem((8, 6, 2, 1))
     short = truncated(v, 3)
     for settings_ in ({"rank": 4}, {"energy": 0.9999}):
-        with pytest.raises(ValueError, match=r"3 directions with .* are stored"):
+        with pytest.raises(StayalignedError, match=r"3 directions with .* are stored"):
             short.subspace(**settings_)
     low = v[:, :2] @ torch.randn(2, 6, dtype=F64)
     assert truncated(low, 2).subspace(rank=5).rank == 2

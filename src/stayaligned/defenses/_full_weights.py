@@ -53,13 +53,10 @@ def patch_weights(
     """
     from stayaligned.checkpoints import open_checkpoint
     from stayaligned.hf.layers import linear_weights
-    from stayaligned.subspaces import SubspaceFile
 
     aligned = open_checkpoint(models.require_aligned(selector.name))
     base = open_checkpoint(models.require_base(selector.name)) if models.subspace is None else None
-    subspace = SubspaceFile(models.subspace) if models.subspace is not None else None
-    if subspace is not None:
-        subspace.refuse_other_model(aligned)
+    subspace = _open_subspace(models.subspace, aligned) if models.subspace is not None else None
     placed = linear_weights(*(c for c in (aligned, finetuned, base) if c is not None))
     layers = {weight.name: weight for weight in placed}
     work = _Work(selector, edit, layers, aligned, finetuned, base, subspace)
@@ -68,6 +65,14 @@ def patch_weights(
     # Which layers are the lowest is known when all have been seen, and their matrices don't fit in memory.
     seen = work.run(frozenset(), out, how)
     return work.run(selector.select({report.module: report.similarity for report in seen}), out, how)
+
+
+def _open_subspace(path: Path, aligned: Checkpoint) -> SubspaceFile:
+    from stayaligned.subspaces import SubspaceFile
+
+    file = SubspaceFile(path)
+    file.refuse_other_model(aligned)
+    return file
 
 
 class _Work(NamedTuple):
