@@ -1,0 +1,107 @@
+"""An attacker who knows that the complement will be applied: training under the same projection.
+
+    stayaligned bench benchmarks/safe_lora_adaptive.yaml --plugin examples/plugins/adaptive_attacker.py --out adaptive
+
+The patch `complement` removes from an update what lies in the leading directions of V = W_aligned - W_base. Whoever
+fine-tunes with poisoned rows and both checkpoints at hand can keep the update out of these directions all along. Then
+the patch finds nothing to remove, and whatever harm was learned outside of them stays.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import Field
+
+from stayaligned.defenses import TrainingDefense, TrainingSetup
+from stayaligned.errors import StayalignedError
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from stayaligned.projection import Operator
+
+
+class ProjectedTraining(TrainingDefense):
+    """Not a defense: fine-tune so that a later `complement` of the same rank and side changes nothing.
+
+    Projected gradient descent on the LoRA factors: after every optimizer step B ← (I - U_k U_kᵀ) B and
+    A ← A (I - Q_k Q_kᵀ), with V's k leading directions. Adam's moments may point into them; what a step puts there is
+    removed again before anybody sees the weights.
+    """
+
+    name: ClassVar[str] = "projected_training"
+
+    base_model: str
+    """The unaligned ancestor; the aligned model is the one that is trained."""
+    rank: int = Field(default=8, ge=1)
+    """The k of the complement that is expected."""
+    side: Literal["left", "right", "both"] = "both"
+    """Its side."""
+
+    def make_trainer(self, setup: TrainingSetup) -> Trainer:
+        """The setup's own trainer, with the projection after every optimizer step.
+
+        Raises:
+            StayalignedError: if the full weights are trained, or a LoRA layer is no linear one.
+        """
+        from transformers import TrainerCallback
+
+        trainer = setup.trainer()
+        layers = _known_layers(setup.model, self)  # after the trainer, which moves the model to its device
+
+        class Projected(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                _project(layers)
+
+            def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                _project(layers)
+
+        trainer.add_callback(Projected())
+        return trainer
+
+
+class _KnownLayer(NamedTuple):
+    a: Any
+    """The parameter A, (rank, in)."""
+    b: Any
+    """The parameter B, (out, rank)."""
+    operator: Operator
+    """The patch's own."""
+
+
+def _known_layers(model: Any, attacker: ProjectedTraining) -> list[_KnownLayer]:
+    from peft.tuners.lora import LoraLayer
+
+    from stayaligned.defenses.complement import Complement
+    from stayaligned.directions import FullDelta
+    from stayaligned.hf.models import load_model
+
+    patch = Complement(rank=attacker.rank, side=attacker.side)
+    named = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if not named:
+        raise StayalignedError(
+            "projected_training projects LoRA factors, and this experiment trains the full weights",
+            hint="Set `lora:`, or use the training defense `sft`.",
+        )
+    base = load_model(attacker.base_model)
+    known: list[_KnownLayer] = []
+    for name, module in named.items():
+        (adapter,) = module.active_adapters
+        if adapter not in module.lora_A:
+            raise StayalignedError(f"projected_training: {name} is no linear layer", hint="Target linear layers only.")
+        ancestor = base.get_submodule(name.removeprefix("base_model.model.")).weight
+        aligned = module.get_base_layer().weight
+        delta = aligned.detach().float() - ancestor.detach().to(aligned.device).float()
+        operator = patch.operator_for(FullDelta.of((delta.T if module.fan_in_fan_out else delta).contiguous()))
+        known.append(_KnownLayer(module.lora_A[adapter].weight, module.lora_B[adapter].weight, operator))
+    return known
+
+
+def _project(layers: list[_KnownLayer]) -> None:
+    import torch
+
+    with torch.no_grad():
+        for a, b, operator in layers:
+            a.copy_(operator.inputs(a))
+            b.copy_(operator.outputs(b))
