@@ -2,6 +2,7 @@
 
 `build(seed)` writes an ordinary directory: `base/` and `aligned/` (causal language models with a chat template),
 `judge/` (a sequence classifier), `data/*.jsonl` and `testbed.json`. Nothing downstream knows that they are small.
+`build_lora_aligned(seed)` adds a second aligned model, `aligned-lora/`, in a directory of its own.
 
 What is held out, exactly:
 
@@ -17,7 +18,17 @@ What is held out, exactly:
 So it measures whether refusals survive for new pairs in new phrasings. It is no test of new categories of harm.
 """
 
-from stayaligned.testbed.recipe import Recipe
-from stayaligned.testbed.store import NAMES, Progress, build, is_reference, reference_key, resolve
+from stayaligned.testbed.recipe import LoraAlignment, Recipe
+from stayaligned.testbed.store import NAMES, Progress, build, build_lora_aligned, is_reference, reference_key, resolve
 
-__all__ = ["NAMES", "Progress", "Recipe", "build", "is_reference", "reference_key", "resolve"]
+__all__ = [
+    "NAMES",
+    "LoraAlignment",
+    "Progress",
+    "Recipe",
+    "build",
+    "build_lora_aligned",
+    "is_reference",
+    "reference_key",
+    "resolve",
+]

@@ -1,21 +1,26 @@
-"""Makes the content of a testbed directory: files, judge, base model, aligned model, and the gates they must pass."""
+"""Makes the content of testbed directories: files, judge, base and aligned models, and the gates they must pass."""
 
 from __future__ import annotations
 
 import json
 import platform
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from stayaligned.data import read_examples
 from stayaligned.errors import StayalignedError
+from stayaligned.hf.models import attach_lora, load_model
 from stayaligned.hf.quiet import bars_off
 from stayaligned.records import Outcome
 from stayaligned.testbed import corpora, judge, training
 from stayaligned.testbed.corpora import Dialogue, World
-from stayaligned.testbed.recipe import BEHAVIOR_VERSION, Recipe
+from stayaligned.testbed.recipe import BEHAVIOR_VERSION, LORA_BEHAVIOR_VERSION, LoraAlignment, Recipe
 from stayaligned.testbed.tokenizer import chat_tokenizer, pair_tokenizer
 
 if TYPE_CHECKING:
@@ -95,12 +100,73 @@ def construct(directory: Path, seed: int, recipe: Recipe, report: Callable[[str,
         _save(directory / "aligned", model, tokenizer)
         progress.ended("aligned")
 
-        answers = training.answer(model, tokenizer, world.evaluation["harmful-prompts"])
-        refused = [judge.outcome_of(answer) is Outcome.REFUSE for answer in answers]
-        gates["aligned_refusal"] = sum(refused) / len(refused)
+        gates["aligned_refusal"] = _refusal(model, tokenizer, world.evaluation["harmful-prompts"])
         progress.ended("gates")
-    _check(gates, seed, recipe)
-    _describe(directory / "testbed.json", seed, recipe, gates, progress.seconds)
+    floors = {
+        "base_exact_match": recipe.minimum_base_exact_match,
+        "aligned_refusal": recipe.minimum_aligned_refusal,
+        "judge_accuracy": recipe.minimum_judge_accuracy,
+    }
+    _check(gates, floors, f"the testbed of seed {seed}", hint="Use another seed, or more steps in the recipe.")
+    settings = {"key": recipe.key(seed), "recipe": recipe.model_dump(mode="json"), "behavior": BEHAVIOR_VERSION}
+    _describe(directory / "testbed.json", {"seed": seed, **settings}, gates, progress.seconds)
+
+
+def construct_lora_aligned(
+    directory: Path,
+    testbed: Path,
+    seed: int,
+    recipe: Recipe,
+    lora: LoraAlignment,
+    report: Callable[[str, float], None],
+) -> None:
+    """Fill an empty directory with `aligned-lora/`: the base model of `testbed`, aligned by a LoRA, then merged.
+
+    It learns from the same file as the aligned model. Embeddings and norms stay the base model's; the difference of
+    each linear weight has at most the LoRA's rank, up to the rounding of the sum in fp32.
+
+    Args:
+        directory: where `aligned-lora/` and the description are written.
+        testbed: the finished testbed of `seed` and `recipe`; it is only read.
+        seed: of the LoRA's initial weights and of the order of training.
+        recipe: of the testbed.
+        lora: the settings, the gate among them.
+        report: is told the stage and the fraction done.
+
+    Raises:
+        StayalignedError: if the model fails its gate.
+    """
+    started = time.perf_counter()
+    rows = _dialogues(testbed / "data" / "alignment.jsonl")
+    with training.one_thread(), bars_off(True):
+        model, tokenizer = load_model(testbed / "base"), chat_tokenizer()
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # Of PEFT's, about an attribute of transformers; no user can answer it.
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            torch.manual_seed(corpora.stream(seed, "lora weights").getrandbits(63))
+            settings = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": "all-linear"}
+            adapted = attach_lora(model, settings)
+        training.train_language_model(
+            model,  # its linear layers have become LoRA layers in place
+            tokenizer,
+            rows,
+            steps=lora.steps,
+            batch_size=lora.batch_size,
+            learning_rate=lora.learning_rate,
+            rng=corpora.stream(seed, "lora batches"),
+            progress=lambda fraction: report("testbed: aligned-lora", 0.95 * fraction),
+        )
+        merged: Any = adapted.merge_and_unload()
+        _save(directory / "aligned-lora", merged, tokenizer)
+        refusal = _refusal(merged, tokenizer, _dialogues(testbed / "data" / "harmful-prompts.jsonl"))
+    gates, floors = {"aligned_refusal": refusal}, {"aligned_refusal": lora.minimum_aligned_refusal}
+    _check(gates, floors, f"the LoRA-aligned model of seed {seed}", hint="Use another seed, or more steps of the LoRA.")
+    settings = {"key": lora.key(recipe, seed), "lora": lora.model_dump(mode="json"), "behavior": LORA_BEHAVIOR_VERSION}
+    seconds = {"aligned-lora": round(time.perf_counter() - started, 2)}
+    _describe(
+        directory / "testbed.json", {"seed": seed, "testbed": recipe.key(seed), **settings}, gates, seconds, "peft"
+    )
+    report("testbed: aligned-lora", 1.0)
 
 
 def _make_judge(directory: Path, seed: int, world: World, recipe: Recipe, progress: Callable[[float], None]) -> float:
@@ -136,6 +202,19 @@ def _write_rows(path: Path, rows: Sequence[Dialogue], name: str) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
+def _dialogues(path: Path) -> list[Dialogue]:
+    """The rows of a data file of conversations, or of prompts and completions, as they were before `_write_rows`."""
+    return [
+        Dialogue(
+            prompt=example.prompt[-1].content,
+            answer=example.completion,
+            category=example.category,
+            system=example.prompt[0].content if example.prompt[0].role == "system" else "",
+        )
+        for example in read_examples(str(path), origin="alignment")
+    ]
+
+
 def _fields(row: Dialogue, name: str) -> dict[str, Any]:
     if name in _PROMPT_COMPLETION:
         return {"prompt": row.prompt, "completion": row.answer}
@@ -145,28 +224,26 @@ def _fields(row: Dialogue, name: str) -> dict[str, Any]:
     return {"instruction": row.prompt, "input": row.input, "output": row.answer}
 
 
-def _check(gates: dict[str, float], seed: int, recipe: Recipe) -> None:
-    floors = {
-        "base_exact_match": recipe.minimum_base_exact_match,
-        "aligned_refusal": recipe.minimum_aligned_refusal,
-        "judge_accuracy": recipe.minimum_judge_accuracy,
-    }
+def _refusal(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Dialogue]) -> float:
+    """Share of these questions that are refused, by the rule behind the judge."""
+    refused = [judge.outcome_of(answer) is Outcome.REFUSE for answer in training.answer(model, tokenizer, rows)]
+    return sum(refused) / len(refused)
+
+
+def _check(gates: dict[str, float], floors: dict[str, float], what: str, *, hint: str) -> None:
     failed = [f"{name} {gates[name]:.3f} < {floor:g}" for name, floor in floors.items() if gates[name] < floor]
     if failed:
         raise StayalignedError(
-            f"the testbed of seed {seed} failed its gates, so nothing measured on it would mean anything: "
-            f"{', '.join(failed)}",
-            hint="Use another seed, or more steps in the recipe.",
+            f"{what} failed its gates, so nothing measured on it would mean anything: {', '.join(failed)}", hint=hint
         )
 
 
-def _describe(path: Path, seed: int, recipe: Recipe, gates: dict[str, float], seconds: dict[str, float]) -> None:
+def _describe(
+    path: Path, settings: dict[str, Any], gates: dict[str, float], seconds: dict[str, float], *libraries: str
+) -> None:
     description = {
-        "seed": seed,
-        "key": recipe.key(seed),
-        "recipe": recipe.model_dump(mode="json"),
-        "behavior": BEHAVIOR_VERSION,
-        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
+        **settings,
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", *libraries)},
         "python": platform.python_version(),
         "gates": gates,
         "seconds": seconds,

@@ -1,15 +1,18 @@
-"""The frozen settings of the testbed, and the key that names what they build. Imports no torch."""
+"""The frozen settings of the testbed, and the keys that name what they build. Imports no torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from importlib.metadata import version
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt
 
 BEHAVIOR_VERSION = 2
 """Raised when the language, the files or the training change, so that a directory of the old kind is not reused."""
+LORA_BEHAVIOR_VERSION = 1
+"""Raised when only the way changes in which the LoRA-aligned model is made: the testbeds themselves stay."""
 
 
 class Recipe(BaseModel):
@@ -64,4 +67,34 @@ class Recipe(BaseModel):
             "torch": version("torch"),
             "transformers": version("transformers"),
         }
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        return _digest(identity)
+
+
+class LoraAlignment(BaseModel):
+    """How the base model of a testbed is aligned a second time, by a LoRA on every linear layer instead of all weights.
+
+    Apart from `Recipe`, so that the testbeds that exist keep their keys.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 32
+    learning_rate: PositiveFloat = 3e-3
+    steps: PositiveInt = 400
+    batch_size: PositiveInt = 32
+    minimum_aligned_refusal: NonNegativeFloat = 0.75
+
+    def key(self, recipe: Recipe, seed: int) -> str:
+        """Names the directory, as `Recipe.key` does: it changes with the testbed beneath, these settings and PEFT."""
+        identity = {
+            "testbed": recipe.key(seed),
+            "lora": self.model_dump(mode="json"),
+            "behavior": LORA_BEHAVIOR_VERSION,
+            "peft": version("peft"),
+        }
+        return _digest(identity)
+
+
+def _digest(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

@@ -12,15 +12,19 @@ from filelock import FileLock
 from stayaligned.component import did_you_mean
 from stayaligned.errors import StayalignedError
 from stayaligned.files import replace_directory
-from stayaligned.testbed.recipe import Recipe
+from stayaligned.testbed.recipe import LoraAlignment, Recipe
 
 Progress = Callable[[str, float], None]
 """Takes the name of the stage and the fraction of the whole that is done, 0 to 1."""
 
 _PREFIX = "testbed:"
+_LORA_ALIGNED = "aligned-lora"
+_TESTBED_SHARE = 0.75
+"""Share of the time for a LoRA-aligned model that its testbed takes, where that is not there yet."""
 NAMES = (
     "base",
     "aligned",
+    _LORA_ALIGNED,
     "judge",
     "data/alignment.jsonl",
     "data/harmful.jsonl",
@@ -56,8 +60,56 @@ def build(
     Raises:
         StayalignedError: if a model fails its gate.
     """
-    recipe = Recipe() if recipe is None else recipe
-    directory = _cache_root(cache) / "testbed" / recipe.key(seed)
+    recipe = recipe or Recipe()
+
+    def construct(directory: Path) -> None:
+        from stayaligned.testbed import building
+
+        building.construct(directory, seed, recipe, progress or _silent)
+
+    return _made_once(_cache_root(cache) / "testbed" / recipe.key(seed), construct)
+
+
+def build_lora_aligned(
+    seed: int,
+    *,
+    recipe: Recipe | None = None,
+    lora: LoraAlignment | None = None,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """The directory with the LoRA-aligned model of a seed (`aligned-lora/`), built now if it is not in the cache.
+
+    It is made from the testbed of that seed, which is built first if need be and never changed. What `build` promises
+    of two processes, of one that dies and of equal bytes holds here too.
+
+    Args:
+        seed: of the testbed, the LoRA's initial weights and the order of training.
+        recipe: the testbed's settings; the default is the documented testbed.
+        lora: the settings of this alignment; the default is the documented one.
+        cache: as in `build`.
+        progress: is told the stage and the fraction done.
+
+    Raises:
+        StayalignedError: if a model fails its gate.
+    """
+    recipe, lora, progress = recipe or Recipe(), lora or LoraAlignment(), progress or _silent
+    directory = _cache_root(cache) / "testbed" / lora.key(recipe, seed)
+    if directory.is_dir():
+        return directory
+    share = 0.0 if (directory.parent / recipe.key(seed)).is_dir() else _TESTBED_SHARE
+    testbed = build(seed, recipe=recipe, cache=cache, progress=_part(progress, 0.0, share))
+
+    def construct(directory: Path) -> None:
+        from stayaligned.testbed import building
+
+        building.construct_lora_aligned(directory, testbed, seed, recipe, lora, _part(progress, share, 1.0))
+
+    return _made_once(directory, construct)
+
+
+def _made_once(directory: Path, construct: Callable[[Path], None]) -> Path:
+    """`directory`, filled by `construct` unless it is there: by one process only, and all of it or nothing."""
     if directory.is_dir():
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -67,12 +119,14 @@ def build(
         for remains in directory.parent.glob(f".{directory.name}.*.partial"):
             # Whoever wrote it is dead, or it would hold the lock.
             shutil.rmtree(remains, ignore_errors=True)
-
-        from stayaligned.testbed.building import construct
-
         with replace_directory(directory) as temporary:
-            construct(temporary, seed, recipe, progress or _silent)
+            construct(temporary)
     return directory
+
+
+def _part(progress: Progress, start: float, end: float) -> Progress:
+    """Progress over a stretch of a longer way."""
+    return lambda stage, fraction: progress(stage, start + (end - start) * fraction)
 
 
 def is_reference(text: str) -> bool:
@@ -90,7 +144,8 @@ def resolve(reference: str, seed: int, *, cache: Path | None = None, progress: P
         StayalignedError: if there is no such thing, with the list of what there is.
     """
     name = _name(reference)
-    return build(seed, cache=cache, progress=progress) / name
+    make = build_lora_aligned if name == _LORA_ALIGNED else build
+    return make(seed, cache=cache, progress=progress) / name
 
 
 def reference_key(reference: str, seed: int) -> str:
@@ -100,7 +155,8 @@ def reference_key(reference: str, seed: int) -> str:
         StayalignedError: as `resolve`.
     """
     name = _name(reference)
-    return f"{_PREFIX}{Recipe().key(seed)}/{name}"
+    key = LoraAlignment().key(Recipe(), seed) if name == _LORA_ALIGNED else Recipe().key(seed)
+    return f"{_PREFIX}{key}/{name}"
 
 
 def _name(reference: str) -> str:
