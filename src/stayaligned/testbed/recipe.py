@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -13,6 +14,12 @@ BEHAVIOR_VERSION = 2
 """Raised when the language, the files or the training change, so that a directory of the old kind is not reused."""
 LORA_BEHAVIOR_VERSION = 1
 """Raised when only the way changes in which the LoRA-aligned model is made: the testbeds themselves stay."""
+
+
+@cache
+def _version(package: str) -> str:
+    """Asked for once in every key of a grid, and slow to find."""
+    return version(package)
 
 
 class Recipe(BaseModel):
@@ -64,8 +71,8 @@ class Recipe(BaseModel):
             "recipe": self.model_dump(mode="json"),
             "seed": seed,
             "behavior": BEHAVIOR_VERSION,
-            "torch": version("torch"),
-            "transformers": version("transformers"),
+            "torch": _version("torch"),
+            "transformers": _version("transformers"),
         }
         return _digest(identity)
 
@@ -91,7 +98,7 @@ class LoraAlignment(BaseModel):
             "testbed": recipe.key(seed),
             "lora": self.model_dump(mode="json"),
             "behavior": LORA_BEHAVIOR_VERSION,
-            "peft": version("peft"),
+            "peft": _version("peft"),
         }
         return _digest(identity)
 
