@@ -63,8 +63,7 @@ def test_every_error_is_told_at_once_with_its_place_and_a_suggestion(tmp_path: P
         ({"defenses": ["lisa", "bso"], "alignment_data": "testbed:data/alignment.jsonl"}, "lisa and bso both train"),
         ({"defenses": ["lisa"]}, "alignment_data: lisa needs safety data"),
         ({"defenses": ["safe_lora"]}, "base_model: safe_lora compares"),
-        ({"defenses": ["drop"], "training": None}, "drop patches an adapter, but none is trained"),
-        ({"defenses": ["drop"], "lora": None}, "drop patches LoRA adapters, but `lora: null`"),
+        ({"defenses": ["drop"], "training": None}, "drop patches a fine-tune, but nothing is trained"),
         ({"defenses": ["bso"], "training": None}, "bso trains, but this experiment does not"),
         ({"attack": {"name": "poison", "poison_ratio": 0.1}}, "harmful"),
         ({"attack": {"name": "poison", "poison_ratio": 1.5}}, "attack.poison_ratio"),
@@ -139,3 +138,13 @@ def test_merge_keys_and_dates_are_plain_yaml(tmp_path: Path) -> None:
 
 def test_a_configuration_that_holds_itself_is_refused(tmp_path: Path) -> None:
     assert "not a plain configuration" in errors_of(write(tmp_path / "e.yaml", "model: &a [*a]\n"))
+
+
+def test_a_patch_that_knows_only_adapters_is_refused_for_full_weights(tmp_path: Path) -> None:
+    from stayaligned.component import load_plugin
+    from stayaligned.experiment import REGISTRIES
+
+    load_plugin(Path(__file__).parent / "plugins" / "halving.py", REGISTRIES)
+    content = {**MINIMAL, "defenses": ["halving"], "lora": None}
+    assert "halving patches LoRA adapters, but `lora: null`" in errors_of(write(tmp_path / "e.yaml", content))
+    assert "patches LoRA" not in errors_of(write(tmp_path / "e.yaml", {**content, "defenses": ["drop"]}))
