@@ -172,6 +172,21 @@ def stream(
         torch.set_num_threads(threads)
 
 
+def require_device(device: str) -> None:
+    """Raise unless torch can work on the device.
+
+    Raises:
+        StayalignedError: then.
+    """
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise StayalignedError(f"device {device!r}: {reason}", hint="Use cpu, or cuda where there is a GPU.") from None
+
+
 def refuse_equal(aligned: Checkpoint, base: Checkpoint) -> StayalignedError:
     """The error for two checkpoints whose compared weights are all equal."""
     return StayalignedError(

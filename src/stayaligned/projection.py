@@ -11,6 +11,7 @@ fp64, because an fp32 cosine over the flattened update is off by 1e-3 at width 4
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ class ScaledGram(Operator):
         missed: Update = before._replace(b=outside) if isinstance(before, LoraFactors) else outside
         lost = self.delta.largest_missing / self.delta.norm * update_norm(missed)
         kept = update_norm(after)
-        return lost / kept if kept else (0.0 if lost == 0 else math.inf)
+        return min(lost / kept, sys.float_info.max) if kept else sys.float_info.max * (lost > 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -412,3 +412,11 @@ def test_an_untrained_adapter_is_said_to_be_one(world: Path, tmp_path: Path, com
     code, shown = command(*arguments(world, tmp_path / "out", "--all", adapter=tmp_path / "adapter"))
     assert code == 0, shown
     assert "zero in every layer" in shown
+
+
+def test_a_device_that_is_not_there_is_refused(world: Path, tmp_path: Path, command: Command) -> None:
+    for device in ("cuda:99", "toaster"):
+        code, shown = command(*arguments(world, tmp_path / "out", "--all", "--device", device))
+        assert code == 2
+        assert device in shown
+        assert "Traceback" not in shown

@@ -48,6 +48,7 @@ def project(
 ) -> None:
     """Safe LoRA: repair finished fine-tunes layer by layer, without loading a model."""
     from stayaligned.defenses import DEFENSES, ModelPair
+    from stayaligned.deltas import require_device
     from stayaligned.experiment import parse_component
     from stayaligned.patching import projection_spec
 
@@ -64,6 +65,7 @@ def project(
     settings = {"rank": rank, "energy": energy, "side": side}
     spec = projection_spec(operator, {"threshold": threshold, "lowest": lowest}, settings, control)
     patch: PatchDefense = parse_component(DEFENSES, spec, "project")
+    require_device(device)
     models = ModelPair(aligned=aligned, base=base, subspace=subspace)
     if scan:
         _scan(finetuned, out_dir, patch, models, device)
