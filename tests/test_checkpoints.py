@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stayaligned.checkpoints import Checkpoint, checkpoint_directory, open_checkpoint
+from stayaligned.checkpoints import Checkpoint, checkpoint_directory, open_checkpoint, weights_fingerprint
 from stayaligned.errors import StayalignedError
 
 INDEX = "model.safetensors.index.json"
@@ -112,3 +112,30 @@ def test_directories_are_taken_as_they_are_and_hub_ids_from_the_cache(
 def test_what_is_neither_directory_nor_hub_repository_is_named(ref: str | Path) -> None:
     with pytest.raises(StayalignedError, match=str(ref)):
         checkpoint_directory(ref)
+
+
+def test_fingerprints_tell_names_types_shapes_and_any_sampled_number_apart(tmp_path: Path) -> None:
+    large = torch.arange(300 * 300, dtype=torch.float32).view(300, 300)
+
+    def of(**tensors: torch.Tensor) -> str:
+        directory = tmp_path / str(len(list(tmp_path.iterdir())))
+        directory.mkdir()
+        save_file(tensors, directory / "model.safetensors")
+        return weights_fingerprint(Checkpoint(directory))
+
+    first, last = large.clone(), large.clone()
+    first[0, 0], last[-1, -1] = -1, -1
+    tiny = torch.zeros(2, 3)
+    found = [
+        of(x=large),
+        of(y=large),
+        of(x=first),
+        of(x=last),
+        of(x=large.view(150, 600)),
+        of(x=large.view(torch.int32)),
+        of(x=large, y=tiny),
+        of(x=large, y=tiny + 1),
+        of(x=large, y=torch.zeros(0)),
+    ]
+    assert len(set(found)) == len(found)
+    assert of(x=large.clone()) == found[0]

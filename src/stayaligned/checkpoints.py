@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import threading
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_RUN_BYTES = 1 << 14
+_RUNS = 4
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 REDOWNLOAD = "The file was cut off or damaged; download or save the checkpoint again."
 """The way out of a damaged file."""
@@ -193,7 +196,7 @@ def checkpoint_directory(ref: str | Path) -> Path:
     if path.is_dir():
         return path
     repository, _, revision = str(ref).partition("@")
-    if isinstance(ref, Path) or not _HUB_ID.fullmatch(repository):
+    if isinstance(ref, Path) or not is_hub_id(repository):
         raise StayalignedError(
             f"{ref}: no such checkpoint directory", hint="Give a local directory or a hub id such as org/name."
         )
@@ -214,6 +217,11 @@ def checkpoint_directory(ref: str | Path) -> Path:
     return Path(directory)
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether it has the form `org/name`."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
 def open_checkpoint(ref: str | Path) -> Checkpoint:
     """The checkpoint at a local directory or hub id."""
     return Checkpoint(checkpoint_directory(ref))
@@ -232,3 +240,21 @@ def read_json_object(path: Path, *, hint: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise StayalignedError(f"{path}: expected a JSON object", hint=hint)
     return content
+
+
+def weights_fingerprint(checkpoint: Checkpoint) -> str:
+    """SHA-256 over the names, types, shapes and content of all tensors: the same however they are split into shards.
+
+    Of tensors above 64 KiB, four runs of 16 KiB are read, from the first to the last byte: reading a 140 GB checkpoint
+    only to name it would take minutes, and training changes every part of a weight.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(checkpoint):
+        file, entry = checkpoint.file_of(name), checkpoint.entry(name)
+        digest.update(json.dumps([name, entry.stored_type, entry.shape]).encode())
+        sampled = entry.size > _RUNS * _RUN_BYTES
+        buffer = bytearray(_RUN_BYTES if sampled else entry.size)
+        for run in range(_RUNS if sampled else 1):
+            file.read_into(memoryview(buffer), entry.offset + (entry.size - len(buffer)) * run // (_RUNS - 1))
+            digest.update(buffer)
+    return digest.hexdigest()

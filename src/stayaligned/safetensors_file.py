@@ -21,38 +21,51 @@ if TYPE_CHECKING:
 
 _LONGEST_HEADER = 100 << 20
 """The limit that the safetensors library sets too."""
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "U16": "uint16",
-    "U32": "uint32",
-    "U64": "uint64",
+_TYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "U16": ("uint16", 2),
+    "U32": ("uint32", 4),
+    "U64": ("uint64", 8),
 }
+"""{the format's name of a type: torch's name, bytes}: so a header is read without importing torch."""
 
 
 class Entry(NamedTuple):
     """Where and how one tensor is stored."""
 
-    dtype: torch.dtype
+    stored_type: str
+    """By the format's name, "BF16" for one."""
     shape: tuple[int, ...]
     offset: int
     """Of its first byte in the file."""
-    item_bytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Torch's name of the type."""
+        import torch
+
+        return getattr(torch, _TYPES[self.stored_type][0])
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one number."""
+        return _TYPES[self.stored_type][1]
 
     @property
     def is_plain_float(self) -> bool:
         """Whether it can be subtracted: fp64, fp32, fp16 or bf16."""
-        return self.dtype.is_floating_point and self.item_bytes > 1
+        return self.stored_type in ("F64", "F32", "F16", "BF16")
 
     @property
     def size(self) -> int:
@@ -79,6 +92,8 @@ class SafetensorsFile:
         except OSError as error:
             raise self._damaged(error.strerror or str(error)) from error
         self._closing = weakref.finalize(self, os.close, self._descriptor)
+        self.size = os.fstat(self._descriptor).st_size
+        """Its bytes."""
         self.metadata: dict[str, str] = {}
         self.entries = self._read_header()
 
@@ -113,13 +128,12 @@ class SafetensorsFile:
             os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
     def _read_header(self) -> dict[str, Entry]:
-        size = os.fstat(self._descriptor).st_size
         head = bytearray(8)
-        if size < 8:
+        if self.size < 8:
             raise self._damaged("the file is shorter than a header")
         self.read_into(memoryview(head), 0)
         length = int.from_bytes(head, "little")
-        if length > min(_LONGEST_HEADER, size - 8):
+        if length > min(_LONGEST_HEADER, self.size - 8):
             raise self._damaged("the header is longer than the file")
         text = bytearray(length)
         self.read_into(memoryview(text), 8)
@@ -130,16 +144,13 @@ class SafetensorsFile:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise self._damaged(f"the header is no safetensors header ({error})") from error
         end = max((entry.offset + entry.size for entry in entries.values()), default=0)
-        if end > size:
-            raise self._damaged(f"the file has {size} bytes, its header promises {end}")
+        if end > self.size:
+            raise self._damaged(f"the file has {self.size} bytes, its header promises {end}")
         return entries
 
     def _entry(self, value: dict[str, Any], data: int) -> Entry:
-        import torch
-
-        dtype = getattr(torch, _DTYPES[value["dtype"]])
         begin, end = value["data_offsets"]
-        entry = Entry(dtype, tuple(int(size) for size in value["shape"]), data + int(begin), dtype.itemsize)
+        entry = Entry(value["dtype"], tuple(int(size) for size in value["shape"]), data + int(begin))
         if min(entry.shape, default=0) < 0 or begin < 0 or end - begin != entry.size:
             raise ValueError("offsets that don't fit the shape")
         return entry
