@@ -126,8 +126,8 @@ class TruncatedDelta(AlignmentDelta):
         return TruncatedDelta(self.left.to(device), self.values.to(device), self.right.to(device), self.norm)
 
     def gram(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
-        """U Σ² (Uᵀx)."""
-        return self.left @ (self.values.square()[:, None] * (self.left.T @ columns.to(self.left.dtype)))
+        """U Σ² (Uᵀx), along U's rows as in `FullDelta`."""
+        return (((columns.to(self.left.dtype).T @ self.left) * self.values.square()) @ self.left.T).T
 
     def core(
         self, left: Float[Tensor, "out_features k2"], right: Float[Tensor, "in_features k2"]
@@ -238,7 +238,7 @@ def random_subspace(delta: AlignmentDelta, like: AlignmentSubspace, generator: t
 
 def onto(basis: Float[Tensor, "size k"], columns: Float[Tensor, "size rank"]) -> Float[Tensor, "size rank"]:
     """The orthogonal projection of columns onto the span of an orthonormal basis."""
-    return basis @ (basis.T @ columns.to(basis.dtype))
+    return ((columns.to(basis.dtype).T @ basis) @ basis.T).T  # along the basis' rows, as in `FullDelta.gram`
 
 
 def cached_rows(matrix: Tensor) -> int:
