@@ -53,7 +53,11 @@ def test_every_command_and_option_that_is_named_exists(page: Path) -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
     for _, name, *arguments in commands_in(page):
         assert name in commands, name
-        options = {option for parameter in commands[name].params for option in parameter.opts}
+        command = commands[name]
+        if hasattr(command, "commands"):  # `subspace build`
+            assert arguments[0] in command.commands, arguments[0]
+            command = command.commands[arguments[0]]
+        options = {option for parameter in command.params for option in parameter.opts}
         named = {word.split("=")[0] for word in arguments if word.startswith("--")}
         assert named <= options, (name, named - options)
 

@@ -12,6 +12,7 @@ import typer
 
 from stayaligned.cli.console import err, out
 from stayaligned.cli.project import project
+from stayaligned.cli.subspace import subspace_app
 from stayaligned.errors import StayalignedError
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ def report(
 
 
 app.command()(project)
+app.add_typer(subspace_app, name="subspace")
 
 
 @app.command()

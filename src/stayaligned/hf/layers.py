@@ -71,7 +71,7 @@ def place_adapter(adapter: Adapter, aligned: Checkpoint, base: Checkpoint) -> li
         refuse_quantised(checkpoint)
     layers = plainly_placed(adapter, aligned, base)
     if layers is not None:
-        check_factors(adapter, layers, aligned)
+        check_factors(adapter, layers, aligned.directory)
         return [PlacedLayer(layer, whole(layer.parameter), whole(layer.parameter)) for layer in layers]
     in_aligned = StoredWeights(aligned, meta_model(aligned))
     layers = _layers_on(adapter, in_aligned, aligned)
@@ -158,7 +158,7 @@ def _layers_on(adapter: Adapter, stored: StoredWeights, checkpoint: Checkpoint) 
             f"{checkpoint.directory}. Missing: {some(missing)}. Not expected: {some(unexpected)}",
             hint="Was the adapter trained on this model, as a causal language model?",
         )
-    check_factors(adapter, layers, checkpoint)
+    check_factors(adapter, layers, checkpoint.directory)
     return sorted(layers, key=lambda layer: natural_key(layer.name))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from stayaligned.adapters import Adapter, LoraLayer
 from stayaligned.checkpoints import Checkpoint
@@ -70,13 +71,13 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
         )
 
 
-def check_factors(adapter: Adapter, layers: Sequence[LoraLayer], checkpoint: Checkpoint) -> None:
+def check_factors(adapter: Adapter, layers: Sequence[LoraLayer], source: Path) -> None:
     """Raise unless every layer's tensors have the shapes that its model asks for, and hold finite numbers.
 
     Args:
         adapter: whose tensors.
         layers: the adapter's layers; all their tensors are there.
-        checkpoint: the model, for the message.
+        source: where the shapes come from, for the message: a model's directory, or a subspace file.
 
     Raises:
         StayalignedError: naming the first tensor that is no factor.
@@ -89,7 +90,7 @@ def check_factors(adapter: Adapter, layers: Sequence[LoraLayer], checkpoint: Che
         tensor = adapter.tensors[key]
         if tuple(tensor.shape) != expected:
             raise StayalignedError(
-                f"{adapter.directory}: {key} is {tuple(tensor.shape)}, but {expected} on {checkpoint.directory}",
+                f"{adapter.directory}: {key} is {tuple(tensor.shape)}, but {expected} on {source}",
                 hint="The adapter was trained on another model, or saved from one process of a sharded run.",
             )
         if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):

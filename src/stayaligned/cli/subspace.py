@@ -1,0 +1,67 @@
+"""`stayaligned subspace`: files that stand for a pair of models in `stayaligned project`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stayaligned.cli.console import out, weights_bar
+from stayaligned.errors import StayalignedError
+from stayaligned.printable import visible
+
+subspace_app = typer.Typer(
+    help="Build and show subspace files, with which `project` needs neither model.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@subspace_app.command()
+def build(
+    *,
+    aligned: Annotated[str, typer.Option(help="The aligned model: directory or hub id.")],
+    base: Annotated[str, typer.Option(help="Its unaligned ancestor: directory or hub id.")],
+    out_file: Annotated[Path, typer.Option("--out", help="The file to write; must not exist.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="Directions per module.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Instead of --rank: share of V's energy to capture.")] = None,
+    device: Annotated[str, typer.Option(help="Where the products are made: cpu, or cuda for a GPU.")] = "cpu",
+) -> None:
+    """Write V's leading directions, module by module, into one safetensors file."""
+    from stayaligned.subspaces import build_subspace
+
+    if (rank is None) == (energy is None):
+        raise StayalignedError("how much of V to keep is not said", hint="Give one of --rank K and --energy E.")
+    with weights_bar() as progress:
+        header = build_subspace(aligned, base, out_file, rank=rank, energy=energy, device=device, progress=progress)
+    stored = [module.rank for module in header.modules.values()]
+    captured = [module.captured_energy for module in header.modules.values()]
+    out.print(
+        f"{len(stored)} modules, {min(stored)} to {max(stored)} directions each, "
+        f"{min(captured):.1%} to {max(captured):.1%} of V's energy"
+    )
+    out.print(f"wrote  {out_file}  ({out_file.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
+
+
+@subspace_app.command()
+def show(file: Annotated[Path, typer.Argument(help="What `subspace build` wrote.", show_default=False)]) -> None:
+    """Show which models a file stands for, and how much of V it holds in each module."""
+    from rich.table import Table
+
+    from stayaligned.subspaces import SubspaceFile
+
+    header = SubspaceFile(file).header
+    for role, model in (("aligned", header.aligned), ("base", header.base)):
+        name = f"  ({model.name})" if model.name not in ("", model.ref) else ""
+        out.print(f"{role:<8} {model.ref}{name}  sha256 {model.sha256}", soft_wrap=True)
+    asked = f"rank {header.rank}" if header.rank is not None else f"energy {header.energy:g}"
+    out.print(f"asked for {asked}; written by stayaligned {header.versions.get('stayaligned', 'unknown')}\n")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("module")
+    for column in ("out × in", "k", "captured energy", "‖V‖"):
+        table.add_column(column, justify="right")
+    for name, module in header.modules.items():
+        shape = "×".join(map(str, module.shape))
+        table.add_row(visible(name), shape, str(module.rank), f"{module.captured_energy:.4f}", f"{module.norm:.4g}")
+    out.print(table)
