@@ -30,7 +30,7 @@ from stayaligned.store import Store
 from stayaligned_test_world import experiment, write_world
 
 ROOT = Path(__file__).parents[1]
-GRID = ROOT / "benchmarks" / "safe_lora_front.yaml"
+GRIDS = [ROOT / "benchmarks" / f"safe_lora_front{which}.yaml" for which in ("", "_lora")]
 ADAPTIVE = ROOT / "benchmarks" / "safe_lora_adaptive.yaml"
 ATTACKER = ROOT / "examples" / "plugins" / "adaptive_attacker.py"
 
@@ -240,10 +240,11 @@ def test_another_experiment_is_refused_by_its_defenses() -> None:
 # ---- the grids -----------------------------------------------------------------------------------------------------
 
 
-def test_the_grid_runs_every_control_where_settings_are_chosen_and_every_scan_elsewhere() -> None:
-    grid = load_grid(GRID, ["axes.seed=[200]", "axes.task=[{label: sentiment}]"])
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_the_grid_runs_every_control_where_settings_are_chosen_and_every_scan_elsewhere(path: Path) -> None:
+    grid = load_grid(path, ["axes.seed=[200]", "axes.task=[{label: sentiment}]"])
     found: dict[Any, dict[float, set[Any]]] = {}
-    for one in grid.expand(GRID.name):
+    for one in grid.expand(path.name):
         cell, ratio = work.cell_of(one.spec())
         treatment = work.treatment_of([d.spec() for d in one.defenses])
         arms = found.setdefault(cell, {}).setdefault(ratio, set())
