@@ -15,9 +15,10 @@ from stayaligned.adapters import Adapter, read_adapter
 from stayaligned.checkpoints import Checkpoint, open_checkpoint
 from stayaligned.errors import StayalignedError
 from stayaligned.hf.layers import lora_layers, refuse_swapped
+from stayaligned.hf.plain import by_pattern, is_targeted
 from stayaligned.hf.refusals import refuse_unsupported
 from stayaligned.hf.stored import meta_model
-from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
+from stayaligned.testing import pico_model, write_pico_adapter, write_pico_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -208,23 +209,58 @@ def test_swapped_models_are_noticed_by_path_and_by_content(tmp_path: Path, adapt
 
 
 def test_private_host_apis_are_where_the_layer_map_expects_them() -> None:
-    """PEFT: inject_adapter_in_model with low_cpu_mem_usage, LoraLayer.r/.scaling/.get_base_layer, tuners.lora.Linear.
+    """PEFT: inject_adapter_in_model with low_cpu_mem_usage, LoraLayer.r/.scaling/.get_base_layer, tuners.lora.Linear,
+    Embedding and ParamWrapper with .parameter_name/.num_experts/.get_param.
 
     transformers: conversion_mapping.get_model_conversion_mapping, core_model_loading.rename_source_key,
-    dot_natural_key, WeightRenaming, WeightConverter, PreTrainedModel.all_tied_weights_keys.
+    dot_natural_key, WeightRenaming, WeightConverter with .add_tensor/.convert, PreTrainedModel.all_tied_weights_keys.
     """
     import inspect
 
     from peft import inject_adapter_in_model
-    from peft.tuners.lora import Linear
+    from peft.tuners.lora import Linear, ParamWrapper
     from transformers import conversion_mapping, core_model_loading
 
     assert "low_cpu_mem_usage" in inspect.signature(inject_adapter_in_model).parameters
     assert callable(Linear.get_base_layer)
+    assert callable(ParamWrapper.get_param)
+    assert "is_transposed" in inspect.getsource(ParamWrapper.update_layer)
     assert next(iter(inspect.signature(conversion_mapping.get_model_conversion_mapping).parameters)) == "model"
     assert list(inspect.signature(core_model_loading.rename_source_key).parameters)[:5] == [
         *("source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict")
     ]
     assert issubclass(core_model_loading.WeightRenaming, core_model_loading.WeightTransform)
     assert issubclass(core_model_loading.WeightConverter, core_model_loading.WeightTransform)
+    converter = core_model_loading.WeightConverter
+    assert list(inspect.signature(converter.add_tensor).parameters)[1:4] == [
+        "target_key",
+        "source_key",
+        "source_pattern",
+    ]
+    assert {"layer_name", "model", "config"} <= inspect.signature(converter.convert).parameters.keys()
     assert core_model_loading.dot_natural_key("layers.10") > core_model_loading.dot_natural_key("layers.2")
+
+
+PEFT_RULES: list[dict[str, Any]] = [
+    {"target_modules": ["q_proj", "layers.1.mlp.up_proj"]},
+    {"target_modules": ["proj"]},
+    {"target_modules": r"model\.layers\.\d\.self_attn\.[qk]"},
+    {"target_modules": r".*(q|v)_proj"},
+    {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+    {"target_modules": r".*_proj", "exclude_modules": r".*mlp.*"},
+]
+
+
+@pytest.mark.parametrize("settings", PEFT_RULES, ids=str)
+def test_names_are_matched_by_pefts_rules(settings: dict[str, Any]) -> None:
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+    from peft.utils.other import get_pattern_key
+
+    modules = [name.removesuffix(".weight") for name in pico_model().state_dict()]
+    for module in modules:
+        found = check_target_module_exists(LoraConfig(**settings), module)
+        assert is_targeted(settings, module) == (bool(found) and not isinstance(found, _ExcludedModule)), module
+        patterns = {"q_proj": 1, r"layers\.1\..*": 2, "up_proj": 3, "proj": 4}
+        key = get_pattern_key(list(patterns), module)
+        assert by_pattern(patterns, module, 0) == patterns.get(key, 0)

@@ -53,7 +53,7 @@ LAYOUTS = {
         plain=True,
     ),
     "rank equal to out_features": Layout("llama", {"target_modules": ["k_proj", "q_proj"], "r": 16}, plain=True),
-    "regex": Layout("llama", {"target_modules": r".*\.[01]\.(self_attn\.(q|o)|mlp\.down)_proj"}, plain=True),
+    "regex": Layout("llama", {"target_modules": r".*\.[01]\.(self_attn\.(q|o)_proj|mlp\.(down_proj|up))"}, plain=True),
     "exclude": Layout(
         "llama", {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["0.self_attn.q_proj"]}, plain=True
     ),
@@ -293,7 +293,13 @@ def test_stacks_that_peft_mistakes_for_their_transpose_are_refused(pair_of: Pair
 
 
 @pytest.mark.parametrize(
-    ("architecture", "parameter"), [("gpt2", "c_attn.weight"), ("llama", "embed_tokens.weight"), ("mamba", "A_log")]
+    ("architecture", "parameter"),
+    [
+        ("gpt2", "c_attn.weight"),
+        ("llama", "embed_tokens.weight"),
+        ("mamba", "A_log"),
+        ("recurrent_gemma", "conv_1d.weight"),
+    ],
 )
 def test_parameters_that_are_no_linear_map_are_refused(
     pair_of: PairOf, tmp_path: Path, architecture: str, parameter: str
@@ -349,4 +355,6 @@ def test_plain_layers_need_a_known_shape(pair_of: PairOf, tmp_path: Path) -> Non
     assert layers == [placed.layer for placed in place_adapter(adapter, aligned, aligned)]
     known = {layer.name for layer in layers or []} - {"model.layers.1.self_attn.q_proj"}
     assert plain_layers(adapter, lambda module: shape_of(module) if module in known else None) is None
-    assert plain_layers(adapter, lambda module: (*(shape_of(module) or ()), 1)) is None
+    assert shape_of("model.layers.0.self_attn.v_proj") == (16, 32)
+    for wrong in ((16, 32, 1), (32, 16), (16, 48)):
+        assert plain_layers(adapter, lambda m, wrong=wrong: wrong if m.endswith("v_proj") else shape_of(m)) is None

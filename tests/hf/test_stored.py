@@ -1,5 +1,6 @@
 """Names, rows and experts in the files against what transformers loads; conversions that break rows are refused."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -83,12 +84,20 @@ def test_rows_are_followed_through_any_conversion_that_moves_whole_rows(
 
 
 def conversions_that_break_rows() -> dict[str, Any]:
-    from transformers.core_model_loading import Interleave, PermuteForRope, Transpose
+    from transformers.core_model_loading import ConversionOps, Interleave, PermuteForRope, Transpose
 
-    return {"rope": PermuteForRope(), "transposed": Transpose(0, 1), "interleaved": Interleave(dim=1)}
+    class Flip(ConversionOps):
+        """The columns backwards."""
+
+        def convert(
+            self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **_: Any
+        ) -> dict[str, Any]:
+            return {target_patterns[0]: input_dict[source_patterns[0]][0].flip(-1)}
+
+    return {"rope": PermuteForRope(), "transposed": Transpose(0, 1), "interleaved": Interleave(dim=1), "flip": Flip()}
 
 
-@pytest.mark.parametrize("broken", ["rope", "transposed", "interleaved"])
+@pytest.mark.parametrize("broken", ["rope", "transposed", "interleaved", "flip"])
 def test_conversions_that_break_rows_are_refused(broken: str, pair_of: PairOf, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.core_model_loading import WeightConverter
 
@@ -124,13 +133,38 @@ def test_a_weight_that_one_checkpoint_lacks_is_named(pair_of: PairOf, tmp_path: 
     assert f"Missing: {name}. Stored in another layout: none" in caught.value.message
 
 
-def test_an_expert_that_a_checkpoint_lacks_is_noticed(pair_of: PairOf, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("lacking", "parameter"), [("w1", "gate_up_proj"), ("w2", "down_proj")])
+def test_an_expert_that_a_checkpoint_lacks_is_noticed(
+    lacking: str, parameter: str, pair_of: PairOf, tmp_path: Path
+) -> None:
     aligned, base = pair_of("mixtral")
     lora = {"target_modules": [], "target_parameters": EXPERTS}
     adapter = read_adapter(write_pico_adapter(tmp_path / "adapter", aligned.directory, **lora))
-    cut = drop(base, "model.layers.1.block_sparse_moe.experts.2.w1.weight", tmp_path / "cut")
-    with pytest.raises(StayalignedError, match=r"another layout: model\.layers\.1\.mlp\.experts\.gate_up_proj\nHint"):
+    cut = drop(base, f"model.layers.1.block_sparse_moe.experts.2.{lacking}.weight", tmp_path / "cut")
+    with pytest.raises(StayalignedError, match=rf"another layout: model\.layers\.1\.mlp\.experts\.{parameter}\nHint"):
         place_adapter(adapter, aligned, cut)
+
+
+def test_a_weight_of_another_shape_than_the_configuration_gives_is_named(pair_of: PairOf, tmp_path: Path) -> None:
+    aligned, _ = pair_of("llama")
+    shutil.copytree(aligned.directory, tmp_path / "wider")
+    config = tmp_path / "wider" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 96}))
+    checkpoint = open_checkpoint(tmp_path / "wider")
+    names = [f"model.layers.0.{name}.weight" for name in ("self_attn.q_proj", "mlp.up_proj")]
+    with pytest.raises(StayalignedError, match=f"another layout: {names[1]}\nHint"):
+        StoredWeights(checkpoint, meta_model(checkpoint)).find(names)
+
+
+def test_a_name_that_a_rule_would_spoil_is_left_as_it_is(pair_of: PairOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers does, so that a checkpoint with the names in memory loads too."""
+    from transformers.core_model_loading import WeightRenaming
+
+    aligned, _ = pair_of("llama")
+    with_conversion(monkeypatch, WeightRenaming("q_proj", "query"))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    ((block,),) = StoredWeights(aligned, meta_model(aligned)).find([name])[name]
+    assert block.name == name
 
 
 def test_vocabularies_may_differ(pair_of: PairOf, tmp_path: Path) -> None:

@@ -21,13 +21,12 @@ PLAIN_MODEL_TYPES = frozenset(
     {
         *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"),
         *("olmo", "olmo2", "olmo3", "granite", "starcoder2", "stablelm", "cohere", "cohere2", "glm", "glm4"),
-        *("smollm3", "helium", "seed_oss", "exaone4"),
+        *("smollm3", "helium", "seed_oss", "exaone4", "ernie4_5", "arcee", "nemotron", "ministral3", "falcon", "opt"),
         # mixtures of experts: the attention, and adapters of transformers 4, whose experts were modules
-        *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss"),
+        *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "minimax", "gpt_oss"),
     }
 )
 """The architectures whose linear modules' weights are stored (out, in), row by row as the model uses them."""
-_NEEDS_THE_MODEL = ("target_parameters", "layers_to_transform")
 _HEAD = "lm_head"
 
 
@@ -40,11 +39,9 @@ def plain_layers(adapter: Adapter, shape_of: Callable[[str], tuple[int, ...] | N
 
     Returns:
         None if a tensor is none of an A and B named after a module, if a module's shape is not known, is not that of
-        its factors, or is not what `target_modules` names, or if settings need the model to be understood.
+        its factors, or is not what `target_modules` names.
     """
     config = adapter.config
-    if any(config.get(name) for name in _NEEDS_THE_MODEL):
-        return None
     modules = _paired_modules(adapter.tensors)
     try:
         layers = [_layer(module, config, shape_of(module)) for module in sorted(modules, key=natural_key)]
@@ -81,6 +78,17 @@ def is_targeted(config: Mapping[str, Any], module: str) -> bool:
     return not _matches(config.get("exclude_modules") or (), module) and _matches(config["target_modules"], module)
 
 
+def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rule for `rank_pattern` and `alpha_pattern`: the value of the first pattern that matches, or the default.
+
+    The contract with PEFT is `peft.utils.other.get_pattern_key`.
+    """
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """A key that sorts the parts of a name between dots and brackets, numbers as numbers."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"[.\[\]]", name)]
@@ -106,8 +114,8 @@ def _paired_modules(keys: Collection[str]) -> set[str]:
 def _layer(module: str, config: Mapping[str, Any], shape: tuple[int, ...] | None) -> LoraLayer | None:
     if shape is None or len(shape) != 2:
         return None
-    rank: int = _by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
-    alpha: float = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    rank: int = by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
+    alpha: float = by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     return LoraLayer(
         name=module,
         parameter=f"{module}.weight",
@@ -118,14 +126,6 @@ def _layer(module: str, config: Mapping[str, Any], shape: tuple[int, ...] | None
         in_features=shape[1],
         out_features=shape[0],
     )
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule, `peft.utils.get_pattern_key`: the value of the first pattern that matches, else the default."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
 
 
 def _fits(layer: LoraLayer, adapter: Adapter) -> bool:
