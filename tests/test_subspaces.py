@@ -18,10 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from stayaligned.adapters import Adapter, read_adapter
 from stayaligned.checkpoints import Checkpoint, open_checkpoint, weights_fingerprint
+from stayaligned.defenses import DEFENSES, ModelPair
 from stayaligned.deltas import BytesDone
 from stayaligned.directions import FullDelta
 from stayaligned.errors import StayalignedError
 from stayaligned.hf.layers import linear_weights, lora_layers
+from stayaligned.patching import patch_directory, projection_spec
 from stayaligned.projection import Complement, LoraFactors, Operator, Orthogonal, ScaledGram
 from stayaligned.subspaces import SubspaceFile, build_subspace
 from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
@@ -273,6 +275,44 @@ def test_hub_ids_are_compared_by_name(pair: tuple[Path, Path], tmp_path: Path, m
         file.refuse_mismatch(naming(adapter, "org/other"))
 
 
+# ---- projecting from a file ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operator", ["scaled_gram", "complement"])
+def test_a_whole_file_projects_as_its_models_do(
+    operator: str, world: Path, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    write_pico_adapter(tmp_path / "adapter", pair[0], target_modules="all-linear")
+    patch = DEFENSES.parse(projection_spec(operator, {}, {"rank": 3} if operator == "complement" else {}))
+    found = {
+        name: patch_directory(tmp_path / "adapter", tmp_path / name, patch, models)
+        for name, models in (("models", ModelPair(*pair)), ("file", ModelPair(None, None, world / "f")))
+    }
+    exact, stored = (load_file(tmp_path / name / "adapter_model.safetensors") for name in found)
+    for key, value in exact.items():
+        torch.testing.assert_close(stored[key], value, rtol=1e-3, atol=1e-5)
+    for one, other in zip(found["models"], found["file"], strict=True):
+        assert (one.module, one.selected) == (other.module, other.selected)
+        assert one.similarity == pytest.approx(other.similarity, abs=1e-5)
+        assert one.truncation_error is None
+        assert (other.truncation_error is not None) == (operator == "scaled_gram")
+    assert json.loads((tmp_path / "file/projection.json").read_text())["notes"] == []
+
+
+def test_what_was_not_checked_and_what_is_not_stored_is_said(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    build_subspace(*pair, tmp_path / "f", rank=2)
+    adapter = write_pico_adapter(tmp_path / "adapter", pair[0])
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/chat"}))
+    models = ModelPair(None, None, tmp_path / "f")
+    patch_directory(adapter, tmp_path / "out", DEFENSES.parse(projection_spec("scaled_gram", {}, {})), models)
+    (note,) = json.loads((tmp_path / "out/projection.json").read_text())["notes"]
+    assert "names org/chat, which is not here" in note
+    with pytest.raises(StayalignedError, match="3 directions asked for, but 2 directions"):
+        patch_directory(adapter, tmp_path / "k", DEFENSES.parse(projection_spec("complement", {}, {"rank": 3})), models)
+    assert not (tmp_path / "k").exists()
+
+
 # ---- damage and refusals -------------------------------------------------------------------------------------------
 
 
@@ -372,6 +412,7 @@ def test_damaged_numbers_are_noticed(small: bytes, tmp_path: Path, part: str, nu
 def test_nothing_is_written_where_something_is_wrong(world: Path, pair: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "there").write_text("mine")
     out = tmp_path / "f"
+    seen: list[BytesDone] = []
     for models, where, size, message in (
         (pair, tmp_path / "there", {"rank": 1}, "exists already"),
         (pair, out, {}, "exactly one"),
@@ -384,7 +425,8 @@ def test_nothing_is_written_where_something_is_wrong(world: Path, pair: tuple[Pa
         ((pair[0], tmp_path), out, {"rank": 1}, "holds neither"),
     ):
         with pytest.raises(StayalignedError, match=message):
-            build_subspace(*models, where, **size)
+            build_subspace(*models, where, **size, progress=seen.append)
+    assert not seen, "refused before any work"
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     assert (tmp_path / "there").read_text() == "mine"
 

@@ -29,8 +29,10 @@ def build(
     device: Annotated[str, typer.Option(help="Where the products are made: cpu, or cuda for a GPU.")] = "cpu",
 ) -> None:
     """Write V's leading directions, module by module, into one safetensors file."""
+    from stayaligned.deltas import require_device
     from stayaligned.subspaces import build_subspace
 
+    require_device(device)
     if (rank is None) == (energy is None):
         raise StayalignedError("how much of V to keep is not said", hint="Give one of --rank K and --energy E.")
     with weights_bar() as progress:
