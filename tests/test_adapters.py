@@ -13,7 +13,9 @@ from stayaligned.adapters import Adapter, LoraLayer, read_adapter, write_adapter
 from stayaligned.errors import StayalignedError
 
 CONFIG = {"peft_type": "LORA", "r": 2, "zeta": None, "alpha_pattern": {"ü": 1.5}, "target_modules": ["q"]}
-LAYER = LoraLayer("q", "q.weight", "q.lora_A.weight", "q.lora_B.weight", rank=2, scaling=0.5, in_features=4, out_features=3)
+LAYER = LoraLayer(
+    "q", "q.weight", "q.lora_A.weight", "q.lora_B.weight", rank=2, scaling=0.5, in_features=4, out_features=3
+)
 
 
 def save(directory: Path, dtype: torch.dtype = torch.float32, **config: Any) -> Path:

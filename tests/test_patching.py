@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from stayaligned.checkpoints import open_checkpoint, weights_fingerprint
 from stayaligned.defenses import DEFENSES, Execution, ModelPair
 from stayaligned.deltas import BytesDone
 from stayaligned.errors import StayalignedError
@@ -53,8 +54,10 @@ def test_the_copy_explains_itself_and_the_input_is_left_alone(tmp_path: Path, ad
     assert record["paper"] == "arXiv:2405.16833"
     assert record["command"] == command
     assert record["versions"]["torch"] == importlib.metadata.version("torch")
-    for name, path in (("adapter", adapter), ("aligned", models.aligned), ("base", models.base)):
-        assert record["inputs"][name] == {"ref": str(path), "sha256": fingerprint(Path(str(path)))}
+    assert record["inputs"]["adapter"] == {"ref": str(adapter), "sha256": fingerprint(adapter)}
+    for name, path in (("aligned", models.aligned), ("base", models.base)):
+        digest = weights_fingerprint(open_checkpoint(str(path)))
+        assert record["inputs"][name] == {"ref": str(path), "weights_sha256": digest}
 
 
 def test_the_copy_answers_differently_and_with_everything_dropped_as_the_aligned_model(

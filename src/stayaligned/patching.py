@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from stayaligned.adapters import is_adapter, new_directory, read_adapter, refuse_existing, write_adapter
-from stayaligned.checkpoints import checkpoint_directory, open_checkpoint, read_json_object
+from stayaligned.checkpoints import open_checkpoint, read_json_object, weights_fingerprint
 from stayaligned.defenses import DEFENSES, Execution, ModelPair, PatchDefense
 from stayaligned.errors import StayalignedError
 from stayaligned.files import fingerprint, write_text
@@ -233,7 +233,7 @@ class _Hashes:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hashes")
-        self._running: dict[str, tuple[str, Future[str]]] = {}
+        self._running: dict[str, tuple[str, Future[dict[str, str]]]] = {}
 
     def __enter__(self) -> _Hashes:
         return self
@@ -242,12 +242,16 @@ class _Hashes:
         self._pool.shutdown(cancel_futures=True)
 
     def start(self, **inputs: str | Path) -> None:
-        """Begin to hash directories, files or hub ids."""
+        """Begin to hash checkpoints (`aligned`, `base`, `finetuned`: directories or hub ids), adapters and files."""
         for name, ref in inputs.items():
-            path = Path(ref)
-            place = path if path.exists() else checkpoint_directory(ref)
-            self._running[name] = str(ref), self._pool.submit(fingerprint, place)
+            self._running[name] = str(ref), self._pool.submit(_hash, name, ref)
 
     def all(self) -> dict[str, dict[str, str]]:
         """{name: what was named, and its hash}, once all are there."""
-        return {name: {"ref": ref, "sha256": future.result()} for name, (ref, future) in self._running.items()}
+        return {name: {"ref": ref, **future.result()} for name, (ref, future) in self._running.items()}
+
+
+def _hash(name: str, ref: str | Path) -> dict[str, str]:
+    if name in ("aligned", "base", "finetuned"):
+        return {"weights_sha256": weights_fingerprint(open_checkpoint(ref))}
+    return {"sha256": fingerprint(Path(ref))}

@@ -18,19 +18,20 @@ class Halving(PatchDefense):
     def patch(self, adapter: "Adapter", models: ModelPair) -> PatchedAdapter:
         from stayaligned.checkpoints import open_checkpoint
         from stayaligned.hf.layers import lora_layers
-        from stayaligned.projection import scaled, shrinkage, update_norm
+        from stayaligned.projection import compare, scaled
 
         edits, reports = {}, []
         for layer in lora_layers(adapter, open_checkpoint(models.aligned)):
             before = adapter.factors(layer)
+            similarity, shrinkage, norm = compare(before, scaled(before, 0.5))
             edits[layer.name] = layer, scaled(before, 0.5)
             reports.append(
                 LayerReport(
                     module=layer.name,
-                    similarity=1.0,
-                    shrinkage=shrinkage(before, scaled(before, 0.5)),
+                    similarity=similarity,
+                    shrinkage=shrinkage,
                     selected=True,
-                    update_norm=update_norm(before),
+                    update_norm=norm,
                 )
             )
         return PatchedAdapter(adapter.with_factors(dict(edits.values())), reports)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.adapters import Adapter, LoraLayer
-from stayaligned.checkpoints import Block, Checkpoint, Weight, whole
+from stayaligned.checkpoints import Block, Checkpoint, Weight, weights_fingerprint, whole
 from stayaligned.errors import StayalignedError
 from stayaligned.hf.plain import PREFIX, natural_key, plainly_placed
 from stayaligned.hf.refusals import PLACEMENT, check_factors, refuse_quantised, refuse_unsupported, some
@@ -124,7 +124,7 @@ def refuse_swapped(adapter: Adapter, aligned: Checkpoint, base: Checkpoint) -> N
     if not isinstance(named, str) or not Path(named).is_dir():
         return
     trained_on = Path(named)
-    if _same_weights(trained_on, aligned.directory) or not _same_weights(trained_on, base.directory):
+    if _same_weights(trained_on, aligned) or not _same_weights(trained_on, base):
         return
     raise StayalignedError(
         f"{adapter.directory} was trained on {named}, which is the base and not the aligned model: "
@@ -133,16 +133,13 @@ def refuse_swapped(adapter: Adapter, aligned: Checkpoint, base: Checkpoint) -> N
     )
 
 
-def _same_weights(x: Path, y: Path) -> bool:
-    from stayaligned.files import fingerprint
-
-    if x.resolve() == y.resolve():
+def _same_weights(directory: Path, checkpoint: Checkpoint) -> bool:
+    if directory.resolve() == checkpoint.directory.resolve():
         return True
-    files = [sorted(path.glob("*.safetensors")) for path in (x, y)]
-    sizes = [[(file.name, file.stat().st_size) for file in each] for each in files]
-    if not sizes[0] or sizes[0] != sizes[1]:
-        return False
-    return all(fingerprint(a) == fingerprint(b) for a, b in zip(*files, strict=True))
+    try:
+        return weights_fingerprint(Checkpoint(directory)) == weights_fingerprint(checkpoint)
+    except StayalignedError:
+        return False  # quantised, or no checkpoint any more
 
 
 def _layers_on(adapter: Adapter, stored: StoredWeights, checkpoint: Checkpoint) -> list[LoraLayer]:
