@@ -202,6 +202,19 @@ class SubspaceFile:
             "name, correct base_model_name_or_path in a copy of the adapter.",
         )
 
+    def refuse_other_model(self, aligned: Checkpoint) -> None:
+        """Raise unless a checkpoint has the weights of the file's aligned model.
+
+        Raises:
+            StayalignedError: then.
+        """
+        if weights_fingerprint(aligned) != self.header.aligned.sha256:
+            raise StayalignedError(
+                f"{aligned.directory} is not the aligned model that {self.path} was built from "
+                f"({self.header.aligned.ref})",
+                hint="Name the model of the file, or --base in place of the file.",
+            )
+
     def _unplaced(self, adapter: Adapter) -> StayalignedError:
         """Why the adapter's layers can't be told."""
         changed = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in adapter.tensors if ".lora_" in key}

@@ -14,6 +14,7 @@ from stayaligned.checkpoints import open_checkpoint
 from stayaligned.defenses import DEFENSES, ModelPair
 from stayaligned.errors import StayalignedError
 from stayaligned.patching import PROJECTION_FILE, patch_directory, read_projection
+from stayaligned.subspaces import build_subspace
 from stayaligned.testing import write_pico_checkpoint
 
 ALL = {"name": "safe_lora", "all_layers": True}
@@ -180,3 +181,19 @@ def test_an_unpatchable_defense_says_so(world: Path, tmp_path: Path) -> None:
     with pytest.raises(StayalignedError, match="patches LoRA adapters"):
         patch_directory(world / "tuned", tmp_path / "out", Adapters(), ModelPair(world / "aligned", world / "base"))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_subspace_file_of_full_rank_stands_for_the_base(world: Path, tmp_path: Path) -> None:
+    file = tmp_path / "v.safetensors"
+    build_subspace(world / "aligned", world / "base", file, rank=32)
+    for name, spec in (("c", ALL), ("k", {"name": "complement", "rank": 3}), ("l", {"name": "safe_lora", "lowest": 3})):
+        with_base = patched(world, tmp_path / f"{name}-base", spec)
+        with_file = patched(world, tmp_path / f"{name}-file", spec, ModelPair(world / "aligned", None, file))
+        assert [r.selected for r in with_base] == [r.selected for r in with_file]
+        one, other = weights(tmp_path / f"{name}-base"), weights(tmp_path / f"{name}-file")
+        for key in one:
+            torch.testing.assert_close(one[key], other[key], atol=1e-5, rtol=1e-5)
+    with pytest.raises(StayalignedError, match="is not the aligned model"):
+        patched(world, tmp_path / "out", ALL, ModelPair(world / "base", None, file))
+    with pytest.raises(StayalignedError, match="needs the aligned model"):
+        patched(world, tmp_path / "out", ALL, ModelPair(None, None, file))

@@ -17,6 +17,7 @@ from stayaligned.defenses._layerwise import (
     unselected,
     work_layer,
 )
+from stayaligned.errors import StayalignedError
 from stayaligned.records import LayerReport
 
 if TYPE_CHECKING:
@@ -59,6 +60,11 @@ def patch_weights(
     subspace = _open_subspace(models.subspace, aligned) if models.subspace is not None else None
     placed = linear_weights(*(c for c in (aligned, finetuned, base) if c is not None))
     layers = {weight.name: weight for weight in placed}
+    if subspace is not None and (lacking := [name for name in layers if name not in subspace.header.modules]):
+        raise StayalignedError(
+            f"{models.subspace} lacks {len(lacking)} of the model's layers: {', '.join(lacking[:5])}",
+            hint="Build the file anew from this model.",
+        )
     work = _Work(selector, edit, layers, aligned, finetuned, base, subspace)
     if selector.lowest is None:
         return work.run(None, out, how)
@@ -171,8 +177,6 @@ class _Writer:
             StayalignedError: if it does not fit the type.
         """
         import torch
-
-        from stayaligned.errors import StayalignedError
 
         start = 0
         for span in self._original.spans(weight):
