@@ -1,6 +1,5 @@
 """Streamed differences against tensors read by the safetensors library."""
 
-import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,41 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from stayaligned import deltas
 from stayaligned.checkpoints import Block, Checkpoint, Weight, whole
 from stayaligned.deltas import BytesDone, Delta, Difference, paired, stream
 from stayaligned.errors import StayalignedError
-
-INDEX = "model.safetensors.index.json"
-
-
-def write(directory: Path, tensors: dict[str, torch.Tensor], shards: int = 1) -> Path:
-    directory.mkdir()
-    if shards == 1:
-        save_file(tensors, directory / "model.safetensors")
-        return directory
-    weight_map: dict[str, str] = {}
-    for number in range(shards):
-        name = f"model-{number + 1:05}-of-{shards:05}.safetensors"
-        part = dict(list(tensors.items())[number::shards])
-        save_file(part, directory / name)
-        weight_map |= dict.fromkeys(part, name)
-    (directory / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    return directory
-
-
-def weights(seed: int, count: int = 5, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {f"layers.{i}.weight": torch.randn(3, 4, generator=generator).to(dtype) for i in range(count)}
-
-
-def pair(tmp_path: Path, aligned_shards: int = 1, base_shards: int = 1) -> tuple[Checkpoint, Checkpoint]:
-    return (
-        Checkpoint(write(tmp_path / "aligned", weights(0), aligned_shards)),
-        Checkpoint(write(tmp_path / "base", weights(1), base_shards)),
-    )
+from stayaligned_test_checkpoints import pair, weights, write
 
 
 def iter_deltas(
