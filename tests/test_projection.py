@@ -364,3 +364,13 @@ def test_a_rotated_c_has_the_spectrum_of_c_and_forgets_its_directions(columns: i
     spectrum = torch.linalg.eigvalsh(forms)
     assert float(spectrum.min()) >= float(values[0]) - 1e-9
     assert float(spectrum.max()) <= float(values[-1]) + 1e-9
+
+
+@given(shapes)
+def test_projectors_are_symmetric_and_c_is_positive(shape: tuple[int, int, int, int]) -> None:
+    v, _ = problem(shape)
+    eye_out, eye_in = (torch.eye(size, dtype=F64) for size in v.shape)
+    for operator in operators(v):
+        for matrix in (operator.outputs(eye_out), operator.inputs(eye_in)):
+            torch.testing.assert_close(matrix, matrix.T, atol=1e-9, rtol=0)
+            assert float(torch.linalg.eigvalsh(matrix).min()) >= -1e-9
