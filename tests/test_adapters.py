@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from stayaligned.adapters import Adapter, LoraLayer, read_adapter, write_adapter
 from stayaligned.errors import StayalignedError
+from stayaligned.files import new_directory
+from stayaligned.projection import LoraFactors
 
 CONFIG = {"peft_type": "LORA", "r": 2, "zeta": None, "alpha_pattern": {"ü": 1.5}, "target_modules": ["q"]}
 LAYER = LoraLayer(
@@ -31,7 +35,7 @@ def save(directory: Path, dtype: torch.dtype = torch.float32, **config: Any) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_reading_and_writing_keeps_configuration_names_and_bytes(tmp_path: Path, dtype: torch.dtype) -> None:
     source = save(tmp_path / "a", dtype)
-    write_adapter(read_adapter(source), tmp_path / "b" / "c")
+    write(read_adapter(source), tmp_path / "b" / "c")
     copy = tmp_path / "b" / "c"
     assert sorted(path.name for path in copy.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert (copy / "adapter_model.safetensors").read_bytes() == (source / "adapter_model.safetensors").read_bytes()
@@ -66,29 +70,51 @@ def test_overflow_in_the_stored_dtype_is_refused(tmp_path: Path) -> None:
         adapter.with_factors({LAYER: factors._replace(b=factors.b * 1e6)})
 
 
+def write(adapter: Adapter, path: Path, **notes: str) -> None:
+    with new_directory(path) as directory:
+        write_adapter(adapter, directory, notes=notes)
+
+
 def test_notes_are_written_beside_the_adapter(tmp_path: Path) -> None:
-    write_adapter(read_adapter(save(tmp_path / "a")), tmp_path / "b", notes={"note.txt": "é"})
-    assert (tmp_path / "b" / "note.txt").read_text(encoding="utf-8") == "é"
+    write(read_adapter(save(tmp_path / "a")), tmp_path / "b", note="é")
+    assert (tmp_path / "b" / "note").read_text(encoding="utf-8") == "é"
 
 
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    adapter = read_adapter(save(tmp_path / "a"))
-    (tmp_path / "b").mkdir()
-    with pytest.raises(StayalignedError, match="exists already"):
-        write_adapter(adapter, tmp_path / "b")
-    assert not list((tmp_path / "b").iterdir())
+def test_tokenizer_and_card_go_with_the_adapter_but_no_training_state(tmp_path: Path) -> None:
+    source = save(tmp_path / "a")
+    for name in ("tokenizer.json", "chat_template.jinja", "README.md", "trainer_state.json", "optimizer.pt", "x.bin"):
+        (source / name).write_text(name)
+    (source / "projection.json").write_text("of an earlier patch")
+    write(read_adapter(source), tmp_path / "b")
+    beside = {path.name for path in (tmp_path / "b").iterdir()} - {"adapter_config.json", "adapter_model.safetensors"}
+    assert beside == {"tokenizer.json", "chat_template.jinja", "README.md"}
+    assert (tmp_path / "b" / "README.md").read_text() == "README.md"
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     adapter = read_adapter(save(tmp_path / "a"))
     unwritable = Adapter({**adapter.config, "x": object()}, adapter.tensors, adapter.directory)
     with pytest.raises(TypeError):
-        write_adapter(unwritable, tmp_path / "b")
+        write(unwritable, tmp_path / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+@given(st.floats(-7, -2), st.floats(-1, 1), st.integers(0, 99))
+def test_a_small_b_keeps_its_digits_in_fp16(exponent_b: float, exponent_a: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(*shape, generator=generator) for shape in ((2, 4), (3, 2)))
+    tensors = {"q.lora_A.weight": a.half(), "q.lora_B.weight": b.half()}
+    adapter = Adapter(CONFIG, tensors, Path("x"))
+    exact = LoraFactors(a * 10**exponent_a, b * 10**exponent_b, 0.5)
+    update = exact.b.double() @ exact.a.double()
+    kept = adapter.stored(LAYER, exact)
+    assert {kept.a.dtype, kept.b.dtype} == {torch.float16}
+    error = (kept.b.double() @ kept.a.double() - update).norm() / update.norm()
+    assert float(error) <= 2e-3
+
+
 def test_a_directory_that_is_no_adapter_is_named_with_the_folder_that_is(tmp_path: Path) -> None:
-    with pytest.raises(StayalignedError, match=r"has no adapter_config\.json") as caught:
+    with pytest.raises(StayalignedError, match="no such directory"):
         read_adapter(tmp_path / "absent")
     save(tmp_path / "root" / "french")
     with pytest.raises(StayalignedError) as caught:

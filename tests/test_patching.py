@@ -44,7 +44,12 @@ def test_the_copy_explains_itself_and_the_input_is_left_alone(tmp_path: Path, ad
     command = ["stayaligned", "project"]
     reports = patch_directory(adapter, tmp_path / "out", defense, models, command=command, progress=said.append)
     assert contents(adapter) == before
-    assert sorted(contents(tmp_path / "out")) == ["adapter_config.json", "adapter_model.safetensors", PROJECTION_FILE]
+    assert sorted(contents(tmp_path / "out")) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        PROJECTION_FILE,
+    ]
     assert json.loads(contents(tmp_path / "out")["adapter_config.json"]) == json.loads(before["adapter_config.json"])
     assert read_projection(tmp_path / "out" / PROJECTION_FILE) == reports
     assert [report.selected for report in reports].count(True) == 2

@@ -5,9 +5,10 @@ What a layer is, and which tensors make it, is found by `hf.layers.lora_layers`;
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Generator, Mapping
+import math
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from stayaligned.checkpoints import read_json_object
 from stayaligned.errors import StayalignedError
-from stayaligned.files import replace_directory, write_text
+from stayaligned.files import write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
+_BESIDE = frozenset({".json", ".jinja", ".txt", ".model", ".md"})
+"""Endings of what belongs to an adapter besides its weights: tokenizer, chat template, model card."""
+_SMALL_IN_FP16 = 2.0**-8
+"""Below it a B loses digits: fp16's full precision ends at 2⁻¹⁴."""
+_NOT_BESIDE = frozenset({_CONFIG, "projection.json", "trainer_state.json"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +86,23 @@ class Adapter:
         return a.view(layer.experts, layer.rank, layer.in_features)[layer.expert], stacked[:, :, layer.expert]
 
     def stored(self, layer: LoraLayer, factors: LoraFactors) -> LoraFactors:
-        """Factors in the dtype in which the adapter keeps the layer's, on the CPU."""
+        """Factors in the dtype in which the adapter keeps the layer's, on the CPU.
+
+        An operator may shrink B a thousandfold, and fp16 has no small numbers: there a power of two moves from A to B,
+        which leaves BA as it is.
+        """
         import torch
 
         from stayaligned.projection import LoraFactors
 
+        a, b = factors.a.to("cpu"), factors.b.to("cpu")
+        if self.tensors[layer.b_key].dtype == torch.float16:
+            sizes = [float(tensor.abs().max()) for tensor in (a, b)]
+            if 0 < sizes[1] < _SMALL_IN_FP16 and sizes[0] > sizes[1]:
+                moved = 2.0 ** math.floor(math.log2(sizes[0] / sizes[1]) / 2)
+                a, b = a / moved, b * moved
         return LoraFactors(
-            factors.a.to(torch.device("cpu"), self.tensors[layer.a_key].dtype),
-            factors.b.to(torch.device("cpu"), self.tensors[layer.b_key].dtype),
-            factors.scaling,
+            a.to(self.tensors[layer.a_key].dtype), b.to(self.tensors[layer.b_key].dtype), factors.scaling
         )
 
     def with_factors(self, changed: Mapping[LoraLayer, LoraFactors]) -> Adapter:
@@ -121,7 +135,14 @@ def read_adapter(path: Path) -> Adapter:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not (path / _CONFIG).is_file():
+    if not path.is_dir():
+        raise StayalignedError(f"{path}: no such directory", hint="Give the directory of a PEFT adapter.")
+    if (path / "config.json").is_file() and not is_adapter(path):
+        raise StayalignedError(
+            f"{path} is a whole model, expected an adapter",
+            hint="`project` takes a fully fine-tuned checkpoint alone, not among adapters, and `--scan` takes none.",
+        )
+    if not is_adapter(path):
         nested = sorted(child.parent.name for child in path.glob(f"*/{_CONFIG}"))
         raise StayalignedError(
             f"{path} is no adapter: it has no {_CONFIG}",
@@ -149,44 +170,32 @@ def read_adapter(path: Path) -> Adapter:
     return Adapter(MappingProxyType(config), MappingProxyType(tensors), path)
 
 
-def write_adapter(adapter: Adapter, path: Path, *, notes: Mapping[str, str] | None = None) -> None:
-    """Write a plain PEFT adapter; the directory appears whole or not at all.
+def write_adapter(adapter: Adapter, directory: Path, *, notes: Mapping[str, str] | None = None) -> None:
+    """Write a plain PEFT adapter into a directory, with the tokenizer and the card that lay beside it.
 
     Args:
         adapter: what to write.
-        path: a directory that does not exist yet.
+        directory: an empty directory.
         notes: further text files, {file name: content}.
 
     Raises:
-        StayalignedError: if `path` exists.
+        OSError: if the disk is full.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with new_directory(path) as temporary:
-        save_file(dict(adapter.tensors), temporary / _WEIGHTS, metadata={"format": "pt"})
-        write_text(temporary / _CONFIG, json.dumps(dict(adapter.config), indent=2, ensure_ascii=False))
-        for name, text in (notes or {}).items():
-            write_text(temporary / name, text)
+    try:
+        save_file(dict(adapter.tensors), directory / _WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(None, f"{_WEIGHTS}: {error}") from error
+    write_text(directory / _CONFIG, json.dumps(dict(adapter.config), indent=2, ensure_ascii=False))
+    for beside in sorted(adapter.directory.glob("*")):
+        if beside.suffix in _BESIDE and beside.name not in _NOT_BESIDE and beside.is_file():
+            shutil.copyfile(beside, directory / beside.name)
+    for name, text in (notes or {}).items():
+        write_text(directory / name, text)
 
 
 def is_adapter(path: Path) -> bool:
     """Whether a directory holds a PEFT adapter."""
     return (path / _CONFIG).is_file()
-
-
-@contextlib.contextmanager
-def new_directory(path: Path) -> Generator[Path]:
-    """`replace_directory` for a user's output: one that exists already is a StayalignedError."""
-    refuse_existing(path)
-    try:
-        with replace_directory(path) as temporary:
-            yield temporary
-    except FileExistsError:
-        refuse_existing(path)
-        raise
-
-
-def refuse_existing(path: Path) -> None:
-    """Raise StayalignedError if `path` exists: nothing is overwritten."""
-    if path.exists():
-        raise StayalignedError(f"{path} exists already", hint="Choose a new directory, or remove it yourself.")

@@ -144,6 +144,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
             return self._open[shard]
 
     def _shards_of(self) -> dict[str, str]:
+        if (self.directory / _SINGLE).is_file():  # first, as transformers looks for it
+            return dict.fromkeys(self._file(_SINGLE).entries, _SINGLE)
         if (self.directory / _INDEX).is_file():
             weight_map = read_json_object(self.directory / _INDEX, hint=REDOWNLOAD).get("weight_map")
             if not isinstance(weight_map, dict):
@@ -161,8 +163,6 @@ class Checkpoint(Mapping[str, "Tensor"]):
                     f"{self.directory / _INDEX} names files that are missing: {', '.join(absent)}", hint=REDOWNLOAD
                 )
             return weight_map
-        if (self.directory / _SINGLE).is_file():
-            return dict.fromkeys(self._file(_SINGLE).entries, _SINGLE)
         pickled = any(self.directory.glob("*.bin"))
         raise StayalignedError(
             f"{self.directory} holds neither {_SINGLE} nor {_INDEX}",

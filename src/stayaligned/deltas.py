@@ -181,6 +181,8 @@ def require_device(device: str) -> None:
     import torch
 
     try:
+        if torch.device(device).type not in ("cpu", "cuda"):
+            raise RuntimeError("neither a CPU nor a GPU of CUDA")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

@@ -93,7 +93,10 @@ class FullDelta(AlignmentDelta):
 
     def gram(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
         """V(Vᵀx), written so that both products run along V's rows: twice as fast for few columns."""
-        return ((columns.to(self.matrix.dtype).T @ self.matrix) @ self.matrix.T).T
+        columns = columns.to(self.matrix.dtype)
+        if columns.shape[1] > len(self.matrix):  # a whole update: the Gram matrix is the smaller product
+            return (self.matrix @ self.matrix.T) @ columns
+        return ((columns.T @ self.matrix) @ self.matrix.T).T
 
     def core(
         self, left: Float[Tensor, "out_features k"], right: Float[Tensor, "in_features k"]

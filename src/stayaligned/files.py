@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+from stayaligned.errors import StayalignedError
+
 _CHUNK = 1 << 20
 _SAMPLED_ABOVE = 64 * _CHUNK
 
@@ -67,6 +69,44 @@ def replace_directory(path: Path) -> Generator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def refuse_existing(path: Path) -> None:
+    """Raise StayalignedError if `path` exists: nothing of a user's is overwritten."""
+    if path.exists():
+        raise StayalignedError(f"{path} exists already", hint="Choose a new name, or remove it yourself.")
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Generator[Path]:
+    """`replace_directory` for a user's output: what is there already, or a full disk, is a StayalignedError."""
+    refuse_existing(path)
+    with _writable(path):
+        try:
+            with replace_directory(path) as temporary:
+                yield temporary
+        except FileExistsError:
+            refuse_existing(path)
+            raise
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Generator[Path]:
+    """`replace_file` for a user's output: what is there already, or a full disk, is a StayalignedError."""
+    refuse_existing(path)
+    with _writable(path), replace_file(path) as temporary:
+        yield temporary
+        refuse_existing(path)
+
+
+@contextlib.contextmanager
+def _writable(path: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StayalignedError(
+            f"{path} can't be written: {error.strerror or error}", hint="Free some space, or choose another place."
+        ) from error
+
+
 def fingerprint(path: Path) -> str:
     """SHA-256 that stands for a file's or a directory's content.
 
@@ -76,7 +116,7 @@ def fingerprint(path: Path) -> str:
     digest = hashlib.sha256()
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     for file in files:
-        digest.update(file.relative_to(path).as_posix().encode() if path.is_dir() else b"")
+        digest.update(os.fsencode(file.relative_to(path).as_posix()) if path.is_dir() else b"")
         for chunk in _chunks(file):
             digest.update(chunk)
     return digest.hexdigest()

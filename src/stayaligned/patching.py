@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from stayaligned.adapters import is_adapter, new_directory, read_adapter, refuse_existing, write_adapter
+from stayaligned.adapters import is_adapter, read_adapter, write_adapter
 from stayaligned.checkpoints import open_checkpoint, read_json_object, weights_fingerprint
 from stayaligned.defenses import DEFENSES, Execution, ModelPair, PatchDefense
 from stayaligned.errors import StayalignedError
-from stayaligned.files import fingerprint, write_text
+from stayaligned.files import fingerprint, new_directory, refuse_existing, write_text
 from stayaligned.records import LayerReport
 from stayaligned.results import versions
 
@@ -60,18 +60,15 @@ def patch_directory(
         StayalignedError: if `out` exists, or the inputs are damaged or don't fit together.
     """
     finetuned, out = Path(finetuned), Path(out)
+    refuse_existing(out)
+    if not finetuned.is_dir():
+        raise StayalignedError(f"{finetuned}: no such directory", hint="Give an adapter, or a fine-tuned checkpoint.")
     how = Execution(device, progress)
     if is_adapter(finetuned) or not (finetuned / "config.json").is_file():
         return patch_directories([finetuned], [out], patch, models, command=command, how=how)[0]
-    refuse_existing(out)
     with _Hashes() as hashes, new_directory(out) as temporary:
-        checkpoint = open_checkpoint(finetuned)
-        for file in sorted(path for path in finetuned.rglob("*") if path.is_file()):
-            place = temporary / file.relative_to(finetuned)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place)
         hashes.start(finetuned=finetuned, **_inputs(models))
-        layers = patch.patch_model(checkpoint, temporary, models, how)
+        layers = patch.patch_model(open_checkpoint(finetuned), temporary, models, how)
         write_text(temporary / PROJECTION_FILE, _record(patch, command, hashes.all(), layers, ()))
     return layers
 
@@ -89,7 +86,7 @@ def patch_directories(
 
     Args:
         adapters: directories of PEFT adapters.
-        outs: as many directories, none of which exists; each appears whole or not at all, after the last layer.
+        outs: as many directories, none of which exists. All appear when all are written, or none does.
         patch: the defense.
         models: the aligned model and its base, or a subspace file.
         command: the command line to put on record.
@@ -103,16 +100,17 @@ def patch_directories(
     """
     for out in outs:
         refuse_existing(out)
-    with _Hashes() as hashes:
+    with _Hashes() as hashes, ExitStack() as places:
         originals = [read_adapter(path) for path in adapters]
         hashes.start(**_inputs(models), **{f"adapter {i}": path for i, path in enumerate(adapters)})
         patched = patch.patch_all(originals, models, how or Execution())
         found = hashes.all()
-        for index, (out, one) in enumerate(zip(outs, patched, strict=True)):
+        written = [places.enter_context(new_directory(out)) for out in outs]
+        for index, (directory, one) in enumerate(zip(written, patched, strict=True)):
             inputs = {name: value for name, value in found.items() if not name.startswith("adapter ")}
             inputs = {"adapter": found[f"adapter {index}"], **inputs}
             record = _record(patch, command, inputs, one.layers, one.notes)
-            write_adapter(one.adapter, out, notes={PROJECTION_FILE: record})
+            write_adapter(one.adapter, directory, notes={PROJECTION_FILE: record})
     return [list(one.layers) for one in patched]
 
 
@@ -220,7 +218,7 @@ def _record(
         "versions": versions(),
         "layers": [report.model_dump(mode="json") for report in layers],
     }
-    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _inputs(models: ModelPair) -> dict[str, str | Path]:

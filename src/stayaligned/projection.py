@@ -94,7 +94,8 @@ class ScaledGram(Operator):
     def truncation_error(self, before: Update, after: Update) -> float | None:
         """What a truncated V costs: a bound on ‖(C - C_k)ΔW‖ / ‖C_kΔW‖, in the Frobenius norm; None for a whole V.
 
-        ‖(C - C_k)ΔW‖ ≤ σ²_{k+1}/‖V‖ · ‖(I - U_kU_kᵀ)ΔW‖, with σ²_{k+1} bounded by what V's energy leaves for it.
+        ‖(C - C_k)ΔW‖ ≤ σ²_{k+1}/‖V‖ · ‖(I - U_kU_kᵀ)ΔW‖, with σ²_{k+1} bounded by what V's energy leaves for it. It
+        holds for exact singular triplets; those of large weights are sampled, and what they miss is not in it.
         """
         columns = before.b if isinstance(before, LoraFactors) else before
         outside = self.delta.tail(columns)
@@ -209,6 +210,8 @@ def compare(before: Update, after: Update) -> Comparison:
     flattened out × in products in fp32 and rounds it to five decimals.
     """
     norm, norm_after = update_norm(before), update_norm(after)
+    if not (math.isfinite(norm) and math.isfinite(norm_after)):
+        raise ValueError("the update is not finite")
     product = norm * norm_after
     similarity = 0.0 if product == 0 else max(-1.0, min(1.0, _inner(before, after) / product))
     return Comparison(similarity, norm_after / norm if norm else 1.0, norm)
@@ -217,7 +220,8 @@ def compare(before: Update, after: Update) -> Comparison:
 def update_norm(update: Update) -> float:
     """‖ΔW‖_F, in fp64; of factors from their r × r Grams."""
     if isinstance(update, LoraFactors):
-        return math.sqrt(max(0.0, _inner(update, update)))
+        square = _inner(update, update)
+        return math.sqrt(square) if square > 0 else 0.0 * square
     return frobenius_norm(update)
 
 

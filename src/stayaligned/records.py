@@ -110,7 +110,8 @@ class LayerReport(Record):
     captured_energy: float | None = None
     """Share of the squared norm of V inside that subspace, 0 to 1."""
     truncation_error: float | None = None
-    """Where a subspace file stands for V: a bound on the relative error of the paper's C ΔW; None where V was whole."""
+    """Where a subspace file stands for V: a bound on the relative error of the paper's C ΔW, as far as the stored
+    directions are V's own (large weights are sampled: to about 1e-3); None where V was whole."""
 
 
 RecordT = TypeVar("RecordT", bound=BaseModel)

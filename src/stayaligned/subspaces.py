@@ -8,12 +8,11 @@ V ≈ U Σ Qᵀ with V (out, in) whatever the models store; and under the metada
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +22,7 @@ from pydantic import Field, ValidationError
 from stayaligned.adapters import Adapter, LoraLayer
 from stayaligned.checkpoints import Checkpoint, is_hub_id, open_checkpoint, weights_fingerprint
 from stayaligned.errors import StayalignedError
-from stayaligned.files import replace_file
+from stayaligned.files import new_file, refuse_existing
 from stayaligned.hf.plain import PREFIX, plain_layers
 from stayaligned.hf.refusals import check_factors, refuse_unsupported, some
 from stayaligned.records import Record
@@ -298,7 +297,7 @@ def build_subspace(
             f"rank={rank} and energy={energy}: expected exactly one, a rank of at least 1 or an energy in (0, 1]",
             hint="rank=64 suits most uses.",
         )
-    _refuse_existing(out)
+    refuse_existing(out)
     pair = open_checkpoint(aligned), open_checkpoint(base)
     weights = {weight.name: weight for weight in linear_weights(*pair)}
     items = paired(*pair, {name: (weight.stored[0], weight.stored[1]) for name, weight in weights.items()})
@@ -320,7 +319,7 @@ def build_subspace(
         return found.to("cpu"), norm
 
     modules: dict[str, ModuleHeader] = {}
-    with _new_file(out) as temporary, temporary.open("wb") as file:
+    with new_file(out) as temporary, temporary.open("wb") as file:
         reserved = file.seek(len(_encoded(header)))
         for name, (found, norm) in stream(items, work, device=device, progress=progress):
             for part in (found.left, found.values, found.right):
@@ -390,21 +389,3 @@ def _fingerprint_of(directory: Path) -> str | None:
         return None if checkpoint.config().get("quantization_config") else weights_fingerprint(checkpoint)
     except StayalignedError:
         return None
-
-
-@contextlib.contextmanager
-def _new_file(path: Path) -> Generator[Path]:
-    """`replace_file` for a user's output: not over another file, and a full disk is a StayalignedError."""
-    try:
-        with replace_file(path) as temporary:
-            yield temporary
-            _refuse_existing(path)
-    except OSError as error:
-        raise StayalignedError(
-            f"{path} can't be written: {error.strerror or error}", hint="Free some space, or choose another place."
-        ) from error
-
-
-def _refuse_existing(path: Path) -> None:
-    if path.exists():
-        raise StayalignedError(f"{path} exists already", hint="Choose a new file, or remove it yourself.")

@@ -1,6 +1,7 @@
 """`stayaligned project` on every kind of model, on fleets, on full fine-tunes, and on bad input."""
 
 import json
+import resource
 import shutil
 import warnings
 from collections.abc import Callable
@@ -132,7 +133,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("world")
     write_pico_checkpoint(root / "aligned", seed=0, shard_size="60KB")
     write_pico_checkpoint(root / "base", seed=1)
-    write_pico_checkpoint(root / "tuned", seed=2)
+    shutil.copytree(root / "aligned", root / "tuned")
+    for shard in (root / "tuned").glob("*.safetensors"):
+        save_file({k: v + 0.01 * v.sin() for k, v in load_file(shard).items()}, shard, metadata={"format": "pt"})
     for seed in range(3):
         write_pico_adapter(root / "fleet" / f"a{seed}", root / "aligned", seed=seed, r=2)
     return root
@@ -377,20 +380,82 @@ def test_bad_input_is_one_error_that_names_it_and_leaves_no_output(
 
 
 def test_a_full_disk_is_one_error_that_leaves_the_input_and_no_output(
-    world: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    world: Path, tmp_path: Path, command: Command
 ) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device", str(tmp_path / "out"))
-
-    before = fingerprint(world)
-    for name, source in (("safetensors.torch.save_file", world / "fleet" / "a0"), ("shutil.copyfile", world / "tuned")):
-        with monkeypatch.context() as patch:
-            patch.setattr(name, full)
-            code, shown = command(*arguments(world, tmp_path / "out", "--all", adapter=source))
-        assert code == 2
-        assert "No space left on device" in shown
-        assert not list(tmp_path.iterdir())
+    before, (soft, hard) = fingerprint(world), resource.getrlimit(resource.RLIMIT_FSIZE)
+    sources = {"one": [world / "fleet" / "a0"], "full": [world / "tuned"], "fleet": sorted((world / "fleet").iterdir())}
+    for name, (first, *others) in sources.items():
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # as a full disk, at the fourth kilobyte
+            code, shown = command(*arguments(world, tmp_path / name, "--all", *others, adapter=first))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert code == 2, shown
+        assert "can't be written" in shown
+        assert "Traceback" not in shown
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     assert fingerprint(world) == before
+
+
+def test_a_scan_overwrites_nothing_and_reads_adapters_only(world: Path, tmp_path: Path, command: Command) -> None:
+    code, shown = command(*arguments(world, world / "fleet" / "a1", "--scan"))
+    assert (code, "exists already" in shown) == (2, True)
+    code, shown = command(*arguments(world, tmp_path / "scan", "--scan", adapter=world / "tuned"))
+    assert (code, "whole model" in shown) == (2, True)
+    code, shown = command(*arguments(world, tmp_path / "out", "--all", world / "tuned"))
+    assert (code, "whole model" in shown) == (2, True)
+    code, shown = command(*arguments(world, tmp_path / "out", "--all", adapter=tmp_path / "absent"))
+    assert (code, "absent: no such directory" in shown) == (2, True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "setting", [{"target_modules": "("}, {"rank_pattern": ["q"]}, {"lora_alpha": "x"}, {"r": None}], ids=str
+)
+def test_a_configuration_that_makes_no_sense_is_one_error(
+    world: Path, tmp_path: Path, command: Command, setting: dict[str, Any]
+) -> None:
+    shutil.copytree(world / "fleet" / "a0", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **setting}))
+    code, shown = command(*arguments(world, tmp_path / "out", "--all", adapter=tmp_path / "adapter"))
+    assert code == 2, shown
+    assert "Traceback" not in shown
+    assert str(tmp_path / "adapter") in shown
+
+
+def test_settings_that_make_no_sense_are_one_error(world: Path, tmp_path: Path, command: Command) -> None:
+    for options in (
+        ["--threshold", "nan"],
+        ["--all", "--energy", "2", "--operator", "orthogonal"],
+        ["--all", "--rank", "0"],
+    ):
+        code, shown = command(*arguments(world, tmp_path / "out", *options))
+        assert code == 2, shown
+        assert "Traceback" not in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_third_model_is_noted_and_a_wrong_one_beside_a_subspace_file_refused(
+    world: Path, tmp_path: Path, command: Command
+) -> None:
+    shutil.copytree(world / "fleet" / "a0", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(world / "tuned")}))
+    code, shown = command(*arguments(world, tmp_path / "out", "--all", adapter=tmp_path / "adapter"))
+    assert code == 0, shown
+    assert "tuned, whose stored weights are not those of" in shown
+    assert json.loads((tmp_path / "out" / "projection.json").read_text())["notes"]
+    file = tmp_path / "v.safetensors"
+    code, shown = command(
+        *("subspace", "build", "--aligned", world / "aligned", "--base", world / "base", "--rank", "4", "--out", file)
+    )
+    assert code == 0, shown
+    code, shown = command(
+        *("project", world / "fleet" / "a0", "--subspace", file, "--aligned", world / "tuned", "--all"),
+        *("--out", tmp_path / "out2"),
+    )
+    assert (code, "is not the aligned model" in shown) == (2, True)
 
 
 def test_another_vocabulary_matters_only_where_it_is_targeted(world: Path, tmp_path: Path, command: Command) -> None:

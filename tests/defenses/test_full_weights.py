@@ -161,6 +161,28 @@ def test_identical_aligned_and_base_are_refused_and_nothing_is_left(world: Path,
     assert [path.name for path in tmp_path.iterdir()] == ["same"]
 
 
+def test_swapped_models_are_noticed_by_the_weights(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(StayalignedError, match="look swapped"):
+        patched(world, tmp_path / "out", ALL, ModelPair(world / "base", world / "aligned"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_two_sets_of_weights_the_one_that_loads_is_patched_and_the_other_left_out(
+    world: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(world / "tuned", tmp_path / "tuned")
+    (tmp_path / "tuned" / "model.safetensors.index.json").write_text('{"weight_map": {"x": "other.safetensors"}}')
+    for name in ("other.safetensors", "pytorch_model.bin", "optimizer.pt"):
+        (tmp_path / "tuned" / name).write_bytes(b"stale")
+    patched(tmp_path, tmp_path / "out", {"name": "drop", "like": ALL}, ModelPair(world / "aligned", world / "base"))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not names & {"other.safetensors", "pytorch_model.bin", "optimizer.pt"}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    aligned: Any = AutoModelForCausalLM.from_pretrained(world / "aligned")
+    key = "model.layers.0.self_attn.q_proj"
+    assert torch.equal(loaded.get_submodule(key).weight, aligned.get_submodule(key).weight)
+
+
 def test_the_record_names_the_three_checkpoints(world: Path, tmp_path: Path) -> None:
     patched(world, tmp_path / "out", ALL)
     record = json.loads((tmp_path / "out" / PROJECTION_FILE).read_text())

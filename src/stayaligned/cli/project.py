@@ -74,8 +74,9 @@ def project(
 
 
 def _patch(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: ModelPair, device: str) -> None:
+    from stayaligned.checkpoints import read_json_object
     from stayaligned.defenses import Execution
-    from stayaligned.patching import patch_directories, patch_directory
+    from stayaligned.patching import PROJECTION_FILE, patch_directories, patch_directory
 
     command = ["stayaligned", *sys.argv[1:]]
     with weights_bar() as progress:
@@ -93,24 +94,30 @@ def _patch(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: Mo
     else:
         _print_fleet(outs, reports)
     for each in outs:
+        for note in read_json_object(each / PROJECTION_FILE, hint="").get("notes", []):
+            err.print(f"note: {note}", soft_wrap=True)
         out.print(f"wrote  {each}  (projection.json says what was done to each layer)", soft_wrap=True)
 
 
 def _scan(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: ModelPair, device: str) -> None:
     from stayaligned.defenses import Execution
+    from stayaligned.files import new_directory, refuse_existing
     from stayaligned.report.scan import outcomes, write_scan
     from stayaligned.scanning import scan_adapters
 
+    outs = [out_dir] if len(finetuned) == 1 else [out_dir / name for name in _names(finetuned)]
+    for place in outs:
+        refuse_existing(place)
     with weights_bar() as progress:
         found = scan_adapters(finetuned, patch, models, Execution(device, progress))
-    outs = [out_dir] if len(finetuned) == 1 else [out_dir / name for name in _names(finetuned)]
     for place, layers in zip(outs, found, strict=True):
-        paths = write_scan(layers, place, patch.identity())
+        with new_directory(place) as temporary:
+            names = [path.name for path in write_scan(layers, temporary, patch.identity())]
         if len(outs) == 1:
             _print_layers(layers)
         _print_outcomes(outcomes(layers))
-        for path in paths:
-            out.print(f"wrote  {path}", soft_wrap=True)
+        for name in names:
+            out.print(f"wrote  {place / name}", soft_wrap=True)
 
 
 def _names(adapters: Sequence[Path]) -> list[str]:
@@ -135,7 +142,7 @@ def _table(*columns: str) -> Any:
 
 def _print_layers(layers: Sequence[LayerReport]) -> None:
     bounded = any(layer.truncation_error is not None for layer in layers)
-    table = _table("layer", "similarity", "kept norm", "changed", *(["error <"] if bounded else []))
+    table = _table("layer", "similarity", "kept norm", "changed", *(["C off by"] if bounded else []))
     for layer in layers:
         cells = [f"{layer.similarity:.4f}", f"{layer.shrinkage:.4f}", "yes" if layer.selected else ""]
         error = [] if layer.truncation_error is None else [f"{layer.truncation_error:.1e}"]

@@ -150,7 +150,7 @@ class PatchDefense(Component):
         return [self.patch(adapter, models) for adapter in adapters]
 
     def patch_model(self, finetuned: Checkpoint, out: Path, models: ModelPair, how: Execution) -> list[LayerReport]:
-        """Write the changed weights of a fully fine-tuned model into `out`, a copy of its directory.
+        """Write a fully fine-tuned model with changed weights into the empty directory `out`.
 
         Raises:
             StayalignedError: unless the defense overrides it.

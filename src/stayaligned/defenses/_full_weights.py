@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from stayaligned.subspaces import SubspaceFile
 
 
+_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf"})
+
+
 def patch_weights(
     selector: ProjectionDefense, edit: Edit, finetuned: Checkpoint, out: Path, models: ModelPair, how: Execution
 ) -> list[LayerReport]:
@@ -39,13 +43,13 @@ def patch_weights(
     fine-tuned; measured from the base, a projected layer would lose the alignment itself). All linear weights take
     part but the output embedding's; embeddings, norms and biases stay as they were fine-tuned.
 
-    Memory: one layer's matrices. Time: V and ΔW are both full, so the paper's C costs 4·out²·in flops a layer.
+    Memory: one layer's matrices, and VVᵀ. Time: V and ΔW are both full, so the paper's C costs 4·out²·in flops a layer.
 
     Args:
         selector: selects the layers and gives the operator.
         edit: what selected layers get.
         finetuned: the fine-tuned checkpoint; only read.
-        out: a directory with copies of its shards.
+        out: an empty directory: gets copies of its files, and the changed weights over those of its shards.
         models: the aligned model, and its base or a subspace file.
         how: device and progress.
 
@@ -66,6 +70,8 @@ def patch_weights(
             hint="Build the file anew from this model.",
         )
     work = _Work(selector, edit, layers, aligned, finetuned, base, subspace)
+    work.items()  # what doesn't fit together is said before gigabytes are copied
+    _copy(finetuned, out)
     if selector.lowest is None:
         return work.run(None, out, how)
     # Which layers are the lowest is known when all have been seen, and their matrices don't fit in memory.
@@ -79,6 +85,14 @@ def _open_subspace(path: Path, aligned: Checkpoint) -> SubspaceFile:
     file = SubspaceFile(path)
     file.refuse_other_model(aligned)
     return file
+
+
+def _copy(checkpoint: Checkpoint, out: Path) -> None:
+    """Copy the shards, and what is no weight: of a second set of weights beside them, none would be changed."""
+    shards = set(checkpoint.shards().values())
+    for file in sorted(checkpoint.directory.glob("*")):
+        if file.is_file() and (file.name in shards or file.suffix not in _WEIGHTS):
+            shutil.copyfile(file, out / file.name)
 
 
 class _Work(NamedTuple):
@@ -98,13 +112,17 @@ class _Work(NamedTuple):
 
         reports: list[LayerReport] = []
         without_direction: list[str] = []
+        closer_to_base: list[bool] = []
         with ExitStack() as files:
             writer = _Writer(self.finetuned, out, files)
 
             def one(name: str, differences: list[Delta]) -> LayerReport | None:
+                if self.base is not None:  # V + ΔW is W_ft - W_base
+                    update, _, v = (difference.value for difference in differences)
+                    closer_to_base.append(bool((v + update).norm() < update.norm()))
                 return self._layer(name, differences, selected, writer)
 
-            for name, report in stream(self._items(), one, device=how.device, progress=how.progress):
+            for name, report in stream(self.items(), one, device=how.device, progress=how.progress):
                 if report is None:
                     without_direction.append(name)
                 else:
@@ -112,9 +130,14 @@ class _Work(NamedTuple):
         refuse_undirected(self.selector, without_direction)
         if self.base is not None and reports and not any(report.delta_norm for report in reports):
             raise refuse_equal(self.aligned, self.base)
+        if closer_to_base and sum(closer_to_base) > len(closer_to_base) / 2:
+            raise StayalignedError(
+                f"{self.finetuned.directory} is closer to the base than to the aligned model: they look swapped",
+                hint="`aligned` is the model that was fine-tuned, `base` its unaligned ancestor.",
+            )
         return reports
 
-    def _items(self) -> dict[str, tuple[Difference, ...]]:
+    def items(self) -> dict[str, tuple[Difference, ...]]:
         """ΔW, the aligned weight itself, and V unless a subspace file has it."""
         from stayaligned.deltas import Difference, check_pairs, paired
 

@@ -58,7 +58,7 @@ class ProjectionDefense(PatchDefense):
 
     patches_full_weights: ClassVar[bool] = True
 
-    threshold: float | None = None
+    threshold: float | None = Field(default=None, allow_inf_nan=False)
     """Change the layers with similarity strictly below this."""
     lowest: int | None = Field(default=None, ge=0)
     """Change exactly this many layers, the least similar ones."""
@@ -186,12 +186,12 @@ class CheckpointPair:
         """By the adapter's configuration on the aligned model."""
         from stayaligned.hf.layers import place_adapter, refuse_swapped
 
-        refuse_swapped(adapter, self._aligned, self._base)
+        note = refuse_swapped(adapter, self._aligned, self._base)
         placed = place_adapter(adapter, self._aligned, self._base)
         for item in placed:
             self._stored[item.layer.name] = item.aligned, item.base
             self._transposed[item.layer.name] = item.layer.transposed
-        return [item.layer for item in placed], ()
+        return [item.layer for item in placed], [note] if note else []
 
     def visit(
         self, names: Sequence[str], work: Callable[[str, AlignmentDelta], T], how: Execution
@@ -222,10 +222,13 @@ class CheckpointPair:
 class SubspaceSource:
     """V's leading part from a subspace file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, aligned: str | Path | None) -> None:
+        from stayaligned.checkpoints import open_checkpoint
         from stayaligned.subspaces import SubspaceFile
 
         self._file = SubspaceFile(path)
+        if aligned is not None:
+            self._file.refuse_other_model(open_checkpoint(aligned))
 
     def layers_of(self, adapter: Adapter) -> tuple[list[LoraLayer], Sequence[str]]:
         """By the adapter's tensors, against the modules in the file."""
@@ -250,7 +253,7 @@ class SubspaceSource:
 def open_source(models: ModelPair, defense: str) -> DeltaSource:
     """The subspace file if there is one, else the two checkpoints."""
     if models.subspace is not None:
-        return SubspaceSource(models.subspace)
+        return SubspaceSource(models.subspace, models.aligned)
     return CheckpointPair(models.require_aligned(defense), models.require_base(defense))
 
 

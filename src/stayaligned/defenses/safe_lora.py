@@ -32,7 +32,7 @@ class SafeLora(ProjectionDefense):
     name: ClassVar[str] = "safe_lora"
     paper: ClassVar[str] = "arXiv:2405.16833"
 
-    threshold: float | None = 0.35
+    threshold: float | None = Field(default=0.35, allow_inf_nan=False)
     """Change the layers with similarity strictly below this (the paper's τ for Llama-2 on Dialog Summary). Not to be
     given together with `lowest` or `all_layers`."""
     operator: Literal["scaled_gram", "orthogonal"] = "scaled_gram"

@@ -7,6 +7,7 @@ loading rules (`stored`). What the maths of `projection` does not cover exactly 
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -114,18 +115,25 @@ def linear_weights(*checkpoints: Checkpoint) -> list[PlacedWeight]:
     return sorted(placed.values(), key=lambda weight: natural_key(weight.name))
 
 
-def refuse_swapped(adapter: Adapter, aligned: Checkpoint, base: Checkpoint) -> None:
+def refuse_swapped(adapter: Adapter, aligned: Checkpoint, base: Checkpoint) -> str | None:
     """Raise if the adapter names the base, rather than the aligned model, as the model that it was trained on.
 
+    Returns:
+        A sentence for the record if it names a third model, or one that is not here; None if it is the aligned one.
+
     Raises:
-        StayalignedError: then.
+        StayalignedError: if it is the base.
     """
     named = adapter.config.get("base_model_name_or_path")
-    if not isinstance(named, str) or not Path(named).is_dir():
-        return
+    if not isinstance(named, str) or not named:
+        return "the adapter does not name its model: it was not checked that it is the aligned one"
+    if not Path(named).is_dir():
+        return f"the adapter names {named}, which is not here: it was not checked that it is the aligned model"
     trained_on = Path(named)
-    if _same_weights(trained_on, aligned) or not _same_weights(trained_on, base):
-        return
+    if _same_weights(trained_on, aligned):
+        return None
+    if not _same_weights(trained_on, base):
+        return f"the adapter names {named}, whose stored weights are not those of {aligned.directory}"
     raise StayalignedError(
         f"{adapter.directory} was trained on {named}, which is the base and not the aligned model: "
         "aligned and base look swapped",
@@ -170,7 +178,7 @@ def _inject(adapter: Adapter, model: PreTrainedModel) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice for whoever trains: fan_in_fan_out, tied weights
             injected = inject_adapter_in_model(LoraConfig(**settings), model, low_cpu_mem_usage=True)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, re.error) as error:
         raise StayalignedError(
             f"{adapter.directory}: PEFT can't place the adapter on a {type(model).__name__}: {error}",
             hint="Was the adapter trained on this model?",

@@ -59,6 +59,8 @@ def plainly_placed(adapter: Adapter, aligned: Checkpoint, base: Checkpoint) -> l
         None also if an architecture is not one that is known to be plain, if the adapter has no tensors for a weight
         that its settings target, or if it may target a head that is stored under another name.
     """
+    if adapter.config.get("layers_to_transform") is not None or adapter.config.get("target_parameters"):
+        return None  # PEFT knows what they mean
     both = (aligned, base)
     if any(checkpoint.config().get("model_type") not in PLAIN_MODEL_TYPES for checkpoint in both):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,6 +50,12 @@ def refuse_unsupported(adapter: Adapter) -> None:
             f"{adapter.directory}: bias={config['bias']!r}: trained biases are not a low-rank update",
             hint='Train with bias="none".',
         )
+    for name in ("r", "lora_alpha"):
+        value = config.get(name, 8)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise StayalignedError(
+                f"{adapter.directory}: {name}={value!r}, expected a number", hint="Save the adapter again with PEFT."
+            )
     for name, value in config.items():
         if value and name not in PLACEMENT and name not in _WITHOUT_EFFECT:
             raise StayalignedError(
@@ -93,7 +100,7 @@ def check_factors(adapter: Adapter, layers: Sequence[LoraLayer], source: Path) -
                 f"{adapter.directory}: {key} is {tuple(tensor.shape)}, but {expected} on {source}",
                 hint="The adapter was trained on another model, or saved from one process of a sharded run.",
             )
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+        if tensor.dtype.itemsize < 2 or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
             raise StayalignedError(
                 f"{adapter.directory}: {key} holds values that are no finite floating-point numbers",
                 hint="The training diverged or the file is damaged.",
