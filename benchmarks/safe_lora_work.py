@@ -155,6 +155,14 @@ def make_pair(request: Mapping[str, Any]) -> None:
             (temporary / directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def _targets(modules: list[str], layers: int, of: int) -> list[str] | str:
+    """Names, or for the first layers alone a regular expression: both are placed without importing PEFT."""
+    if layers == of:
+        return modules
+    numbers = "|".join(map(str, range(layers)))
+    return rf"model\.layers\.({numbers})\.(self_attn|mlp)\.({'|'.join(modules)})"
+
+
 def make_adapters(request: Mapping[str, Any]) -> None:
     """One adapter, or a directory of `count`; fp32, as PEFT keeps trained factors."""
     import torch
@@ -167,8 +175,7 @@ def make_adapters(request: Mapping[str, Any]) -> None:
     config = LoraConfig(
         r=RANK,
         lora_alpha=2 * RANK,
-        target_modules=[module.split(".")[1] for module in modules],
-        layers_to_transform=None if layers == shape.layers else list(range(layers)),
+        target_modules=_targets([module.split(".")[1] for module in modules], layers, shape.layers),
         base_model_name_or_path=request["aligned"],
         task_type="CAUSAL_LM",
         inference_mode=True,

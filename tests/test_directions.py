@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stayaligned.directions import FullDelta, leading_triplets
-from stayaligned.projection import LoraFactors, ScaledGram, update_norm
+from stayaligned.projection import LoraFactors, ScaledGram, compare, update_norm
 
 
 def update(v: torch.Tensor, seed: int) -> LoraFactors:
@@ -55,7 +55,7 @@ def test_the_truncation_error_bounds_the_true_one_where_v_is_sampled() -> None:
 def check_truncation(v: torch.Tensor, k: int, factors: LoraFactors, slack: float) -> None:
     whole, stored = ScaledGram(FullDelta.of(v.double())), ScaledGram(leading_triplets(v, rank=k))
     after: Any = stored(factors)
-    bound = stored.truncation_error(factors, after)
+    bound = stored.truncation_error(compare(factors, after).shrinkage)
     exact: Any = whole(LoraFactors(factors.a.double(), factors.b.double(), factors.scaling))
     true = float((dense(exact) - dense(after)).norm())
     assert bound is not None

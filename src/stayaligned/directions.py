@@ -67,15 +67,10 @@ class AlignmentDelta(ABC):
             ValueError: if not exactly one of the two is given, or this form of V holds too little.
         """
 
-    def tail(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"] | None:
-        """The part of the columns that this form of V knows nothing about; None if V is whole."""
-        del columns
-        return None
-
     @property
-    def largest_missing(self) -> float:
-        """A bound on the squared singular values that this form leaves out."""
-        return 0.0
+    def largest_missing(self) -> float | None:
+        """A bound on the squared singular values that this form leaves out; None if V is whole."""
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,10 +158,6 @@ class TruncatedDelta(AlignmentDelta):
                 hint="Ask for less, or build the subspace file with a larger --rank or --energy.",
             )
         return AlignmentSubspace(self.left[:, :k], self.right[:, :k], held)
-
-    def tail(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
-        """X - U(Uᵀx)."""
-        return columns.to(self.left.dtype) - onto(self.left, columns)
 
     @property
     def largest_missing(self) -> float:

@@ -91,20 +91,20 @@ class ScaledGram(Operator):
             raise ValueError("C = V Vᵀ/‖V‖ is undefined for V = 0")
         return self.delta.gram(columns) / self.delta.norm
 
-    def truncation_error(self, before: Update, after: Update) -> float | None:
+    def truncation_error(self, shrinkage: float) -> float | None:
         """What a truncated V costs: a bound on ‖(C - C_k)ΔW‖ / ‖C_kΔW‖, in the Frobenius norm; None for a whole V.
 
-        ‖(C - C_k)ΔW‖ ≤ σ²_{k+1}/‖V‖ · ‖(I - U_kU_kᵀ)ΔW‖, with σ²_{k+1} bounded by what V's energy leaves for it. It
-        holds for exact singular triplets; those of large weights are sampled, and what they miss is not in it.
+        ‖(C - C_k)ΔW‖ ≤ σ²_{k+1}/‖V‖ · ‖ΔW‖, with σ²_{k+1} bounded by what V's energy leaves for it. It holds for exact
+        singular triplets; those of large weights are sampled, and what they miss is not in it.
+
+        Args:
+            shrinkage: ‖C_kΔW‖ / ‖ΔW‖.
         """
-        columns = before.b if isinstance(before, LoraFactors) else before
-        outside = self.delta.tail(columns)
-        if outside is None:
+        missing = self.delta.largest_missing
+        if missing is None:
             return None
-        missed: Update = before._replace(b=outside) if isinstance(before, LoraFactors) else outside
-        lost = self.delta.largest_missing / self.delta.norm * update_norm(missed)
-        kept = update_norm(after)
-        return min(lost / kept, sys.float_info.max) if kept else sys.float_info.max * (lost > 0)
+        lost = missing / self.delta.norm
+        return min(lost / shrinkage, sys.float_info.max) if shrinkage else sys.float_info.max * (lost > 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -208,20 +208,27 @@ def compare(before: Update, after: Update) -> Comparison:
     cos(ΔW, ΔW') = ⟨ΔW, ΔW'⟩_F / (‖ΔW‖ ‖ΔW'‖), with ⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ), section 3.2. A zero update has
     no direction; its similarity is defined as 0, as in the paper's code. That code takes the cosine of the two
     flattened out × in products in fp32 and rounds it to five decimals.
+
+    Raises:
+        ValueError: if an update is not finite.
     """
-    norm, norm_after = update_norm(before), update_norm(after)
-    if not (math.isfinite(norm) and math.isfinite(norm_after)):
+    inputs = None  # what most operators leave as it is, and what is the largest part of the work
+    if isinstance(before, LoraFactors) and isinstance(after, LoraFactors) and before.a is after.a:
+        inputs = _inputs(before, after)
+    pairs = (before, before), (after, after), (before, after)
+    squares = [_inner(x, y, inputs) for x, y in pairs]
+    if not all(map(math.isfinite, squares)):
         raise ValueError("the update is not finite")
+    norm, norm_after = (math.sqrt(max(0.0, square)) for square in squares[:2])
     product = norm * norm_after
-    similarity = 0.0 if product == 0 else max(-1.0, min(1.0, _inner(before, after) / product))
+    similarity = 0.0 if product == 0 else max(-1.0, min(1.0, squares[2] / product))
     return Comparison(similarity, norm_after / norm if norm else 1.0, norm)
 
 
 def update_norm(update: Update) -> float:
     """‖ΔW‖_F, in fp64; of factors from their r × r Grams."""
     if isinstance(update, LoraFactors):
-        square = _inner(update, update)
-        return math.sqrt(square) if square > 0 else 0.0 * square
+        return math.sqrt(max(0.0, _inner(update, update)))
     return frobenius_norm(update)
 
 
@@ -255,14 +262,18 @@ def every(similarities: Mapping[str, float]) -> frozenset[str]:
     return frozenset(similarities)
 
 
-def _inner(x: Update, y: Update) -> float:
+def _inner(x: Update, y: Update, inputs: Tensor | None = None) -> float:
+    """⟨x, y⟩_F; `inputs` is A₁A₂ᵀ in fp64 where it is known already."""
     if isinstance(x, LoraFactors) and isinstance(y, LoraFactors):
-        x_b, x_a = x.b.double(), x.a.double()
-        y_b = x_b if y.b is x.b else y.b.double()
-        y_a = x_a if y.a is x.a else y.a.double()
-        return x.scaling * y.scaling * ((x_b.T @ y_b) * (x_a @ y_a.T)).sum().item()
+        outputs = x.b.double().T @ y.b.double()
+        return x.scaling * y.scaling * (outputs * (_inputs(x, y) if inputs is None else inputs)).sum().item()
     if isinstance(x, LoraFactors) or isinstance(y, LoraFactors):
         raise TypeError("factors and a matrix are not compared")
     rows = cached_rows(x)
     blocks = zip(x.split(rows), y.split(rows), strict=True)
     return math.fsum((one.double() * two.double()).sum().item() for one, two in blocks)
+
+
+def _inputs(x: LoraFactors, y: LoraFactors) -> Tensor:
+    a = x.a.double()
+    return a @ (a if y.a is x.a else y.a.double()).T

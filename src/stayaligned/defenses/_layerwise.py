@@ -315,11 +315,9 @@ def work_layer(seen: ProjectedLayer, edit: Edit) -> _Worked:
 
     edited = edit(seen)
     similarity, shrinkage, norm = compare(seen.before, seen.projected)
+    truncation = seen.operator.truncation_error(shrinkage) if isinstance(seen.operator, ScaledGram) else None
     if edited.update is not seen.projected:
         shrinkage = update_norm(edited.update) / norm if norm else 1.0
-    truncation = (
-        seen.operator.truncation_error(seen.before, seen.projected) if isinstance(seen.operator, ScaledGram) else None
-    )
     report = LayerReport(
         module=seen.name,
         similarity=similarity,
@@ -360,8 +358,11 @@ def together(operator: Operator, updates: Sequence[LoraFactors]) -> list[LoraFac
     from stayaligned.projection import LoraFactors
 
     ranks = [update.b.shape[1] for update in updates]
+    stacked = torch.cat([update.a for update in updates])
     outputs = operator.outputs(torch.cat([update.b for update in updates], dim=1)).split(ranks, dim=1)
-    inputs = operator.inputs(torch.cat([update.a for update in updates])).split(ranks)
+    mapped = operator.inputs(stacked)
+    # An A that stays is the same tensor, by which its Gram matrix is known again.
+    inputs = [update.a for update in updates] if mapped is stacked else mapped.split(ranks)
     return [LoraFactors(a, b, update.scaling) for a, b, update in zip(inputs, outputs, updates, strict=True)]
 
 
