@@ -31,6 +31,7 @@ check: $(STAMP)  ## format, lint, types, import contracts, docs
 
 bench: $(STAMP)  ## the measured claims of the README
 	$(BIN)/python benchmarks/projection.py
+	$(BIN)/python benchmarks/safe_lora.py  # writes 6.5 GB of checkpoints to the temporary directory, once
 	$(BIN)/python benchmarks/lisa.py
 	$(BIN)/python benchmarks/generation.py
 

@@ -20,8 +20,10 @@ class Complement(ProjectionDefense):
     `threshold` or `lowest` is given. Rank and file layout stay. Not in the Safe LoRA paper; of the family of null-space
     and gradient projections. Where V = 0 there is nothing to remove, and the update stays.
 
-    Known to fail: on adapters of q_proj and v_proj only it costs most of the task accuracy. Not tested: alignments
-    made by LoRA or DPO, tasks that look like the harmful requests, an attacker who knows of it.
+    On the testbed (docs/safe-lora.md) its front of harm against accuracy lies above those of dropping, shrinking and
+    random directions where the alignment was made with full weights. It fails where a LoRA made the alignment, costs
+    accuracy on some adapters of q_proj and v_proj only, and an attacker who trains under it undoes it. Not tested:
+    alignments made by preferences, tasks that look like the harmful requests, large models.
 
     Example:
         >>> Complement(side="right").rank
@@ -29,6 +31,7 @@ class Complement(ProjectionDefense):
     """
 
     name: ClassVar[str] = "complement"
+    version: ClassVar[int] = 2
 
     all_layers: bool = True
     """Change every layer; not to be given together with `threshold` or `lowest`."""

@@ -30,6 +30,7 @@ class SafeLora(ProjectionDefense):
     """
 
     name: ClassVar[str] = "safe_lora"
+    version: ClassVar[int] = 2
     paper: ClassVar[str] = "arXiv:2405.16833"
 
     threshold: float | None = Field(default=0.35, allow_inf_nan=False)
