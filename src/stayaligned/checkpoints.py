@@ -248,9 +248,14 @@ def weights_fingerprint(checkpoint: Checkpoint) -> str:
     Of tensors above 64 KiB, four runs of 16 KiB are read, from the first to the last byte: reading a 140 GB checkpoint
     only to name it would take minutes, and training changes every part of a weight.
     """
+    return tensors_fingerprint({name: checkpoint.file_of(name) for name in sorted(checkpoint)})
+
+
+def tensors_fingerprint(files: Mapping[str, SafetensorsFile]) -> str:
+    """`weights_fingerprint` of tensors, each in the file that holds it."""
     digest = hashlib.sha256()
-    for name in sorted(checkpoint):
-        file, entry = checkpoint.file_of(name), checkpoint.entry(name)
+    for name, file in files.items():
+        entry = file.entries[name]
         digest.update(json.dumps([name, entry.stored_type, entry.shape]).encode())
         sampled = entry.size > _RUNS * _RUN_BYTES
         buffer = bytearray(_RUN_BYTES if sampled else entry.size)

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from stayaligned.adapters import is_adapter, read_adapter, write_adapter
-from stayaligned.checkpoints import open_checkpoint, read_json_object, weights_fingerprint
+from stayaligned.checkpoints import open_checkpoint, read_json_object, tensors_fingerprint, weights_fingerprint
 from stayaligned.defenses import DEFENSES, Execution, ModelPair, PatchDefense
 from stayaligned.errors import StayalignedError
 from stayaligned.files import fingerprint, new_directory, refuse_existing, write_text
 from stayaligned.records import LayerReport
 from stayaligned.results import versions
+from stayaligned.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -252,4 +253,7 @@ class _Hashes:
 def _hash(name: str, ref: str | Path) -> dict[str, str]:
     if name in ("aligned", "base", "finetuned"):
         return {"weights_sha256": weights_fingerprint(open_checkpoint(ref))}
+    if name == "subspace":
+        file = SafetensorsFile(Path(ref), hint="Build it anew.")
+        return {"tensors_sha256": tensors_fingerprint(dict.fromkeys(sorted(file.entries), file))}
     return {"sha256": fingerprint(Path(ref))}

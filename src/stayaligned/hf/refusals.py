@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from stayaligned.adapters import Adapter, LoraLayer
+from stayaligned.adapters import Adapter, LoraLayer, all_finite
 from stayaligned.checkpoints import Checkpoint
 from stayaligned.errors import StayalignedError
 
@@ -101,8 +101,7 @@ def check_factors(adapter: Adapter, layers: Sequence[LoraLayer], source: Path) -
                 hint="The adapter was trained on another model, or saved from one process of a sharded run.",
             )
         floating = tensor.is_floating_point() and tensor.dtype.itemsize > 1
-        # The extremes are NaN where anything is.
-        if not floating or not all(math.isfinite(value) for value in tensor.aminmax()):
+        if not floating or not all_finite(tensor):
             raise StayalignedError(
                 f"{adapter.directory}: {key} holds values that are no finite floating-point numbers",
                 hint="The training diverged or the file is damaged.",
