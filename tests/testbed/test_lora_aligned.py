@@ -166,7 +166,7 @@ def test_the_key_changes_with_the_testbed_the_settings_the_behavior_and_peft(mon
     monkeypatch.setattr(recipe, "LORA_BEHAVIOR_VERSION", 10**6)
     keys.append(LoraAlignment().key(Recipe(), 0))
     versions = recipe.version
-    monkeypatch.setattr(recipe, "version", lambda name: "0" if name == "peft" else versions(name))
+    monkeypatch.setattr(recipe, "_version", lambda name: "0" if name == "peft" else versions(name))
     keys.append(LoraAlignment().key(Recipe(), 0))
     assert len(set(keys)) == len(keys)
 
@@ -175,7 +175,7 @@ def test_what_concerns_only_the_lora_leaves_the_testbeds_their_keys(monkeypatch:
     key = Recipe().key(0)
     monkeypatch.setattr(recipe, "LORA_BEHAVIOR_VERSION", 10**6)
     versions = recipe.version
-    monkeypatch.setattr(recipe, "version", lambda name: "0" if name == "peft" else versions(name))
+    monkeypatch.setattr(recipe, "_version", lambda name: "0" if name == "peft" else versions(name))
     assert Recipe().key(0) == key
 
 

@@ -51,7 +51,7 @@ def test_the_key_changes_with_seed_recipe_behavior_and_versions(monkeypatch: pyt
     keys = [Recipe().key(0), Recipe().key(1), Recipe(base_steps=999).key(0)]
     monkeypatch.setattr(recipe, "BEHAVIOR_VERSION", 10**6)
     keys.append(Recipe().key(0))
-    monkeypatch.setattr(recipe, "version", lambda name: f"{name} 0")
+    monkeypatch.setattr(recipe, "_version", lambda name: f"{name} 0")
     keys.append(Recipe().key(0))
     assert len(set(keys)) == len(keys)
 
