@@ -1,6 +1,6 @@
 """PEFT-format LoRA adapters as values, read from and written to directories. Imports no PEFT.
 
-What a layer is, and which tensors make it, is found by `hf.layers.lora_layers`; this module only keeps the bytes.
+What a layer is, and which tensors make it, is found by `hf.layers.place_adapter`; this module only keeps the bytes.
 """
 
 from __future__ import annotations

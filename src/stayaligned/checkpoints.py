@@ -135,7 +135,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         width = columns * entry.item_bytes
         first = (block.expert or 0) * rows + block.first_row
         count = rows - block.first_row if block.rows is None else block.rows
-        return Span(file, entry.dtype, entry.offset + first * width, count, columns, block.name)
+        return Span(file, entry.dtype, entry.offset + first * width, count, columns)
 
     def _file(self, shard: str) -> SafetensorsFile:
         with self._lock:
@@ -181,7 +181,11 @@ class Span(NamedTuple):
     """Of the first row, in bytes."""
     rows: int
     columns: int
-    name: str
+
+    @property
+    def size(self) -> int:
+        """Their bytes."""
+        return self.rows * self.columns * self.dtype.itemsize
 
 
 def checkpoint_directory(ref: str | Path) -> Path:

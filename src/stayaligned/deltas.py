@@ -37,6 +37,11 @@ class Difference(NamedTuple):
     """None: the weight itself, nothing subtracted."""
     minus_weight: Weight
 
+    def spans(self) -> list[Span]:
+        """All rows that it takes, of both sides."""
+        other = self.minus.spans(self.minus_weight) if self.minus is not None else []
+        return [*self.checkpoint.spans(self.weight), *other]
+
 
 class Delta(NamedTuple):
     """One difference of weights, in fp32 whatever the checkpoints store."""
@@ -269,24 +274,12 @@ class _Buffers:
 
 def _item_bytes(differences: Sequence[Difference]) -> tuple[int, int]:
     """Bytes that an item has in the files, and in fp32."""
-    stored = fp32 = 0
-    for difference in differences:
-        rows, columns = difference.checkpoint.matrix_shape(difference.weight)
-        fp32 += rows * columns * 4
-        for checkpoint, weight in (
-            (difference.checkpoint, difference.weight),
-            (difference.minus, difference.minus_weight),
-        ):
-            if checkpoint is not None:
-                stored += sum(s.rows * s.columns * s.dtype.itemsize for s in checkpoint.spans(weight))
-    return stored, fp32
+    shapes = [difference.checkpoint.matrix_shape(difference.weight) for difference in differences]
+    stored = sum(span.size for difference in differences for span in difference.spans())
+    return stored, sum(rows * columns * 4 for rows, columns in shapes)
 
 
 def _read_ahead(differences: Sequence[Difference]) -> None:
     for difference in differences:
-        for checkpoint, weight in (
-            (difference.checkpoint, difference.weight),
-            (difference.minus, difference.minus_weight),
-        ):
-            for span in checkpoint.spans(weight) if checkpoint is not None else ():
-                span.file.will_need(span.offset, span.rows * span.columns * span.dtype.itemsize)
+        for span in difference.spans():
+            span.file.will_need(span.offset, span.size)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from stayaligned.hf.layers import PlacedWeight
     from stayaligned.subspaces import SubspaceFile
 
+    _Items = dict[str, tuple[Difference, ...]]
 
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf"})
 
@@ -70,13 +71,13 @@ def patch_weights(
             hint="Build the file anew from this model.",
         )
     work = _Work(selector, edit, layers, aligned, finetuned, base, subspace)
-    work.items()  # what doesn't fit together is said before gigabytes are copied
+    items = work.items()  # what doesn't fit together is said before gigabytes are copied
     _copy(finetuned, out)
     if selector.lowest is None:
-        return work.run(None, out, how)
+        return work.run(items, None, out, how)
     # Which layers are the lowest is known when all have been seen, and their matrices don't fit in memory.
-    seen = work.run(frozenset(), out, how)
-    return work.run(selector.select({report.module: report.similarity for report in seen}), out, how)
+    seen = work.run(items, frozenset(), out, how)
+    return work.run(items, selector.select({report.module: report.similarity for report in seen}), out, how)
 
 
 def _open_subspace(path: Path, aligned: Checkpoint) -> SubspaceFile:
@@ -106,7 +107,7 @@ class _Work(NamedTuple):
     base: Checkpoint | None
     subspace: SubspaceFile | None
 
-    def run(self, selected: frozenset[str] | None, out: Path, how: Execution) -> list[LayerReport]:
+    def run(self, items: _Items, selected: frozenset[str] | None, out: Path, how: Execution) -> list[LayerReport]:
         """Report every layer and write the selected ones; None lets each layer's similarity decide."""
         from stayaligned.deltas import refuse_equal, stream
 
@@ -122,7 +123,7 @@ class _Work(NamedTuple):
                     closer_to_base.append(bool((v + update).norm() < update.norm()))
                 return self._layer(name, differences, selected, writer)
 
-            for name, report in stream(self.items(), one, device=how.device, progress=how.progress):
+            for name, report in stream(items, one, device=how.device, progress=how.progress):
                 if report is None:
                     without_direction.append(name)
                 else:
@@ -137,7 +138,7 @@ class _Work(NamedTuple):
             )
         return reports
 
-    def items(self) -> dict[str, tuple[Difference, ...]]:
+    def items(self) -> _Items:
         """ΔW, the aligned weight itself, and V unless a subspace file has it."""
         from stayaligned.deltas import Difference, check_pairs, paired
 
@@ -149,7 +150,7 @@ class _Work(NamedTuple):
             role="fine-tuned",
             hint="The fine-tuned checkpoint must have been trained from the aligned one.",
         )
-        items: dict[str, tuple[Difference, ...]] = {
+        items: _Items = {
             name: (Difference(self.finetuned, ft, self.aligned, al), Difference(self.aligned, al, None, ()))
             for name, (al, ft, *_) in weights.items()
         }
