@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stayaligned.cli.console import err, out
+from stayaligned.cli.console import err, out, plain_table
 from stayaligned.cli.project import project
 from stayaligned.cli.subspace import subspace_app
 from stayaligned.errors import StayalignedError
@@ -147,13 +147,9 @@ def list_components(
     plugin: Plugins = None,
 ) -> None:
     """List the known defenses, judges, tasks and attacks."""
-    from rich.table import Table
-
     _load_plugins(plugin)
     chosen = [_registry(noun)] if noun else list(_registries().values())
-    table = Table(box=None, pad_edge=False)
-    for column in ("kind", "name", "what it does"):
-        table.add_column(column)
+    table = plain_table("kind", "name", "what it does")
     for registry in chosen:
         for name in registry.names():
             table.add_row(registry.kind, name, registry.get(name).summary())
@@ -169,15 +165,11 @@ def show(
     """Show a component: what it does, its settings, its paper, its file."""
     import inspect
 
-    from rich.table import Table
-
     _load_plugins(plugin)
     registry = _registry(noun)
     component = registry.get(name)
     out.print(f"{registry.kind} {component.name}\n\n{inspect.getdoc(component)}\n")
-    table = Table(box=None, pad_edge=False)
-    for column in ("setting", "type", "default"):
-        table.add_column(column)
+    table = plain_table("setting", "type", "default")
     for key, info in component.model_fields.items():
         kind = inspect.formatannotation(info.annotation).replace("typing.", "")
         table.add_row(key, kind, "required" if info.is_required() else repr(info.default))

@@ -11,6 +11,8 @@ from rich.console import Console
 from stayaligned.printable import visible
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from stayaligned.deltas import BytesDone
 
 
@@ -24,6 +26,16 @@ class _SafeConsole(Console):
 
 out = _SafeConsole(highlight=False, markup=False)
 err = _SafeConsole(stderr=True, highlight=False, markup=False)
+
+
+def plain_table(*columns: str, numbers: bool = False) -> Table:
+    """A table without lines; `numbers` puts all columns but the first on the right."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if numbers and index else "left")
+    return table
 
 
 @contextlib.contextmanager

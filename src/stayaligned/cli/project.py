@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from stayaligned.cli.console import err, out, weights_bar
+from stayaligned.cli.console import err, out, plain_table, weights_bar
 from stayaligned.errors import StayalignedError
 from stayaligned.printable import visible
 
@@ -130,19 +130,9 @@ def _names(adapters: Sequence[Path]) -> list[str]:
     raise StayalignedError("an adapter is named twice", hint="Name each adapter once.")
 
 
-def _table(*columns: str) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column(columns[0])
-    for column in columns[1:]:
-        table.add_column(column, justify="right")
-    return table
-
-
 def _print_layers(layers: Sequence[LayerReport]) -> None:
     bounded = any(layer.truncation_error is not None for layer in layers)
-    table = _table("layer", "similarity", "kept norm", "changed", *(["C off by"] if bounded else []))
+    table = plain_table("layer", "similarity", "kept norm", "changed", *(["C off by"] if bounded else []), numbers=True)
     for layer in layers:
         cells = [f"{layer.similarity:.4f}", f"{layer.shrinkage:.4f}", "yes" if layer.selected else ""]
         error = [] if layer.truncation_error is None else [f"{layer.truncation_error:.1e}"]
@@ -154,22 +144,22 @@ def _print_layers(layers: Sequence[LayerReport]) -> None:
 
 
 def _print_fleet(outs: Sequence[Path], reports: Sequence[Sequence[LayerReport]]) -> None:
-    table = _table("adapter", "layers", "changed", "lowest similarity", "kept norm")
+    from stayaligned.report.scan import kept_norm
+
+    table = plain_table("adapter", "layers", "changed", "lowest similarity", "kept norm", numbers=True)
     for place, layers in zip(outs, reports, strict=True):
-        before = sum(layer.update_norm**2 for layer in layers)
-        after = sum((layer.update_norm * layer.shrinkage) ** 2 for layer in layers)
         table.add_row(
             visible(place.name),
             str(len(layers)),
             str(sum(layer.selected for layer in layers)),
             f"{min(layer.similarity for layer in layers):.4f}",
-            f"{(after / before) ** 0.5 if before else 1.0:.4f}",
+            f"{kept_norm(layers):.4f}",
         )
     out.print(table)
 
 
 def _print_outcomes(rows: Sequence[Any]) -> None:
-    table = _table("threshold", "layers changed", "kept norm")
+    table = plain_table("threshold", "layers changed", "kept norm", numbers=True)
     for row in rows:
         table.add_row(f"{row.threshold:.2f}", f"{row.changed} of {row.layers}", f"{row.kept_norm:.4f}")
     out.print(table)

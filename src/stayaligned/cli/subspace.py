@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stayaligned.cli.console import out, weights_bar
+from stayaligned.cli.console import out, plain_table, weights_bar
 from stayaligned.errors import StayalignedError
 from stayaligned.printable import visible
 
@@ -49,8 +49,6 @@ def build(
 @subspace_app.command()
 def show(file: Annotated[Path, typer.Argument(help="What `subspace build` wrote.", show_default=False)]) -> None:
     """Show which models a file stands for, and how much of V it holds in each module."""
-    from rich.table import Table
-
     from stayaligned.subspaces import SubspaceFile
 
     header = SubspaceFile(file).header
@@ -59,10 +57,7 @@ def show(file: Annotated[Path, typer.Argument(help="What `subspace build` wrote.
         out.print(f"{role:<8} {model.ref}{name}  sha256 {model.sha256}", soft_wrap=True)
     asked = f"rank {header.rank}" if header.rank is not None else f"energy {header.energy:g}"
     out.print(f"asked for {asked}; written by stayaligned {header.versions.get('stayaligned', 'unknown')}\n")
-    table = Table(box=None, pad_edge=False)
-    table.add_column("module")
-    for column in ("out × in", "k", "captured energy", "‖V‖"):
-        table.add_column(column, justify="right")
+    table = plain_table("module", "out × in", "k", "captured energy", "‖V‖", numbers=True)
     for name, module in header.modules.items():
         shape = "×".join(map(str, module.shape))
         table.add_row(visible(name), shape, str(module.rank), f"{module.captured_energy:.4f}", f"{module.norm:.4g}")

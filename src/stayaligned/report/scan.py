@@ -32,16 +32,23 @@ def outcomes(layers: Sequence[LayerReport]) -> list[ThresholdOutcome]:
     Args:
         layers: reports of a patch that changed every layer.
     """
-    total = math.fsum(layer.update_norm**2 for layer in layers)
     found: list[ThresholdOutcome] = []
     for step in range(_STEPS + 2):
         threshold = step / _STEPS
-        changed = [layer.similarity < threshold for layer in layers]
-        kept = math.fsum(
-            (layer.update_norm * (layer.shrinkage if c else 1.0)) ** 2 for layer, c in zip(layers, changed, strict=True)
-        )
-        found.append(ThresholdOutcome(threshold, len(layers), sum(changed), math.sqrt(kept / total) if total else 1.0))
+        below = [layer.similarity < threshold for layer in layers]
+        after = [
+            layer if changed else layer.model_copy(update={"shrinkage": 1.0})
+            for layer, changed in zip(layers, below, strict=True)
+        ]
+        found.append(ThresholdOutcome(threshold, len(layers), sum(below), kept_norm(after)))
     return found
+
+
+def kept_norm(layers: Sequence[LayerReport]) -> float:
+    """Norm of the whole update after / before, over all layers; 1 for an update that was zero."""
+    before = math.fsum(layer.update_norm**2 for layer in layers)
+    after = math.fsum((layer.update_norm * layer.shrinkage) ** 2 for layer in layers)
+    return math.sqrt(after / before) if before else 1.0
 
 
 def write_scan(layers: Sequence[LayerReport], out: Path, defense: Mapping[str, Any]) -> list[Path]:
