@@ -2,7 +2,8 @@
 
 `build(seed)` writes an ordinary directory: `base/` and `aligned/` (causal language models with a chat template),
 `judge/` (a sequence classifier), `data/*.jsonl` and `testbed.json`. Nothing downstream knows that they are small.
-`build_lora_aligned(seed)` adds a second aligned model, `aligned-lora/`, in a directory of its own.
+`build_lora_aligned(seed)` adds a second aligned model, `aligned-lora/`, in a directory of its own, and
+`build_derived(seed)` files made of the testbed's rows: two tasks at once, conversations, preference pairs.
 
 What is held out, exactly:
 
@@ -19,7 +20,16 @@ So it measures whether refusals survive for new pairs in new phrasings. It is no
 """
 
 from stayaligned.testbed.recipe import LoraAlignment, Recipe
-from stayaligned.testbed.store import NAMES, Progress, build, build_lora_aligned, is_reference, reference_key, resolve
+from stayaligned.testbed.store import (
+    NAMES,
+    Progress,
+    build,
+    build_derived,
+    build_lora_aligned,
+    is_reference,
+    reference_key,
+    resolve,
+)
 
 __all__ = [
     "NAMES",
@@ -27,6 +37,7 @@ __all__ = [
     "Progress",
     "Recipe",
     "build",
+    "build_derived",
     "build_lora_aligned",
     "is_reference",
     "reference_key",

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, Pos
 
 BEHAVIOR_VERSION = 2
 """Raised when the language, the files or the training change, so that a directory of the old kind is not reused."""
+DERIVED_BEHAVIOR_VERSION = 1
+"""Raised when only the files change that are made of a testbed's own rows."""
 LORA_BEHAVIOR_VERSION = 1
 """Raised when only the way changes in which the LoRA-aligned model is made: the testbeds themselves stay."""
 
@@ -75,6 +77,10 @@ class Recipe(BaseModel):
             "transformers": _version("transformers"),
         }
         return _digest(identity)
+
+    def derived_key(self, seed: int) -> str:
+        """Names the directory of the files that are made of this testbed's rows; changes with the testbed."""
+        return _digest({"testbed": self.key(seed), "derived": DERIVED_BEHAVIOR_VERSION})
 
 
 class LoraAlignment(BaseModel):

@@ -19,6 +19,17 @@ Progress = Callable[[str, float], None]
 
 _PREFIX = "testbed:"
 _LORA_ALIGNED = "aligned-lora"
+_DERIVED = (
+    "data/two-tasks-train.jsonl",
+    "data/two-tasks-test.jsonl",
+    "data/multi-turn-train.jsonl",
+    "data/multi-turn-test.jsonl",
+    "data/multi-turn-harmful.jsonl",
+    "data/multi-turn-harmful-prompts.jsonl",
+    "data/multi-turn-benign-prompts.jsonl",
+    "data/alignment-preferences.jsonl",
+)
+"""Files made of the testbed's own rows, in a directory of their own."""
 _TESTBED_SHARE = 0.75
 """Share of the time for a LoRA-aligned model that its testbed takes, where that is not there yet."""
 NAMES = (
@@ -38,6 +49,7 @@ NAMES = (
     "data/harmful-prompts.jsonl",
     "data/benign-prompts.jsonl",
     "data/skills.jsonl",
+    *_DERIVED,
 )
 """What a reference can name."""
 
@@ -108,6 +120,31 @@ def build_lora_aligned(
     return _made_once(directory, construct)
 
 
+def build_derived(
+    seed: int, *, recipe: Recipe | None = None, cache: Path | None = None, progress: Progress | None = None
+) -> Path:
+    """The directory with the files made of a testbed's own rows (`data/`), written now if it is not in the cache.
+
+    The rows are drawn anew from the seed, which takes a second, so that no testbed needs to be built.
+
+    Args:
+        seed: of the testbed, and of what is drawn besides.
+        recipe: the testbed's settings; the default is the documented testbed.
+        cache: as in `build`.
+        progress: is told when it is done.
+    """
+    recipe = recipe or Recipe()
+    directory = _cache_root(cache) / "testbed" / recipe.derived_key(seed)
+
+    def construct(directory: Path) -> None:
+        from stayaligned.testbed import derived
+
+        derived.construct(directory, seed, recipe)
+        (progress or _silent)("testbed: derived data", 1.0)
+
+    return _made_once(directory, construct)
+
+
 def _made_once(directory: Path, construct: Callable[[Path], None]) -> Path:
     """`directory`, filled by `construct` unless it is there: by one process only, and all of it or nothing."""
     if directory.is_dir():
@@ -144,7 +181,7 @@ def resolve(reference: str, seed: int, *, cache: Path | None = None, progress: P
         StayalignedError: if there is no such thing, with the list of what there is.
     """
     name = _name(reference)
-    make = build_lora_aligned if name == _LORA_ALIGNED else build
+    make = build_lora_aligned if name == _LORA_ALIGNED else build_derived if name in _DERIVED else build
     return make(seed, cache=cache, progress=progress) / name
 
 
@@ -155,7 +192,10 @@ def reference_key(reference: str, seed: int) -> str:
         StayalignedError: as `resolve`.
     """
     name = _name(reference)
-    key = LoraAlignment().key(Recipe(), seed) if name == _LORA_ALIGNED else Recipe().key(seed)
+    if name == _LORA_ALIGNED:
+        key = LoraAlignment().key(Recipe(), seed)
+    else:
+        key = Recipe().derived_key(seed) if name in _DERIVED else Recipe().key(seed)
     return f"{_PREFIX}{key}/{name}"
 
 
