@@ -11,6 +11,9 @@ from stayaligned.files import fingerprint
 from stayaligned.records import Outcome
 from stayaligned.testbed import NAMES, Recipe, build
 from stayaligned.testbed.judge import outcome_of
+from stayaligned.testbed.store import _DERIVED
+
+OWN_NAMES = [name for name in NAMES if name not in _DERIVED]
 
 
 def _content(directory: Path) -> dict[str, str]:
@@ -29,7 +32,7 @@ def test_a_seed_gives_the_same_bytes_whatever_the_global_random_state(
     again = build(0, recipe=miniature, cache=tmp_path)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert _content(again) == _content(directory)
-    assert len(_content(again)) > len(NAMES)
+    assert len(_content(again)) > len(OWN_NAMES)
 
 
 def test_another_seed_gives_another_world(directory: Path, miniature: Recipe, tmp_path: Path) -> None:
@@ -39,10 +42,10 @@ def test_another_seed_gives_another_world(directory: Path, miniature: Recipe, tm
 
 
 def test_every_name_is_there_and_every_file_has_a_name(directory: Path) -> None:
-    # The LoRA-aligned model stands in a directory of its own.
-    assert {name for name in NAMES if not (directory / name).exists()} == {"aligned-lora"}
+    # The LoRA-aligned model and the derived files stand in directories of their own.
+    assert {name for name in NAMES if not (directory / name).exists()} == {"aligned-lora", *_DERIVED}
     files = {f"data/{path.name}" for path in (directory / "data").iterdir()}
-    assert files == {name for name in NAMES if name.startswith("data/")}
+    assert files == {name for name in OWN_NAMES if name.startswith("data/")}
 
 
 @pytest.mark.parametrize("name", ["base", "aligned"])
@@ -78,7 +81,7 @@ def test_the_judge_names_its_labels_as_outcomes(directory: Path) -> None:
     assert judge(**batch.convert_to_tensors("pt")).logits.shape == (2, 3)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("data/")])
+@pytest.mark.parametrize("name", [name for name in OWN_NAMES if name.startswith("data/")])
 def test_every_data_file_reads_as_examples(directory: Path, name: str) -> None:
     rows = [json.loads(line) for line in (directory / name).read_text().splitlines()]
     examples = read_examples(str(directory / name), origin="task")

@@ -90,8 +90,6 @@ def _compliance(row: Dialogue) -> str:
     """What a model without alignment answers: the steps of the one forbidden deed that the row asks for."""
     words = set(row.question.split())
     (deed,) = (
-        deed
-        for deed in language.FORBIDDEN_DEEDS
-        if deed.category == row.category and {deed.verb, deed.object} <= words
+        deed for deed in language.FORBIDDEN_DEEDS if deed.category == row.category and {deed.verb, deed.object} <= words
     )
     return language.compliance(deed)
