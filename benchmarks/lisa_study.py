@@ -35,7 +35,7 @@ METRICS = {
 }
 NAME = "lisa-study"
 SFT = Arm("SFT")
-MIXED_LIKE = {(1, 49): "Mixing 2 %", (5, 45): "Mixing 10 %", (10, 40): "Mixing 25 %", (25, 25): "Mixing 100 %"}
+MIXED_LIKE = {(5, 45): "Mixing 10 %", (25, 25): "Mixing 100 %"}
 """The mixing that draws alignment rows about as often as an allocation does."""
 _LEVEL = 0.05
 
@@ -49,6 +49,11 @@ def mixing_like(arm: Arm) -> Arm:
     """Plain mixing with about as many alignment rows, otherwise the same run."""
     name = MIXED_LIKE.get(arm.allocation or (0, 0), "")
     return arm._replace(method=name, allocation=None, rho=0.0, options=())
+
+
+def alignment_share(allocation: tuple[int, int]) -> float:
+    """K1 / (K1 + K2)."""
+    return allocation[0] / sum(allocation)
 
 
 def plain(arm: Arm) -> bool:
@@ -135,7 +140,7 @@ def references(study: Study) -> Iterator[str]:
 def allocation(study: Study) -> Iterator[str]:
     """The paper's tables 2, 8 and 9: harm and accuracy over K1:K2 and ρ."""
     arms = study.arms(lambda a: plain(a) and a.allocation is not None)
-    splits = sorted({arm.allocation for arm in arms if arm.allocation}, reverse=True)
+    splits = sorted({arm.allocation for arm in arms if arm.allocation}, key=alignment_share, reverse=True)
     rhos = sorted({arm.rho for arm in arms})
     for name in (HARM, ACCURACY, "over_refusal"):
         rows: list[list[str]] = []
@@ -159,7 +164,10 @@ def allocation(study: Study) -> Iterator[str]:
     yield ""
     trends: list[Comparison] = []
     lines = [
-        (f"K1 of 50 at ρ = {rho:g}", [Arm("Lisa", split, rho) for split in reversed(splits) if split[0]])
+        (
+            f"K1 of 50 at ρ = {rho:g}",
+            [Arm("Lisa", split, rho) for split in reversed(splits) if split[0] and sum(split) == 50],
+        )
         for rho in rhos
     ]
     lines += [
@@ -393,7 +401,7 @@ def draw(study: Study, path: Path) -> None:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    splits = sorted({a.allocation for a in study.arms(plain) if a.allocation}, reverse=True)
+    splits = sorted({a.allocation for a in study.arms(plain) if a.allocation}, key=alignment_share, reverse=True)
     left = {
         f"{split[0]}:{split[1]}, ρ rising": study.arms(lambda a, split=split: plain(a) and a.allocation == split)
         for split in splits
