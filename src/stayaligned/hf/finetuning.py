@@ -134,7 +134,7 @@ def train(
             if progress is not None:
                 progress(state.global_step / state.max_steps)
 
-    checkpoint = _last_complete_checkpoint(Path(str(trainer.args.output_dir))) if resume else None
+    checkpoint = last_complete_checkpoint(Path(str(trainer.args.output_dir))) if resume else None
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step >= state.max_steps:
@@ -151,7 +151,7 @@ def train(
     return list(trainer.state.log_history)
 
 
-def _last_complete_checkpoint(output_dir: Path) -> Path | None:
+def last_complete_checkpoint(output_dir: Path) -> Path | None:
     """The checkpoint of the highest step whose trainer_state.json, which the host writes last, is whole."""
     found = [(int(m[1]), path) for path in output_dir.glob("checkpoint-*") if (m := re.search(r"-(\d+)$", path.name))]
     for step, path in sorted(found, reverse=True):
