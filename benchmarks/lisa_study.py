@@ -134,7 +134,7 @@ def references(study: Study) -> Iterator[str]:
     aligned = study.arms(lambda a: a.method == "Aligned" and a.rows == SFT.rows)
     mixing = study.arms(lambda a: plain(a) and a.method.startswith("Mixing"))
     arms = [arm for arm in (*aligned, clean, SFT, *mixing) if arm in study.runs]
-    yield from arm_lines(study, arms, lambda a: a.name + (", clean rows" if a == clean else ""))
+    yield from arm_lines(study, arms)
 
 
 def allocation(study: Study) -> Iterator[str]:

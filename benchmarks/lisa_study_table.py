@@ -48,9 +48,9 @@ class Arm(NamedTuple):
 
     @property
     def name(self) -> str:
-        """`BSO 5:45`, `Lisa 5:45 ρ=2 proximal=decoupled`."""
+        """`SFT, clean rows`, `BSO 5:45`, `Lisa 5:45 ρ=2 proximal=decoupled`."""
         if self.allocation is None:
-            return self.method
+            return self.method if self.poison_ratio else f"{self.method}, clean rows"
         bso = self.rho == 0 and not self.options
         ratio = f"{self.allocation[0]}:{self.allocation[1]}"
         parts = ["BSO" if bso else self.method, ratio, "" if bso else f"ρ={self.rho:g}"]
