@@ -90,6 +90,7 @@ class Run:
             e.training,
             e.max_length,
             e.seed,
+            *([] if e.watch is None else [e.watch.model_dump(mode="json")]),
         )
 
     @cached_property
@@ -158,7 +159,7 @@ class Run:
         return self.store.root / "stages" / f".train-{self.adapter_key[:20]}.checkpoints"
 
     def _train(self, directory: Path) -> Mapping[str, Any]:
-        from stayaligned.hf import finetuning, models
+        from stayaligned.hf import finetuning, models, watching
         from stayaligned.hf.features import template_hash
 
         e = self.resolved
@@ -183,6 +184,8 @@ class Run:
             max_length=e.max_length,
         )
         trainer = e.training_defense.make_trainer(setup)
+        if e.watch is not None:
+            watching.attach_watch(trainer, e.watch, max_length=e.max_length)
         log = finetuning.train(trainer, progress=lambda share: self.progress(f"train {e.training_defense.name}", share))
         model.save_pretrained(str(directory / self.product))
         if e.lora is None:
@@ -339,8 +342,25 @@ class Run:
                     yield f"{len(seen)} of {len(rows)} {prompt_set} prompts also stand in the {data} data"
 
     def _defense_notes(self) -> Sequence[str]:
-        steps = max((int(row["step"]) for row in self._training_log()), default=0)
-        return self.experiment.training_defense.notes(steps) if self.experiment.trains else ()
+        if not self.experiment.trains:
+            return ()
+        log = self._training_log()
+        steps = max((int(row["step"]) for row in log), default=0)
+        return (*self.experiment.training_defense.notes(steps), *self._guard_notes(log))
+
+    def _guard_notes(self, log: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+        """What the guard has done, where there is one and it has."""
+        acted = [int(row["step"]) for row in log if row.get("watch/out_of_tolerance")]
+        guard = self.experiment.watch and self.experiment.watch.guard
+        if guard and acted:
+            back = next((int(row["watch/rolled_back_to"]) for row in log if "watch/rolled_back_to" in row), None)
+            done = {
+                "stop": f"training was stopped after step {acted[-1]}",
+                "rollback": f"training was stopped after step {acted[-1]} and the weights of step {back} restored",
+                "lower_learning_rate": f"the learning rate was lowered {len(acted)} times, first after step {acted[0]}",
+            }[guard.action]
+            worse = f"{guard.measure} was worse than at the start by more than {guard.tolerance:g}"
+            yield f"the guard acted: {worse}; {done}"
 
     def _training_log(self) -> tuple[dict[str, Any], ...]:
         trained = self.trained()
