@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stayaligned.alignment import Alignment, align
     from stayaligned.benchmark import Grid, load_grid, run_grid
     from stayaligned.defenses import ModelPair
     from stayaligned.defenses.complement import Complement
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from stayaligned.report import build_report, write_report
 
 _HOMES = {
+    "Alignment": "stayaligned.alignment",
     "Complement": "stayaligned.defenses.complement",
     "Experiment": "stayaligned.experiment",
     "Grid": "stayaligned.benchmark",
@@ -29,6 +31,7 @@ _HOMES = {
     "ModelPair": "stayaligned.defenses",
     "SafeLora": "stayaligned.defenses.safe_lora",
     "StayalignedError": "stayaligned.errors",
+    "align": "stayaligned.alignment",
     "apply_safe_lora": "stayaligned.patching",
     "attach_lisa": "stayaligned.hf.trainer",
     "build_report": "stayaligned.report",
@@ -42,6 +45,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Alignment",
     "Complement",
     "Experiment",
     "Grid",
@@ -49,6 +53,7 @@ __all__ = [
     "ModelPair",
     "SafeLora",
     "StayalignedError",
+    "align",
     "apply_safe_lora",
     "attach_lisa",
     "build_report",
