@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stayaligned.alignment import Alignment, align
     from stayaligned.benchmark import Grid, load_grid, run_grid
     from stayaligned.defenses import ModelPair
     from stayaligned.defenses.complement import Complement
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from stayaligned.watch import Guard, Watch
 
 _HOMES = {
+    "Alignment": "stayaligned.alignment",
     "Complement": "stayaligned.defenses.complement",
     "Experiment": "stayaligned.experiment",
     "Grid": "stayaligned.benchmark",
@@ -33,6 +35,7 @@ _HOMES = {
     "SafeLora": "stayaligned.defenses.safe_lora",
     "StayalignedError": "stayaligned.errors",
     "Watch": "stayaligned.watch",
+    "align": "stayaligned.alignment",
     "apply_safe_lora": "stayaligned.patching",
     "attach_lisa": "stayaligned.hf.lisa.trainer",
     "attach_watch": "stayaligned.hf.watching",
@@ -47,6 +50,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Alignment",
     "Complement",
     "Experiment",
     "Grid",
@@ -56,6 +60,7 @@ __all__ = [
     "SafeLora",
     "StayalignedError",
     "Watch",
+    "align",
     "apply_safe_lora",
     "attach_lisa",
     "attach_watch",

@@ -13,11 +13,9 @@ import functools
 import json
 import random
 import shutil
-import subprocess
-import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +38,7 @@ from stayaligned.records import (
     read_jsonl,
     write_jsonl,
 )
-from stayaligned.results import JudgeReading, PatchRecord, Provenance, Result, versions, write_result
+from stayaligned.results import JudgeReading, PatchRecord, Provenance, Result, commit, versions, write_result
 from stayaligned.store import Store, identify, refuse_foreign, stage_key
 
 Progress = Callable[[str, float], None]
@@ -391,7 +389,7 @@ class Run:
         records = {name: json.loads((path / "stage.json").read_text()) for name, path in stages.items()}
         return Provenance(
             versions=versions(),
-            commit=_commit(),
+            commit=commit(),
             inputs=dict(self._inputs()),
             template_hash=records["generate"]["template_hash"],
             stages={name: str(path.relative_to(self.store.root)) for name, path in stages.items()},
@@ -407,15 +405,14 @@ class Run:
 
     @contextlib.contextmanager
     def _host_libraries(self) -> Generator[None]:
-        """Torch on this run's threads; transformers without bars and deprecation notes that no user can answer."""
+        """Torch on this run's threads; the host libraries quiet."""
         import torch
 
-        from stayaligned.hf.quiet import bars_off
+        from stayaligned.hf.quiet import quiet
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        with bars_off(True), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|trl|accelerate")
+        with quiet():
             yield
 
 
@@ -463,21 +460,3 @@ def _refuse_other_experiment(experiment: Experiment, path: Path) -> None:
             f"{path.parent}: belongs to another experiment; different: {', '.join(changed)}",
             hint="Use another --out; `bench` compares several in one directory and shares their stages.",
         )
-
-
-@cache
-def _commit() -> str:
-    """The commit of the checkout that this package runs from, with "+" if it was edited since; else empty."""
-    here = Path(__file__)
-
-    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, check=False)
-
-    try:
-        # An installed package may lie inside somebody else's repository, whose commit says nothing about it.
-        if git("ls-files", "--error-unmatch", here.name).returncode != 0:
-            return ""
-        edited = git("status", "--porcelain", "--untracked-files=no", ".").stdout.strip()
-        return git("rev-parse", "HEAD").stdout.strip() + ("+" if edited else "")
-    except OSError:
-        return ""

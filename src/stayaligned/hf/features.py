@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -106,6 +107,18 @@ def encode_examples(
             ", ".join(unlearnable[:3]),
         )
     return learnable
+
+
+def end_of_answer(tokenizer: PreTrainedTokenizerBase, example: Example) -> int | None:
+    """The special token that ends an answer in training, by which generation must stop; None if there is none.
+
+    Raises:
+        StayalignedError: as `encode_example`.
+    """
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= {tokenizer.eos_token_id}
+    labels = encode_example(tokenizer, example, sys.maxsize)["labels"]
+    return next((label for label in labels if label in special), None)
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:

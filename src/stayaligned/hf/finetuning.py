@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from stayaligned.component import did_you_mean
 from stayaligned.errors import StayalignedError
+from stayaligned.files import writable
 from stayaligned.hf.features import PaddingCollator, encode_examples
 from stayaligned.hf.quiet import bars_off
 from stayaligned.records import Example
@@ -126,15 +127,23 @@ def train(
             writing was cut off is passed over. One of the last step is loaded and nothing trained: the host, asked to
             resume it, would take a step too many.
         progress: called with the share of steps done, 0 to 1, after every step.
+
+    Raises:
+        StayalignedError: if the disk is full; or if a gradient is not finite, before it reaches the weights, so that
+            what was saved is sound.
     """
     from transformers import TrainerCallback, TrainerState
 
     class Progress(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            _refuse_divergence(trainer, state.global_step)
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if progress is not None:
                 progress(state.global_step / state.max_steps)
 
-    checkpoint = last_complete_checkpoint(Path(str(trainer.args.output_dir))) if resume else None
+    output_dir = Path(str(trainer.args.output_dir))
+    checkpoint = last_complete_checkpoint(output_dir) if resume else None
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step >= state.max_steps:
@@ -144,11 +153,23 @@ def train(
     callback = Progress()
     trainer.add_callback(callback)
     try:
-        with bars_off(bool(trainer.args.disable_tqdm)):
+        with bars_off(bool(trainer.args.disable_tqdm)), writable(output_dir):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         trainer.remove_callback(callback)
     return list(trainer.state.log_history)
+
+
+def _refuse_divergence(trainer: Trainer, step: int) -> None:
+    from torch.nn.utils import get_total_norm
+
+    gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]  # pyright: ignore
+    # With a scaler infinite ones are in order: the step is left out and the scale lowered.
+    if trainer.accelerator.scaler is None and not get_total_norm(gradients).isfinite():
+        raise StayalignedError(
+            f"the gradient is not finite at optimizer step {step}; training stopped before it",
+            hint="Lower learning_rate, set max_grad_norm, or look for a broken row. Earlier checkpoints are sound.",
+        )
 
 
 def last_complete_checkpoint(output_dir: Path) -> Path | None:
