@@ -126,6 +126,9 @@ def train(
             writing was cut off is passed over. One of the last step is loaded and nothing trained: the host, asked to
             resume it, would take a step too many.
         progress: called with the share of steps done, 0 to 1, after every step.
+
+    Raises:
+        StayalignedError: if a checkpoint cannot be written; of training, what the host raises.
     """
     from transformers import TrainerCallback, TrainerState
 
@@ -134,7 +137,8 @@ def train(
             if progress is not None:
                 progress(state.global_step / state.max_steps)
 
-    checkpoint = _last_complete_checkpoint(Path(str(trainer.args.output_dir))) if resume else None
+    output_dir = Path(str(trainer.args.output_dir))
+    checkpoint = _last_complete_checkpoint(output_dir) if resume else None
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step >= state.max_steps:
@@ -146,19 +150,31 @@ def train(
     try:
         with bars_off(bool(trainer.args.disable_tqdm)):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except Exception as error:
+        # Of a full disk Python, safetensors and torch each raise something else, the last without a reason.
+        cut_off = output_dir / f"checkpoint-{trainer.state.global_step}"
+        if isinstance(error, StayalignedError) or not cut_off.is_dir() or _is_complete(cut_off):
+            raise
+        raise StayalignedError(
+            f"{cut_off} can't be written: {error}",
+            hint="Free some space and run it again: training goes on from the checkpoint before.",
+        ) from error
     finally:
         trainer.remove_callback(callback)
     return list(trainer.state.log_history)
 
 
 def _last_complete_checkpoint(output_dir: Path) -> Path | None:
-    """The checkpoint of the highest step whose trainer_state.json, which the host writes last, is whole."""
     found = [(int(m[1]), path) for path in output_dir.glob("checkpoint-*") if (m := re.search(r"-(\d+)$", path.name))]
-    for step, path in sorted(found, reverse=True):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            if json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] == step:
-                return path
-    return None
+    return next((path for _, path in sorted(found, reverse=True) if _is_complete(path)), None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether trainer_state.json, which the host writes last, is there and whole."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        return checkpoint.name == f"checkpoint-{state['global_step']}"
+    return False
 
 
 def _build_arguments(setup: FinetuningSetup) -> TrainingArguments:

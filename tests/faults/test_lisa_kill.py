@@ -1,0 +1,44 @@
+"""A trainer that is killed at any moment, or whose disk is full, goes on to the weights of one that was let alone."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def assert_same_end(directory: Path) -> None:
+    """Bit for bit: safetensors has one form."""
+    assert (directory / "whole" / "end").read_bytes() == (directory / "killed" / "end").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["lora", "sft"])
+def test_killed_twenty_times_it_ends_in_the_same_weights(forks: Callable[..., Any], tmp_path: Path, kind: str) -> None:
+    seed = random.SystemRandom().randrange(1 << 16)
+    kills = forks("kill", kind, seed).seen
+    print(f"seed {seed}:", *kills, sep="\n")
+    assert len(kills) == 20
+    seen = Counter(kill["seen"] for kill in kills)
+    assert seen["writing"] >= 3, "too few kills struck while a checkpoint was written"
+    assert sum(kill["from"] > 0 for kill in kills) >= 10, "too few kills struck a resumed run"
+    assert all(kill["from"] == before["to"] for before, kill in pairwise(kills))
+    assert_same_end(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [("lora", "lisa_anchor.safetensors"), ("lora", "optimizer.pt"), ("sft", "model.safetensors")],
+)
+def test_a_full_disk_is_one_error_and_training_goes_on_when_there_is_room(
+    forks: Callable[..., Any], tmp_path: Path, kind: str, file: str
+) -> None:
+    """`file` is the first of a checkpoint that finds no room; three libraries write them, with three kinds of error."""
+    forked = forks("fill-disk", kind, file)
+    assert forked.seen == {"code": 2, "whole": 23, "begun": 24}
+    assert "checkpoint-24 can't be written: " in forked.stderr
+    assert_same_end(tmp_path)
