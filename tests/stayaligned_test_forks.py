@@ -75,10 +75,11 @@ TRAINERS: dict[str, Callable[[dict[str, Any]], Trainer]] = {
 }
 
 
-def run(kind: str, directory: Path, *, full: int = 0, **changes: Any) -> None:
+def run(kind: str, directory: Path, *, full: int = 0, stalling: bool = False, **changes: Any) -> None:
     """Train to the end, from the last complete checkpoint if there is one, and write the trainable weights.
 
-    With `full`, no file can grow beyond so many bytes once half of the steps are done.
+    With `full`, no file can grow beyond so many bytes once half of the steps are done. With `stalling`, the second
+    process stops for ever before it writes its part of a new checkpoint.
     """
     torch.manual_seed(4)
     settings: dict[str, Any] = {
@@ -93,6 +94,8 @@ def run(kind: str, directory: Path, *, full: int = 0, **changes: Any) -> None:
         "ddp_find_unused_parameters": False,
     }
     trainer: Any = TRAINERS[kind](settings | changes)
+    if stalling and trainer.args.process_index == 1:
+        trainer._save_rng_state = lambda _: os.kill(os.getpid(), signal.SIGSTOP)
 
     def progress(share: float) -> None:
         if full and share >= 0.5:
@@ -230,6 +233,9 @@ def strike(
         case "written":
             attempt.wait_for(lambda: last_whole(attempt.directory) > attempt.first)
             delay /= 30
+        case "stalled":
+            attempt.wait_for(lambda: "rng_state_0.pth" in snapshot(attempt.directory).get(attempt.begun(), ()))
+            delay += 0.2
         case _:
             attempt.wait_for(lambda: attempt.begun() == STEPS)
     time.sleep(delay)
@@ -253,7 +259,7 @@ def kill(directory: Path, kind: str, seed: str) -> list[dict[str, Any]]:
 
 
 def kill_group(directory: Path, seed: str) -> list[dict[str, Any]]:
-    """The same in two processes, killed together."""
+    """The same in two processes, killed together; once after the second stalled while a checkpoint was written."""
     moments, killed, steps = random.Random(int(seed)), directory / "killed", 16
     two = {"per_device_train_batch_size": 2, "max_steps": steps}
     saving = {**two, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
@@ -261,8 +267,8 @@ def kill_group(directory: Path, seed: str) -> list[dict[str, Any]]:
     assert wait(fork(run_on_two, "lora", directory / "whole", save_strategy="no", **two)) == 0
     life = time.monotonic() - started
     seen: list[dict[str, Any]] = []
-    for left, aim in ((2, "writing"), (1, "writing"), (0, "anytime")):
-        attempt = Attempt(killed, fork(run_on_two, "lora", killed, **saving))
+    for left, aim in ((2, "stalled"), (1, "writing"), (0, "anytime")):
+        attempt = Attempt(killed, fork(run_on_two, "lora", killed, stalling=aim == "stalled", **saving))
         seen.append(strike(attempt, aim, moments, life=life, limit=steps - RESERVED_STEPS * (left + 1)))
     assert wait(fork(run_on_two, "lora", killed, **saving)) == 0
     return seen

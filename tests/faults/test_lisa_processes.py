@@ -28,5 +28,6 @@ def test_two_processes_killed_and_resumed_end_where_those_do_that_were_not(
     seed = random.SystemRandom().randrange(1 << 16)
     seen = forks("kill-group", seed).seen
     print(f"seed {seed}:", *seen, sep="\n")
+    assert seen[0]["aim"] == "stalled"
     assert seen[-1]["to"] > 0, "nothing was resumed"
     assert (tmp_path / "whole" / "end").read_bytes() == (tmp_path / "killed" / "end").read_bytes()
