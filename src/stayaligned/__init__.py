@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from stayaligned.defenses.safe_lora import SafeLora
     from stayaligned.errors import StayalignedError
     from stayaligned.experiment import Experiment, load_experiment
-    from stayaligned.hf.trainer import attach_lisa, with_lisa
+    from stayaligned.hf.lisa.trainer import attach_lisa, with_lisa
     from stayaligned.patching import apply_safe_lora, patch_directory
     from stayaligned.pipeline import run_experiment
     from stayaligned.report import build_report, write_report
@@ -30,14 +30,14 @@ _HOMES = {
     "SafeLora": "stayaligned.defenses.safe_lora",
     "StayalignedError": "stayaligned.errors",
     "apply_safe_lora": "stayaligned.patching",
-    "attach_lisa": "stayaligned.hf.trainer",
+    "attach_lisa": "stayaligned.hf.lisa.trainer",
     "build_report": "stayaligned.report",
     "load_experiment": "stayaligned.experiment",
     "load_grid": "stayaligned.benchmark",
     "patch_directory": "stayaligned.patching",
     "run_experiment": "stayaligned.pipeline",
     "run_grid": "stayaligned.benchmark",
-    "with_lisa": "stayaligned.hf.trainer",
+    "with_lisa": "stayaligned.hf.lisa.trainer",
     "write_report": "stayaligned.report",
 }
 

@@ -138,7 +138,7 @@ def train(
                 progress(state.global_step / state.max_steps)
 
     output_dir = Path(str(trainer.args.output_dir))
-    checkpoint = _last_complete_checkpoint(output_dir) if resume else None
+    checkpoint = last_complete_checkpoint(output_dir) if resume else None
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step >= state.max_steps:
@@ -164,13 +164,13 @@ def train(
     return list(trainer.state.log_history)
 
 
-def _last_complete_checkpoint(output_dir: Path) -> Path | None:
+def last_complete_checkpoint(output_dir: Path) -> Path | None:
+    """The checkpoint of the highest step whose trainer_state.json, which the host writes last, is whole."""
     found = [(int(m[1]), path) for path in output_dir.glob("checkpoint-*") if (m := re.search(r"-(\d+)$", path.name))]
     return next((path for _, path in sorted(found, reverse=True) if _is_complete(path)), None)
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    """Whether trainer_state.json, which the host writes last, is there and whole."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         return checkpoint.name == f"checkpoint-{state['global_step']}"
