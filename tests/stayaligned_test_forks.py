@@ -282,15 +282,17 @@ def split(directory: Path) -> None:
     assert wait(fork(run_on_two, kind, directory / "two", **settings, **saving)) == 0
 
 
-def fill_disk(directory: Path, kind: str, file: str) -> dict[str, Any]:
-    """Let the disk be full when `file` of a checkpoint is written, then run again with room."""
-    whole, cut = directory / "whole", directory / "killed"
-    assert wait(fork(run, kind, whole, save_strategy="steps", save_steps=STEPS)) == 0
-    size = (whole / f"checkpoint-{STEPS}" / file).stat().st_size
+def fill_disk(directory: Path) -> dict[str, Any]:
+    """Let the disk be full when a file of a checkpoint is written, then run again with room; by that file."""
     saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
-    code = wait(fork(run, kind, cut, full=size - 1, **saving))
-    found = {"code": code, "whole": last_whole(cut), "begun": max(snapshot(cut))}
-    assert wait(fork(run, kind, cut, **saving)) == 0
+    found: dict[str, Any] = {}
+    for kind, file in (("sft", "lisa_anchor.safetensors"), ("lora", "README.md"), ("lora", "optimizer.pt")):
+        whole, cut = directory / file / "whole", directory / file / "killed"
+        assert wait(fork(run, kind, whole, save_strategy="steps", save_steps=STEPS)) == 0
+        size = (whole / f"checkpoint-{STEPS}" / file).stat().st_size
+        code = wait(fork(run, kind, cut, full=size - 1, **saving))
+        found[file] = {"code": code, "whole": last_whole(cut), "begun": max(snapshot(cut))}
+        assert wait(fork(run, kind, cut, **saving)) == 0
     return found
 
 
