@@ -126,3 +126,18 @@ def test_no_rows_and_no_template_are_refused(tmp_path: Path) -> None:
         made.tokenizer.chat_template = None
         with pytest.raises(StayalignedError, match="no chat template"):
             build_trainer(made, examples(3))
+
+
+@pytest.mark.parametrize("moment", ["before a checkpoint", "after a checkpoint"])
+def test_an_error_of_training_is_not_taken_for_a_full_disk(tmp_path: Path, moment: str) -> None:
+    trainer = setup(tmp_path, save_strategy="steps", save_steps=1).trainer()
+
+    def fail(*_: Any) -> None:
+        if trainer.state.global_step == 2:
+            raise RuntimeError("no memory")
+
+    trainer.model.register_forward_pre_hook(fail if moment == "after a checkpoint" else lambda *_: None)  # pyright: ignore
+    with pytest.raises(RuntimeError, match="no memory"):
+        train(trainer, progress=fail if moment == "before a checkpoint" else None)
+    written = tmp_path / "checkpoint-2" / "trainer_state.json"
+    assert written.is_file() is (moment == "after a checkpoint")

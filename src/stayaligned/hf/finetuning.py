@@ -129,8 +129,8 @@ def train(
         progress: called with the share of steps done, 0 to 1, after every step.
 
     Raises:
-        StayalignedError: if the disk is full; or if a gradient is not finite, before it reaches the weights, so that
-            what was saved is sound.
+        StayalignedError: if a checkpoint cannot be written; or if a gradient is not finite, before it reaches the
+            weights, so that what was saved is sound. Of training, what the host raises.
     """
     from transformers import TrainerCallback, TrainerState
 
@@ -155,6 +155,15 @@ def train(
     try:
         with bars_off(bool(trainer.args.disable_tqdm)), writable(output_dir):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except Exception as error:
+        # Of a full disk Python, safetensors and torch each raise something else, the last without a reason.
+        cut_off = output_dir / f"checkpoint-{trainer.state.global_step}"
+        if isinstance(error, StayalignedError) or not cut_off.is_dir() or _is_complete(cut_off):
+            raise
+        raise StayalignedError(
+            f"{cut_off} can't be written: {error}",
+            hint="Free some space and run it again: training goes on from the checkpoint before.",
+        ) from error
     finally:
         trainer.remove_callback(callback)
     return list(trainer.state.log_history)
@@ -175,11 +184,14 @@ def _refuse_divergence(trainer: Trainer, step: int) -> None:
 def last_complete_checkpoint(output_dir: Path) -> Path | None:
     """The checkpoint of the highest step whose trainer_state.json, which the host writes last, is whole."""
     found = [(int(m[1]), path) for path in output_dir.glob("checkpoint-*") if (m := re.search(r"-(\d+)$", path.name))]
-    for step, path in sorted(found, reverse=True):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            if json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] == step:
-                return path
-    return None
+    return next((path for _, path in sorted(found, reverse=True) if _is_complete(path)), None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        return checkpoint.name == f"checkpoint-{state['global_step']}"
+    return False
 
 
 def _build_arguments(setup: FinetuningSetup) -> TrainingArguments:
