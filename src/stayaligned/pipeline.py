@@ -390,11 +390,11 @@ class Run:
         """Torch on this run's threads; transformers without bars and deprecation notes that no user can answer."""
         import torch
 
-        from stayaligned.hf.quiet import bars_off
+        from stayaligned.hf.quiet import bars_off, fallbacks_once
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        with bars_off(True), warnings.catch_warnings():
+        with bars_off(True), fallbacks_once(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|trl|accelerate")
             yield
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +15,13 @@ from stayaligned.component import did_you_mean
 from stayaligned.errors import StayalignedError
 from stayaligned.hf.features import PaddingCollator, encode_examples
 from stayaligned.hf.quiet import bars_off
+from stayaligned.hf.resuming import restore_converted
 from stayaligned.records import Example
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
+_log = logging.getLogger(__name__)
 _RENAMED = {
     "warmup_ratio": "`warmup_steps`, which takes a share when it is below 1 (0.1 for 10 %)",
     "evaluation_strategy": "`eval_strategy`",
@@ -63,7 +66,8 @@ def build_trainer(setup: FinetuningSetup, examples: Sequence[Example]) -> Traine
     the CPU in full precision. Everything else is the host's default.
 
     Raises:
-        StayalignedError: if there are no examples, or the host refuses an argument; the message names it.
+        StayalignedError: if there are no examples, or the host refuses an argument; the message names it. Also if
+            TRL would fail on the router loss of a mixture of experts.
     """
     from transformers import PrinterCallback, Trainer
 
@@ -82,12 +86,47 @@ def build_trainer(setup: FinetuningSetup, examples: Sequence[Example]) -> Traine
             arguments,
             train_dataset=build_dataset(setup, examples),
             processing_class=setup.tokenizer,
-            callbacks=list(setup.callbacks),
+            callbacks=[*setup.callbacks, _gradient_check()],
             **options,
         )
+    _refuse_uncounted_experts(trainer)
     # Without a progress bar the host would print every row of its log; `train` returns them.
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _gradient_check() -> TrainerCallback:
+    """A callback that names the LoRA layers without a gradient in the first step; those of other names have one.
+
+    Some layers can't be known before: with its fused kernel, on a GPU, Mamba reads the weight of `x_proj` too.
+    """
+    from transformers import TrainerCallback
+
+    class GradientCheck(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step > 0:
+                return
+            learns: dict[str, bool] = {}
+            for name, parameter in kwargs["model"].named_parameters():
+                if ".lora_B." in name and parameter.requires_grad:
+                    last = name.partition(".lora_B.")[0].replace(".base_layer", "").rpartition(".")[2]
+                    found = parameter.grad is not None and bool(parameter.grad.any())
+                    learns[last] = learns.get(last, False) or found
+            idle = sorted(last for last, found in learns.items() if not found)
+            if idle and len(idle) < len(learns):
+                _log.warning("LoRA on %s got no gradient in the first step: it learns nothing there", ", ".join(idle))
+
+    return GradientCheck()
+
+
+def _refuse_uncounted_experts(trainer: Any) -> None:
+    """TRL reads the number of experts from a field that not every mixture's configuration has (GraniteMoeHybrid)."""
+    config = trainer.model.config.get_text_config()
+    if getattr(trainer, "aux_loss_enabled", False) and not hasattr(config, "num_experts"):
+        raise StayalignedError(
+            f"trainer: sft: TRL can't compute the router loss of a {type(config).__name__}, which has no num_experts",
+            hint="Set training.router_aux_loss_coef to 0.0, or use `trainer: transformers`.",
+        )
 
 
 def build_dataset(setup: FinetuningSetup, examples: Sequence[Example]) -> Any:
@@ -130,6 +169,10 @@ def train(
     from transformers import TrainerCallback, TrainerState
 
     class Progress(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if checkpoint is not None:
+                restore_converted(trainer, checkpoint)
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if progress is not None:
                 progress(state.global_step / state.max_steps)
@@ -139,6 +182,7 @@ def train(
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step >= state.max_steps:
             trainer._load_from_checkpoint(str(checkpoint))  # pyright: ignore[reportPrivateUsage]
+            restore_converted(trainer, checkpoint)
             trainer.state = state
             return list(state.log_history)
     callback = Progress()
