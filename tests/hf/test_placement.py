@@ -25,6 +25,8 @@ from stayaligned.hf.plain import PLAIN_MODEL_TYPES, plain_layers, plainly_placed
 from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
 from stayaligned_test_checkpoints import EXPERTS, PairOf, in_memory, load, rows_of
 
+JAMBA_EXPERTS = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -103,6 +105,20 @@ LAYOUTS = {
     "deepseek_v3": Layout("deepseek_v3", {"target_modules": ["q_a_proj", "kv_b_proj"], "target_parameters": EXPERTS}),
     "deepseek_v3 attention": Layout("deepseek_v3", {"target_modules": ["q_a_proj", "o_proj"]}, plain=True),
     "deepseek_v3 all-linear": Layout("deepseek_v3", {"target_modules": "all-linear"}),
+    "mamba": Layout("mamba", {"target_modules": "all-linear", "exclude_modules": ["dt_proj", "out_proj"]}),
+    "tied mamba": Layout("mamba", {"target_modules": ["in_proj"]}, {"tie_word_embeddings": True}),
+    "falcon_mamba": Layout("falcon_mamba", {"target_modules": ["in_proj", "x_proj"]}),
+    "mamba2": Layout("mamba2", {"target_modules": ["in_proj"]}),
+    "rwkv": Layout("rwkv", {"target_modules": "all-linear"}),
+    "xlstm": Layout("xlstm", {"target_modules": "all-linear"}),
+    "recurrent_gemma": Layout("recurrent_gemma", {"target_modules": "all-linear"}),
+    "jamba": Layout("jamba", {"target_modules": "all-linear", "exclude_modules": ["dt_proj"]}),
+    "jamba experts": Layout("jamba", {"target_modules": ["q_proj"], "target_parameters": JAMBA_EXPERTS}),
+    "granitemoehybrid": Layout("granitemoehybrid", {"target_modules": "all-linear"}),
+    "qwen3_next": Layout("qwen3_next", {"target_modules": "all-linear"}),
+    "falcon_h1": Layout("falcon_h1", {"target_modules": "all-linear", "exclude_modules": ["out_proj"]}),
+    "bamba": Layout("bamba", {"target_modules": "all-linear"}),
+    "lfm2": Layout("lfm2", {"target_modules": "all-linear"}),
 }
 
 

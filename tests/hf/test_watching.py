@@ -242,9 +242,8 @@ def test_lora_layers_without_a_gradient_are_named(tmp_path: Path, caplog: pytest
     )
     attach_lisa(built, alignment_dataset=rows * 2, lisa=Lisa(alignment_steps=1, finetuning_steps=1, rho=1.0))
     built.train()
-    (said,) = (r.getMessage() for r in caplog.records if "get no gradient" in r.getMessage())
-    assert said.startswith("1 LoRA layers")
-    assert "layers.1.self_attn.v_proj" in said
+    (said,) = (r.getMessage() for r in caplog.records if "no gradient" in r.getMessage())
+    assert "in 1 layers v_proj, and will learn nothing" in said
     model.zero_grad()
     model(input_ids=torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
     assert dead_adapters(model) == ["base_model.model.model.layers.1.self_attn.v_proj"]

@@ -15,6 +15,8 @@ from stayaligned.errors import StayalignedError
 from stayaligned.files import writable
 from stayaligned.hf.features import PaddingCollator, encode_examples
 from stayaligned.hf.quiet import bars_off
+from stayaligned.hf.resuming import restore_converted
+from stayaligned.hf.watching import report_dead_adapters
 from stayaligned.records import Example
 
 if TYPE_CHECKING:
@@ -64,7 +66,8 @@ def build_trainer(setup: FinetuningSetup, examples: Sequence[Example]) -> Traine
     the CPU in full precision. Everything else is the host's default.
 
     Raises:
-        StayalignedError: if there are no examples, or the host refuses an argument; the message names it.
+        StayalignedError: if there are no examples, or the host refuses an argument; the message names it. Also if
+            TRL would fail on the router loss of a mixture of experts.
     """
     from transformers import PrinterCallback, Trainer
 
@@ -86,9 +89,21 @@ def build_trainer(setup: FinetuningSetup, examples: Sequence[Example]) -> Traine
             callbacks=list(setup.callbacks),
             **options,
         )
+    _refuse_uncounted_experts(trainer)
+    report_dead_adapters(trainer)
     # Without a progress bar the host would print every row of its log; `train` returns them.
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _refuse_uncounted_experts(trainer: Any) -> None:
+    """TRL reads the number of experts from a field that not every mixture's configuration has (GraniteMoeHybrid)."""
+    config = trainer.model.config.get_text_config()
+    if getattr(trainer, "aux_loss_enabled", False) and not hasattr(config, "num_experts"):
+        raise StayalignedError(
+            f"trainer: sft: TRL can't compute the router loss of a {type(config).__name__}, which has no num_experts",
+            hint="Set training.router_aux_loss_coef to 0.0, or use `trainer: transformers`.",
+        )
 
 
 def build_dataset(setup: FinetuningSetup, examples: Sequence[Example]) -> Any:
@@ -138,6 +153,10 @@ def train(
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             _refuse_divergence(trainer, state.global_step)
 
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if checkpoint is not None:
+                restore_converted(trainer, checkpoint)
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if progress is not None:
                 progress(state.global_step / state.max_steps)
@@ -148,6 +167,7 @@ def train(
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step >= state.max_steps:
             trainer._load_from_checkpoint(str(checkpoint))  # pyright: ignore[reportPrivateUsage]
+            restore_converted(trainer, checkpoint)
             trainer.state = state
             return list(state.log_history)
     callback = Progress()
@@ -169,10 +189,23 @@ def train(
     return list(trainer.state.log_history)
 
 
+def save_trained(trainer: Trainer, directory: Path) -> None:
+    """Write the trained adapter, or the whole model; of several processes all take part and one writes."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_fsdp_enabled:
+        whole = trainer.accelerator.get_state_dict(trainer.model)
+        if trainer.args.should_save:
+            model.save_pretrained(str(directory), state_dict=whole)
+    elif trainer.args.should_save:
+        model.save_pretrained(str(directory))
+
+
 def _refuse_divergence(trainer: Trainer, step: int) -> None:
     from torch.nn.utils import get_total_norm
 
-    gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]  # pyright: ignore
+    from stayaligned.bistate import local
+
+    gradients = [local(p.grad) for p in trainer.model.parameters() if p.grad is not None]  # pyright: ignore
     # With a scaler infinite ones are in order: the step is left out and the scale lowered.
     if trainer.accelerator.scaler is None and not get_total_norm(gradients).isfinite():
         raise StayalignedError(

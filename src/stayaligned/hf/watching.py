@@ -10,6 +10,7 @@ A watched trainer logs, every `every_steps` steps and before the first, a row of
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -233,7 +234,8 @@ def _scale_learning_rate(trainer: Any, factor: float) -> None:
             hint="Take another lr_scheduler_type, or action: stop.",
         )
     scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
-    scheduler._last_lr = [rate * factor for rate in scheduler.get_last_lr()]  # what the host logs
+    # What the host logs.
+    scheduler._last_lr = [rate * factor for rate in scheduler.get_last_lr()]  # pyright: ignore[reportPrivateUsage]
     for group in trainer.optimizer.param_groups:
         group["lr"] *= factor
 
@@ -252,14 +254,23 @@ def dead_adapters(model: Any) -> list[str]:
     return [module for module, is_alive in alive.items() if not is_alive]
 
 
-def report_dead_adapters(model: Any) -> None:
-    """Log a warning that names the LoRA modules without a gradient; before the pull is added to the gradients."""
-    if dead := dead_adapters(model):
-        _log.warning(
-            "%d LoRA layers get no gradient and will learn nothing: %s. Leave them out of target_modules.",
-            len(dead),
-            ", ".join(dead),
-        )
+def report_dead_adapters(trainer: Trainer) -> None:
+    """Let a trainer log a warning after its first backward pass that names the LoRA layers without a gradient."""
+    from transformers import TrainerCallback
+
+    class DeadAdapters(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 0 and (dead := dead_adapters(kwargs["model"])):
+                layers = Counter(name.removesuffix(".base_layer").rpartition(".")[2] for name in dead)
+                _log.warning(
+                    "LoRA gets no gradient in %s, and will learn nothing there: leave them out of target_modules",
+                    ", ".join(f"{count} layers {name}" for name, count in sorted(layers.items())),
+                )
+
+    if not any(
+        type(callback).__qualname__ == DeadAdapters.__qualname__ for callback in trainer.callback_handler.callbacks
+    ):
+        trainer.add_callback(DeadAdapters())
 
 
 def _is_nonzero(gradient: Tensor | None) -> bool:
