@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stayaligned.cli.console import err, out, plain_table
+from stayaligned.cli.curvature import curvature
 from stayaligned.cli.project import project
 from stayaligned.cli.subspace import subspace_app
 from stayaligned.errors import StayalignedError
@@ -123,6 +124,7 @@ def report(
 
 
 app.command()(project)
+app.command()(curvature)
 app.add_typer(subspace_app, name="subspace")
 
 

@@ -53,16 +53,24 @@ def load_tokenizer(ref: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_finetuned(ref: str | Path, adapter: Path | None) -> PreTrainedModel | PeftModel:
+def load_finetuned(
+    ref: str | Path, adapter: Path | None, *, dtype: torch.dtype | None = None, trainable: bool = False
+) -> PreTrainedModel | PeftModel:
     """A model with its adapter, unmerged, for answering prompts: on the accelerator if there is one.
 
     Unmerged, because merging into fp16 or bf16 weights rounds a small update away in part.
 
+    Args:
+        ref: a checkpoint directory or a hub id.
+        adapter: a PEFT adapter on it; None for the model alone.
+        dtype: the model's type; as stored if not given.
+        trainable: whether the adapter's weights require gradients.
+
     Raises:
         StayalignedError: if either is missing, or the adapter was made for another architecture.
     """
-    model = load_model(ref)
-    return _placed(model if adapter is None else _with_adapter(model, adapter))
+    model = load_model(ref, dtype=dtype)
+    return _placed(model if adapter is None else _with_adapter(model, adapter, trainable))
 
 
 def load_classifier(ref: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -116,7 +124,7 @@ def linear_names(model: PreTrainedModel) -> list[str]:
     return sorted({name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear | Conv1D)})
 
 
-def _with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
+def _with_adapter(model: PreTrainedModel, adapter: Path, trainable: bool) -> PeftModel:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
@@ -130,7 +138,7 @@ def _with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
         with warnings.catch_warnings():
             # PEFT only warns of layers that the file lacks, and leaves them as if untrained.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, str(adapter))
+            adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
     except (ValueError, RuntimeError, KeyError, TypeError, UserWarning) as error:
         raise StayalignedError(f"{adapter}: the adapter does not fit the model: {_short(error)}", hint=hint) from None
     # Layers that the model lacks, it drops without a word.
