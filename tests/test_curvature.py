@@ -119,7 +119,7 @@ def test_a_product_that_is_not_finite_is_refused(bad: float) -> None:
 def parts_of(weights: list[Tensor]) -> list[object]:
     """A loss in three parts: coupled, linear, and of one weight alone."""
     a, b, _ = weights
-    return [lambda: (a.sin() @ b).square().sum() + (a**3).sum(), lambda: b.sum(), lambda: b.exp().sum()]
+    return [lambda: (a.sin() @ b).square().sum() + (a**3).sum(), b.sum, lambda: b.exp().sum()]
 
 
 def test_the_product_is_that_of_the_dense_hessian_summed_over_the_parts() -> None:
