@@ -177,6 +177,7 @@ class Scalar(NamedTuple):
 SCALARS = (
     Scalar(1, 2, 0.02, has_minima=True, bounded=True, converges=True, descends=True),
     Scalar(-1, 2, 4.0, has_minima=True, bounded=True, converges=True, descends=True),
+    Scalar(-1, 2, 2.0, has_minima=True, bounded=False, converges=False, descends=True),
     Scalar(-1, 2, 1.5, has_minima=True, bounded=False, converges=False, descends=True),
     Scalar(-1, 2, 0.9, has_minima=False, bounded=False, converges=False, descends=True),
     Scalar(-1, 2, 0.3, has_minima=False, bounded=False, converges=True, descends=False),
@@ -202,7 +203,7 @@ def outcome(case: Scalar) -> tuple[Scalar, float, float, float]:
     falls = [pair.potential(b) <= pair.potential(a) + ROUNDING * pair.size(a) for a, b in steps]
     found = case._replace(
         has_minima=solver is None,
-        bounded=torch.linalg.eigvalsh(pair.potential_hessian(iterates[-1]))[0].item() > 0,
+        bounded=torch.linalg.eigvalsh(pair.potential_hessian(iterates[-1]))[0].item() > ROUNDING,
         converges=norms[-1] <= 1e-9 * norms[0],
         descends=all(falls),
     )

@@ -20,17 +20,21 @@ if TYPE_CHECKING:
 def curvature(
     model: Annotated[str, typer.Argument(help="The aligned model: directory or hub id.", show_default=False)],
     *,
-    data: Annotated[list[str], typer.Option(help="Rows to learn; give alignment and user data, one after the other.")],
+    data: Annotated[
+        list[str], typer.Option(help="Rows to learn; repeat for each of Lisa's data sets, and the larger L counts.")
+    ],
     adapter: Annotated[Path | None, typer.Option(help="Measure at this LoRA adapter, in its factors.")] = None,
     lora: Annotated[
         list[str] | None, typer.Option(help="key=value of a fresh LoRA, as r=8; repeatable. Else all weights.")
     ] = None,
     rho: Annotated[float, typer.Option(min=0, help="The rho to compare.")] = 1.0,
     rows: Annotated[int, typer.Option(min=1, help="Rows of each file, drawn at random.")] = 32,
-    iterations: Annotated[int, typer.Option(min=1, help="Products with the Hessian.")] = 20,
+    iterations: Annotated[
+        int, typer.Option(min=1, help="Products with the Hessian; as many copies of the trained weights are kept.")
+    ] = 20,
     max_length: Annotated[int, typer.Option(min=8, help="Tokens after which a row is cut.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at once; fewer need less memory.")] = 4,
-    low_memory: Annotated[bool, typer.Option("--low-memory", help="Keep 3 Lanczos vectors, not all.")] = False,
+    low_memory: Annotated[bool, typer.Option("--low-memory", help="Keep 3 copies instead.")] = False,
     seed: Annotated[int, typer.Option(help="Of rows, fresh LoRA and start.")] = 0,
 ) -> None:
     """Estimate L of the training loss at these weights, and compare Lisa's rho with it."""
