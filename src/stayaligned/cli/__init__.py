@@ -12,6 +12,7 @@ import typer
 
 from stayaligned.cli.align import align
 from stayaligned.cli.console import err, out, plain_table
+from stayaligned.cli.curvature import curvature
 from stayaligned.cli.project import project
 from stayaligned.cli.subspace import subspace_app
 from stayaligned.errors import StayalignedError
@@ -127,6 +128,7 @@ def report(
 
 app.command()(align)
 app.command()(project)
+app.command()(curvature)
 app.add_typer(subspace_app, name="subspace")
 
 

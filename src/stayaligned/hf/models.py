@@ -75,16 +75,24 @@ def load_tokenizer(ref: str | Path, *, chat_template: str | None = None) -> PreT
     return tokenizer
 
 
-def load_finetuned(ref: str | Path, adapter: Path | None) -> PreTrainedModel | PeftModel:
+def load_finetuned(
+    ref: str | Path, adapter: Path | None, *, dtype: torch.dtype | None = None, trainable: bool = False
+) -> PreTrainedModel | PeftModel:
     """A model with its adapter, unmerged, for answering prompts: on the accelerator if there is one.
 
     Unmerged, because merging into fp16 or bf16 weights rounds a small update away in part (see `merge_adapter`).
 
+    Args:
+        ref: a checkpoint directory or a hub id.
+        adapter: a PEFT adapter on it; None for the model alone.
+        dtype: the model's type; as stored if not given.
+        trainable: whether the adapter's weights require gradients.
+
     Raises:
         StayalignedError: if either is missing, or the adapter was made for another architecture.
     """
-    model = load_model(ref)
-    return _placed(model if adapter is None else _with_adapter(model, adapter))
+    model = load_model(ref, dtype=dtype)
+    return _placed(model if adapter is None else _with_adapter(model, adapter, trainable))
 
 
 def merge_adapter(ref: str | Path, adapter: Path) -> PreTrainedModel:
@@ -186,7 +194,7 @@ def attach_lora(model: PreTrainedModel, lora: Mapping[str, Any]) -> PeftModel:
     return adapted
 
 
-def _with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
+def _with_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False) -> PeftModel:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
@@ -201,7 +209,7 @@ def _with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
             # PEFT only warns of layers that the file lacks, and leaves them as if untrained.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys")
-            adapted = PeftModel.from_pretrained(model, str(adapter))
+            adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
     except (ValueError, RuntimeError, KeyError, TypeError, UserWarning) as error:
         raise StayalignedError(f"{adapter}: the adapter does not fit the model: {_short(error)}", hint=hint) from None
     # Layers that the model lacks, it drops without a word.
