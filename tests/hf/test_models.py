@@ -4,11 +4,20 @@ import json
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from stayaligned.errors import StayalignedError
-from stayaligned.hf.models import attach_lora, linear_names, load_finetuned, load_model, load_tokenizer
-from stayaligned.testing import byte_tokenizer, pico_model, write_pico_checkpoint
+from stayaligned.hf.models import (
+    attach_lora,
+    linear_names,
+    load_finetuned,
+    load_model,
+    load_tokenizer,
+    merge_adapter,
+    weight_types,
+)
+from stayaligned.testing import byte_tokenizer, pico_model, write_pico_adapter, write_pico_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +147,46 @@ def test_a_finetuned_model_answers_with_its_adapter(checkpoint, adapter):
         merged = load_finetuned(str(checkpoint), adapter).merge_and_unload()(ids).logits
     assert not torch.allclose(plain, adapted)
     assert torch.allclose(adapted, merged, atol=1e-5)
+
+
+MERGED = {
+    "llama": ("llama", {"target_modules": "all-linear"}),
+    "embeddings": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "DoRA": ("llama", {"target_modules": ["v_proj"], "use_dora": True}),
+    "GPT-2": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+    "Mixtral": (
+        "mixtral",
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MERGED)
+def test_a_merge_is_pefts_in_fp32_rounded_once(tmp_path, name, dtype):
+    architecture, lora = MERGED[name]
+    base = write_pico_checkpoint(tmp_path / "base", architecture)
+    pico_model(architecture).to(dtype).save_pretrained(base)
+    adapter = write_pico_adapter(tmp_path / "adapter", base, **lora)
+    merged = merge_adapter(base, adapter)
+    exact = PeftModel.from_pretrained(load_model(base, dtype=torch.float32), adapter).merge_and_unload().state_dict()
+    assert set(weight_types(merged).values()) == {dtype}
+    before = load_model(base).state_dict()
+    for key, weight in merged.state_dict().items():
+        assert torch.equal(weight, exact[key].to(dtype)), key
+    assert any(not torch.equal(before[key], weight) for key, weight in merged.state_dict().items())
+
+
+def test_a_merge_that_overflows_the_stored_type_is_refused(tmp_path):
+    base = write_pico_checkpoint(tmp_path / "base")
+    model = pico_model()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.fill_(65504.0)
+    model.to(torch.float16).save_pretrained(base)
+    adapter = write_pico_adapter(tmp_path / "adapter", base, lora_alpha=10_000)
+    with pytest.raises(StayalignedError, match=r"layers\.0\.self_attn\.q_proj\.weight: the weight overflows"):
+        merge_adapter(base, adapter)
 
 
 def test_an_adapter_that_is_missing_or_pickled_is_refused(checkpoint, adapter):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stayaligned.cli.align import align
 from stayaligned.cli.console import err, out, plain_table
 from stayaligned.cli.project import project
 from stayaligned.cli.subspace import subspace_app
@@ -122,18 +123,24 @@ def report(
     _print_report([directory], out_dir or directory)
 
 
+app.command()(align)
 app.command()(project)
 app.add_typer(subspace_app, name="subspace")
 
 
 @app.command()
 def validate(config: Config, overrides: Overrides = None, plugin: Plugins = None) -> None:
-    """Check an experiment or a grid, without running anything: every error at once."""
+    """Check an experiment, a grid or an alignment, without running anything: every error at once."""
+    from stayaligned.alignment import load_alignment
     from stayaligned.benchmark import load_grid
     from stayaligned.experiment import load_experiment, load_yaml
 
     _load_plugins(plugin)
-    if "axes" in load_yaml(config):
+    content = load_yaml(config)
+    if "data" in content and "model" not in content:
+        alignment = load_alignment(str(config), {}, overrides or ())
+        out.print(f"{config}: a valid alignment of {alignment.base_model}", soft_wrap=True)
+    elif "axes" in content:
         grid = load_grid(config, overrides or ())
         out.print(f"{config}: a valid grid of {len(grid.expand(str(config)))} experiments")
     else:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from stayaligned.component import did_you_mean
 from stayaligned.errors import StayalignedError
+from stayaligned.files import writable
 from stayaligned.hf.features import PaddingCollator, encode_examples
 from stayaligned.hf.quiet import bars_off
 from stayaligned.records import Example
@@ -128,11 +129,15 @@ def train(
         progress: called with the share of steps done, 0 to 1, after every step.
 
     Raises:
-        StayalignedError: if a checkpoint cannot be written; of training, what the host raises.
+        StayalignedError: if a checkpoint cannot be written; or if a gradient is not finite, before it reaches the
+            weights, so that what was saved is sound. Of training, what the host raises.
     """
     from transformers import TrainerCallback, TrainerState
 
     class Progress(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            _refuse_divergence(trainer, state.global_step)
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if progress is not None:
                 progress(state.global_step / state.max_steps)
@@ -148,7 +153,7 @@ def train(
     callback = Progress()
     trainer.add_callback(callback)
     try:
-        with bars_off(bool(trainer.args.disable_tqdm)):
+        with bars_off(bool(trainer.args.disable_tqdm)), writable(output_dir):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except Exception as error:
         # Of a full disk Python, safetensors and torch each raise something else, the last without a reason.
@@ -162,6 +167,18 @@ def train(
     finally:
         trainer.remove_callback(callback)
     return list(trainer.state.log_history)
+
+
+def _refuse_divergence(trainer: Trainer, step: int) -> None:
+    from torch.nn.utils import get_total_norm
+
+    gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]  # pyright: ignore
+    # With a scaler infinite ones are in order: the step is left out and the scale lowered.
+    if trainer.accelerator.scaler is None and not get_total_norm(gradients).isfinite():
+        raise StayalignedError(
+            f"the gradient is not finite at optimizer step {step}; training stopped before it",
+            hint="Lower learning_rate, set max_grad_norm, or look for a broken row. Earlier checkpoints are sound.",
+        )
 
 
 def last_complete_checkpoint(output_dir: Path) -> Path | None:

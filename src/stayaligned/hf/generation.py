@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -17,7 +18,7 @@ from stayaligned.records import Completion, Example, Message, PromptSet
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Generation(BaseModel):
@@ -220,6 +221,27 @@ def _end_ids(host: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
             hint="Set `eos_token_id` in generation_config.json.",
         )
     return sorted(set(found))
+
+
+def config_ending_with(model: PreTrainedModel, end: int | None) -> GenerationConfig:
+    """A copy of a model's generation configuration that also ends an answer at the token `end`; None adds nothing.
+
+    Raises:
+        StayalignedError: if it can't be saved once it has changed, because it contradicts itself.
+    """
+    config = copy.deepcopy(model.generation_config)
+    named = config.eos_token_id
+    ends = [named] if isinstance(named, int) else list(named or [])
+    if end is not None and end not in ends:
+        config.eos_token_id = sorted([*ends, end])
+        try:
+            config.validate(strict=True)
+        except ValueError as error:
+            raise StayalignedError(
+                f"generation_config.json of {model.name_or_path} contradicts itself: {' '.join(str(error).split())}",
+                hint="Mend it there: where it names a temperature or top_p, it needs `do_sample: true`.",
+            ) from None
+    return config
 
 
 def _refuse_too_long(host: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -35,20 +35,27 @@ def load_model(ref: str | Path, *, dtype: torch.dtype | None = None) -> PreTrain
     return _whole(AutoModelForCausalLM, ref, dtype="auto" if dtype is None else dtype)
 
 
-def load_tokenizer(ref: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(ref: str | Path, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint that can hold a conversation.
 
+    Args:
+        ref: a checkpoint directory or a hub id.
+        chat_template: takes the place of the tokenizer's own, or of none.
+
     Raises:
-        StayalignedError: if there is no tokenizer, or it has no chat template.
+        StayalignedError: if there is no tokenizer, or it has no chat template and none is given.
     """
     from transformers import AutoTokenizer
 
     _require_checkpoint(ref)
     tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer, ref, "tokenizer")
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     if not tokenizer.chat_template:
         raise StayalignedError(
             f"{ref}: the tokenizer has no chat template, so there is no telling how a request is put to the model",
-            hint="Use the instruction-tuned model, or put its chat_template.jinja beside tokenizer_config.json.",
+            hint="Use the instruction-tuned model, or put its chat_template.jinja beside tokenizer_config.json. "
+            "A base model gets one by `stayaligned align`: --chat-template FILE.",
         )
     return tokenizer
 
@@ -56,13 +63,54 @@ def load_tokenizer(ref: str | Path) -> PreTrainedTokenizerBase:
 def load_finetuned(ref: str | Path, adapter: Path | None) -> PreTrainedModel | PeftModel:
     """A model with its adapter, unmerged, for answering prompts: on the accelerator if there is one.
 
-    Unmerged, because merging into fp16 or bf16 weights rounds a small update away in part.
+    Unmerged, because merging into fp16 or bf16 weights rounds a small update away in part (see `merge_adapter`).
 
     Raises:
         StayalignedError: if either is missing, or the adapter was made for another architecture.
     """
     model = load_model(ref)
     return _placed(model if adapter is None else _with_adapter(model, adapter))
+
+
+def merge_adapter(ref: str | Path, adapter: Path) -> PreTrainedModel:
+    """W + scaling·BA for every weight that an adapter changes, on the CPU, in the types of the checkpoint.
+
+    The sum is made in fp32, on the weights as they are stored, and rounded once. (PEFT's merge into bf16 rounds the
+    factors of embeddings and of experts too.) It needs the whole model in fp32 in main memory.
+
+    Raises:
+        StayalignedError: if either is missing, they don't fit together, or a sum overflows the stored type.
+    """
+    import torch
+
+    model = load_model(ref)
+    types = weight_types(model)
+    cast_weights_(model, torch.float32)
+    merged: Any = _with_adapter(model, adapter).merge_and_unload()
+    cast_weights_(merged, types)
+    return merged
+
+
+def weight_types(model: PreTrainedModel) -> dict[str, torch.dtype]:
+    """{name: type} of every weight."""
+    return {name: parameter.dtype for name, parameter in model.named_parameters()}
+
+
+def cast_weights_(model: PreTrainedModel, types: torch.dtype | Mapping[str, torch.dtype]) -> None:
+    """Give every weight a type, one for all or each its own; buffers (rotary frequencies) keep theirs.
+
+    Raises:
+        StayalignedError: if a weight overflows its new type.
+    """
+    for name, parameter in model.named_parameters():
+        dtype = types[name] if isinstance(types, Mapping) else types
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+            if not bool(parameter.data.isfinite().all()):
+                raise StayalignedError(
+                    f"{name}: the weight overflows {dtype}",
+                    hint="Save the base model in bf16 or fp32, and start there.",
+                )
 
 
 def load_classifier(ref: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Generator
 
 
@@ -19,4 +20,14 @@ def bars_off(off: bool) -> Generator[None]:
         if off and logging.is_progress_bar_enabled():
             logging.disable_progress_bar()
             stack.callback(logging.enable_progress_bar)
+        yield
+
+
+@contextlib.contextmanager
+def quiet() -> Generator[None]:
+    """Within the block, the host libraries without bars, and without notes that no user can answer."""
+    with bars_off(True), warnings.catch_warnings():
+        # PEFT's, of a base model that is a hub id: it looks for a grown vocabulary beside every adapter it saves.
+        warnings.filterwarnings("ignore", message="Could not find a config file in")
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|trl|accelerate")
         yield
