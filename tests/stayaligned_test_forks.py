@@ -15,6 +15,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -26,10 +27,13 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -68,7 +72,42 @@ def sft_trainer(settings: dict[str, Any]) -> Trainer:
     return with_lisa(SFTTrainer)(model, arguments, processing_class=byte_tokenizer(), lisa=LISA, **rows)
 
 
+def plain_trainer(
+    settings: dict[str, Any], *, lora: bool, streamed: bool = False, state_dict: str = "", lisa: Lisa = LISA
+) -> Trainer:
+    """By transformers' Trainer; of streams; or, with the kind of state dict to save, sharded by FSDP2."""
+    model: Any = pico_model(seed=3)
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    rows: dict[str, Any] = {"train_dataset": feature_rows(3, 15), "alignment_dataset": feature_rows(2, 5)}
+    if streamed:
+        rows = {name: Dataset.from_list(each).to_iterable_dataset() for name, each in rows.items()}
+        settings = {**settings, "accelerator_config": {"dispatch_batches": False}}
+    if state_dict:
+        wrapping = {
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+        }
+        settings = {**settings, "fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": state_dict, **wrapping}}
+    arguments = TrainingArguments(**settings)
+    if state_dict:
+        assert arguments.device.type == "cpu"  # asked for, it sets up the processes
+        # On CPUs accelerate would quietly take DDP.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    trainer = with_lisa(Trainer)(model, arguments, data_collator=PaddingCollator(0), lisa=lisa, **rows)
+    assert trainer.is_fsdp_enabled is bool(state_dict)
+    return trainer
+
+
+DECOUPLED = LISA.model_copy(update={"proximal": "decoupled", "rho": 20.0, "drift_from_start": True})
 TRAINERS: dict[str, Callable[[dict[str, Any]], Trainer]] = {
+    "full": functools.partial(plain_trainer, lora=False),
+    "full, sharded": functools.partial(plain_trainer, lora=False, state_dict="FULL_STATE_DICT"),
+    "lora, decoupled": functools.partial(plain_trainer, lora=True, lisa=DECOUPLED),
+    "lora, decoupled, sharded": functools.partial(
+        plain_trainer, lora=True, lisa=DECOUPLED, state_dict="SHARDED_STATE_DICT"
+    ),
+    "streamed": functools.partial(plain_trainer, lora=True, streamed=True),
     "lora": lora_trainer,
     "lora without dropout": functools.partial(lora_trainer, dropout=0.0),
     "sft": sft_trainer,
@@ -102,10 +141,14 @@ def run(kind: str, directory: Path, *, full: int = 0, stalling: bool = False, **
             resource.setrlimit(resource.RLIMIT_FSIZE, (full, resource.RLIM_INFINITY))
 
     log = train(trainer, progress=progress)
+    weights = {name: whole(p).clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     if trainer.args.process_index == 0:
-        weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
         save_file(weights, directory / "end")
         (directory / "log.json").write_text(json.dumps(log))
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 def run_on_two(*arguments: Any, **named: Any) -> None:
@@ -282,6 +325,20 @@ def split(directory: Path) -> None:
     assert wait(fork(run_on_two, kind, directory / "two", **settings, **saving)) == 0
 
 
+def split_otherwise(directory: Path, kind: str, sharded: str) -> list[str]:
+    """One run in one process; in two; and in two from the middle of a state of that. The files of a checkpoint."""
+    settings: dict[str, Any] = {"max_steps": 16, "logging_steps": 16, "max_grad_norm": 0.5, "learning_rate": 1e-3}
+    assert wait(fork(run, kind, directory / "one", save_strategy="no", **settings)) == 0
+    two = {**settings, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 7}
+    assert wait(fork(run_on_two, sharded, directory / "two", **two)) == 0
+    for place in ("checkpoint-7", *(file.name for file in (directory / "two").glob("lisa_start*"))):
+        copy = shutil.copytree if place.startswith("checkpoint") else shutil.copy2
+        (directory / "resumed").mkdir(exist_ok=True)
+        copy(directory / "two" / place, directory / "resumed" / place)
+    assert wait(fork(run_on_two, sharded, directory / "resumed", **two)) == 0
+    return sorted(file.name for file in (directory / "two" / "checkpoint-7").iterdir())
+
+
 def fill_disk(directory: Path) -> dict[str, Any]:
     """Let the disk be full when a file of a checkpoint is written, then run again with room; by that file."""
     saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
@@ -306,6 +363,7 @@ if __name__ == "__main__":
         "kill-group": kill_group,
         "fill-disk": fill_disk,
         "split": split,
+        "split-otherwise": split_otherwise,
     }
     command, where, *rest = sys.argv[1:]
     print(json.dumps(commands[command](Path(where), *rest)))

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from safetensors.torch import load_file
+
+from stayaligned_test_world import experiment, write_world
 
 
 def test_two_processes_train_as_one(forks: Callable[..., Any], tmp_path: Path) -> None:
@@ -20,6 +26,55 @@ def test_two_processes_train_as_one(forks: Callable[..., Any], tmp_path: Path) -
     for key in ("alignment_loss", "finetuning_loss", "drift"):
         assert logs[1][key] == pytest.approx(logs[0][key], rel=1e-4), key
     assert (tmp_path / "two" / "checkpoint-7" / "lisa_anchor.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("kind", "in_two", "anchors"),
+    [
+        ("full", "full, sharded", 2),
+        ("lora, decoupled", "lora, decoupled, sharded", 2),
+        ("streamed", "streamed", 1),
+    ],
+)
+def test_sharded_or_streamed_two_processes_train_as_one_and_resume(
+    forks: Callable[..., Any], tmp_path: Path, kind: str, in_two: str, anchors: int
+) -> None:
+    files = forks("split-otherwise", kind, in_two).seen
+    one, two, resumed = (load_file(tmp_path / name / "end") for name in ("one", "two", "resumed"))
+    assert max((two[name] - weight).abs().max().item() for name, weight in one.items()) < 1e-5
+    assert all(resumed[name].equal(weight) for name, weight in two.items())
+    assert sum(file.startswith("lisa_anchor") for file in files) == anchors
+    logs = [json.loads((tmp_path / name / "log.json").read_text())[0] for name in ("one", "two", "resumed")]
+    for key in {"alignment_loss", "finetuning_loss", "drift", "drift_from_start"} & logs[0].keys():
+        assert logs[1][key] == pytest.approx(logs[0][key], rel=1e-4), key
+    assert logs[2]["drift"] == logs[1]["drift"]
+
+
+def test_a_run_of_the_command_is_the_same_in_two_processes(tmp_path: Path) -> None:
+    lisa = {"name": "lisa", "alignment_steps": 1, "finetuning_steps": 1, "rho": 0.5, "proximal_warmup_ratio": 0.0}
+    content = experiment(write_world(tmp_path), defenses=[lisa])
+    results: list[Any] = []
+    for processes in (1, 2):
+        content["training"] |= {"per_device_train_batch_size": 4 // processes, "ddp_find_unused_parameters": False}
+        config, out = tmp_path / f"{processes}.yaml", tmp_path / f"out-{processes}"
+        config.write_text(yaml.safe_dump(content))
+        alone = [sys.executable, "-m", "stayaligned"]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *alone[1:]]
+        done = subprocess.run(
+            [*(alone if processes == 1 else launch), "run", str(config), "--out", str(out)],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("wrote  ") == 3  # told once
+        result = json.loads((out / "result.json").read_text())
+        results.append((load_file(out / "adapter" / "adapter_model.safetensors"), result["judges"]))
+    (one, judged), (two, judged_of_two) = results
+    assert max((two[name] - weight).abs().max().item() for name, weight in one.items()) < 1e-6
+    assert judged == judged_of_two
 
 
 def test_two_processes_killed_and_resumed_end_where_those_do_that_were_not(
