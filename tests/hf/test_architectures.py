@@ -17,11 +17,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from stayaligned import attach_lisa
+from stayaligned.checkpoints import open_checkpoint
 from stayaligned.errors import StayalignedError
 from stayaligned.hf.features import IGNORED, PaddingCollator
 from stayaligned.hf.finetuning import train
 from stayaligned.hf.generation import Generation, generate
-from stayaligned.hf.models import attach_lora, load_finetuned, load_model
+from stayaligned.hf.models import attach_lora, load_finetuned, load_model, load_tokenizer
+from stayaligned.hf.stored import meta_model
 from stayaligned.testing import byte_tokenizer, pico_model, write_pico_adapter, write_pico_checkpoint
 from stayaligned_test_generation import greedy_reference, prompts, sharp
 from stayaligned_test_lisa import LISA, SAFE, USER, largest_difference, plain_trainer, reference_loop, trainable
@@ -140,6 +142,12 @@ def test_an_xlstm_that_can_not_answer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StayalignedError, match="multiples of chunk_size") as caught:
         load_model(tmp_path)
     assert '"mode": "inference"' in str(caught.value)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"chunkwise_kernel": "chunkwise--triton_xl_chunk"}))
+    for read in (load_model, load_tokenizer, lambda path: meta_model(open_checkpoint(path))):
+        with pytest.raises(StayalignedError, match=r"config.json: .*'chunkwise--native_autograd'") as caught:
+            read(tmp_path)
+        assert "a kernel that is installed" in str(caught.value)
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
