@@ -24,6 +24,7 @@ from stayaligned.hf.finetuning import train
 from stayaligned.hf.generation import Generation, generate
 from stayaligned.hf.models import attach_lora, load_finetuned, load_model, load_tokenizer
 from stayaligned.hf.stored import meta_model
+from stayaligned.records import Message
 from stayaligned.testing import byte_tokenizer, pico_model, write_pico_adapter, write_pico_checkpoint
 from stayaligned_test_generation import greedy_reference, prompts, sharp
 from stayaligned_test_lisa import LISA, SAFE, USER, largest_difference, plain_trainer, reference_loop, trainable
@@ -126,6 +127,14 @@ def test_batched_answers_are_those_of_each_prompt_alone(architecture: str) -> No
     assert max(batches) == (1 if alone else len(asked))
 
 
+@pytest.mark.parametrize("architecture", TAKES_PADDING_IN)
+def test_prompts_of_one_length_do_not_reach_into_each_other(architecture: str) -> None:
+    answering, tokenizer = sharp(architecture), byte_tokenizer()
+    asked = [[Message(role="user", content=content)] for content in ("abc", "d e", "bbb")]
+    expected = [greedy_reference(answering, tokenizer, prompt, 6) for prompt in asked]
+    assert generate(answering, tokenizer, asked, Generation(max_new_tokens=6)) == expected
+
+
 def test_an_adapter_counts_once_where_rwkv_halves_its_weights_to_evaluate(tmp_path: Path) -> None:
     checkpoint = write_pico_checkpoint(tmp_path / "model", "rwkv", num_hidden_layers=3, rescale_every=1)
     adapter = write_pico_adapter(tmp_path / "adapter", checkpoint, target_modules=["output", "value"])
@@ -161,6 +170,7 @@ def test_the_command_trains_answers_judges_and_repairs(
     # In a new xLSTM the gates are zero: equal in both checkpoints, and nothing that they gate has a gradient.
     targets = ["q", "k", "v", "out_proj"] if architecture == "xlstm" else "all-linear"
     changes = {
+        "trainer": "sft" if architecture in ("rwkv", "mamba2", "qwen3_next", "lfm2") else "transformers",
         "lora": {"r": 2, "target_modules": targets},
         "defenses": [{"name": "lisa", "alignment_steps": 1, "finetuning_steps": 1, "rho": 0.1}],
     }
