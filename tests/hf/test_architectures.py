@@ -66,8 +66,8 @@ def test_lisa_in_the_trainer_is_the_hand_written_loop(architecture: str, lora: b
     assert not still, "every layer that all-linear takes learns"
 
 
-# transformers stores the experts of Qwen3-Next one by one, and an embedding of Mamba2 under another name.
-@pytest.mark.parametrize(("architecture", "lora"), [("mamba", True), ("mamba2", False), ("qwen3_next", False)])
+# transformers stores the experts of a mixture one by one, and its Trainer would pass them over.
+@pytest.mark.parametrize(("architecture", "lora"), [("mamba", True), ("qwen3_next", False), ("mixtral", False)])
 def test_resuming_is_not_stopping(architecture: str, lora: bool, tmp_path: Path) -> None:
     def run(directory: Path, **changes: Any) -> dict[str, torch.Tensor]:
         trainer = plain_trainer(model(architecture, lora), directory, max_steps=6, **changes)
