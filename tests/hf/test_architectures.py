@@ -17,11 +17,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from stayaligned import attach_lisa
+from stayaligned.checkpoints import open_checkpoint
 from stayaligned.errors import StayalignedError
 from stayaligned.hf.features import IGNORED, PaddingCollator
 from stayaligned.hf.finetuning import train
 from stayaligned.hf.generation import Generation, generate
-from stayaligned.hf.models import attach_lora, load_finetuned, load_model
+from stayaligned.hf.models import attach_lora, load_finetuned, load_model, load_tokenizer
+from stayaligned.hf.stored import meta_model
+from stayaligned.records import Message
 from stayaligned.testing import byte_tokenizer, pico_model, write_pico_adapter, write_pico_checkpoint
 from stayaligned_test_generation import greedy_reference, prompts, sharp
 from stayaligned_test_lisa import LISA, SAFE, USER, largest_difference, plain_trainer, reference_loop, trainable
@@ -63,8 +66,8 @@ def test_lisa_in_the_trainer_is_the_hand_written_loop(architecture: str, lora: b
     assert not still, "every layer that all-linear takes learns"
 
 
-# transformers stores the experts of Qwen3-Next one by one, and an embedding of Mamba2 under another name.
-@pytest.mark.parametrize(("architecture", "lora"), [("mamba", True), ("mamba2", False), ("qwen3_next", False)])
+# transformers stores the experts of a mixture one by one, and its Trainer would pass them over.
+@pytest.mark.parametrize(("architecture", "lora"), [("mamba", True), ("qwen3_next", False), ("mixtral", False)])
 def test_resuming_is_not_stopping(architecture: str, lora: bool, tmp_path: Path) -> None:
     def run(directory: Path, **changes: Any) -> dict[str, torch.Tensor]:
         trainer = plain_trainer(model(architecture, lora), directory, max_steps=6, **changes)
@@ -124,6 +127,14 @@ def test_batched_answers_are_those_of_each_prompt_alone(architecture: str) -> No
     assert max(batches) == (1 if alone else len(asked))
 
 
+@pytest.mark.parametrize("architecture", TAKES_PADDING_IN)
+def test_prompts_of_one_length_do_not_reach_into_each_other(architecture: str) -> None:
+    answering, tokenizer = sharp(architecture), byte_tokenizer()
+    asked = [[Message(role="user", content=content)] for content in ("abc", "d e", "bbb")]
+    expected = [greedy_reference(answering, tokenizer, prompt, 6) for prompt in asked]
+    assert generate(answering, tokenizer, asked, Generation(max_new_tokens=6)) == expected
+
+
 def test_an_adapter_counts_once_where_rwkv_halves_its_weights_to_evaluate(tmp_path: Path) -> None:
     checkpoint = write_pico_checkpoint(tmp_path / "model", "rwkv", num_hidden_layers=3, rescale_every=1)
     adapter = write_pico_adapter(tmp_path / "adapter", checkpoint, target_modules=["output", "value"])
@@ -140,6 +151,12 @@ def test_an_xlstm_that_can_not_answer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StayalignedError, match="multiples of chunk_size") as caught:
         load_model(tmp_path)
     assert '"mode": "inference"' in str(caught.value)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"chunkwise_kernel": "chunkwise--triton_xl_chunk"}))
+    for read in (load_model, load_tokenizer, lambda path: meta_model(open_checkpoint(path))):
+        with pytest.raises(StayalignedError, match=r"config.json: .*'chunkwise--native_autograd'") as caught:
+            read(tmp_path)
+        assert "a kernel that is installed" in str(caught.value)
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
@@ -153,6 +170,7 @@ def test_the_command_trains_answers_judges_and_repairs(
     # In a new xLSTM the gates are zero: equal in both checkpoints, and nothing that they gate has a gradient.
     targets = ["q", "k", "v", "out_proj"] if architecture == "xlstm" else "all-linear"
     changes = {
+        "trainer": "sft" if architecture in ("rwkv", "mamba2", "qwen3_next", "lfm2") else "transformers",
         "lora": {"r": 2, "target_modules": targets},
         "defenses": [{"name": "lisa", "alignment_steps": 1, "finetuning_steps": 1, "rho": 0.1}],
     }

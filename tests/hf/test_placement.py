@@ -262,7 +262,18 @@ def test_plain_adapters_are_placed_without_importing_transformers_or_peft(pair_o
 
 
 @pytest.mark.parametrize(
-    "architecture", ["llama", "gpt2", "mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3", "gpt_neox"]
+    "architecture",
+    [
+        "llama",
+        "gpt2",
+        "mixtral",
+        "qwen2_moe",
+        "gpt_oss",
+        "deepseek_v3",
+        "gpt_neox",
+        "rwkv",
+        "recurrent_gemma",
+    ],
 )
 def test_linear_weights_are_those_of_all_linear_and_experts(architecture: str, pair_of: PairOf, tmp_path: Path) -> None:
     aligned, base = pair_of(architecture)
@@ -271,7 +282,7 @@ def test_linear_weights_are_those_of_all_linear_and_experts(architecture: str, p
     source = write_pico_adapter(tmp_path / "adapter", aligned.directory, target_modules="all-linear", **experts)
     placed = {p.layer.name: p for p in place_adapter(read_adapter(source), aligned, base)}
     routers = {name for name in weights if name.endswith(("mlp.gate", "mlp.router"))}
-    assert bool(routers) == (architecture not in ("llama", "gpt2", "gpt_neox"))
+    assert bool(routers) == (architecture not in ("llama", "gpt2", "gpt_neox", "rwkv", "recurrent_gemma"))
     assert placed.keys() <= weights.keys()
     # PEFT takes the names of dense and shared experts for those of routed ones, and then passes them over
     dense = {name for name in weights if re.search(r"mlp\.(shared_experts\.)?\w+_proj$", name)}

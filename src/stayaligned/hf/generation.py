@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_PROBE_PADS = 8
-"""Tokens of padding with which a model is tried."""
+_PROBE_TOKENS, _PROBE_PADS = 32, 8
+"""Tokens of a prompt, and of padding before them, with which a model is tried."""
 
 
 class Generation(BaseModel):
@@ -95,7 +95,7 @@ def generate(
     answers: list[Generated | None] = [None] * len(prompts)
     done = 0
     with torch.no_grad(), _bare(host, settings, end_ids, pad_id):
-        together = len(prompts) < 2 or _pads_are_ignored(host, min(prompt_ids, key=len), pad_id)
+        together = len(prompts) < 2 or _pads_are_ignored(host, min(prompt_ids, key=len)[-_PROBE_TOKENS:], pad_id)
         if not together:
             _say_slow(type(host).__name__)
         for rows in _batches([len(ids) for ids in prompt_ids], settings, together=together):

@@ -264,10 +264,17 @@ def _whole(loader: Any, ref: str | Path, **options: Any) -> Any:
 
 def _loaded(loader: Any, ref: str | Path, what: str, **options: Any) -> Any:
     """`loader.from_pretrained`, with the ways in which a checkpoint can be unfit said in one sentence."""
+    from huggingface_hub.errors import StrictDataclassError
+
     path = Path(ref).expanduser()
     local = path.is_dir()
     try:
         return loader.from_pretrained(str(path) if local else str(ref), trust_remote_code=False, **options)
+    except StrictDataclassError as error:
+        raise StayalignedError(
+            f"{ref}: can't load the {what}: config.json: {_short(error)}",
+            hint="Set that field to a value that is possible here (a kernel that is installed, for instance).",
+        ) from None
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         from huggingface_hub.constants import HF_HUB_OFFLINE
 

@@ -23,10 +23,10 @@ def restore_converted(trainer: Any, checkpoint: Path) -> None:
     Raises:
         StayalignedError: if the checkpoint lacks weights.
     """
-    from peft import PeftModel
+    from transformers import PreTrainedModel
 
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if isinstance(model, PeftModel) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    if not isinstance(model, PreTrainedModel) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return
     if set(model.state_dict()) - set(model.all_tied_weights_keys) <= set(Checkpoint(checkpoint)):
         return
