@@ -9,6 +9,7 @@ Pure functions of tensors. Vectors are flat: all trained weights behind one anot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -111,7 +112,7 @@ def spectrum_ends(
             for _ in range(2):
                 image.sub_(_share_in(basis[: step + 1], image))
         beside.append(_norm(image))
-        if not torch.isfinite(torch.tensor([diagonal[-1], beside[-1]])).all():
+        if not math.isfinite(diagonal[-1] + beside[-1]):
             raise StayalignedError(
                 f"product {step + 1} with the Hessian is not finite",
                 hint="The loss has no second derivative at these weights, or overflows: check them, or use fp32.",

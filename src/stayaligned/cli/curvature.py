@@ -41,7 +41,14 @@ def curvature(
     from stayaligned.hf.curvature import CurvatureSettings, Trained, loss_curvatures
 
     trained = Trained(model, adapter, _settings(lora) if lora else None)
-    settings = CurvatureSettings(rows, max_length, batch_size, iterations, low_memory, seed)
+    settings = CurvatureSettings(
+        rows=rows,
+        max_length=max_length,
+        batch_size=batch_size,
+        iterations=iterations,
+        low_memory=low_memory,
+        seed=seed,
+    )
     with err.status("loading", spinner_style="none") as status:
         found = loss_curvatures(trained, data, settings, lambda text, share: status.update(f"{text} {share:.0%}"))
     _print(found, rho)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import warnings
@@ -157,7 +158,7 @@ def _curvature(
 
     with torch.no_grad():
         value = sum(part().item() for part in loss.parts())
-    if not torch.isfinite(torch.tensor(value)):
+    if not math.isfinite(value):
         raise StayalignedError(
             f"{source}: the model's loss on these rows is {value}",
             hint="Check that model and adapter hold finite weights and belong together.",
