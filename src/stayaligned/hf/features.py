@@ -105,7 +105,8 @@ def end_of_answer(tokenizer: PreTrainedTokenizerBase, example: Example) -> int |
         StayalignedError: as `encode_example`.
     """
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= {tokenizer.eos_token_id}
+    if isinstance(tokenizer.eos_token_id, int):
+        special.add(tokenizer.eos_token_id)
     labels = encode_example(tokenizer, example, sys.maxsize)["labels"]
     return next((label for label in labels if label in special), None)
 
