@@ -17,30 +17,35 @@ if TYPE_CHECKING:
     from stayaligned.defenses.safe_lora import SafeLora
     from stayaligned.errors import StayalignedError
     from stayaligned.experiment import Experiment, load_experiment
-    from stayaligned.hf.trainer import attach_lisa, with_lisa
+    from stayaligned.hf.lisa.trainer import attach_lisa, with_lisa
+    from stayaligned.hf.watching import attach_watch
     from stayaligned.patching import apply_safe_lora, patch_directory
     from stayaligned.pipeline import run_experiment
     from stayaligned.report import build_report, write_report
+    from stayaligned.watch import Guard, Watch
 
 _HOMES = {
     "Alignment": "stayaligned.alignment",
     "Complement": "stayaligned.defenses.complement",
     "Experiment": "stayaligned.experiment",
     "Grid": "stayaligned.benchmark",
+    "Guard": "stayaligned.watch",
     "Lisa": "stayaligned.defenses.lisa",
     "ModelPair": "stayaligned.defenses",
     "SafeLora": "stayaligned.defenses.safe_lora",
     "StayalignedError": "stayaligned.errors",
+    "Watch": "stayaligned.watch",
     "align": "stayaligned.alignment",
     "apply_safe_lora": "stayaligned.patching",
-    "attach_lisa": "stayaligned.hf.trainer",
+    "attach_lisa": "stayaligned.hf.lisa.trainer",
+    "attach_watch": "stayaligned.hf.watching",
     "build_report": "stayaligned.report",
     "load_experiment": "stayaligned.experiment",
     "load_grid": "stayaligned.benchmark",
     "patch_directory": "stayaligned.patching",
     "run_experiment": "stayaligned.pipeline",
     "run_grid": "stayaligned.benchmark",
-    "with_lisa": "stayaligned.hf.trainer",
+    "with_lisa": "stayaligned.hf.lisa.trainer",
     "write_report": "stayaligned.report",
 }
 
@@ -49,13 +54,16 @@ __all__ = [
     "Complement",
     "Experiment",
     "Grid",
+    "Guard",
     "Lisa",
     "ModelPair",
     "SafeLora",
     "StayalignedError",
+    "Watch",
     "align",
     "apply_safe_lora",
     "attach_lisa",
+    "attach_watch",
     "build_report",
     "load_experiment",
     "load_grid",

@@ -15,14 +15,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
+from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from stayaligned.errors import StayalignedError
 
 Anchor = Mapping[str, Tensor]
-"""The trainable weights, by name, as they were when the current state began."""
+"""The trainable weights, by name, as they were when the current state began; of a sharded weight, the local shard."""
+RhoSchedule = Literal["constant", "rising", "falling"]
+Device = Literal["model", "cpu"]
+"""Where copies of the weights are kept: beside the weights, or in the host's memory."""
 
 _CHUNK_ELEMENTS = 1 << 26
 """Weights whose difference is held at once: 256 MiB in fp32, however large the model."""
@@ -74,6 +80,8 @@ class BiStateSchedule:
     Args:
         alignment_steps: K1; 0 leaves only the pull to the initial weights.
         finetuning_steps: K2.
+        ends_aligned_at: the steps of a whole run, of which the last K1 are alignment steps whatever the cycle says.
+            Without it the run ends where its last cycle is, as in the paper: after a fine-tuning state.
 
     Raises:
         StayalignedError: if one is negative or both are 0.
@@ -81,6 +89,7 @@ class BiStateSchedule:
 
     alignment_steps: int
     finetuning_steps: int
+    ends_aligned_at: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.alignment_steps, self.finetuning_steps) < 0 or self.cycle_steps == 0:
@@ -94,9 +103,14 @@ class BiStateSchedule:
         """K1 + K2."""
         return self.alignment_steps + self.finetuning_steps
 
+    def _in_cycles(self, step: int) -> int:
+        """How many of the first `step` steps are before the alignment steps that end the run."""
+        return step if self.ends_aligned_at is None else min(step, max(0, self.ends_aligned_at - self.alignment_steps))
+
     def phase_at(self, step: int) -> Phase:
         """The state of optimizer step `step` (counted from 0)."""
-        return Phase.ALIGNMENT if step % self.cycle_steps < self.alignment_steps else Phase.FINETUNING
+        aligned = step % self.cycle_steps < self.alignment_steps or self._in_cycles(step + 1) <= step
+        return Phase.ALIGNMENT if aligned else Phase.FINETUNING
 
     def switches_at(self, step: int) -> bool:
         """Whether `step` is the first of a state that follows another; never, where one of them has no steps."""
@@ -104,8 +118,9 @@ class BiStateSchedule:
 
     def steps_before(self, step: int, phase: Phase) -> int:
         """How many of the steps 0 … `step - 1` are in `phase`."""
-        cycles, rest = divmod(step, self.cycle_steps)
-        alignment = cycles * self.alignment_steps + min(rest, self.alignment_steps)
+        in_cycles = self._in_cycles(step)
+        cycles, rest = divmod(in_cycles, self.cycle_steps)
+        alignment = cycles * self.alignment_steps + min(rest, self.alignment_steps) + step - in_cycles
         return alignment if phase is Phase.ALIGNMENT else step - alignment
 
     def steps_to_cover(self, finetuning_steps: int) -> int:
@@ -134,9 +149,73 @@ class BiStateSchedule:
         return [finetuning.size + index for index in alignment.take(start, rows_per_step)]
 
 
-def take_anchor(params: Mapping[str, Tensor]) -> Anchor:
-    """A copy of the weights, to be pulled back to."""
-    return {name: param.detach().clone() for name, param in params.items()}
+def rho_at(step: int, total_steps: int, *, rho: float, from_step: int, schedule: RhoSchedule) -> float:
+    """ρ of one optimizer step: 0 before `from_step`, then constant, or linear between 0 and ρ over the steps left.
+
+    The paper's ρ is constant. `rising` ends at ρ, `falling` starts there.
+
+    Example:
+        >>> [rho_at(step, 6, rho=1.0, from_step=2, schedule="rising") for step in range(6)]
+        [0.0, 0.0, 0.25, 0.5, 0.75, 1.0]
+    """
+    if step < from_step:
+        return 0.0
+    if schedule == "constant":
+        return rho
+    steps = max(total_steps - from_step, 1)
+    share = (step - from_step + 1) / steps if schedule == "rising" else 1 - (step - from_step) / steps
+    return rho * share
+
+
+@dataclass(frozen=True, slots=True)
+class LossBudget:
+    """How far the alignment loss may rise before the pull is strengthened.
+
+    Once a cycle, ρ is doubled where the alignment loss of the state that ended is more than `rise` above that of the
+    first, and halved where it is not; never below the ρ that was asked for, nor above `ceiling` times it. The rule is
+    that of the adaptive KL penalty of PPO (Schulman et al. 2017, §4), with the alignment loss in the place of the
+    divergence. Not from the Lisa paper.
+
+    Example:
+        >>> budget = LossBudget(rise=0.1, ceiling=8.0)
+        >>> budget.next_factor(1.0, loss=0.5, first_loss=0.2), budget.next_factor(4.0, loss=0.25, first_loss=0.2)
+        (2.0, 2.0)
+    """
+
+    rise: float
+    """Nats a token."""
+    ceiling: float
+
+    def next_factor(self, factor: float, *, loss: float, first_loss: float) -> float:
+        """What ρ is multiplied by in the next cycle, after `factor` in this one."""
+        return min(2 * factor, self.ceiling) if loss > first_loss + self.rise else max(factor / 2, 1.0)
+
+
+def take_anchor(params: Mapping[str, Tensor], *, device: Device = "model", into: Anchor | None = None) -> Anchor:
+    """A copy of the weights, to be pulled back to.
+
+    Args:
+        params: the trainable weights by name; of a DTensor, this process's shard is copied.
+        device: "cpu" keeps the copy in the host's memory (page-locked, where the weights are on a GPU), so that it
+            costs none of the accelerator's.
+        into: an earlier copy of the same weights, whose memory is used again.
+    """
+    anchor = into if into is not None and into.keys() == params.keys() else empty_anchor(params, device=device)
+    with torch.no_grad():
+        for name, param in params.items():
+            anchor[name].copy_(local(param))
+    return anchor
+
+
+def empty_anchor(params: Mapping[str, Tensor], *, device: Device = "model") -> Anchor:
+    """Memory for `take_anchor`, uninitialized."""
+
+    def room(weight: Tensor) -> Tensor:
+        if device == "model" or weight.device.type == "cpu":
+            return torch.empty_like(weight, requires_grad=False)
+        return torch.empty(weight.shape, dtype=weight.dtype, device="cpu", pin_memory=weight.device.type == "cuda")
+
+    return {name: room(local(param).detach()) for name, param in params.items()}
 
 
 def add_proximal_gradient_(params: Mapping[str, Tensor], anchor: Anchor, rho: float, *, scale: float = 1.0) -> None:
@@ -147,6 +226,7 @@ def add_proximal_gradient_(params: Mapping[str, Tensor], anchor: Anchor, rho: fl
     The published code adds the term to the loss of every micro-batch. As a gradient it is added once per optimizer
     step, after the gradients are summed and before they are clipped, which is the same arithmetic and needs no
     second graph. The difference is taken in fp32 at least. A weight that the loss did not reach gets a gradient too.
+    Of a sharded weight (DTensor) each process adds to its own shard of the gradient, and nothing is communicated.
 
     Args:
         params: the trainable weights by name.
@@ -157,31 +237,84 @@ def add_proximal_gradient_(params: Mapping[str, Tensor], anchor: Anchor, rho: fl
     Raises:
         StayalignedError: if the names differ.
     """
-    for chunk in _differences(params, anchor):
-        weights, differences = zip(*chunk, strict=True)
-        for weight in weights:
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-        torch._foreach_add_([weight.grad for weight in weights], differences, alpha=rho * scale)
+    for names, differences in _differences(params, anchor):
+        for name in names:
+            if params[name].grad is None:
+                params[name].grad = torch.zeros_like(params[name])
+        torch._foreach_add_([local(params[name].grad) for name in names], differences, alpha=rho * scale)  # pyright: ignore[reportArgumentType]
+
+
+def proximal_step_(
+    params: Mapping[str, Tensor], anchor: Anchor, rho: float, learning_rates: Mapping[str, float]
+) -> None:
+    """Move the weights towards the anchor, in place: the pull decoupled from the optimizer's gradient.
+
+    w ← w − η·ρ·(w − w_anchor)
+
+    As AdamW decouples weight decay (Loshchilov & Hutter 2019), of which this is the form with the anchor in the place
+    of 0: taken after the optimizer's step, it is not divided by Adam's second moment. Not from the Lisa paper.
+
+    Args:
+        params: the trainable weights by name.
+        anchor: the same names, shapes and types.
+        rho: ρ.
+        learning_rates: η by name.
+
+    Raises:
+        StayalignedError: if the names differ, or some η·ρ exceeds 1, which would overshoot the anchor.
+    """
+    largest = rho * max(learning_rates.values(), default=0.0)
+    if largest > 1:
+        raise StayalignedError(
+            f"rho={rho:g} at a learning rate of {max(learning_rates.values()):g} moves the weights by {largest:.3g} "
+            "times their distance to the anchor, past it",
+            hint="With proximal='decoupled', take rho below 1 / learning_rate.",
+        )
+    for names, differences in _differences(params, anchor):
+        torch._foreach_mul_(differences, [rho * learning_rates[name] for name in names])
+        with torch.no_grad():
+            torch._foreach_sub_([local(params[name]) for name in names], differences)
 
 
 def drift(params: Mapping[str, Tensor], anchor: Anchor) -> Tensor:
-    """‖w − w_anchor‖, the Euclidean norm over all weights; a scalar.
+    """‖w − w_anchor‖, the Euclidean norm over all weights; a scalar, the same in every process.
 
     The published code prints its square, and the paper plots it.
 
     Raises:
         StayalignedError: if the names differ.
     """
-    norms = [
-        torch.stack([norm.double() for norm in torch._foreach_norm([difference for _, difference in chunk])])
-        for chunk in _differences(params, anchor)
-    ]
-    return torch.linalg.vector_norm(torch.cat(norms))
+    squares: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
+    for names, differences in _differences(params, anchor):
+        for name, norm in zip(names, torch._foreach_norm(differences), strict=True):
+            squares.setdefault(_shard_groups(params[name]), []).append(norm.double() ** 2)
+    totals: list[Tensor] = []
+    for groups, parts in squares.items():
+        total = torch.stack(parts).sum()
+        for group in groups:
+            dist.all_reduce(total, group=group)
+        totals.append(total)
+    return torch.stack(totals).sum().sqrt()
 
 
-def _differences(params: Mapping[str, Tensor], anchor: Anchor) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """(weight, weight − anchor) in chunks, paired by name, in fp32 where the weights are stored in less."""
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a sharded tensor, sharing its memory; any other tensor itself."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def _shard_groups(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """The groups of processes over which a tensor is split; where it is merely repeated, none."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    mesh = tensor.device_mesh
+    return tuple(mesh.get_group(axis) for axis, placed in enumerate(tensor.placements) if placed.is_shard())
+
+
+def _differences(params: Mapping[str, Tensor], anchor: Anchor) -> Iterator[tuple[list[str], list[Tensor]]]:
+    """(names, weights − anchors) in chunks, of local shards, in fp32 where the weights are stored in less."""
     if params.keys() != anchor.keys():
         missing, extra = sorted(params.keys() - anchor.keys()), sorted(anchor.keys() - params.keys())
         raise StayalignedError(
@@ -190,21 +323,25 @@ def _differences(params: Mapping[str, Tensor], anchor: Anchor) -> Iterator[list[
         )
     for chunk in _chunks(params):
         with torch.no_grad():
-            weights = [_at_least_fp32(params[name]) for name in chunk]
-            anchors = [_at_least_fp32(anchor[name]) for name in chunk]
-            differences = torch._foreach_sub(weights, anchors)
-        yield list(zip([params[name] for name in chunk], differences, strict=True))
+            weights = [local(params[name]) for name in chunk]
+            anchors = [
+                _at_least_fp32(anchor[name].to(weight.device, non_blocking=True))
+                for name, weight in zip(chunk, weights, strict=True)
+            ]
+            differences = torch._foreach_sub([_at_least_fp32(weight) for weight in weights], anchors)
+        yield chunk, list(differences)
 
 
 def _chunks(params: Mapping[str, Tensor]) -> Iterator[list[str]]:
     chunk: list[str] = []
     elements = 0
     for name, param in params.items():
-        if chunk and elements + param.numel() > _CHUNK_ELEMENTS:
+        size = local(param).numel()
+        if chunk and elements + size > _CHUNK_ELEMENTS:
             yield chunk
             chunk, elements = [], 0
         chunk.append(name)
-        elements += param.numel()
+        elements += size
     if chunk:
         yield chunk
 

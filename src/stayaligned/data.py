@@ -187,8 +187,9 @@ def read_examples(source: str, *, origin: Origin, prompts_only: bool = False) ->
 
     Three shapes of rows, one per source: `messages` (the last assistant turn is the answer), `prompt` with
     `completion` (text or messages each), and Alpaca's `instruction`, `input`, `output` (instruction and input
-    become one user turn). Each may carry `id`, `category` and, before the first turn, `system`. Other columns are
-    passed over, and so are rows whose prompt or answer is blank: their number is logged.
+    become one user turn). A `prompt` with `chosen` and `rejected` is a preference: `chosen` is the answer. Each may
+    carry `id`, `category` and, before the first turn, `system`. Other columns are passed over, and so are rows whose
+    prompt or answer is blank: their number is logged.
 
     Args:
         source: see the module.
@@ -252,8 +253,16 @@ def _identified(
             )
         else:
             given[str(key)] = row.where
-        category = _category(row.values.get("category"))
-        examples.append(Example(id=str(key), prompt=prompt, completion=answer, origin=origin, category=category))
+        examples.append(
+            Example(
+                id=str(key),
+                prompt=prompt,
+                completion=answer,
+                rejected=_answer(row.values.get("rejected"), f"{source}, {row.where}: `rejected`") or "",
+                origin=origin,
+                category=_category(row.values.get("category")),
+            )
+        )
     return examples
 
 
@@ -271,7 +280,8 @@ def _conversation(
         turns, answer = (turns[:-1], turns[-1].content) if answered else (turns, None)
     elif shape == "prompt":
         turns = _turns_or_text(values["prompt"], f"{where}: `prompt`")
-        answer = _answer(values.get("completion"), f"{where}: `completion`")
+        column = "completion" if "completion" in values or "chosen" not in values else "chosen"
+        answer = _answer(values.get(column), f"{where}: `{column}`")
     else:
         parts = [_text(values.get(key, "") or "", f"{where}: `{key}`") for key in ("instruction", "input")]
         turns = [Message(role="user", content="\n\n".join(part.strip() for part in parts if part.strip()))]

@@ -32,6 +32,7 @@ from stayaligned.host_settings import Host, setting_names
 from stayaligned.judges import JUDGES, Judge
 from stayaligned.store import input_path, split_options
 from stayaligned.tasks import TASKS, Task
+from stayaligned.watch import Watch
 
 
 def _named(registry: Registry[Any]) -> tuple[BeforeValidator, PlainSerializer]:
@@ -89,6 +90,8 @@ class Experiment(BaseModel):
     """Fields of TrainingArguments (of SFTConfig for `trainer: sft`); null evaluates without training."""
     max_length: int = Field(default=1024, ge=8)
     """Tokens after which a training row is cut."""
+    watch: Watch | None = None
+    """What is measured of the model's safety while it trains, and what is done when it worsens."""
     harmful_prompts: str | None = None
     """Requests that an aligned model refuses: harmful score."""
     benign_prompts: str | None = None
@@ -161,6 +164,8 @@ class Experiment(BaseModel):
                 yield f"defenses: {patch.name} patches LoRA adapters, but `lora: null` trains the full weights"
             if patch.needs_base and self.base_model is None:
                 yield f"base_model: {patch.name} compares the model with its unaligned ancestor; name it"
+        if self.watch is not None and not self.trains:
+            yield "watch: measures while a model trains, but this experiment trains none"
         if not (self.task or self.harmful_prompts or self.benign_prompts or self.skills):
             yield "nothing to measure: name a `task`, `harmful_prompts`, `benign_prompts` or `skills`"
 

@@ -37,6 +37,8 @@ class Example(Record):
     prompt: tuple[Message, ...]
     """Everything before the answer; the last turn is the user's."""
     completion: str = ""
+    rejected: str = ""
+    """The answer that `completion` is preferred to, in rows of preferences."""
     origin: Origin = "task"
     category: str = ""
 

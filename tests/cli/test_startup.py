@@ -25,6 +25,7 @@ assert not found, found
     [
         ["--help"],
         ["run", "--help"],
+        ["curvature", "--help"],
         ["list"],
         ["show", "defense", "lisa"],
         ["validate", "examples/testbed.yaml"],

@@ -8,15 +8,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from stayaligned.errors import StayalignedError
-from stayaligned.hf.models import (
-    attach_lora,
-    linear_names,
-    load_finetuned,
-    load_model,
-    load_tokenizer,
-    merge_adapter,
-    weight_types,
-)
+from stayaligned.hf.models import attach_lora, load_finetuned, load_model, load_tokenizer, merge_adapter, weight_types
+from stayaligned.hf.targets import linear_names, unfit_names
 from stayaligned.testing import byte_tokenizer, pico_model, write_pico_adapter, write_pico_checkpoint
 
 
@@ -134,6 +127,62 @@ def test_lora_that_does_not_fit_names_the_linear_modules(lora):
     with pytest.raises(StayalignedError, match=r"^lora: ") as caught:
         attach_lora(pico_model(), lora)
     assert "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "given", "left_out"),
+    [
+        ("mamba", None, {"dt_proj", "out_proj"}),
+        ("jamba", ["q_proj"], {"dt_proj", "q_proj"}),
+        ("falcon_h1", None, {"out_proj"}),
+        ("bamba", None, None),
+        ("llama", None, None),
+    ],
+)
+def test_all_linear_leaves_out_what_lora_can_not_work_on_and_says_so(architecture, given, left_out, caplog):
+    model = pico_model(architecture)
+    every = set(linear_names(model)) - {"lm_head"}
+    adapted = attach_lora(model, {"r": 2, "target_modules": "all-linear", "exclude_modules": given})
+    assert adapted.peft_config["default"].exclude_modules == left_out
+    layers = {name.split(".lora_B")[0].rpartition(".")[2] for name, _ in adapted.named_parameters() if "lora_B" in name}
+    assert layers == every - (left_out or set())
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("stayaligned")]
+    named = {name for name in every if f" {name} (" in " ".join(said)}
+    assert named == (left_out or set()) - set(given or ())
+    assert len(said) == bool(named)
+
+
+def test_a_regular_expression_of_excluded_modules_is_kept():
+    adapted = attach_lora(
+        pico_model("mamba"), {"r": 2, "target_modules": "all-linear", "exclude_modules": r".*\.1\.mixer\.x_proj"}
+    )
+    layers = {
+        name.split(".lora_B")[0].split("layers.")[1] for name, _ in adapted.named_parameters() if "lora_B" in name
+    }
+    assert layers == {"0.mixer.in_proj", "0.mixer.x_proj", "1.mixer.in_proj"}
+
+
+@pytest.mark.parametrize(
+    ("target", "problem"),
+    [
+        ("dt_proj", "dt_proj would never learn: MambaForCausalLM reads its weight"),
+        ("out_proj", "'out_proj' is incompat"),
+    ],
+)
+def test_a_target_that_can_not_be_one_names_those_that_can(target, problem):
+    with pytest.raises(StayalignedError, match=problem) as caught:
+        attach_lora(pico_model("mamba"), {"r": 2, "target_modules": ["in_proj", target]})
+    assert "Possible on this model: in_proj, lm_head, x_proj; `target_modules: all-linear`" in str(caught.value)
+
+
+def test_looking_for_targets_leaves_the_seed_and_the_modes_alone():
+    model = pico_model("jamba", attention_dropout=0.5)
+    model.model.layers[1].train()
+    before, state = [module.training for module in model.modules()], torch.get_rng_state()
+    assert unfit_names(model).keys() == {"dt_proj"}
+    assert [module.training for module in model.modules()] == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_linear_names_know_gpt2s_transposed_layers():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,127 +9,28 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from stayaligned import Lisa, attach_lisa, with_lisa
 from stayaligned.bistate import RowStream
-from stayaligned.hf.features import IGNORED, PaddingCollator
-from stayaligned.testing import byte_tokenizer, pico_model
-
-ALIGNMENT_TOKEN, USER_TOKEN = 2, 3
-Row = dict[str, list[int]]
-
-
-def rows(first_token: int, count: int, seed: int) -> list[Row]:
-    """Rows of 4 to 12 tokens, half of them learned; the first token tells whose they are."""
-    rng = random.Random(seed)
-    made: list[Row] = []
-    for _ in range(count):
-        ids = [first_token, *(rng.randrange(5, 261) for _ in range(rng.randrange(3, 12)))]
-        made.append({"input_ids": ids, "labels": [IGNORED] * (len(ids) // 2) + ids[len(ids) // 2 :]})
-    return made
-
-
-USER, SAFE = rows(USER_TOKEN, 26, seed=1), rows(ALIGNMENT_TOKEN, 7, seed=2)
-
-
-def model(lora: bool = False, **overrides: Any) -> Any:
-    made = pico_model(seed=3, **overrides)
-    if lora:
-        with torch.random.fork_rng():
-            torch.manual_seed(4)
-            made = get_peft_model(
-                made, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights="gaussian")
-            )
-    return made
-
-
-def arguments(directory: Path, **changes: Any) -> dict[str, Any]:
-    settings = {
-        "output_dir": str(directory),
-        "use_cpu": True,
-        "bf16": False,
-        "learning_rate": 1e-3,
-        "per_device_train_batch_size": 2,
-        "num_train_epochs": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "seed": 11,
-        "gradient_checkpointing": None,
-    }
-    return {**settings, **changes}
-
-
-def plain_trainer(model: nn.Module, directory: Path, user: list[Row] = USER, **changes: Any) -> Trainer:
-    return Trainer(
-        model,  # pyright: ignore
-        TrainingArguments(**arguments(directory, **changes)),
-        train_dataset=user,  # pyright: ignore
-        data_collator=PaddingCollator(0),
-    )
-
-
-def sft_trainer(model: nn.Module, directory: Path, kind: type[SFTTrainer] = SFTTrainer, **changes: Any) -> SFTTrainer:
-    return kind(
-        model,  # pyright: ignore
-        SFTConfig(**arguments(directory, **changes)),
-        train_dataset=Dataset.from_list(USER),
-        processing_class=byte_tokenizer(),
-    )
-
-
-def trainable(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a)
-
-
-def reference_loop(model: nn.Module, lisa: Lisa, *, rows_per_step: int, steps: int, clip: float) -> dict[str, Tensor]:
-    """Lisa as the paper and the published trainer have it, a step being an optimizer step: two anchors, one loss."""
-    model.train()
-    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(params.values(), lr=1e-3, weight_decay=0.0)
-    k1, k2 = lisa.alignment_steps, lisa.finetuning_steps
-    anchors = {state: trainable(model) for state in ("alignment", "finetune")}
-    streams = {"alignment": RowStream(len(SAFE), 11, "alignment"), "finetune": RowStream(len(USER), 11, "finetuning")}
-    status, clock, taken = ("alignment" if k1 else "finetune"), 0, {"alignment": 0, "finetune": 0}
-    for step in range(steps):
-        if step and k1 and k2 and clock % (k1 if status == "alignment" else k2) == 0:
-            anchors[status] = trainable(model)  # the state that is left remembers where it ended
-            status, clock = ("finetune" if status == "alignment" else "alignment"), 0
-        drawn = streams[status].take(taken[status], rows_per_step)
-        taken[status] += rows_per_step
-        total, tokens = torch.zeros(()), 0
-        for row in ((SAFE if status == "alignment" else USER)[index] for index in drawn):
-            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
-            labels = torch.tensor(row["labels"][1:])
-            total = total + nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-            tokens += int((labels != IGNORED).sum())
-        loss = total / tokens
-        if step > lisa.proximal_warmup_ratio * steps:
-            anchor = anchors["finetune" if status == "alignment" else "alignment"]
-            loss = loss + lisa.rho / 2 * sum((p - anchor[n]).norm() ** 2 for n, p in params.items())
-        optimizer.zero_grad()
-        loss.backward()
-        if clip:
-            nn.utils.clip_grad_norm_(params.values(), clip)
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * (steps - step) / steps
-        optimizer.step()
-        clock += 1
-    return trainable(model)
-
-
-# The pull sets in at step 3, the second of a state: at the first it is zero, wherever it sets in.
-LISA = Lisa(alignment_steps=2, finetuning_steps=3, rho=0.7, proximal_warmup_ratio=0.2)
+from stayaligned.hf.features import PaddingCollator
+from stayaligned.testing import byte_tokenizer
+from stayaligned_test_lisa import (
+    ALIGNMENT_TOKEN,
+    LISA,
+    SAFE,
+    USER,
+    USER_TOKEN,
+    arguments,
+    distance,
+    largest_difference,
+    model,
+    plain_trainer,
+    reference_loop,
+    sft_trainer,
+    trainable,
+)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +58,48 @@ def test_the_trainer_equals_a_loop_with_the_proximal_term_in_the_loss(
     assert largest_difference(trainable(trainer.model), expected) < 1e-5
     unpulled = reference_loop(model(lora), LISA.model_copy(update={"rho": 0.0}), **settings)
     assert largest_difference(unpulled, expected) > 1e-3  # so that the bound above says something
+
+
+@pytest.mark.parametrize(
+    ("changes", "warns_at"),
+    [
+        ({"proximal": "decoupled", "rho": 100.0}, 1e-3),
+        ({"finish": "alignment"}, 1e-4),
+        ({"rho_schedule": "rising"}, 1e-4),
+        ({"rho_schedule": "falling"}, 1e-4),
+        ({"proximal": "decoupled", "rho": 100.0, "finish": "alignment", "rho_schedule": "rising"}, 1e-4),
+        ({"anchor_device": "cpu", "drift_from_start": True}, None),
+        ({"alignment_loss_budget": 100.0}, None),  # never exceeded, so never used
+    ],
+)
+def test_every_variant_equals_its_loop(tmp_path: Path, changes: dict[str, Any], warns_at: float | None) -> None:
+    lisa = LISA.model_copy(update=changes)
+    settings = {"gradient_accumulation_steps": 3, "max_grad_norm": 0.5, "max_steps": 15}
+    trainer = attach_lisa(plain_trainer(model(), tmp_path, **settings), alignment_dataset=SAFE, lisa=lisa)
+    trainer.train()
+    loop = {"rows_per_step": 6, "steps": 15, "clip": 0.5}
+    assert largest_difference(trainable(trainer.model), reference_loop(model(), lisa, **loop)) < 1e-5
+    if warns_at is not None:
+        paper = reference_loop(model(), LISA, **loop)
+        assert largest_difference(trainable(trainer.model), paper) > warns_at
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "share"),
+    [
+        ({"activation_checkpointing": True}, None, 1e-4),
+        ({"bf16": True}, torch.bfloat16, 0.1),  # a batch is rounded otherwise than its rows one by one
+    ],
+)
+def test_precision_and_checkpointing_leave_it_the_same(
+    tmp_path: Path, changes: dict[str, Any], dtype: torch.dtype | None, share: float
+) -> None:
+    trainer = plain_trainer(model(), tmp_path, max_steps=13, max_grad_norm=0.0, **changes)
+    attach_lisa(trainer, alignment_dataset=SAFE, lisa=LISA).train()
+    loop = {"rows_per_step": 2, "steps": 13, "clip": 0.0}
+    expected = reference_loop(model(), LISA, dtype=dtype, **loop)
+    unpulled = reference_loop(model(), LISA.model_copy(update={"rho": 0.0}), dtype=dtype, **loop)
+    assert distance(trainable(trainer.model), expected) < share * distance(unpulled, expected)
 
 
 def test_without_alignment_steps_only_the_pull_to_the_start_is_left(tmp_path: Path) -> None:
@@ -239,6 +181,23 @@ def test_a_users_own_subclass_trains_the_same(tmp_path: Path) -> None:
     assert isinstance(built, CountingSFTTrainer)
     assert built.calls == 6
     assert largest_difference(trainable(built.model), trainable(attached.model)) == 0.0
+
+
+def test_streams_train_as_the_same_rows_in_the_same_order_do(tmp_path: Path) -> None:
+    # A stream is read in its own order, so it is given the one in which the shuffled rows would be drawn.
+    lisa, settings = LISA, {"gradient_accumulation_steps": 2, "max_steps": 8, "max_grad_norm": 0.5}
+    drawn = [USER[i] for i in RowStream(len(USER), 11, "finetuning").take(0, 40)]
+    safe = [SAFE[i] for i in RowStream(len(SAFE), 11, "alignment").take(0, 40)]
+    expected = attach_lisa(plain_trainer(model(), tmp_path, **settings), alignment_dataset=SAFE, lisa=lisa)
+    expected.train()
+    for user_rows, safe_rows in ((stream(drawn), stream(safe)), (stream(drawn), SAFE), (USER, stream(safe))):
+        trainer = plain_trainer(model(), tmp_path, user_rows, **settings)
+        attach_lisa(trainer, alignment_dataset=safe_rows, lisa=lisa).train()
+        assert largest_difference(trainable(trainer.model), trainable(expected.model)) == 0.0
+
+
+def stream(rows: list[Any]) -> Any:
+    return Dataset.from_list(rows).to_iterable_dataset()
 
 
 class Recording(Trainer):

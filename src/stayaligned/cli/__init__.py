@@ -12,6 +12,7 @@ import typer
 
 from stayaligned.cli.align import align
 from stayaligned.cli.console import err, out, plain_table
+from stayaligned.cli.curvature import curvature
 from stayaligned.cli.project import project
 from stayaligned.cli.subspace import subspace_app
 from stayaligned.errors import StayalignedError
@@ -78,6 +79,8 @@ def run(config: Config, overrides: Overrides = None, *, out_dir: Out, plugin: Pl
         result = run_experiment(
             experiment, out_dir, progress=lambda text, share: status.update(f"{text} {share:.0%}" if share else text)
         )
+    if result is None:  # one of several processes, whose first one tells
+        return
     _print_report([out_dir], out_dir, title=result.arm)
     for product in ("adapter", "model"):
         if (out_dir / product).exists():
@@ -125,6 +128,7 @@ def report(
 
 app.command()(align)
 app.command()(project)
+app.command()(curvature)
 app.add_typer(subspace_app, name="subspace")
 
 
@@ -214,8 +218,10 @@ def env() -> None:
 
 def _run_grid(grid: Grid, directory: Path, workers: int | None, plugins: list[Path]) -> None:
     from stayaligned.benchmark import run_grid
+    from stayaligned.hf.processes import refuse_several
     from stayaligned.progress import LiveProgress
 
+    refuse_several("a grid")
     with LiveProgress(err) as listener:
         outcome = run_grid(grid, directory, workers=workers, plugins=plugins, listener=listener)
     if outcome.results:

@@ -30,7 +30,9 @@ def align(
     """Make an aligned model from a base one: fine-tune on safety data, merge, write a checkpoint."""
     from stayaligned.alignment import ALIGNMENT_FILE, load_alignment
     from stayaligned.alignment import align as make
+    from stayaligned.hf.processes import refuse_several
 
+    refuse_several("stayaligned align")
     given: dict[str, Any] = {"data": data, "chat_template": chat_template}
     settings = {name: value for name, value in given.items() if value is not None}
     alignment = load_alignment(base, settings, overrides or ())

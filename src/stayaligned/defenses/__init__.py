@@ -57,14 +57,28 @@ class TrainingSetup:
         Raises:
             StayalignedError: if there are none; the message names `defense` as the one that needs them.
         """
+        self._require_alignment_examples(defense)
+        from stayaligned.hf.finetuning import build_dataset
+
+        return build_dataset(self, self.alignment_examples)
+
+    def preference_trainer(self, defense: str, beta: float) -> Callable[[Any], Trainer]:
+        """Builds, on the model it is given, a DPOTrainer of the alignment rows, each of which has a rejected answer.
+
+        Raises:
+            StayalignedError: if there are none; the message names `defense` as the one that needs them.
+        """
+        self._require_alignment_examples(defense)
+        from stayaligned.hf.preferences import build_preference_trainer
+
+        return lambda model: build_preference_trainer(self, model, beta)
+
+    def _require_alignment_examples(self, defense: str) -> None:
         if not self.alignment_examples:
             raise StayalignedError(
                 f"defense {defense!r} needs alignment data, and the experiment names none",
                 hint="Set `alignment_data:` to a JSONL file of requests and safe answers.",
             )
-        from stayaligned.hf.finetuning import build_dataset
-
-        return build_dataset(self, self.alignment_examples)
 
 
 class TrainingDefense(Component):

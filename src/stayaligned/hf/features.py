@@ -68,6 +68,17 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example, max_len
     return {"input_ids": input_ids, "labels": labels}
 
 
+def encode_prefix(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], prefix: str) -> dict[str, list[int]]:
+    """`input_ids` and `labels` of an answer that has only begun: no token of its end is among the labels.
+
+    Raises:
+        StayalignedError: as `encode_prompt`.
+    """
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    answer_ids = list(tokenizer(prefix, add_special_tokens=False)["input_ids"])
+    return {"input_ids": [*prompt_ids, *answer_ids], "labels": [*[IGNORED] * len(prompt_ids), *answer_ids]}
+
+
 def encode_examples(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
 ) -> list[dict[str, list[int]]]:

@@ -137,13 +137,14 @@ def test_the_pull_is_scaled_like_the_loss(tmp_path: Path) -> None:
     pulls: list[torch.Tensor] = []
     for scaler in (None, Scaler()):
         trainer = attach_lisa(plain(tmp_path), alignment_dataset=rows(4), lisa=lisa(rho=0.5))
-        trainer._begin_step(0) if trainer.get_train_dataloader() else None  # pyright: ignore
+        trainer.get_train_dataloader()
+        trainer.create_optimizer_and_scheduler(4)
+        trainer._begin_step(0)  # pyright: ignore
         weight = trainer.model.get_input_embeddings().weight  # pyright: ignore
         with torch.no_grad():
             weight[7] += 1.0  # no row holds token 7, so the loss leaves its gradient at 0
         trainer.accelerator.scaler = scaler
         trainer.accelerator.backward = lambda loss, **_: loss.backward()  # pyright: ignore
-        trainer.create_optimizer_and_scheduler(4)
         trainer.current_gradient_accumulation_steps = 1
         trainer.state.global_step, trainer.state.max_steps = 1, 4
         trainer._begun_step = 1  # pyright: ignore
@@ -218,10 +219,23 @@ class Stream(IterableDataset):
         ({"ignore_data_skip": True}, rows(4), {}, "ignore_data_skip=True"),
         ({"auto_find_batch_size": True}, rows(4), {}, "auto_find_batch_size=True"),
         ({"accelerator_config": {"split_batches": True}}, rows(4), {}, "accelerator_config.split_batches=True"),
-        ({"train_dataset": Stream()}, rows(4), {}, "train_dataset is without a length"),
-        ({}, Stream(), {}, "alignment_dataset is without a length"),
+        ({"train_dataset": Stream()}, rows(4), {"budget": "cover"}, "train_dataset streamed with budget='cover'"),
+        ({"max_steps": -1}, Stream(), {}, "alignment_dataset streamed with max_steps unset"),
+        ({"dataloader_num_workers": 2}, Stream(), {}, "alignment_dataset streamed with dataloader_num_workers=2"),
+        ({"train_dataset": []}, rows(4), {}, "train_dataset is empty"),
         ({}, [], {}, "alignment_dataset is empty"),
+        ({}, 7, {}, "alignment_dataset is int, no dataset"),
         ({}, None, {}, "no alignment_dataset given"),
+        ({}, rows(1), {}, "alignment_dataset has 1 rows, fewer than a batch of 2"),
+        ({}, [{"text": "a"}] * 4, {}, "the alignment rows have no input_ids and no labels"),
+        ({}, [{**row, "labels": [IGNORED] * 6} for row in rows(4)], {}, "every label of alignment_dataset is masked"),
+        (
+            {"train_dataset": [{**row, "labels": [IGNORED] * 6} for row in rows(4)]},
+            rows(4),
+            {},
+            "every label of train_dataset is masked",
+        ),
+        ({"fp16": True}, rows(4), {}, "fp16=True on the CPU"),
     ],
 )
 def test_what_would_not_be_exact_is_refused_by_name_and_the_trainer_left_as_it_was(
@@ -247,7 +261,7 @@ def test_a_frozen_model_is_refused(tmp_path: Path) -> None:
 def test_sharded_gradients_are_refused_with_a_pull_and_taken_without(tmp_path: Path, host: str) -> None:
     trainer = plain(tmp_path)
     setattr(trainer, host, True)
-    with pytest.raises(StayalignedError, match=r"DeepSpeed|FSDP") as caught:
+    with pytest.raises(StayalignedError, match=r"DeepSpeed|FSDP1") as caught:
         attach_lisa(trainer, alignment_dataset=rows(4), lisa=lisa())
     assert "rho=0 (BSO)" in str(caught.value)
     attach_lisa(trainer, alignment_dataset=rows(4), lisa=lisa(rho=0.0))
@@ -304,6 +318,8 @@ def test_lisa_is_put_in_once(tmp_path: Path) -> None:
         (Trainer, "_get_train_sampler", ["self", "train_dataset"]),
         (Trainer, "_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
         (Trainer, "_save_checkpoint", ["self", "model", "trial"]),
+        (Trainer, "_save_rng_state", ["self", "output_dir"]),
+        (Trainer, "_set_signature_columns_if_needed", ["self"]),
         (Trainer, "_get_output_dir", ["self", "trial"]),
         (Trainer, "get_total_train_batch_size", ["self", "args"]),
         (Trainer, "training_step", ["self", "model", "inputs", "num_items_in_batch"]),
