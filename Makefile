@@ -34,6 +34,7 @@ bench: $(STAMP)  ## the measured claims of the README
 	$(BIN)/python benchmarks/safe_lora.py  # writes 6.5 GB of checkpoints to the temporary directory, once
 	$(BIN)/python benchmarks/lisa.py
 	$(BIN)/python benchmarks/generation.py
+	$(BIN)/python benchmarks/convergence.py
 
 clean:
 	rm -rf $(VENV) demo build dist

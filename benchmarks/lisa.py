@@ -1,9 +1,16 @@
-"""What Lisa costs: time of an optimizer step against plain training on the same rows, and memory for the anchor.
+"""What Lisa costs: time of an optimizer step and memory, against plain training and against the published step.
 
-    python benchmarks/lisa.py
+Run: python benchmarks/lisa.py [--device cpu|cuda] [--size 1b|8b] [--steps 40]
 
-The two trainers take turns, a block of steps each, so that a busy machine slows both. Every pair of blocks gives one
-ratio; printed are their median and quartiles. The plain trainer is fed the rows that Lisa's schedule draws.
+On the CPU the trainers are fed the same rows and take turns, one optimizer step each, so that a busy machine slows
+them alike. Every round gives a ratio; printed are their median and quartiles, once of wall-clock time and once of CPU
+time, which does not count while other programs run. `sum` is the ratio of all steps together, those included that
+log, or begin a state and copy the weights. A second plain trainer shows how far apart two equal ones come out: where
+a model's weights happen to lie is worth a percent or two. Extra memory is what Python holds of tensors above plain
+training, in copies of the trainable weights; while the pull is added, the differences take up to 256 MiB more.
+
+On a GPU (--device cuda) one trainer after the other runs alone, in bf16, for peak memory is the device's: plain, Lisa,
+and Lisa with its anchor in the host's memory. At last one JSON line has every figure.
 """
 
 from __future__ import annotations
@@ -12,125 +19,387 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import argparse
+import gc
+import json
 import statistics
+import sys
 import tempfile
 import threading
 import time
-from typing import Any
+import traceback
+import warnings
+from collections.abc import Sequence
+from itertools import cycle, islice, pairwise, permutations
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from stayaligned import Lisa, attach_lisa
+from lisa_published import PublishedTrainer
+from stayaligned import Lisa, with_lisa
 from stayaligned.bistate import BiStateSchedule, RowStream
 from stayaligned.hf.features import PaddingCollator
-from stayaligned.testing import pico_model
+from stayaligned.testing import pico_config
 
-HIDDEN, LAYERS, LENGTH, BATCH = 256, 4, 64, 4
-BLOCKS, STEPS = 12, 4
-LISA = Lisa(alignment_steps=2, finetuning_steps=3, rho=1.0, proximal_warmup_ratio=0.0)
+LISA = Lisa(alignment_steps=4, finetuning_steps=16, rho=1.0)
+SEED = 7
+Row = dict[str, list[int]]
 
 
-def rows(count: int, first: int) -> list[dict[str, list[int]]]:
-    generator = torch.Generator().manual_seed(first)
-    made = torch.randint(5, 261, (count, LENGTH), generator=generator).tolist()
+class Shape(NamedTuple):
+    """A Llama and its batch."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    rows: int
+    tokens: int
+
+    def config(self) -> Any:
+        return pico_config(
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            vocab_size=self.vocabulary,
+            max_position_embeddings=2048,
+        )
+
+
+CPU_SHAPE = Shape(384, 1024, 4, 6, 6, 1024, rows=4, tokens=256)
+MANY_TENSORS = Shape(32, 64, 32, 4, 4, 1024, rows=1, tokens=8)
+"""As many LoRA tensors as Llama-2-7B has, 448, and next to nothing to compute in them: what a step costs in Python."""
+GPU_SHAPES = {
+    "1b": Shape(2048, 8192, 16, 32, 8, 128_256, rows=4, tokens=512),
+    "8b": Shape(4096, 14_336, 32, 32, 8, 128_256, rows=4, tokens=512),
+}
+
+
+class Feed(NamedTuple):
+    """The rows of a run, whatever the trainer: those that Lisa's schedule draws from the user's and the safe ones."""
+
+    user: Sequence[Row]
+    safe: Sequence[Row]
+    taken: Sequence[Row]
+    """In the order in which Lisa takes them."""
+    safe_taken: Sequence[Row]
+    """Those of them that are taken in the alignment state."""
+
+
+def random_rows(count: int, shape: Shape, seed: int) -> list[Row]:
+    generator = torch.Generator().manual_seed(seed)
+    made = torch.randint(5, shape.vocabulary, (count, shape.tokens), generator=generator).tolist()
     return [{"input_ids": ids, "labels": ids} for ids in made]
 
 
-USER, SAFE = rows(64, 1), rows(64, 2)
+def schedule_rows(
+    user: Sequence[Row], safe: Sequence[Row], lisa: Lisa, *, steps: int, rows: int, seed: int = SEED
+) -> Feed:
+    schedule = BiStateSchedule(lisa.alignment_steps, lisa.finetuning_steps)
+    streams = {
+        "finetuning": RowStream(len(user), seed, "finetuning"),
+        "alignment": RowStream(len(safe), seed, "alignment"),
+    }
+    taken = [i for step in range(steps) for i in schedule.indices_at(step, rows_per_step=rows, **streams)]
+    both = [*user, *safe]
+    return Feed(user, safe, [both[i] for i in taken], [both[i] for i in taken if i >= len(user)])
+
+
+# The trainers
+
+
+class Job(NamedTuple):
+    """A run that several trainers are put to."""
+
+    shape: Shape
+    lora: bool
+    steps: int
+    lisa: Lisa = LISA
+    device: str = "cpu"
+
+    def model(self) -> Any:
+        torch.manual_seed(0)
+        dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
+        with torch.device(self.device):
+            model = AutoModelForCausalLM.from_config(self.shape.config(), dtype=dtype)
+            return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear")) if self.lora else model
+
+    def feed(self) -> Feed:
+        user, safe = random_rows(64, self.shape, 1), random_rows(64, self.shape, 2)
+        return schedule_rows(user, safe, self.lisa, steps=self.steps, rows=self.shape.rows)
+
+    def trainer(self, arm: str, directory: str) -> Trainer:
+        """The plain trainer, Lisa or the published step, on rows that are the same in the same order."""
+        rows = self.feed()
+        arguments = TrainingArguments(
+            output_dir=directory,
+            use_cpu=self.device == "cpu",
+            bf16=self.device != "cpu",
+            per_device_train_batch_size=self.shape.rows,
+            num_train_epochs=1,
+            max_steps=self.steps if arm == "Lisa" else -1,
+            save_strategy="no",
+            logging_steps=10,
+            report_to="none",
+            disable_tqdm=True,
+            seed=SEED,
+            train_sampling_strategy="random" if arm == "Lisa" else "sequential",
+        )
+        given: dict[str, Any] = {"args": arguments, "data_collator": PaddingCollator(0)}
+        match arm:
+            case "Lisa":
+                given |= {"train_dataset": rows.user, "alignment_dataset": rows.safe, "lisa": self.lisa}
+                trainer = with_lisa(Trainer)(self.model(), **given)
+            case "published":
+                # Where it takes a safe row it draws one more and throws that away: here the same row.
+                given |= {"train_dataset": rows.taken, "alignment_dataset": rows.safe_taken, "lisa": self.lisa}
+                trainer = PublishedTrainer(self.model(), **given)
+            case _:
+                trainer = Trainer(self.model(), train_dataset=rows.taken, **given)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def first_pulled_step(self) -> int:
+        """Before it the pull is off, in the published code and by default."""
+        return int(self.lisa.proximal_warmup_ratio * self.steps) + 1
+
+
+# Time
 
 
 class Turns(TrainerCallback):
-    """Lets the trainer run only while it is its turn, and keeps the seconds of each block of `STEPS` steps."""
+    """Lets a trainer take one step whenever it is told to, and keeps the seconds of every step."""
 
-    def __init__(self, mine: threading.Semaphore, others: threading.Semaphore) -> None:
-        self.mine, self.others = mine, others
-        self.seconds: list[float] = []
-        self.started = 0.0
+    def __init__(self) -> None:
+        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+        self.began = (0.0, 0.0)
+
+    def take(self) -> None:
+        self.go.release()
+        self.done.acquire()
+
+    def begin(self) -> None:
+        self.go.acquire()
+        self.began = time.perf_counter(), time.process_time()
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.mine.acquire()
-        self.started = time.perf_counter()
+        self.begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % STEPS == 0:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.seconds.append(time.perf_counter() - self.started)
-            self.others.release()
-            if state.global_step < state.max_steps:
-                self.mine.acquire()
-            self.started = time.perf_counter()
+        self.wall.append(time.perf_counter() - self.began[0])
+        self.cpu.append(time.process_time() - self.began[1])
+        self.done.release()
+        if state.global_step < state.max_steps:
+            self.begin()  # what follows a step, such as logging, is counted with the next
 
 
-def trainer(lora: bool, with_lisa: bool, directory: str) -> Trainer:
-    torch.manual_seed(0)
-    model: Any = pico_model(
-        hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_hidden_layers=LAYERS, num_key_value_heads=4
-    )
-    if lora:
-        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
-    arguments = TrainingArguments(
-        output_dir=directory,
-        use_cpu=not torch.cuda.is_available(),
-        per_device_train_batch_size=BATCH,
-        max_steps=BLOCKS * STEPS,
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        seed=7,
-        train_sampling_strategy="random" if with_lisa else "sequential",
-    )
-    user = USER if with_lisa else scheduled_rows(BLOCKS * STEPS)
-    made = Trainer(model, arguments, train_dataset=user, data_collator=PaddingCollator(0))
-    return attach_lisa(made, alignment_dataset=SAFE, lisa=LISA) if with_lisa else made
+def take_turns(trainers: Sequence[Trainer], steps: int) -> list[Turns]:
+    """Train all, a step each in turn, in every order equally often: what runs before a step changes its caches."""
 
+    def run(trainer: Trainer) -> None:
+        try:
+            trainer.train()
+        except BaseException:  # the others would wait for ever
+            traceback.print_exc()
+            os._exit(1)
 
-def scheduled_rows(steps: int) -> list[dict[str, list[int]]]:
-    """The rows of Lisa's first steps, in order."""
-    schedule = BiStateSchedule(LISA.alignment_steps, LISA.finetuning_steps)
-    user, safe = RowStream(len(USER), 7, "finetuning"), RowStream(len(SAFE), 7, "alignment")
-    both = [*USER, *SAFE]
-    return [
-        both[index]
-        for step in range(steps)
-        for index in schedule.indices_at(step, rows_per_step=BATCH, finetuning=user, alignment=safe)
-    ]
-
-
-def measure(lora: bool, directory: str) -> str:
-    turns = threading.Semaphore(1), threading.Semaphore(0)
-    trainers = [trainer(lora, with_lisa, directory) for with_lisa in (False, True)]
-    clocks = [Turns(turns[0], turns[1]), Turns(turns[1], turns[0])]
-    threads = []
-    for made, clock in zip(trainers, clocks, strict=True):
-        made.add_callback(clock)
-        made.remove_callback(PrinterCallback)
-        threads.append(threading.Thread(target=made.train))
-        threads[-1].start()
+    turns = [Turns() for _ in trainers]
+    threads = [threading.Thread(target=run, args=(trainer,)) for trainer in trainers]
+    for trainer, turn, thread in zip(trainers, turns, threads, strict=True):
+        trainer.add_callback(turn)
+        thread.start()
+    for order in islice(cycle(permutations(turns)), steps):
+        for turn in order:
+            turn.take()
     for thread in threads:
         thread.join()
-    # The first pair of blocks warms up.
-    plain, ours = (clock.seconds[1:] for clock in clocks)
-    low, middle, high = statistics.quantiles([b / a for a, b in zip(plain, ours, strict=True)], n=4)
-    trained = [p for p in trainers[1].model.parameters() if p.requires_grad]  # pyright: ignore
-    anchor = sum(p.numel() * p.element_size() for p in trained)
-    return (
-        f"{'LoRA' if lora else 'full weights':12}  {statistics.median(plain) / STEPS * 1e3:8.1f} ms  "
-        f"{statistics.median(ours) / STEPS * 1e3:8.1f} ms  {middle:6.3f} ({low:.3f} to {high:.3f})  "
-        f"{anchor / 2**20:6.2f} MiB for {sum(p.numel() for p in trained):,} weights"
-    )
+    return turns
+
+
+class Ratio(NamedTuple):
+    """Of two trainers' steps, round by round."""
+
+    low: float
+    median: float
+    high: float
+    sum: float
+    difference: float
+    """Median, in seconds."""
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f}), sum {self.sum:.3f}"
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
+    quartiles = statistics.quantiles([a / b for a, b in zip(above, below, strict=True)], n=4, method="inclusive")
+    difference = statistics.median(a - b for a, b in zip(above, below, strict=True))
+    return Ratio(*quartiles, sum(above) / sum(below), difference)
+
+
+def measure_time(job: Job, directory: str) -> dict[str, Any]:
+    arms, warmup = ("plain", "plain again", "Lisa", "published"), job.first_pulled_step() + 1
+    turns = take_turns([job.trainer(arm, directory) for arm in arms], job.steps)
+    wall = {arm: turn.wall[warmup:] for arm, turn in zip(arms, turns, strict=True)}
+    cpu = {arm: turn.cpu[warmup:] for arm, turn in zip(arms, turns, strict=True)}
+    return {
+        "rounds": job.steps - warmup,
+        "step_seconds": {arm: statistics.median(seconds) for arm, seconds in wall.items()},
+        "ratios": {
+            f"{above}/{below}": {"wall": ratio(wall[above], wall[below]), "cpu": ratio(cpu[above], cpu[below])}
+            for above, below in (("plain again", "plain"), ("Lisa", "plain"), ("published", "Lisa"))
+        },
+    }
+
+
+# Memory
+
+
+def held_bytes() -> int:
+    """Bytes of all tensors that Python holds, those that share memory counted once."""
+    gc.collect()
+    storages = [item.untyped_storage() for item in gc.get_objects() if issubclass(type(item), Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+class Scales(TrainerCallback):
+    """Weighs at the end of a step in the second state."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.held = step, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.held = held_bytes()
+
+
+def measure_memory(shape: Shape, lora: bool, directory: str) -> dict[str, float]:
+    """What each trainer holds above a plain one, in copies of the trainable weights."""
+    lisa = LISA.model_copy(update={"alignment_steps": 2, "finetuning_steps": 2})
+    job = Job(shape._replace(rows=1, tokens=8), lora, steps=6, lisa=lisa)
+    unpulled = job._replace(lisa=lisa.model_copy(update={"rho": 0.0}))
+    weights = sum(p.numel() * p.element_size() for p in job.model().parameters() if p.requires_grad)
+    runs = {"plain": ("plain", job), "Lisa": ("Lisa", job), "Lisa, rho=0": ("Lisa", unpulled)}
+    held: dict[str, int] = {}
+    for name, (arm, this) in {**runs, "published": ("published", job)}.items():
+        before, scales = held_bytes(), Scales(4)
+        trainer = this.trainer(arm, directory)
+        trainer.add_callback(scales)
+        trainer.train()
+        held[name] = scales.held - before
+        del trainer
+    copies = {name: (count - held["plain"]) / weights for name, count in held.items() if name != "plain"}
+    return {"trainable_mib": weights / 2**20, **copies}
+
+
+class Case(NamedTuple):
+    """A row of the table."""
+
+    shape: Shape
+    lora: bool
+    claim: str
+
+
+CASES = {
+    "LoRA": Case(CPU_SHAPE, True, "Lisa/plain <= 1.02; one copy, none with rho=0"),
+    "full weights": Case(CPU_SHAPE, False, "Lisa/plain <= 1.05; one copy, none with rho=0"),
+    "bookkeeping": Case(MANY_TENSORS, True, "nothing; a LoRA with tiny matrices"),
+}
+
+
+def measure_cpu(steps: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    print(f"CPU, {torch.get_num_threads()} thread, fp32; medians, quartiles in brackets")
+    for name, (shape, lora, claim) in CASES.items():
+        job = Job(shape, lora, steps)
+        count = sum(p.numel() for p in job.model().parameters())
+        print(f"\n{name}: Llama, hidden {shape.hidden} x {shape.layers} layers, {count / 1e6:.1f}M weights; ", end="")
+        with tempfile.TemporaryDirectory() as directory:
+            times, memory = measure_time(job, directory), measure_memory(shape, lora, directory)
+        found[name] = {**times, "extra_copies": memory}
+        each = ", ".join(f"{arm} {seconds * 1e3:.0f} ms" for arm, seconds in times["step_seconds"].items())
+        print(f"{shape.rows} rows of {shape.tokens} tokens a step; {times['rounds']} rounds\na step of {each}")
+        print(f"{'':19}{'wall-clock time':40}{'CPU time':40}CPU time more")
+        for pair, of in times["ratios"].items():
+            print(f"{pair:19}{of['wall']!s:40}{of['cpu']!s:40}{of['cpu'].difference * 1e3:.1f} ms a step")
+        copies = ", ".join(f"{key} {value:.2f}" for key, value in memory.items() if key != "trainable_mib")
+        print(f"extra memory, in copies of the {memory['trainable_mib']:.1f} MiB of trainable weights: {copies}")
+        print(f"claimed: {claim}", flush=True)
+    return found
+
+
+# One after the other on a GPU
+
+
+class Stopwatch(TrainerCallback):
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        self.ends.append(time.perf_counter())
+
+
+def run_alone(job: Job, arm: str) -> float:
+    """Median seconds of a step with the pull."""
+    watch = Stopwatch()
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = job.trainer(arm, directory)
+        trainer.add_callback(watch)
+        trainer.train()
+    pulled = watch.ends[job.first_pulled_step() :]
+    return statistics.median(after - before for before, after in pairwise(pulled))
+
+
+def measure_gpu(size: str, steps: int) -> dict[str, Any] | None:
+    if not torch.cuda.is_available():
+        print("\ngpu: skipped: no GPU")
+        return None
+    shape, device = GPU_SHAPES[size], torch.cuda.get_device_name()
+    on_cpu = LISA.model_copy(update={"anchor_device": "cpu"})
+    arms = {"plain": ("plain", LISA), "Lisa": ("Lisa", LISA), "Lisa, anchor on the CPU": ("Lisa", on_cpu)}
+    found: dict[str, Any] = {}
+    print(f"\n{device}; Llama of {size}, bf16, {shape.rows} rows of {shape.tokens} tokens a step; {steps} steps each")
+    for kind in ("LoRA", "full"):
+        for name, (arm, lisa) in arms.items():
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            try:
+                seconds = run_alone(Job(shape, kind == "LoRA", steps, lisa, "cuda"), arm)
+            except torch.cuda.OutOfMemoryError:
+                print(f"{kind:6}{name:25}does not fit")
+                continue
+            peak = torch.cuda.max_memory_allocated()
+            found[f"{kind}, {name}"] = {"step_seconds": seconds, "peak_bytes": peak}
+            plain = found.get(f"{kind}, plain", {}).get("step_seconds", float("nan"))
+            print(f"{kind:6}{name:25}{seconds * 1e3:8.1f} ms{seconds / plain:8.3f} of plain{peak / 2**30:9.2f} GiB")
+    return {"device": device, "size": size, **found}
 
 
 def main() -> None:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread"
-    print(f"Llama, hidden {HIDDEN} x {LAYERS} layers, {BATCH} rows of {LENGTH} tokens a step; {device}")
-    print(f"{BLOCKS - 1} pairs of blocks of {STEPS} optimizer steps; median and quartiles of the ratio")
-    print("              plain step    Lisa step   ratio                    anchor")
-    for lora in (True, False):
-        with tempfile.TemporaryDirectory() as directory:
-            print(measure(lora, directory), flush=True)
+    sys.stdout.reconfigure(line_buffering=True)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default the CPU, and a GPU where there is one")
+    parser.add_argument("--size", choices=sorted(GPU_SHAPES), default="1b", help="of the model on the GPU")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each trainer; a tenth warms up")
+    options = parser.parse_args()
+    found: dict[str, Any] = {"steps": options.steps, "load_average": os.getloadavg()}
+    if options.device != "cuda":
+        found["cpu"] = measure_cpu(options.steps)
+    if options.device != "cpu":
+        found["gpu"] = measure_gpu(options.size, options.steps)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

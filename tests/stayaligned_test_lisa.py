@@ -19,6 +19,8 @@ from stayaligned.hf.features import IGNORED, PaddingCollator
 from stayaligned.testing import byte_tokenizer, pico_model
 
 ALIGNMENT_TOKEN, USER_TOKEN = 2, 3
+# The pull sets in at step 3, the second of a state: at the first it is zero, wherever it sets in.
+LISA = Lisa(alignment_steps=2, finetuning_steps=3, rho=0.7, proximal_warmup_ratio=0.2)
 Row = dict[str, list[int]]
 
 
@@ -121,7 +123,7 @@ def reference_loop(
         total, tokens = torch.zeros(()), 0
         for row in ((SAFE if status == "alignment" else USER)[index] for index in drawn):
             with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-                logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].float()
+                logits = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0, :-1].float()
             labels = torch.tensor(row["labels"][1:])
             total = total + nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
             tokens += int((labels != IGNORED).sum())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,10 +13,13 @@ from torch import Tensor
 
 from stayaligned.bistate import (
     BiStateSchedule,
+    LossBudget,
     Phase,
     RowStream,
     add_proximal_gradient_,
     drift,
+    proximal_step_,
+    rho_at,
     take_anchor,
 )
 from stayaligned.errors import StayalignedError
@@ -42,6 +48,78 @@ def published_switches(schedule: BiStateSchedule, steps: int) -> list[tuple[str,
 def test_states_follow_each_other_as_in_the_published_trainer(schedule: BiStateSchedule, steps: int) -> None:
     ours = [(str(schedule.phase_at(step)), schedule.switches_at(step)) for step in range(steps)]
     assert ours == published_switches(schedule, steps)
+
+
+@given(SCHEDULES, st.integers(1, 40))
+def test_a_run_that_ends_aligned_is_the_cycle_with_its_last_steps_replaced(
+    schedule: BiStateSchedule, total: int
+) -> None:
+    closed = replace(schedule, ends_aligned_at=total)
+    last = range(max(0, total - schedule.alignment_steps), total)
+    for step in range(total):
+        expected = Phase.ALIGNMENT if step in last else schedule.phase_at(step)
+        assert closed.phase_at(step) is expected
+        for phase in Phase:
+            assert closed.steps_before(step, phase) == sum(closed.phase_at(s) is phase for s in range(step))
+
+
+@given(st.integers(1, 50), st.integers(0, 10), st.floats(0.1, 10))
+def test_rho_is_linear_between_0_and_its_full_strength(total: int, warm: int, rho: float) -> None:
+    def over(schedule: Any) -> list[float]:
+        return [rho_at(step, total, rho=rho, from_step=warm, schedule=schedule) for step in range(total)]
+
+    constant, rising, falling = over("constant"), over("rising"), over("falling")
+    for values in (constant, rising, falling):
+        assert values[:warm] == [0.0] * min(warm, total)
+    assert all(value == rho for value in constant[warm:])
+    if total > warm:
+        assert rising[-1] == pytest.approx(rho)
+        assert falling[warm] == pytest.approx(rho)
+        # One is the other backwards, so both pull as much in all.
+        assert rising[warm:] == pytest.approx(falling[warm:][::-1])
+
+
+@given(st.floats(0, 5), st.floats(1, 64), st.lists(st.floats(0, 10), min_size=1, max_size=20))
+def test_an_adaptive_rho_stays_within_its_bounds_and_follows_the_loss(
+    rise: float, ceiling: float, losses: list[float]
+) -> None:
+    budget, factor = LossBudget(rise, ceiling), 1.0
+    for loss in losses:
+        following = budget.next_factor(factor, loss=loss, first_loss=losses[0])
+        assert 1.0 <= following <= max(ceiling, 1.0)
+        assert (following >= factor) if loss > losses[0] + rise else (following <= factor)
+        factor = following
+
+
+@given(st.floats(0, 1), st.floats(0.0, 1.0))
+def test_the_decoupled_step_is_its_formula_and_never_passes_the_anchor(rho: float, rate: float) -> None:
+    weights, anchor = weights_of(1), weights_of(2)
+    before = {name: weight.clone() for name, weight in weights.items()}
+    proximal_step_(weights, anchor, rho, dict.fromkeys(weights, rate))
+    for name, weight in weights.items():
+        expected = before[name].double() - rate * rho * (before[name].double() - anchor[name].double())
+        torch.testing.assert_close(weight.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def weights_of(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"a": torch.randn(3, 2, generator=generator), "b": torch.randn(5, generator=generator)}
+
+
+def test_a_decoupled_step_past_the_anchor_is_refused() -> None:
+    with pytest.raises(StayalignedError, match="past it") as caught:
+        proximal_step_(weights_of(1), weights_of(2), 3.0, {"a": 0.1, "b": 0.5})
+    assert "1 / learning_rate" in str(caught.value)
+
+
+def test_the_memory_of_an_anchor_is_used_again() -> None:
+    first = take_anchor(weights_of(1))
+    places = {name: tensor.data_ptr() for name, tensor in first.items()}
+    second = take_anchor(weights_of(2), into=first)
+    assert {name: tensor.data_ptr() for name, tensor in second.items()} == places
+    assert all(torch.equal(second[name], weight) for name, weight in weights_of(2).items())
+    # Of other weights there is nothing to use again.
+    assert take_anchor({"c": torch.ones(2)}, into=second).keys() == {"c"}
 
 
 @given(SCHEDULES, st.integers(0, 60))

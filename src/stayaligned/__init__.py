@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stayaligned.alignment import Alignment, align
     from stayaligned.benchmark import Grid, load_grid, run_grid
     from stayaligned.defenses import ModelPair
     from stayaligned.defenses.complement import Complement
@@ -17,20 +18,27 @@ if TYPE_CHECKING:
     from stayaligned.errors import StayalignedError
     from stayaligned.experiment import Experiment, load_experiment
     from stayaligned.hf.lisa.trainer import attach_lisa, with_lisa
+    from stayaligned.hf.watching import attach_watch
     from stayaligned.patching import apply_safe_lora, patch_directory
     from stayaligned.pipeline import run_experiment
     from stayaligned.report import build_report, write_report
+    from stayaligned.watch import Guard, Watch
 
 _HOMES = {
+    "Alignment": "stayaligned.alignment",
     "Complement": "stayaligned.defenses.complement",
     "Experiment": "stayaligned.experiment",
     "Grid": "stayaligned.benchmark",
+    "Guard": "stayaligned.watch",
     "Lisa": "stayaligned.defenses.lisa",
     "ModelPair": "stayaligned.defenses",
     "SafeLora": "stayaligned.defenses.safe_lora",
     "StayalignedError": "stayaligned.errors",
+    "Watch": "stayaligned.watch",
+    "align": "stayaligned.alignment",
     "apply_safe_lora": "stayaligned.patching",
     "attach_lisa": "stayaligned.hf.lisa.trainer",
+    "attach_watch": "stayaligned.hf.watching",
     "build_report": "stayaligned.report",
     "load_experiment": "stayaligned.experiment",
     "load_grid": "stayaligned.benchmark",
@@ -42,15 +50,20 @@ _HOMES = {
 }
 
 __all__ = [
+    "Alignment",
     "Complement",
     "Experiment",
     "Grid",
+    "Guard",
     "Lisa",
     "ModelPair",
     "SafeLora",
     "StayalignedError",
+    "Watch",
+    "align",
     "apply_safe_lora",
     "attach_lisa",
+    "attach_watch",
     "build_report",
     "load_experiment",
     "load_grid",

@@ -32,6 +32,7 @@ from stayaligned.host_settings import Host, setting_names
 from stayaligned.judges import JUDGES, Judge
 from stayaligned.store import input_path, split_options
 from stayaligned.tasks import TASKS, Task
+from stayaligned.watch import Watch
 
 
 def _named(registry: Registry[Any]) -> tuple[BeforeValidator, PlainSerializer]:
@@ -46,13 +47,13 @@ AttackField = Annotated[Attack, *_named(ATTACKS)]
 JudgeField = Annotated[Judge, *_named(JUDGES)]
 DefenseField = Annotated[TrainingDefense | PatchDefense, *_named(DEFENSES)]
 
-# What the pipeline sets itself; a user's value would break resuming or the stage cache.
+# What is set elsewhere; a value in `training:` would break resuming or the stage cache.
 _OWN_TRAINING_SETTINGS = {
     "output_dir": "the command's --out",
-    "seed": "the experiment's `seed`",
-    "data_seed": "the experiment's `seed`",
+    "seed": "`seed:`, outside of `training:`",
+    "data_seed": "`seed:`, outside of `training:`",
     "resume_from_checkpoint": "rerunning the same command, which resumes by itself",
-    "max_length": "the experiment's `max_length`",
+    "max_length": "`max_length:`, outside of `training:`",
 }
 
 
@@ -89,6 +90,8 @@ class Experiment(BaseModel):
     """Fields of TrainingArguments (of SFTConfig for `trainer: sft`); null evaluates without training."""
     max_length: int = Field(default=1024, ge=8)
     """Tokens after which a training row is cut."""
+    watch: Watch | None = None
+    """What is measured of the model's safety while it trains, and what is done when it worsens."""
     harmful_prompts: str | None = None
     """Requests that an aligned model refuses: harmful score."""
     benign_prompts: str | None = None
@@ -134,9 +137,7 @@ class Experiment(BaseModel):
     @classmethod
     def _host_knows_every_setting(cls, value: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
         host: Host = "lora" if info.field_name == "lora" else info.data.get("trainer", "transformers")
-        problems = list(_unknown_settings(str(info.field_name), value or {}, host))
-        if problems:
-            raise ValueError("\n".join(problems))
+        refuse_unknown_settings(str(info.field_name), value or {}, host)
         return value
 
     @model_validator(mode="after")
@@ -163,23 +164,14 @@ class Experiment(BaseModel):
                 yield f"defenses: {patch.name} patches LoRA adapters, but `lora: null` trains the full weights"
             if patch.needs_base and self.base_model is None:
                 yield f"base_model: {patch.name} compares the model with its unaligned ancestor; name it"
+        if self.watch is not None and not self.trains:
+            yield "watch: measures while a model trains, but this experiment trains none"
         if not (self.task or self.harmful_prompts or self.benign_prompts or self.skills):
             yield "nothing to measure: name a `task`, `harmful_prompts`, `benign_prompts` or `skills`"
 
     def resolved(self, *, progress: testbed.Progress | None = None) -> Experiment:
         """The same experiment with every `testbed:` reference replaced by its path, built if it is not there yet."""
-
-        def resolve(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: resolve(item) for key, item in value.items()}
-            if isinstance(value, list):
-                return [resolve(item) for item in value]
-            if isinstance(value, str) and testbed.is_reference(value):
-                place, options = split_options(value)
-                return f"{testbed.resolve(place, self.seed, progress=progress)}{options}"
-            return value
-
-        return Experiment.model_validate(resolve(self.spec()))
+        return Experiment.model_validate(resolve_references(self.spec(), self.seed, progress))
 
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -207,12 +199,33 @@ def load_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise StayalignedError(f"{path}: not a plain configuration: {error}", hint="Use text and numbers.") from None
     if not isinstance(content, dict):
         raise StayalignedError(f"{path}: expected settings (`key: value`), found {type(content).__name__}")
+    apply_overrides(content, overrides)
+    return content
+
+
+def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set each dotted `key=value` in a mapping.
+
+    Raises:
+        StayalignedError: if one is none, or has no place.
+    """
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise StayalignedError(f"{override!r} is not key=value", hint="For example: training.learning_rate=1e-4")
         set_dotted(content, key, parse_value(value))
-    return content
+
+
+def resolve_references(value: Any, seed: int, progress: testbed.Progress | None = None) -> Any:
+    """A nested value with each `testbed:` reference replaced by its path in the testbed of `seed`."""
+    if isinstance(value, dict):
+        return {key: resolve_references(item, seed, progress) for key, item in value.items()}
+    if isinstance(value, list):
+        return [resolve_references(item, seed, progress) for item in value]
+    if isinstance(value, str) and testbed.is_reference(value):
+        place, options = split_options(value)
+        return f"{testbed.resolve(place, seed, progress=progress)}{options}"
+    return value
 
 
 def parse_value(text: str) -> Any:
@@ -339,6 +352,17 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         StayalignedError: as `load_yaml`, `parse`, or if a named file is not there.
     """
     return parse(Experiment, load_yaml(path, overrides), str(path))
+
+
+def refuse_unknown_settings(field: str, given: Mapping[str, Any], host: Host) -> None:
+    """Refuse, in a validator, what the host does not have or what is set elsewhere.
+
+    Raises:
+        ValueError: with a line for each, which names its place.
+    """
+    problems = list(_unknown_settings(field, given, host))
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def _unknown_settings(field: str, given: Mapping[str, Any], host: Host) -> Iterator[str]:

@@ -14,6 +14,8 @@ from stayaligned.errors import StayalignedError
 
 _CHUNK = 1 << 20
 _SAMPLED_ABOVE = 64 * _CHUNK
+_TORCH_WRITER = ("inline_container", "iostream", "PytorchStreamWriter")
+"""Words in the RuntimeErrors by which `torch.save` says that the disk is full."""
 
 
 @contextlib.contextmanager
@@ -79,7 +81,7 @@ def refuse_existing(path: Path) -> None:
 def new_directory(path: Path) -> Generator[Path]:
     """`replace_directory` for a user's output: what is there already, or a full disk, is a StayalignedError."""
     refuse_existing(path)
-    with _writable(path):
+    with writable(path):
         try:
             with replace_directory(path) as temporary:
                 yield temporary
@@ -92,18 +94,24 @@ def new_directory(path: Path) -> Generator[Path]:
 def new_file(path: Path) -> Generator[Path]:
     """`replace_file` for a user's output: what is there already, or a full disk, is a StayalignedError."""
     refuse_existing(path)
-    with _writable(path), replace_file(path) as temporary:
+    with writable(path), replace_file(path) as temporary:
         yield temporary
         refuse_existing(path)
 
 
 @contextlib.contextmanager
-def _writable(path: Path) -> Generator[None]:
+def writable(path: Path) -> Generator[None]:
+    """Within the block, a full disk or a forbidden place is a StayalignedError, whichever library came upon it."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_WRITER):
+            raise
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise StayalignedError(
-            f"{path} can't be written: {error.strerror or error}", hint="Free some space, or choose another place."
+            f"{path} can't be written: {reason}", hint="Free some space, or choose another place."
         ) from error
 
 

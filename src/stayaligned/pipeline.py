@@ -13,11 +13,10 @@ import functools
 import json
 import random
 import shutil
-import subprocess
-import warnings
+import tempfile
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from stayaligned.defenses import ModelPair, TrainingSetup
 from stayaligned.errors import StayalignedError
 from stayaligned.experiment import Experiment, load_yaml, strings_in
 from stayaligned.files import write_text
+from stayaligned.hf import processes
 from stayaligned.judges import Judge
 from stayaligned.measuring import agreements, judge_names, samples, score_metrics
 from stayaligned.patching import PROJECTION_FILE, patch_directory, read_projection
@@ -40,7 +40,7 @@ from stayaligned.records import (
     read_jsonl,
     write_jsonl,
 )
-from stayaligned.results import JudgeReading, PatchRecord, Provenance, Result, versions, write_result
+from stayaligned.results import JudgeReading, PatchRecord, Provenance, Result, commit, versions, write_result
 from stayaligned.store import Store, identify, refuse_foreign, stage_key
 
 Progress = Callable[[str, float], None]
@@ -90,6 +90,7 @@ class Run:
             e.training,
             e.max_length,
             e.seed,
+            *([] if e.watch is None else [e.watch.model_dump(mode="json")]),
         )
 
     @cached_property
@@ -143,11 +144,7 @@ class Run:
         if not self.experiment.trains:
             return None
 
-        def fill(directory: Path) -> Mapping[str, Any]:
-            with self._host_libraries():
-                return self._train(directory)
-
-        stage = self.store.compute("train", self.adapter_key, fill)
+        stage = self.store.compute("train", self.adapter_key, self.train_into)
         # Not before the stage stands: a disk that fills up while it is written must not cost the training.
         shutil.rmtree(self._checkpoints, ignore_errors=True)
         return stage
@@ -157,8 +154,13 @@ class Run:
         """The Trainer's output directory: beside the stage, under a fixed name that a rerun finds and resumes."""
         return self.store.root / "stages" / f".train-{self.adapter_key[:20]}.checkpoints"
 
+    def train_into(self, directory: Path) -> Mapping[str, Any]:
+        """Fill the training stage's directory; one of several processes calls this for its part in the training."""
+        with self._host_libraries():
+            return self._train(directory)
+
     def _train(self, directory: Path) -> Mapping[str, Any]:
-        from stayaligned.hf import finetuning, models
+        from stayaligned.hf import finetuning, models, watching
         from stayaligned.hf.features import template_hash
 
         e = self.resolved
@@ -183,8 +185,10 @@ class Run:
             max_length=e.max_length,
         )
         trainer = e.training_defense.make_trainer(setup)
+        if e.watch is not None:
+            watching.attach_watch(trainer, e.watch, max_length=e.max_length)
         log = finetuning.train(trainer, progress=lambda share: self.progress(f"train {e.training_defense.name}", share))
-        model.save_pretrained(str(directory / self.product))
+        finetuning.save_trained(trainer, directory / self.product)
         if e.lora is None:
             tokenizer.save_pretrained(directory / "model")
         write_text(directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
@@ -339,8 +343,25 @@ class Run:
                     yield f"{len(seen)} of {len(rows)} {prompt_set} prompts also stand in the {data} data"
 
     def _defense_notes(self) -> Sequence[str]:
-        steps = max((int(row["step"]) for row in self._training_log()), default=0)
-        return self.experiment.training_defense.notes(steps) if self.experiment.trains else ()
+        if not self.experiment.trains:
+            return ()
+        log = self._training_log()
+        steps = max((int(row["step"]) for row in log), default=0)
+        return (*self.experiment.training_defense.notes(steps), *self._guard_notes(log))
+
+    def _guard_notes(self, log: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+        """What the guard has done, where there is one and it has."""
+        acted = [int(row["step"]) for row in log if row.get("watch/out_of_tolerance")]
+        guard = self.experiment.watch and self.experiment.watch.guard
+        if guard and acted:
+            back = next((int(row["watch/rolled_back_to"]) for row in log if "watch/rolled_back_to" in row), None)
+            done = {
+                "stop": f"training was stopped after step {acted[-1]}",
+                "rollback": f"training was stopped after step {acted[-1]} and the weights of step {back} restored",
+                "lower_learning_rate": f"the learning rate was lowered {len(acted)} times, first after step {acted[0]}",
+            }[guard.action]
+            worse = f"{guard.measure} was worse than at the start by more than {guard.tolerance:g}"
+            yield f"the guard acted: {worse}; {done}"
 
     def _training_log(self) -> tuple[dict[str, Any], ...]:
         trained = self.trained()
@@ -371,7 +392,7 @@ class Run:
         records = {name: json.loads((path / "stage.json").read_text()) for name, path in stages.items()}
         return Provenance(
             versions=versions(),
-            commit=_commit(),
+            commit=commit(),
             inputs=dict(self._inputs()),
             template_hash=records["generate"]["template_hash"],
             stages={name: str(path.relative_to(self.store.root)) for name, path in stages.items()},
@@ -387,37 +408,55 @@ class Run:
 
     @contextlib.contextmanager
     def _host_libraries(self) -> Generator[None]:
-        """Torch on this run's threads; transformers without bars and deprecation notes that no user can answer."""
+        """Torch on this run's threads; the host libraries quiet."""
         import torch
 
-        from stayaligned.hf.quiet import bars_off
+        from stayaligned.hf.quiet import quiet
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        with bars_off(True), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|trl|accelerate")
+        with quiet():
             yield
 
 
-def run_experiment(experiment: Experiment, out: Path, *, progress: Progress = lambda _text, _share: None) -> Result:
+def run_experiment(
+    experiment: Experiment, out: Path, *, progress: Progress = lambda _text, _share: None
+) -> Result | None:
     """Run one experiment into `out`: `experiment.yaml`, `result.json`, its stages, and `adapter` if it has one.
 
-    Rerun with the same experiment, it continues where it was stopped.
+    Rerun with the same experiment, it continues where it was stopped. Started in several processes (by `torchrun` or
+    `accelerate launch`), all train, and the first does everything else.
+
+    Returns:
+        The result; None in a process that has only helped to train.
 
     Raises:
         StayalignedError: if `out` belongs to another experiment or holds other files, or any stage cannot work.
     """
+    store = Store(out)
+    run = Run(experiment, store, progress)
+    if processes.several() and not processes.leads():
+        _help_to_train(run)
+        return None
     refuse_foreign(out, EXPERIMENT_FILE)
     _refuse_other_experiment(experiment, out / EXPERIMENT_FILE)
-    store = Store(out)
     with store.locked():
         write_text(out / EXPERIMENT_FILE, yaml.safe_dump(experiment.spec(), sort_keys=False, allow_unicode=True))
-        run = Run(experiment, store, progress)
+        if processes.several():
+            run.examples()
+            processes.share(experiment.trains and not store.directory("train", run.adapter_key).exists())
         result = run.result()
         write_result(out, result)
         for product in ("adapter", "model"):
             _link(out / product, run.finetuned() if run.product == product else None)
     return result
+
+
+def _help_to_train(run: Run) -> None:
+    """Train with the leader, once it has the data and says that there is training to do; keep nothing."""
+    if processes.share():
+        with tempfile.TemporaryDirectory() as unused:
+            run.train_into(Path(unused))
 
 
 def _link(link: Path, target: Path | None) -> None:
@@ -443,21 +482,3 @@ def _refuse_other_experiment(experiment: Experiment, path: Path) -> None:
             f"{path.parent}: belongs to another experiment; different: {', '.join(changed)}",
             hint="Use another --out; `bench` compares several in one directory and shares their stages.",
         )
-
-
-@cache
-def _commit() -> str:
-    """The commit of the checkout that this package runs from, with "+" if it was edited since; else empty."""
-    here = Path(__file__)
-
-    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, check=False)
-
-    try:
-        # An installed package may lie inside somebody else's repository, whose commit says nothing about it.
-        if git("ls-files", "--error-unmatch", here.name).returncode != 0:
-            return ""
-        edited = git("status", "--porcelain", "--untracked-files=no", ".").stdout.strip()
-        return git("rev-parse", "HEAD").stdout.strip() + ("+" if edited else "")
-    except OSError:
-        return ""

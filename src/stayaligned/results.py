@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
+import subprocess
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,24 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+@cache
+def commit() -> str:
+    """The commit of the checkout that this package runs from, with "+" if it was edited since; else empty."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, check=False)
+
+    try:
+        # An installed package may lie inside somebody else's repository, whose commit says nothing about it.
+        if git("ls-files", "--error-unmatch", here.name).returncode != 0:
+            return ""
+        edited = git("status", "--porcelain", "--untracked-files=no", ".").stdout.strip()
+        return git("rev-parse", "HEAD").stdout.strip() + ("+" if edited else "")
+    except OSError:
+        return ""
 
 
 def write_result(directory: Path, result: Result) -> None:

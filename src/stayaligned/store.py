@@ -43,20 +43,11 @@ class Store:
             StayalignedError: if another process holds it.
         """
         stages = self.root / "stages"
-        stages.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.root / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise StayalignedError(
-                f"{self.root}: another stayaligned process is writing here", hint="Wait for it, or use another --out."
-            ) from None
-        try:
+        with exclusive(self.root):
+            stages.mkdir(exist_ok=True)
             for leftover in stages.glob(".*.partial"):
                 shutil.rmtree(leftover, ignore_errors=True)
             yield
-        finally:
-            lock.release()
 
     def compute(self, stage: StageName, key: str, fill: Callable[[Path], Mapping[str, Any] | None]) -> Path:
         """The stage's directory; `fill` writes it if it is not there. What `fill` returns goes into stage.json."""
@@ -70,6 +61,27 @@ class Store:
             record = {"stage": stage, "key": key, "seconds": round(time.monotonic() - started, 3), **notes}
             write_text(temporary / "stage.json", json.dumps(record, indent=2) + "\n")
         return directory
+
+
+@contextlib.contextmanager
+def exclusive(directory: Path) -> Generator[None]:
+    """Hold a directory, made if it is not there, for this process.
+
+    Raises:
+        StayalignedError: if another process holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise StayalignedError(
+            f"{directory}: another stayaligned process is writing here", hint="Wait for it, or use another --out."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def refuse_foreign(out: Path, own_file: str) -> None:
@@ -99,7 +111,7 @@ def stage_key(parts: Sequence[object], seed: int) -> str:
 def input_path(name: str, value: str) -> Path | None:
     """The local path that a setting's value means, if it means one: by the setting's name, or by its look."""
     place, _ = split_options(value)
-    looks = place.startswith(("./", "../", "/", "~/")) or place.endswith((".jsonl", ".json"))
+    looks = place.startswith(("./", "../", "/", "~/")) or place.endswith((".jsonl", ".json", ".jinja"))
     if len(place) > _LONGEST_PATH or "\n" in place or not (looks or name in _MODEL_SETTINGS):
         return None
     return Path(place).expanduser()

@@ -33,20 +33,18 @@ _DEEPSEEK: dict[str, Any] = {
     "moe_intermediate_size": 16,
     "first_k_dense_replace": 1,
 }
+_MAMBA: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_MIXED = ["linear_attention", "full_attention"]
 _PICO: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
     "mistral": {"sliding_window": None},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 24,
-    },
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 24},
     "qwen3": {"head_dim": 8},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+    "qwen3_moe": {**_EXPERTS, "head_dim": 8},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": {
         "num_local_experts": 4,
@@ -56,6 +54,48 @@ _PICO: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {**_DEEPSEEK, "topk_method": "greedy"},
     "deepseek_v3": {**_DEEPSEEK, "n_group": 2, "topk_group": 1},
+    # state-space models and recurrent networks
+    "mamba": {"state_size": 8},
+    "falcon_mamba": {"state_size": 8},
+    "mamba2": {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
+    "rwkv": {"attention_hidden_size": 32},
+    "xlstm": {
+        "hidden_size": 64,
+        "qk_dim_factor": 1.0,
+        "num_heads": 2,
+        "chunk_size": 8,
+        "autocast_kernel_dtype": "float32",
+    },
+    "recurrent_gemma": {"lru_width": 32, "block_types": ["recurrent", "attention"], "attention_window_size": 512},
+    # hybrids: one such layer and one of attention, or both in each
+    "jamba": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 8,
+    },
+    "granitemoehybrid": {
+        **_MAMBA,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 16,
+        "shared_intermediate_size": 24,
+        "layer_types": _MIXED,
+    },
+    "qwen3_next": {
+        **_EXPERTS,
+        "shared_expert_intermediate_size": 24,
+        "head_dim": 8,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "layer_types": _MIXED,
+    },
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
 }
 
 

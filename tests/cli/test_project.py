@@ -32,6 +32,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Qwen3-MoE": ("qwen3_moe", {}, {"target_modules": ["o_proj"], "target_parameters": EXPERTS}),
     "gpt-oss": ("gpt_oss", {}, {"target_modules": ["v_proj"], "target_parameters": EXPERTS}),
     "DeepSeek-V3": ("deepseek_v3", {}, {"target_modules": ["o_proj", "down_proj"], "target_parameters": EXPERTS[:1]}),
+    "Mamba": ("mamba", {}, {"target_modules": ["in_proj", "x_proj"]}),
+    "Granite hybrid": ("granitemoehybrid", {}, {"target_modules": "all-linear"}),
+    "Qwen3-Next": ("qwen3_next", {}, {"target_modules": "all-linear"}),
 }
 
 

@@ -22,7 +22,15 @@ assert not found, found
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["run", "--help"], ["list"], ["show", "defense", "lisa"], ["validate", "examples/testbed.yaml"]],
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["curvature", "--help"],
+        ["list"],
+        ["show", "defense", "lisa"],
+        ["validate", "examples/testbed.yaml"],
+        ["validate", "examples/llama-2-7b-align.yaml"],
+    ],
     ids=" ".join,
 )
 def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:

@@ -11,6 +11,7 @@ import yaml
 from typer.main import get_command
 
 import stayaligned
+from stayaligned.alignment import load_alignment
 from stayaligned.benchmark import load_grid
 from stayaligned.cli import app
 from stayaligned.experiment import load_experiment
@@ -72,14 +73,17 @@ def test_every_make_target_that_is_named_exists(page: Path) -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
-def test_every_example_is_valid_and_says_its_command(path: Path) -> None:
+def test_every_example_is_valid_and_says_its_command(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = path.read_text()
-    commands = re.findall(r"^#\s+(?:.*: )?(stayaligned (?:run|bench|demo) .*)$", text, flags=re.MULTILINE)
+    commands = re.findall(r"^#\s+(?:.*: )?(stayaligned (?:run|bench|demo|align) .*)$", text, flags=re.MULTILINE)
     assert commands, "the header comment names the command that runs it"
     if "demo" not in commands[0]:
         assert str(path.relative_to(ROOT)) in commands[0]
     overrides = placeholder_overrides(path)
-    if "axes" in yaml.safe_load(text):
+    if "data" in yaml.safe_load(text):
+        monkeypatch.chdir(ROOT)  # a chat template beside it is named from there
+        assert load_alignment(str(path), {}, overrides)
+    elif "axes" in yaml.safe_load(text):
         assert load_grid(path, overrides).expand(path.name)
     else:
         assert load_experiment(path, overrides)

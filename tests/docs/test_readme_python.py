@@ -1,21 +1,29 @@
-"""The Python of the README runs as it stands, but for the model's name and the length of the training."""
+"""The Python of the README and of the page on Lisa runs as it stands, but for names and the length of the training."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stayaligned_test_world import write_rows, write_world
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), flags=re.DOTALL)
+ROOT = Path(__file__).parents[2]
 
 
-def run(block: str, **replaced: str) -> dict[str, object]:
+def blocks_in(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+
+
+BLOCKS, LISA_BLOCKS = blocks_in("README.md"), blocks_in("docs/lisa.md")
+
+
+def run(block: str, names: dict[str, Any] | None = None, **replaced: str) -> dict[str, Any]:
     for old, new in replaced.items():
         assert old in block
         block = block.replace(old, new)
-    names: dict[str, object] = {}
-    exec(compile(block, "README.md", "exec"), names)  # noqa: S102
+    names = dict(names or {})
+    exec(compile(block, "page", "exec"), names)  # noqa: S102
     return names
 
 
@@ -38,7 +46,7 @@ def test_the_example_for_a_trl_user_trains(tmp_path: Path, monkeypatch: pytest.M
             "alignment_steps=100, finetuning_steps=900": "alignment_steps=1, finetuning_steps=1",
         },
     )
-    rows = [row for row in names["trainer"].state.log_history if "loss" in row]  # type: ignore[attr-defined]
+    rows = [row for row in names["trainer"].state.log_history if "loss" in row]
     assert ["alignment_loss" in row for row in rows] == [True, False, True, False]
 
 
@@ -53,5 +61,53 @@ def test_the_example_for_a_finished_adapter_repairs_it(tmp_path: Path, monkeypat
     get_peft_model(load_model(world / "chat"), config).save_pretrained(str(tmp_path / "adapter"))
     monkeypatch.chdir(tmp_path)
     names = run(BLOCKS[1])
-    assert len(names["layers"]) == 2  # type: ignore[arg-type]
+    assert len(names["layers"]) == 2
     assert (tmp_path / "adapter-safe" / "projection.json").is_file()
+
+
+def test_the_examples_of_the_page_on_lisa_train_resume_and_watch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    from stayaligned import Lisa, with_lisa
+    from stayaligned.testing import byte_tokenizer, pico_model
+
+    monkeypatch.chdir(tmp_path)
+    assert len(LISA_BLOCKS) == 3
+    settings: dict[str, Any] = {"use_cpu": True, "bf16": False, "gradient_checkpointing": None, "report_to": "none"}
+
+    def names(directory: str) -> dict[str, Any]:
+        return {
+            "SFTTrainer": SFTTrainer,
+            "DPOTrainer": DPOTrainer,
+            "DPOConfig": lambda output_dir: DPOConfig(output_dir=output_dir, **settings),
+            "Lisa": Lisa,
+            "with_lisa": with_lisa,
+            "model": get_peft_model(pico_model(), LoraConfig(target_modules=["q_proj"])),
+            "tokenizer": byte_tokenizer(),
+            "args": SFTConfig(
+                output_dir=directory, max_steps=4, logging_steps=1, save_steps=3, disable_tqdm=True, **settings
+            ),
+            "user_rows": Dataset.from_list([{"prompt": f"u{i}", "completion": "yes"} for i in range(10)]),
+            "safety_rows": Dataset.from_list([{"prompt": f"s{i}", "completion": "I cannot"} for i in range(10)]),
+            "pairs": Dataset.from_list([{"prompt": f"s{i}", "chosen": "no", "rejected": "yes"} for i in range(10)]),
+        }
+
+    short = {"alignment_steps=100, finetuning_steps=900": "alignment_steps=1, finetuning_steps=1"}
+    first = run(LISA_BLOCKS[0], names("sft"), **short)
+    write_rows(tmp_path / "held-out-requests.jsonl", [{"prompt": f"h{i}"} for i in range(3)])
+    write_rows(tmp_path / "held-out-safety.jsonl", [{"prompt": f"h{i}", "completion": "I cannot"} for i in range(3)])
+    # The same again, watched: the run is resumed from its checkpoint, whose log has no probe in it.
+    watched = run(LISA_BLOCKS[0].replace("trainer.train(resume_from_checkpoint=True)", ""), names("sft"), **short)
+    run(LISA_BLOCKS[2], watched, **{"every_steps=50": "every_steps=1"})
+    watched["trainer"].train(resume_from_checkpoint=str(tmp_path / "sft" / "checkpoint-3"))
+    assert [row["step"] for row in watched["trainer"].state.log_history if "watch/refusal_margin" in row] == [3, 4]
+    assert [row["loss"] for row in watched["trainer"].state.log_history if "loss" in row] == [
+        row["loss"] for row in first["trainer"].state.log_history if "loss" in row
+    ]
+    preferring = run(LISA_BLOCKS[1], names("dpo"), **short)["trainer"]
+    preferring.train()
+    assert any("alignment/rewards/margins" in row for row in preferring.state.log_history)

@@ -1,156 +1,88 @@
-"""Lisa across processes: killed at any moment and resumed, and split over two, it ends in the same weights.
-
-The processes are forks of one that has imported torch, so that the whole takes seconds.
-"""
+"""Lisa in two processes, as torchrun starts them: as in one, and killed and resumed as never killed."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from safetensors.torch import load_file
 
-PROGRAM = """
-import json, os, random, signal, socket, sys, time, warnings
-warnings.simplefilter("ignore")
-from pathlib import Path
-import torch
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
-from transformers import Trainer, TrainingArguments
-import transformers.utils.logging
-from stayaligned import Lisa, attach_lisa
-from stayaligned.hf.features import PaddingCollator
-from stayaligned.hf.finetuning import train
-from stayaligned.testing import pico_model
-
-transformers.utils.logging.set_verbosity_error()
-work, steps = Path(sys.argv[1]), 16
+from stayaligned_test_world import experiment, write_world
 
 
-def rows(first, count):
-    made = [[first, *range(10 + i, 14 + 2 * i)] for i in range(count)]
-    return [{"input_ids": ids, "labels": ids} for ids in made]
-
-
-def run(name, batch=4, pause=0.0, dropout=0.1, **changes):
-    torch.manual_seed(4)
-    model = get_peft_model(pico_model(seed=3), LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=dropout))
-    arguments = TrainingArguments(
-        output_dir=str(work / name), use_cpu=True, learning_rate=1e-2, per_device_train_batch_size=batch,
-        gradient_accumulation_steps=2, max_steps=steps, disable_tqdm=True, report_to="none", logging_steps=steps,
-        ddp_find_unused_parameters=False, **changes,
-    )
-    trainer = Trainer(model, arguments, train_dataset=rows(3, 15), data_collator=PaddingCollator(0))
-    attach_lisa(trainer, alignment_dataset=rows(2, 5), lisa=Lisa(alignment_steps=2, finetuning_steps=3, rho=0.7))
-    log = train(trainer, progress=lambda share: time.sleep(pause))
-    if arguments.process_index == 0:
-        save_file({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}, work / name / "end")
-        (work / name / "log.json").write_text(json.dumps(log))
-
-
-def fork(function, *args, environment=None, **kwargs):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.environ.update(environment or {})
-            sys.stdout = open(os.devnull, "w")
-            function(*args, **kwargs)
-            os._exit(0)
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            os._exit(1)
-    return pid
-
-
-def wait(pid):
-    return os.waitpid(pid, 0)[1]
-"""
-
-KILLING = (
-    PROGRAM
-    + """
-saving = {"save_strategy": "steps", "save_steps": 1, "pause": 0.01}
-assert wait(fork(run, "whole", save_strategy="no")) == 0
-moments, reached = random.Random(5), []
-for attempt in range(40):
-    pid = fork(run, "killed", **saving)
-    started = time.monotonic()
-    # Wait for a new checkpoint, so that every attempt gets somewhere, then strike within the next few saves.
-    while len(list((work / "killed").glob("checkpoint-*"))) <= (reached[-1] if reached else 0) + 1:
-        if os.waitpid(pid, os.WNOHANG)[0] or time.monotonic() - started > 30:
-            break
-        time.sleep(0.002)
-    else:
-        time.sleep(moments.uniform(0.0, 0.15))
-        os.kill(pid, signal.SIGKILL)
-        wait(pid)
-        reached.append(len(list((work / "killed").glob("checkpoint-*"))))
-        if len(reached) < 4 and reached[-1] < steps - 2:
-            continue
-    break
-assert wait(fork(run, "killed", **saving)) == 0
-print(json.dumps(reached))
-"""
-)
-
-TWO_PROCESSES = (
-    PROGRAM
-    + """
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = str(free.getsockname()[1])
-world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-assert wait(fork(run, "one", dropout=0.0, save_strategy="no")) == 0
-ranks = [
-    fork(run, "two", batch=2, dropout=0.0, save_strategy="steps", save_steps=7,
-         environment={**world, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-    for rank in range(2)
-]
-assert [wait(rank) for rank in ranks] == [0, 0]
-"""
-)
-
-
-def run_program(program: str, work: Path) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(work)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def final_weights(directory: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    return load_file(directory / "end")
-
-
-def test_a_run_killed_again_and_again_ends_in_the_weights_of_the_run_that_was_not(tmp_path: Path) -> None:
-    reached = json.loads(run_program(KILLING, tmp_path))
-    print("checkpoints at each kill:", reached)
-    assert len(reached) >= 2, "the kills came too late to interrupt anything"
-    whole, killed = final_weights(tmp_path / "whole"), final_weights(tmp_path / "killed")
-    assert whole.keys() == killed.keys()
-    assert all(killed[name].equal(weight) for name, weight in whole.items())
-
-
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    run_program(TWO_PROCESSES, tmp_path)
-    one, two = final_weights(tmp_path / "one"), final_weights(tmp_path / "two")
+def test_two_processes_train_as_one(forks: Callable[..., Any], tmp_path: Path) -> None:
+    forks("split")
+    one, two = (load_file(tmp_path / name / "end") for name in ("one", "two"))
     assert max((two[name] - weight).abs().max().item() for name, weight in one.items()) < 1e-5
     logs = [json.loads((tmp_path / name / "log.json").read_text())[0] for name in ("one", "two")]
     for key in ("alignment_loss", "finetuning_loss", "drift"):
         assert logs[1][key] == pytest.approx(logs[0][key], rel=1e-4), key
     assert (tmp_path / "two" / "checkpoint-7" / "lisa_anchor.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("kind", "in_two", "anchors"),
+    [
+        ("full", "full, sharded", 2),
+        ("lora, decoupled", "lora, decoupled, sharded", 2),
+        ("streamed", "streamed", 1),
+    ],
+)
+def test_sharded_or_streamed_two_processes_train_as_one_and_resume(
+    forks: Callable[..., Any], tmp_path: Path, kind: str, in_two: str, anchors: int
+) -> None:
+    files = forks("split-otherwise", kind, in_two).seen
+    one, two, resumed = (load_file(tmp_path / name / "end") for name in ("one", "two", "resumed"))
+    assert max((two[name] - weight).abs().max().item() for name, weight in one.items()) < 1e-5
+    assert all(resumed[name].equal(weight) for name, weight in two.items())
+    assert sum(file.startswith("lisa_anchor") for file in files) == anchors
+    logs = [json.loads((tmp_path / name / "log.json").read_text())[0] for name in ("one", "two", "resumed")]
+    for key in {"alignment_loss", "finetuning_loss", "drift", "drift_from_start"} & logs[0].keys():
+        assert logs[1][key] == pytest.approx(logs[0][key], rel=1e-4), key
+    assert logs[2]["drift"] == logs[1]["drift"]
+
+
+def test_a_run_of_the_command_is_the_same_in_two_processes(tmp_path: Path) -> None:
+    lisa = {"name": "lisa", "alignment_steps": 1, "finetuning_steps": 1, "rho": 0.5, "proximal_warmup_ratio": 0.0}
+    content = experiment(write_world(tmp_path), defenses=[lisa])
+    results: list[Any] = []
+    for processes in (1, 2):
+        content["training"] |= {"per_device_train_batch_size": 4 // processes, "ddp_find_unused_parameters": False}
+        config, out = tmp_path / f"{processes}.yaml", tmp_path / f"out-{processes}"
+        config.write_text(yaml.safe_dump(content))
+        alone = [sys.executable, "-m", "stayaligned"]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *alone[1:]]
+        done = subprocess.run(
+            [*(alone if processes == 1 else launch), "run", str(config), "--out", str(out)],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("wrote  ") == 3  # told once
+        result = json.loads((out / "result.json").read_text())
+        results.append((load_file(out / "adapter" / "adapter_model.safetensors"), result["judges"]))
+    (one, judged), (two, judged_of_two) = results
+    assert max((two[name] - weight).abs().max().item() for name, weight in one.items()) < 1e-6
+    assert judged == judged_of_two
+
+
+def test_two_processes_killed_and_resumed_end_where_those_do_that_were_not(
+    forks: Callable[..., Any], tmp_path: Path
+) -> None:
+    seed = random.SystemRandom().randrange(1 << 16)
+    seen = forks("kill-group", seed).seen
+    print(f"seed {seed}:", *seen, sep="\n")
+    assert seen[0]["aim"] == "stalled"
+    assert seen[-1]["to"] > 0, "nothing was resumed"
+    assert (tmp_path / "whole" / "end").read_bytes() == (tmp_path / "killed" / "end").read_bytes()

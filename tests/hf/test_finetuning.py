@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 from trl import SFTTrainer
 
@@ -126,3 +128,40 @@ def test_no_rows_and_no_template_are_refused(tmp_path: Path) -> None:
         made.tokenizer.chat_template = None
         with pytest.raises(StayalignedError, match="no chat template"):
             build_trainer(made, examples(3))
+
+
+@pytest.mark.parametrize("moment", ["before a checkpoint", "after a checkpoint"])
+def test_an_error_of_training_is_not_taken_for_a_full_disk(tmp_path: Path, moment: str) -> None:
+    trainer = setup(tmp_path, save_strategy="steps", save_steps=1).trainer()
+
+    def fail(*_: Any) -> None:
+        if trainer.state.global_step == 2:
+            raise RuntimeError("no memory")
+
+    trainer.model.register_forward_pre_hook(fail if moment == "after a checkpoint" else lambda *_: None)  # pyright: ignore
+    with pytest.raises(RuntimeError, match="no memory"):
+        train(trainer, progress=fail if moment == "before a checkpoint" else None)
+    written = tmp_path / "checkpoint-2" / "trainer_state.json"
+    assert written.is_file() is (moment == "after a checkpoint")
+
+
+def test_layers_of_an_adapter_that_get_no_gradient_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for architecture, targets in (("llama", "all-linear"), ("mamba", ["dt_proj", "in_proj"])):
+        given = setup(tmp_path, max_steps=2)
+        model: Any = get_peft_model(pico_model(architecture), LoraConfig(r=2, target_modules=targets))
+        train(build_trainer(dataclasses.replace(given, model=model), given.examples), resume=False)
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("stayaligned")]
+    (line,) = said
+    assert line.startswith("LoRA gets no gradient in 2 layers dt_proj, and will learn nothing there")
+
+
+def test_a_mixture_whose_router_loss_trl_can_not_compute_is_refused(tmp_path: Path) -> None:
+    given = dataclasses.replace(setup(tmp_path, "sft", max_steps=1), model=pico_model("granitemoehybrid"))
+    with pytest.raises(StayalignedError, match=r"router loss of a GraniteMoeHybridConfig") as caught:
+        build_trainer(given, given.examples)
+    assert "training.router_aux_loss_coef to 0.0" in str(caught.value)
+    train(
+        build_trainer(
+            dataclasses.replace(given, arguments={**given.arguments, "router_aux_loss_coef": 0.0}), given.examples
+        )
+    )

@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from stayaligned.errors import StayalignedError
-from stayaligned.hf.models import attach_lora, linear_names, load_finetuned, load_model, load_tokenizer
-from stayaligned.testing import byte_tokenizer, pico_model, write_pico_checkpoint
+from stayaligned.hf.models import attach_lora, load_finetuned, load_model, load_tokenizer, merge_adapter, weight_types
+from stayaligned.hf.targets import linear_names, unfit_names
+from stayaligned.testing import byte_tokenizer, pico_model, write_pico_adapter, write_pico_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +129,62 @@ def test_lora_that_does_not_fit_names_the_linear_modules(lora):
     assert "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "given", "left_out"),
+    [
+        ("mamba", None, {"dt_proj", "out_proj"}),
+        ("jamba", ["q_proj"], {"dt_proj", "q_proj"}),
+        ("falcon_h1", None, {"out_proj"}),
+        ("bamba", None, None),
+        ("llama", None, None),
+    ],
+)
+def test_all_linear_leaves_out_what_lora_can_not_work_on_and_says_so(architecture, given, left_out, caplog):
+    model = pico_model(architecture)
+    every = set(linear_names(model)) - {"lm_head"}
+    adapted = attach_lora(model, {"r": 2, "target_modules": "all-linear", "exclude_modules": given})
+    assert adapted.peft_config["default"].exclude_modules == left_out
+    layers = {name.split(".lora_B")[0].rpartition(".")[2] for name, _ in adapted.named_parameters() if "lora_B" in name}
+    assert layers == every - (left_out or set())
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("stayaligned")]
+    named = {name for name in every if f" {name} (" in " ".join(said)}
+    assert named == (left_out or set()) - set(given or ())
+    assert len(said) == bool(named)
+
+
+def test_a_regular_expression_of_excluded_modules_is_kept():
+    adapted = attach_lora(
+        pico_model("mamba"), {"r": 2, "target_modules": "all-linear", "exclude_modules": r".*\.1\.mixer\.x_proj"}
+    )
+    layers = {
+        name.split(".lora_B")[0].split("layers.")[1] for name, _ in adapted.named_parameters() if "lora_B" in name
+    }
+    assert layers == {"0.mixer.in_proj", "0.mixer.x_proj", "1.mixer.in_proj"}
+
+
+@pytest.mark.parametrize(
+    ("target", "problem"),
+    [
+        ("dt_proj", "dt_proj would never learn: MambaForCausalLM reads its weight"),
+        ("out_proj", "'out_proj' is incompat"),
+    ],
+)
+def test_a_target_that_can_not_be_one_names_those_that_can(target, problem):
+    with pytest.raises(StayalignedError, match=problem) as caught:
+        attach_lora(pico_model("mamba"), {"r": 2, "target_modules": ["in_proj", target]})
+    assert "Possible on this model: in_proj, lm_head, x_proj; `target_modules: all-linear`" in str(caught.value)
+
+
+def test_looking_for_targets_leaves_the_seed_and_the_modes_alone():
+    model = pico_model("jamba", attention_dropout=0.5)
+    model.model.layers[1].train()
+    before, state = [module.training for module in model.modules()], torch.get_rng_state()
+    assert unfit_names(model).keys() == {"dt_proj"}
+    assert [module.training for module in model.modules()] == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_linear_names_know_gpt2s_transposed_layers():
     assert linear_names(pico_model("gpt2")) == ["c_attn", "c_fc", "c_proj", "lm_head"]
 
@@ -138,6 +196,46 @@ def test_a_finetuned_model_answers_with_its_adapter(checkpoint, adapter):
         merged = load_finetuned(str(checkpoint), adapter).merge_and_unload()(ids).logits
     assert not torch.allclose(plain, adapted)
     assert torch.allclose(adapted, merged, atol=1e-5)
+
+
+MERGED = {
+    "llama": ("llama", {"target_modules": "all-linear"}),
+    "embeddings": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "DoRA": ("llama", {"target_modules": ["v_proj"], "use_dora": True}),
+    "GPT-2": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+    "Mixtral": (
+        "mixtral",
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MERGED)
+def test_a_merge_is_pefts_in_fp32_rounded_once(tmp_path, name, dtype):
+    architecture, lora = MERGED[name]
+    base = write_pico_checkpoint(tmp_path / "base", architecture)
+    pico_model(architecture).to(dtype).save_pretrained(base)
+    adapter = write_pico_adapter(tmp_path / "adapter", base, **lora)
+    merged = merge_adapter(base, adapter)
+    exact = PeftModel.from_pretrained(load_model(base, dtype=torch.float32), adapter).merge_and_unload().state_dict()
+    assert set(weight_types(merged).values()) == {dtype}
+    before = load_model(base).state_dict()
+    for key, weight in merged.state_dict().items():
+        assert torch.equal(weight, exact[key].to(dtype)), key
+    assert any(not torch.equal(before[key], weight) for key, weight in merged.state_dict().items())
+
+
+def test_a_merge_that_overflows_the_stored_type_is_refused(tmp_path):
+    base = write_pico_checkpoint(tmp_path / "base")
+    model = pico_model()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.fill_(65504.0)
+    model.to(torch.float16).save_pretrained(base)
+    adapter = write_pico_adapter(tmp_path / "adapter", base, lora_alpha=10_000)
+    with pytest.raises(StayalignedError, match=r"layers\.0\.self_attn\.q_proj\.weight: the weight overflows"):
+        merge_adapter(base, adapter)
 
 
 def test_an_adapter_that_is_missing_or_pickled_is_refused(checkpoint, adapter):

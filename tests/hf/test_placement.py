@@ -25,6 +25,8 @@ from stayaligned.hf.plain import PLAIN_MODEL_TYPES, plain_layers, plainly_placed
 from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
 from stayaligned_test_checkpoints import EXPERTS, PairOf, in_memory, load, rows_of
 
+JAMBA_EXPERTS = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -103,6 +105,20 @@ LAYOUTS = {
     "deepseek_v3": Layout("deepseek_v3", {"target_modules": ["q_a_proj", "kv_b_proj"], "target_parameters": EXPERTS}),
     "deepseek_v3 attention": Layout("deepseek_v3", {"target_modules": ["q_a_proj", "o_proj"]}, plain=True),
     "deepseek_v3 all-linear": Layout("deepseek_v3", {"target_modules": "all-linear"}),
+    "mamba": Layout("mamba", {"target_modules": "all-linear", "exclude_modules": ["dt_proj", "out_proj"]}),
+    "tied mamba": Layout("mamba", {"target_modules": ["in_proj"]}, {"tie_word_embeddings": True}),
+    "falcon_mamba": Layout("falcon_mamba", {"target_modules": ["in_proj", "x_proj"]}),
+    "mamba2": Layout("mamba2", {"target_modules": ["in_proj"]}),
+    "rwkv": Layout("rwkv", {"target_modules": "all-linear"}),
+    "xlstm": Layout("xlstm", {"target_modules": "all-linear"}),
+    "recurrent_gemma": Layout("recurrent_gemma", {"target_modules": "all-linear"}),
+    "jamba": Layout("jamba", {"target_modules": "all-linear", "exclude_modules": ["dt_proj"]}),
+    "jamba experts": Layout("jamba", {"target_modules": ["q_proj"], "target_parameters": JAMBA_EXPERTS}),
+    "granitemoehybrid": Layout("granitemoehybrid", {"target_modules": "all-linear"}),
+    "qwen3_next": Layout("qwen3_next", {"target_modules": "all-linear"}),
+    "falcon_h1": Layout("falcon_h1", {"target_modules": "all-linear", "exclude_modules": ["out_proj"]}),
+    "bamba": Layout("bamba", {"target_modules": "all-linear"}),
+    "lfm2": Layout("lfm2", {"target_modules": "all-linear"}),
 }
 
 
@@ -246,7 +262,18 @@ def test_plain_adapters_are_placed_without_importing_transformers_or_peft(pair_o
 
 
 @pytest.mark.parametrize(
-    "architecture", ["llama", "gpt2", "mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3", "gpt_neox"]
+    "architecture",
+    [
+        "llama",
+        "gpt2",
+        "mixtral",
+        "qwen2_moe",
+        "gpt_oss",
+        "deepseek_v3",
+        "gpt_neox",
+        "rwkv",
+        "recurrent_gemma",
+    ],
 )
 def test_linear_weights_are_those_of_all_linear_and_experts(architecture: str, pair_of: PairOf, tmp_path: Path) -> None:
     aligned, base = pair_of(architecture)
@@ -255,7 +282,7 @@ def test_linear_weights_are_those_of_all_linear_and_experts(architecture: str, p
     source = write_pico_adapter(tmp_path / "adapter", aligned.directory, target_modules="all-linear", **experts)
     placed = {p.layer.name: p for p in place_adapter(read_adapter(source), aligned, base)}
     routers = {name for name in weights if name.endswith(("mlp.gate", "mlp.router"))}
-    assert bool(routers) == (architecture not in ("llama", "gpt2", "gpt_neox"))
+    assert bool(routers) == (architecture not in ("llama", "gpt2", "gpt_neox", "rwkv", "recurrent_gemma"))
     assert placed.keys() <= weights.keys()
     # PEFT takes the names of dense and shared experts for those of routed ones, and then passes them over
     dense = {name for name in weights if re.search(r"mlp\.(shared_experts\.)?\w+_proj$", name)}

@@ -18,6 +18,7 @@ from stayaligned.hf.features import PaddingCollator
 from stayaligned.testing import byte_tokenizer
 from stayaligned_test_lisa import (
     ALIGNMENT_TOKEN,
+    LISA,
     SAFE,
     USER,
     USER_TOKEN,
@@ -30,9 +31,6 @@ from stayaligned_test_lisa import (
     sft_trainer,
     trainable,
 )
-
-# The pull sets in at step 3, the second of a state: at the first it is zero, wherever it sets in.
-LISA = Lisa(alignment_steps=2, finetuning_steps=3, rho=0.7, proximal_warmup_ratio=0.2)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from stayaligned import Lisa, StayalignedError, with_lisa
+from stayaligned import Lisa, StayalignedError, attach_lisa, with_lisa
 from stayaligned.hf.features import PaddingCollator
 from stayaligned.hf.finetuning import train
 from stayaligned.testing import pico_model
@@ -29,8 +30,16 @@ def rows(first: int, count: int) -> list[Row]:
     return [{"input_ids": ids, "labels": ids} for ids in made]
 
 
-def trainer(directory: Path, lora: bool = True, lisa: Lisa = LISA, users: int = 14, **changes: Any) -> Trainer:
-    model: Any = pico_model(seed=3, attention_dropout=0.1)
+def trainer(
+    directory: Path,
+    lora: bool = True,
+    lisa: Lisa = LISA,
+    users: int = 14,
+    first_user_token: int = 3,
+    architecture: str = "llama",
+    **changes: Any,
+) -> Trainer:
+    model: Any = pico_model(architecture, seed=3, attention_dropout=0.1)
     if lora:
         with torch.random.fork_rng():
             torch.manual_seed(4)
@@ -50,7 +59,7 @@ def trainer(directory: Path, lora: bool = True, lisa: Lisa = LISA, users: int = 
     return with_lisa(Trainer)(
         model,
         TrainingArguments(**{**settings, **changes}),
-        train_dataset=rows(3, users),  # pyright: ignore
+        train_dataset=rows(first_user_token, users),  # pyright: ignore
         data_collator=PaddingCollator(0),
         alignment_dataset=rows(2, 5),
         lisa=lisa,
@@ -85,13 +94,72 @@ def test_resuming_after_any_step_is_not_stopping(whole: tuple[Path, Trainer], tm
     assert timeless[0] == timeless[1]
 
 
-def test_resuming_full_weights_in_the_middle_of_a_state_is_not_stopping(tmp_path: Path) -> None:
-    run = trainer(tmp_path / "a", lora=False, max_steps=5, save_steps=4)
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])  # of a mixture the host alone loads no expert
+def test_resuming_full_weights_in_the_middle_of_a_state_is_not_stopping(tmp_path: Path, architecture: str) -> None:
+    run = trainer(tmp_path / "a", lora=False, architecture=architecture, max_steps=5, save_steps=4)
     run.train()
-    resumed = trainer(tmp_path / "b", lora=False, max_steps=5, save_strategy="no")
+    resumed = trainer(tmp_path / "b", lora=False, architecture=architecture, max_steps=5, save_strategy="no")
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
     expected = trainable(run)
     assert all(torch.equal(weight, expected[name]) for name, weight in trainable(resumed).items())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"proximal": "decoupled", "rho": 20.0},
+        {"finish": "alignment", "rho_schedule": "rising", "anchor_device": "cpu", "drift_from_start": True},
+        {"alignment_loss_budget": 0.0, "rho": 0.1},
+    ],
+)
+def test_every_variant_resumes_bit_for_bit_after_any_step(tmp_path: Path, changes: dict[str, Any]) -> None:
+    lisa = LISA.model_copy(update={"proximal_warmup_ratio": 0.0, **changes})
+    run = trainer(tmp_path / "a", lisa=lisa)
+    run.train()
+    rhos = {row["rho"] for row in run.state.log_history if "rho" in row}
+    assert (len(rhos) > 1) == ("alignment_loss_budget" in changes), "rho adapts where it is asked to"
+    for step in range(1, STEPS):
+        resumed = trainer(tmp_path / "b", lisa=lisa, save_strategy="no")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
+        expected = trainable(run)
+        assert all(torch.equal(weight, expected[name]) for name, weight in trainable(resumed).items()), step
+        kept = [
+            [{k: v for k, v in row.items() if k != "epoch"} for row in each.state.log_history if "loss" in row]
+            for each in (run, resumed)
+        ]
+        assert kept[0] == kept[1]
+
+
+def test_streams_resume_bit_for_bit(tmp_path: Path) -> None:
+    def run(directory: Path, **changes: Any) -> Trainer:
+        built = trainer(directory, **changes)
+        users = Dataset.from_list(rows(3, 14)).to_iterable_dataset()
+        plain = Trainer(built.model, built.args, train_dataset=users, data_collator=PaddingCollator(0))  # pyright: ignore
+        return attach_lisa(plain, alignment_dataset=rows(2, 5), lisa=LISA)
+
+    whole = run(tmp_path / "a")
+    whole.train()
+    for step in (1, 4, 5, 8):  # the stream of 14 rows is read more than once
+        resumed = run(tmp_path / "b", save_strategy="no")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
+        expected = trainable(whole)
+        assert all(torch.equal(weight, expected[name]) for name, weight in trainable(resumed).items()), step
+
+
+def test_resuming_with_true_starts_where_there_is_nothing_and_passes_over_what_was_cut_off(
+    whole: tuple[Path, Trainer], tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    first = trainer(directory, save_strategy="no")
+    first.train(resume_from_checkpoint=True)
+    for step in (3, 4):
+        shutil.copytree(whole[0] / f"checkpoint-{step}", directory / f"checkpoint-{step}")
+    (directory / "checkpoint-4" / "trainer_state.json").unlink()
+    resumed = trainer(directory, save_strategy="no")
+    resumed.train(resume_from_checkpoint=True)
+    expected = trainable(whole[1])
+    for run in (first, resumed):
+        assert all(torch.equal(weight, expected[name]) for name, weight in trainable(run).items())
 
 
 def test_the_anchor_of_the_checkpoint_is_what_is_pulled_to(whole: tuple[Path, Trainer], tmp_path: Path) -> None:
@@ -125,7 +193,10 @@ def test_train_goes_on_from_the_last_complete_checkpoint(whole: tuple[Path, Trai
     [
         ({"lisa": LISA.model_copy(update={"rho": 0.5})}, "rho=0.7 there, 0.5 here"),
         ({"lisa": LISA.model_copy(update={"finetuning_steps": 4})}, "finetuning_steps=3 there, 4 here"),
+        ({"lisa": LISA.model_copy(update={"proximal": "decoupled"})}, "proximal=coupled there, decoupled here"),
+        ({"lisa": LISA.model_copy(update={"finish": "alignment"})}, "finish=cycle there, alignment at 10 here"),
         ({"users": 13}, "user_rows=14 there, 13 here"),
+        ({"first_user_token": 4}, "user_rows_digest="),
         ({"per_device_train_batch_size": 4}, "rows_per_step=4 there, 8 here"),
         ({"seed": 5}, "seed=42 there, 5 here"),
         ({"max_steps": 20}, "proximal_from_step=2 there, 3 here"),

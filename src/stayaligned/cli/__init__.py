@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stayaligned.cli.align import align
 from stayaligned.cli.console import err, out, plain_table
+from stayaligned.cli.curvature import curvature
 from stayaligned.cli.project import project
 from stayaligned.cli.subspace import subspace_app
 from stayaligned.errors import StayalignedError
@@ -77,6 +79,8 @@ def run(config: Config, overrides: Overrides = None, *, out_dir: Out, plugin: Pl
         result = run_experiment(
             experiment, out_dir, progress=lambda text, share: status.update(f"{text} {share:.0%}" if share else text)
         )
+    if result is None:  # one of several processes, whose first one tells
+        return
     _print_report([out_dir], out_dir, title=result.arm)
     for product in ("adapter", "model"):
         if (out_dir / product).exists():
@@ -122,18 +126,25 @@ def report(
     _print_report([directory], out_dir or directory)
 
 
+app.command()(align)
 app.command()(project)
+app.command()(curvature)
 app.add_typer(subspace_app, name="subspace")
 
 
 @app.command()
 def validate(config: Config, overrides: Overrides = None, plugin: Plugins = None) -> None:
-    """Check an experiment or a grid, without running anything: every error at once."""
+    """Check an experiment, a grid or an alignment, without running anything: every error at once."""
+    from stayaligned.alignment import load_alignment
     from stayaligned.benchmark import load_grid
     from stayaligned.experiment import load_experiment, load_yaml
 
     _load_plugins(plugin)
-    if "axes" in load_yaml(config):
+    content = load_yaml(config)
+    if "data" in content and "model" not in content:
+        alignment = load_alignment(str(config), {}, overrides or ())
+        out.print(f"{config}: a valid alignment of {alignment.base_model}", soft_wrap=True)
+    elif "axes" in content:
         grid = load_grid(config, overrides or ())
         out.print(f"{config}: a valid grid of {len(grid.expand(str(config)))} experiments")
     else:
@@ -207,8 +218,10 @@ def env() -> None:
 
 def _run_grid(grid: Grid, directory: Path, workers: int | None, plugins: list[Path]) -> None:
     from stayaligned.benchmark import run_grid
+    from stayaligned.hf.processes import refuse_several
     from stayaligned.progress import LiveProgress
 
+    refuse_several("a grid")
     with LiveProgress(err) as listener:
         outcome = run_grid(grid, directory, workers=workers, plugins=plugins, listener=listener)
     if outcome.results:

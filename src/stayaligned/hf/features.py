@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,17 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example, max_len
     return {"input_ids": input_ids, "labels": labels}
 
 
+def encode_prefix(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], prefix: str) -> dict[str, list[int]]:
+    """`input_ids` and `labels` of an answer that has only begun: no token of its end is among the labels.
+
+    Raises:
+        StayalignedError: as `encode_prompt`.
+    """
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    answer_ids = list(tokenizer(prefix, add_special_tokens=False)["input_ids"])
+    return {"input_ids": [*prompt_ids, *answer_ids], "labels": [*[IGNORED] * len(prompt_ids), *answer_ids]}
+
+
 def encode_examples(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
 ) -> list[dict[str, list[int]]]:
@@ -95,6 +107,19 @@ def encode_examples(
             ", ".join(unlearnable[:3]),
         )
     return learnable
+
+
+def end_of_answer(tokenizer: PreTrainedTokenizerBase, example: Example) -> int | None:
+    """The special token that ends an answer in training, by which generation must stop; None if there is none.
+
+    Raises:
+        StayalignedError: as `encode_example`.
+    """
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if isinstance(tokenizer.eos_token_id, int):
+        special.add(tokenizer.eos_token_id)
+    labels = encode_example(tokenizer, example, sys.maxsize)["labels"]
+    return next((label for label in labels if label in special), None)
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from stayaligned.component import did_you_mean
 from stayaligned.errors import StayalignedError
+from stayaligned.files import writable
 from stayaligned.hf.features import PaddingCollator, encode_examples
 from stayaligned.hf.quiet import bars_off
+from stayaligned.hf.resuming import restore_converted
+from stayaligned.hf.watching import report_dead_adapters
 from stayaligned.records import Example
 
 if TYPE_CHECKING:
@@ -63,7 +66,8 @@ def build_trainer(setup: FinetuningSetup, examples: Sequence[Example]) -> Traine
     the CPU in full precision. Everything else is the host's default.
 
     Raises:
-        StayalignedError: if there are no examples, or the host refuses an argument; the message names it.
+        StayalignedError: if there are no examples, or the host refuses an argument; the message names it. Also if
+            TRL would fail on the router loss of a mixture of experts.
     """
     from transformers import PrinterCallback, Trainer
 
@@ -85,9 +89,21 @@ def build_trainer(setup: FinetuningSetup, examples: Sequence[Example]) -> Traine
             callbacks=list(setup.callbacks),
             **options,
         )
+    _refuse_uncounted_experts(trainer)
+    report_dead_adapters(trainer)
     # Without a progress bar the host would print every row of its log; `train` returns them.
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _refuse_uncounted_experts(trainer: Any) -> None:
+    """TRL reads the number of experts from a field that not every mixture's configuration has (GraniteMoeHybrid)."""
+    config = trainer.model.config.get_text_config()
+    if getattr(trainer, "aux_loss_enabled", False) and not hasattr(config, "num_experts"):
+        raise StayalignedError(
+            f"trainer: sft: TRL can't compute the router loss of a {type(config).__name__}, which has no num_experts",
+            hint="Set training.router_aux_loss_coef to 0.0, or use `trainer: transformers`.",
+        )
 
 
 def build_dataset(setup: FinetuningSetup, examples: Sequence[Example]) -> Any:
@@ -126,39 +142,89 @@ def train(
             writing was cut off is passed over. One of the last step is loaded and nothing trained: the host, asked to
             resume it, would take a step too many.
         progress: called with the share of steps done, 0 to 1, after every step.
+
+    Raises:
+        StayalignedError: if a checkpoint cannot be written; or if a gradient is not finite, before it reaches the
+            weights, so that what was saved is sound. Of training, what the host raises.
     """
     from transformers import TrainerCallback, TrainerState
 
     class Progress(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            _refuse_divergence(trainer, state.global_step)
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if checkpoint is not None:
+                restore_converted(trainer, checkpoint)
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if progress is not None:
                 progress(state.global_step / state.max_steps)
 
-    checkpoint = last_complete_checkpoint(Path(str(trainer.args.output_dir))) if resume else None
+    output_dir = Path(str(trainer.args.output_dir))
+    checkpoint = last_complete_checkpoint(output_dir) if resume else None
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step >= state.max_steps:
             trainer._load_from_checkpoint(str(checkpoint))  # pyright: ignore[reportPrivateUsage]
+            restore_converted(trainer, checkpoint)
             trainer.state = state
             return list(state.log_history)
     callback = Progress()
     trainer.add_callback(callback)
     try:
-        with bars_off(bool(trainer.args.disable_tqdm)):
+        with bars_off(bool(trainer.args.disable_tqdm)), writable(output_dir):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except Exception as error:
+        # Of a full disk Python, safetensors and torch each raise something else, the last without a reason.
+        cut_off = output_dir / f"checkpoint-{trainer.state.global_step}"
+        if isinstance(error, StayalignedError) or not cut_off.is_dir() or _is_complete(cut_off):
+            raise
+        raise StayalignedError(
+            f"{cut_off} can't be written: {error}",
+            hint="Free some space and run it again: training goes on from the checkpoint before.",
+        ) from error
     finally:
         trainer.remove_callback(callback)
     return list(trainer.state.log_history)
 
 
+def save_trained(trainer: Trainer, directory: Path) -> None:
+    """Write the trained adapter, or the whole model; of several processes all take part and one writes."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_fsdp_enabled:
+        whole = trainer.accelerator.get_state_dict(trainer.model)
+        if trainer.args.should_save:
+            model.save_pretrained(str(directory), state_dict=whole)
+    elif trainer.args.should_save:
+        model.save_pretrained(str(directory))
+
+
+def _refuse_divergence(trainer: Trainer, step: int) -> None:
+    from torch.nn.utils import get_total_norm
+
+    from stayaligned.bistate import local
+
+    gradients = [local(p.grad) for p in trainer.model.parameters() if p.grad is not None]  # pyright: ignore
+    # With a scaler infinite ones are in order: the step is left out and the scale lowered.
+    if trainer.accelerator.scaler is None and not get_total_norm(gradients).isfinite():
+        raise StayalignedError(
+            f"the gradient is not finite at optimizer step {step}; training stopped before it",
+            hint="Lower learning_rate, set max_grad_norm, or look for a broken row. Earlier checkpoints are sound.",
+        )
+
+
 def last_complete_checkpoint(output_dir: Path) -> Path | None:
     """The checkpoint of the highest step whose trainer_state.json, which the host writes last, is whole."""
     found = [(int(m[1]), path) for path in output_dir.glob("checkpoint-*") if (m := re.search(r"-(\d+)$", path.name))]
-    for step, path in sorted(found, reverse=True):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            if json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] == step:
-                return path
-    return None
+    return next((path for _, path in sorted(found, reverse=True) if _is_complete(path)), None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        return checkpoint.name == f"checkpoint-{state['global_step']}"
+    return False
 
 
 def _build_arguments(setup: FinetuningSetup) -> TrainingArguments:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,7 +20,13 @@ from stayaligned.records import Completion, Example, Message, PromptSet
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+_log = logging.getLogger(__name__)
+
+_PROBE_TOKENS, _PROBE_PADS = 32, 8
+"""Tokens of a prompt, and of padding before them, with which a model is tried."""
 
 
 class Generation(BaseModel):
@@ -86,7 +95,10 @@ def generate(
     answers: list[Generated | None] = [None] * len(prompts)
     done = 0
     with torch.no_grad(), _bare(host, settings, end_ids, pad_id):
-        for rows in _batches([len(ids) for ids in prompt_ids], settings):
+        together = len(prompts) < 2 or _pads_are_ignored(host, min(prompt_ids, key=len)[-_PROBE_TOKENS:], pad_id)
+        if not together:
+            _say_slow(type(host).__name__)
+        for rows in _batches([len(ids) for ids in prompt_ids], settings, together=together):
             written = _answer_batch(host, [prompt_ids[r] for r in rows], [keys[r] for r in rows], settings, pad_id)
             for row, tokens in zip(rows, written, strict=True):
                 answers[row] = _cut(tokenizer, tokens, end_ids)
@@ -119,6 +131,11 @@ def complete(
         )
         for example, answer in zip(examples, answers, strict=True)
     ]
+
+
+@cache
+def _say_slow(kind: str) -> None:
+    _log.warning("%s takes padding for text: it answers one prompt at a time", kind)
 
 
 def _host(model: Any) -> Any:
@@ -155,15 +172,22 @@ def _answer_batch(
     host: Any, prompts: Sequence[list[int]], keys: Sequence[str], settings: Generation, pad_id: int
 ) -> list[list[int]]:
     """The tokens written after each prompt, padding included."""
-    import torch
     from transformers import LogitsProcessorList
 
     width = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in prompts], device=host.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=host.device)
+    ids, mask = _left_padded(prompts, pad_id, width, host.device)
     processors = LogitsProcessorList([_GumbelNoise(keys, settings.temperature)] if settings.temperature else [])
     output = host.generate(input_ids=ids, attention_mask=mask, logits_processor=processors)
     return output[:, width:].tolist()
+
+
+def _left_padded(prompts: Sequence[list[int]], pad_id: int, width: int, device: Any) -> tuple[Tensor, Tensor]:
+    """(ids, attention mask), both (prompts, width)."""
+    import torch
+
+    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
+    return ids, mask
 
 
 class _GumbelNoise:
@@ -189,13 +213,54 @@ class _GumbelNoise:
         return scores.float() / self._temperature + noise.to(scores.device)
 
 
-def _batches(lengths: Sequence[int], settings: Generation) -> Iterator[list[int]]:
+def _batches(lengths: Sequence[int], settings: Generation, *, together: bool) -> Iterator[list[int]]:
     """Row numbers in batches within the token budget, the longest prompts first: if memory is short, at once."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     while order:
-        fits = max(1, settings.batch_tokens // (lengths[order[0]] + settings.max_new_tokens))
+        fits = max(1, settings.batch_tokens // (lengths[order[0]] + settings.max_new_tokens)) if together else 1
         yield order[:fits]
         order = order[fits:]
+
+
+def _pads_are_ignored(host: Any, prompt: list[int], pad_id: int) -> bool:
+    """Whether the next token is the same with padding before the prompt; a short prompt feels it most.
+
+    No gradient may reach the embeddings of the padding (exactly none: what is masked is multiplied by 0), and the
+    logits must agree with those of the prompt alone, up to half of their digits. The first finds a state that takes
+    the padding in, however little; the second one that starts from something else, such as a bias.
+    """
+    import torch
+
+    padded, mask = _left_padded([prompt], pad_id, len(prompt) + _PROBE_PADS, host.device)
+    embedded: list[Tensor] = []
+
+    def follow(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    hook = host.get_input_embeddings().register_forward_hook(follow)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            logits = host(input_ids=padded, attention_mask=mask, use_cache=False).logits[0, -1].float()
+            reached = torch.autograd.grad(logits.square().sum(), embedded)[0][0].abs().amax(dim=-1)
+    except RuntimeError:  # what can't be differentiated, or takes too much memory for it, can't be vouched for
+        return False
+    finally:
+        hook.remove()
+    if reached[:_PROBE_PADS].ne(0).any() or reached[_PROBE_PADS:].eq(0).all():
+        return False
+    alone, beside = (
+        host.generate(
+            input_ids=padded[:, start:],
+            attention_mask=mask[:, start:],
+            max_new_tokens=1,
+            return_dict_in_generate=True,
+            output_logits=True,
+        ).logits[0]
+        for start in (_PROBE_PADS, 0)
+    )
+    rounding = torch.finfo(host.dtype).eps ** 0.5 * alone.abs().max()
+    return bool((alone - beside).abs().max() <= rounding)
 
 
 def _sampling_keys(prompts: Sequence[Sequence[int]], seed: int) -> list[str]:
@@ -220,6 +285,27 @@ def _end_ids(host: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
             hint="Set `eos_token_id` in generation_config.json.",
         )
     return sorted(set(found))
+
+
+def config_ending_with(model: PreTrainedModel, end: int | None) -> GenerationConfig:
+    """A copy of a model's generation configuration that also ends an answer at the token `end`; None adds nothing.
+
+    Raises:
+        StayalignedError: if it can't be saved once it has changed, because it contradicts itself.
+    """
+    config = copy.deepcopy(model.generation_config)
+    named = config.eos_token_id
+    ends = [named] if isinstance(named, int) else list(named or [])
+    if end is not None and end not in ends:
+        config.eos_token_id = sorted([*ends, end])
+        try:
+            config.validate(strict=True)
+        except ValueError as error:
+            raise StayalignedError(
+                f"generation_config.json of {model.name_or_path} contradicts itself: {' '.join(str(error).split())}",
+                hint="Mend it there: where it names a temperature or top_p, it needs `do_sample: true`.",
+            ) from None
+    return config
 
 
 def _refuse_too_long(host: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

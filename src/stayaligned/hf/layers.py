@@ -250,7 +250,9 @@ def _is_linear_map(parameter: str, weight: Tensor, module: torch.nn.Module) -> b
 
     if isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)):
         return False
-    return weight.ndim == 3 or (weight.ndim == 2 and parameter.endswith(".weight"))
+    if weight.ndim == 3:  # a recurrent network has others: RWKV's mixing vectors, the gates of an RG-LRU
+        return getattr(module, "num_experts", None) == weight.shape[0]
+    return weight.ndim == 2 and parameter.endswith(".weight")
 
 
 def _linear_parameters(model: PreTrainedModel) -> Iterator[tuple[str, bool]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from stayaligned.component import did_you_mean
 from stayaligned.errors import StayalignedError
+from stayaligned.hf.targets import ALL_LINEAR, excluding, linear_names, unfit_names
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -32,37 +36,104 @@ def load_model(ref: str | Path, *, dtype: torch.dtype | None = None) -> PreTrain
     from transformers import AutoModelForCausalLM
 
     _require_checkpoint(ref)
-    return _whole(AutoModelForCausalLM, ref, dtype="auto" if dtype is None else dtype)
+    model = _whole(AutoModelForCausalLM, ref, dtype="auto" if dtype is None else dtype)
+    config = model.config
+    if getattr(config, "rescale_every", 0):
+        # RWKV divides some weights by two whenever it is evaluated, against overflow in fp16: an adapter would then
+        # count double beside them, and a checkpoint or an anchor hold them halved.
+        config.rescale_every = 0
+    if config.model_type == "xlstm" and config.mode != "inference":
+        raise StayalignedError(
+            f"{ref}: mode={config.mode!r} takes only lengths that are multiples of chunk_size, and can't answer",
+            hint='Set "mode": "inference" in its config.json: it computes the same, and trains too.',
+        )
+    return model
 
 
-def load_tokenizer(ref: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(ref: str | Path, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint that can hold a conversation.
 
+    Args:
+        ref: a checkpoint directory or a hub id.
+        chat_template: takes the place of the tokenizer's own, or of none.
+
     Raises:
-        StayalignedError: if there is no tokenizer, or it has no chat template.
+        StayalignedError: if there is no tokenizer, or it has no chat template and none is given.
     """
     from transformers import AutoTokenizer
 
     _require_checkpoint(ref)
     tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer, ref, "tokenizer")
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     if not tokenizer.chat_template:
         raise StayalignedError(
             f"{ref}: the tokenizer has no chat template, so there is no telling how a request is put to the model",
-            hint="Use the instruction-tuned model, or put its chat_template.jinja beside tokenizer_config.json.",
+            hint="Use the instruction-tuned model, or put its chat_template.jinja beside tokenizer_config.json. "
+            "A base model gets one by `stayaligned align`: --chat-template FILE.",
         )
     return tokenizer
 
 
-def load_finetuned(ref: str | Path, adapter: Path | None) -> PreTrainedModel | PeftModel:
+def load_finetuned(
+    ref: str | Path, adapter: Path | None, *, dtype: torch.dtype | None = None, trainable: bool = False
+) -> PreTrainedModel | PeftModel:
     """A model with its adapter, unmerged, for answering prompts: on the accelerator if there is one.
 
-    Unmerged, because merging into fp16 or bf16 weights rounds a small update away in part.
+    Unmerged, because merging into fp16 or bf16 weights rounds a small update away in part (see `merge_adapter`).
+
+    Args:
+        ref: a checkpoint directory or a hub id.
+        adapter: a PEFT adapter on it; None for the model alone.
+        dtype: the model's type; as stored if not given.
+        trainable: whether the adapter's weights require gradients.
 
     Raises:
         StayalignedError: if either is missing, or the adapter was made for another architecture.
     """
+    model = load_model(ref, dtype=dtype)
+    return _placed(model if adapter is None else _with_adapter(model, adapter, trainable))
+
+
+def merge_adapter(ref: str | Path, adapter: Path) -> PreTrainedModel:
+    """W + scaling·BA for every weight that an adapter changes, on the CPU, in the types of the checkpoint.
+
+    The sum is made in fp32, on the weights as they are stored, and rounded once. (PEFT's merge into bf16 rounds the
+    factors of embeddings and of experts too.) It needs the whole model in fp32 in main memory.
+
+    Raises:
+        StayalignedError: if either is missing, they don't fit together, or a sum overflows the stored type.
+    """
+    import torch
+
     model = load_model(ref)
-    return _placed(model if adapter is None else _with_adapter(model, adapter))
+    types = weight_types(model)
+    cast_weights_(model, torch.float32)
+    merged: Any = _with_adapter(model, adapter).merge_and_unload()
+    cast_weights_(merged, types)
+    return merged
+
+
+def weight_types(model: PreTrainedModel) -> dict[str, torch.dtype]:
+    """{name: type} of every weight."""
+    return {name: parameter.dtype for name, parameter in model.named_parameters()}
+
+
+def cast_weights_(model: PreTrainedModel, types: torch.dtype | Mapping[str, torch.dtype]) -> None:
+    """Give every weight a type, one for all or each its own; buffers (rotary frequencies) keep theirs.
+
+    Raises:
+        StayalignedError: if a weight overflows its new type.
+    """
+    for name, parameter in model.named_parameters():
+        dtype = types[name] if isinstance(types, Mapping) else types
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+            if not bool(parameter.data.isfinite().all()):
+                raise StayalignedError(
+                    f"{name}: the weight overflows {dtype}",
+                    hint="Save the base model in bf16 or fp32, and start there.",
+                )
 
 
 def load_classifier(ref: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -83,40 +154,47 @@ def attach_lora(model: PreTrainedModel, lora: Mapping[str, Any]) -> PeftModel:
 
     Args:
         model: changed in place, as PEFT does; use the returned object.
-        lora: fields of PEFT's LoraConfig. `task_type` is CAUSAL_LM unless given.
+        lora: fields of PEFT's LoraConfig. `task_type` is CAUSAL_LM unless given. `target_modules: all-linear` leaves
+            out the modules that LoRA can't work on (`targets.unfit_names`): it names them in a warning, and the
+            adapter's settings name them as `exclude_modules`.
 
     Raises:
-        StayalignedError: if a field is unknown or has an impossible value, or no module of the model is a target.
+        StayalignedError: if a field is unknown or has an impossible value, no module of the model is a target, or a
+            module that is named as one can't be one.
     """
     from dataclasses import fields
 
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import Linear as LoraLinear
 
     known = sorted(field.name for field in fields(LoraConfig) if field.init)
     for name in lora:
         if name not in known:
             raise StayalignedError(f"lora.{name}: no such LoRA setting", hint=did_you_mean(name, known, "settings"))
+    settings: dict[str, Any] = {"task_type": "CAUSAL_LM", **lora}
+    unfit = unfit_names(model)
+    fit = [name for name in linear_names(model) if name not in unfit]
+    possible = f"Possible on this model: {', '.join(fit)}; `target_modules: {ALL_LINEAR}` takes all but the head."
+    if unfit and str(settings.get("target_modules")).lower() == ALL_LINEAR:
+        settings["exclude_modules"] = excluding(settings.get("exclude_modules"), sorted(unfit))
+        left_out = ", ".join(f"{name} ({why})" for name, why in unfit.items())
+        _log.warning("lora.target_modules: all-linear leaves out %s", left_out)
     try:
-        settings: dict[str, Any] = {"task_type": "CAUSAL_LM", **lora}
-        config = LoraConfig(**settings)
-        return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+        with warnings.catch_warnings():
+            for pattern in {"rank_pattern", "alpha_pattern"} - settings.keys():
+                # PEFT's own, with which it doubles the rank of experts; it then warns that no module has it.
+                warnings.filterwarnings("ignore", message=f"The following {pattern} keys")
+            adapted: Any = get_peft_model(model, LoraConfig(**settings))
     except (ValueError, TypeError) as error:
-        names = ", ".join(linear_names(model))
-        raise StayalignedError(
-            f"lora: {' '.join(str(error).split())}", hint=f"Linear modules of this model: {names}."
-        ) from None
+        raise StayalignedError(f"lora: {' '.join(str(error).split())}", hint=possible) from None
+    for name, module in adapted.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, LoraLinear) and last in unfit:
+            raise StayalignedError(f"lora.target_modules: {last} would never learn: {unfit[last]}", hint=possible)
+    return adapted
 
 
-def linear_names(model: PreTrainedModel) -> list[str]:
-    """The distinct last names of the modules that LoRA can target: `q_proj`, `up_proj`."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    modules = model.named_modules()
-    return sorted({name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear | Conv1D)})
-
-
-def _with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
+def _with_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False) -> PeftModel:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
@@ -130,7 +208,8 @@ def _with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
         with warnings.catch_warnings():
             # PEFT only warns of layers that the file lacks, and leaves them as if untrained.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, str(adapter))
+            warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys")
+            adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
     except (ValueError, RuntimeError, KeyError, TypeError, UserWarning) as error:
         raise StayalignedError(f"{adapter}: the adapter does not fit the model: {_short(error)}", hint=hint) from None
     # Layers that the model lacks, it drops without a word.
@@ -185,10 +264,17 @@ def _whole(loader: Any, ref: str | Path, **options: Any) -> Any:
 
 def _loaded(loader: Any, ref: str | Path, what: str, **options: Any) -> Any:
     """`loader.from_pretrained`, with the ways in which a checkpoint can be unfit said in one sentence."""
+    from huggingface_hub.errors import StrictDataclassError
+
     path = Path(ref).expanduser()
     local = path.is_dir()
     try:
         return loader.from_pretrained(str(path) if local else str(ref), trust_remote_code=False, **options)
+    except StrictDataclassError as error:
+        raise StayalignedError(
+            f"{ref}: can't load the {what}: config.json: {_short(error)}",
+            hint="Set that field to a value that is possible here (a kernel that is installed, for instance).",
+        ) from None
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         from huggingface_hub.constants import HF_HUB_OFFLINE
 

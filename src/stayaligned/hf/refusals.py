@@ -22,7 +22,8 @@ _WITHOUT_EFFECT = (
     *("megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 )
 """Settings that don't change ΔW = scaling·BA, given that `refuse_unsupported` has looked at init and bias."""
-_BASE_PRESERVING_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+BASE_PRESERVING_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+"""Values of `init_lora_weights` that leave the base weights as they are."""
 _WAY_OUT = {
     "use_dora": "Merge it into the model instead (`merge_and_unload`); DoRA's magnitudes are not linear in B and A.",
     "modules_to_save": "Train without modules_to_save; whole modules are not a low-rank update.",
@@ -40,7 +41,7 @@ def refuse_unsupported(adapter: Adapter) -> None:
     """
     config = adapter.config
     init = config.get("init_lora_weights", True)
-    if init not in _BASE_PRESERVING_INITS:
+    if init not in BASE_PRESERVING_INITS:
         raise StayalignedError(
             f"{adapter.directory}: init_lora_weights={init!r} changed the base weights, so BA is not the whole update",
             hint="Convert it: peft_model.save_pretrained(OUT, path_initial_model_for_weight_conversion=INITIAL).",

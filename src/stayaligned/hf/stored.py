@@ -180,6 +180,7 @@ def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
         StayalignedError: if the configuration is unknown, quantised, or needs code from the checkpoint.
     """
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     refuse_quantised(checkpoint)
@@ -187,6 +188,11 @@ def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except StrictDataclassError as error:
+        raise StayalignedError(
+            f"{checkpoint.directory}: config.json: {' '.join(str(error).split())}",
+            hint="Set that field to a value that is possible here (a kernel that is installed, for instance).",
+        ) from error
     except (ValueError, KeyError, OSError) as error:
         model_type = checkpoint.config().get("model_type")
         raise StayalignedError(

@@ -24,7 +24,8 @@ from stayaligned.bistate import (
     rho_at,
     take_anchor,
 )
-from stayaligned.hf.lisa.checkpoints import ANCHOR, START, read_weights, weights_file, write_weights
+from stayaligned.hf.lisa.checkpoints import ANCHOR, START
+from stayaligned.hf.weight_files import read_weights, weights_file, write_weights
 
 
 class LisaSettings(Protocol):

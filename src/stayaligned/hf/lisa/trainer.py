@@ -37,6 +37,7 @@ from stayaligned.hf.lisa.rows import (
     Wrapped,
     prepare_alignment_dataset,
 )
+from stayaligned.hf.resuming import restore_converted
 from stayaligned.hf.watching import report_dead_adapters
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ class BiStateMixin(_Host):
         self._lisa, self._cycle, self._alignment_loss = lisa, cycle, loss
         self._rows = Rows(self.train_dataset, alignment, seed)
         self.train_dataset = self._rows.dataset(self._run_schedule, self._rows_per_step)
+        report_dead_adapters(self)
         self._forget_progress()
 
     def _take_wrapped_rows(self, loss: TrainerLoss) -> None:
@@ -262,8 +264,6 @@ class BiStateMixin(_Host):
         """After the last micro-batch of a step, its gradients summed: note the loss, and pull."""
         pull = self._running()
         self._phase_steps[phase] += 1
-        if self._resume_from is None and step == 0:
-            report_dead_adapters(self.model)
         if self._lisa.alignment_loss_budget is not None and self._step_loss is not None:
             pull.observe(phase, self._mean_over_processes(self._step_loss).item())
         self._step_loss = None
@@ -284,6 +284,8 @@ class BiStateMixin(_Host):
                 "so Lisa cannot choose them",
                 hint="Leave `get_train_dataloader` to transformers.Trainer.",
             )
+        if self._resume_from is not None:
+            restore_converted(self, self._resume_from)
         self._schedule = self._run_schedule()
         run = Run(
             schedule=self._schedule,
