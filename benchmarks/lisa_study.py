@@ -184,15 +184,13 @@ def extreme(study: Study) -> Iterator[str]:
     """One cycle of 1000 steps."""
     arms = study.arms(lambda a: a.steps == 1000 and not a.options)
     yield from arm_lines(study, arms)
-    sft = SFT._replace(steps=1000)
+    sft, usual = SFT._replace(steps=1000), (50, 950)
     rows: list[Comparison] = []
     for arm in arms:
-        if arm != sft:
-            rows += compared(study, [arm.name, "SFT"], arm, sft)
-        if arm.allocation is not None and arm != bso(arm):
-            rows += compared(study, [arm.name, bso(arm).name], arm, bso(arm))
-            rows += compared(study, [arm.name, "Lisa 0:1000"], arm, arm._replace(allocation=(0, 1000)))
-    yield from comparison_lines(["arm", "minus"], [row for row in rows if row.harm.mean is not None])
+        for other in (sft, bso(arm), arm._replace(allocation=usual)):
+            if arm not in (other, sft):
+                rows += compared(study, [arm.name, other.name], arm, other)
+    yield from comparison_lines(["arm", "minus"], rows)
 
 
 def options(study: Study, wanted: Callable[[Arm], bool], control: Callable[[Arm], Sequence[Arm]]) -> Iterator[str]:
