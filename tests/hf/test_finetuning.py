@@ -136,10 +136,10 @@ def test_an_error_of_training_is_not_taken_for_a_full_disk(tmp_path: Path, momen
 
     def fail(*_: Any) -> None:
         if trainer.state.global_step == 2:
-            raise RuntimeError("no memory")
+            raise FileNotFoundError("rows.jsonl")
 
     trainer.model.register_forward_pre_hook(fail if moment == "after a checkpoint" else lambda *_: None)  # pyright: ignore
-    with pytest.raises(RuntimeError, match="no memory"):
+    with pytest.raises(FileNotFoundError, match="rows.jsonl"):
         train(trainer, progress=fail if moment == "before a checkpoint" else None)
     written = tmp_path / "checkpoint-2" / "trainer_state.json"
     assert written.is_file() is (moment == "after a checkpoint")

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from stayaligned.component import did_you_mean
 from stayaligned.errors import StayalignedError
-from stayaligned.files import writable
 from stayaligned.hf.features import PaddingCollator, encode_examples
 from stayaligned.hf.quiet import bars_off
 from stayaligned.hf.resuming import restore_converted
@@ -173,7 +172,7 @@ def train(
     callback = Progress()
     trainer.add_callback(callback)
     try:
-        with bars_off(bool(trainer.args.disable_tqdm)), writable(output_dir):
+        with bars_off(bool(trainer.args.disable_tqdm)):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except Exception as error:
         # Of a full disk Python, safetensors and torch each raise something else, the last without a reason.
