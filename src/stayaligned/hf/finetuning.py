@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from stayaligned.component import did_you_mean
 from stayaligned.errors import StayalignedError
+from stayaligned.files import writable
 from stayaligned.hf.features import PaddingCollator, encode_examples
 from stayaligned.hf.quiet import bars_off
 from stayaligned.hf.resuming import restore_converted
@@ -189,14 +190,16 @@ def train(
 
 
 def save_trained(trainer: Trainer, directory: Path) -> None:
-    """Write the trained adapter, or the whole model; of several processes all take part and one writes."""
+    """Write the trained adapter, or the whole model; of several processes all take part and one writes.
+
+    Raises:
+        StayalignedError: if the disk is full.
+    """
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.is_fsdp_enabled:
-        whole = trainer.accelerator.get_state_dict(trainer.model)
-        if trainer.args.should_save:
+    whole: Any = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    if trainer.args.should_save:
+        with writable(directory):
             model.save_pretrained(str(directory), state_dict=whole)
-    elif trainer.args.should_save:
-        model.save_pretrained(str(directory))
 
 
 def _refuse_divergence(trainer: Trainer, step: int) -> None:
