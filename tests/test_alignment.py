@@ -1,5 +1,6 @@
 """`align` against plain transformers and PEFT by hand: the same weights, merged once, whatever interrupts it."""
 
+import contextlib
 import json
 import resource
 import shutil
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from stayaligned.experiment import Experiment
 from stayaligned.hf.features import PaddingCollator, encode_examples
 from stayaligned.hf.quiet import quiet
 from stayaligned.pipeline import run_experiment
+from stayaligned.store import exclusive
 from stayaligned.testing import byte_tokenizer, pico_model, write_pico_checkpoint
 from stayaligned_test_world import experiment, write_rows, write_world
 
@@ -113,6 +115,8 @@ def test_full_weights_are_trained_in_fp32_and_stored_as_the_base_is(
     after, trained = weights_of(tmp_path / "aligned"), by_hand(base, world, None, tmp_path / "by-hand").state_dict()
     assert all(torch.equal(after[name], trained[name].to(dtype)) for name in after)
     assert any(not torch.equal(after[name], tensor) for name, tensor in weights_of(base).items())
+    configs = [json.loads((directory / "config.json").read_text()) for directory in (base, tmp_path / "aligned")]
+    assert configs[0] == configs[1]
 
 
 def test_a_lora_over_bf16_weights_leaves_them_in_bf16_and_full_weights_may_be_told_to(
@@ -221,6 +225,22 @@ def test_a_directory_of_somebody_elses_is_left_alone(world: Path, tmp_path: Path
     base = shutil.copytree(world / "base", tmp_path / "base")
     with pytest.raises(StayalignedError, match="inside of the base model"):
         align(alignment(world, base_model=str(base)), base / "aligned")
+
+
+def test_two_processes_never_make_the_same_one(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with exclusive(tmp_path / "aligned.unfinished"), pytest.raises(StayalignedError, match="another stayaligned proc"):
+        align(alignment(world), tmp_path / "aligned")
+    record = align(alignment(world), tmp_path / "first")
+
+    @contextlib.contextmanager
+    def after_the_other(work: Path) -> Generator[None]:
+        shutil.copytree(tmp_path / "first", tmp_path / "second")
+        with exclusive(work):
+            yield
+
+    monkeypatch.setattr("stayaligned.alignment.exclusive", after_the_other)
+    monkeypatch.setattr("stayaligned.hf.finetuning.train", no_training)
+    assert align(alignment(world), tmp_path / "second") == record
 
 
 # ---- killed, diverged, out of disk ---------------------------------------------------------------------------------

@@ -41,6 +41,41 @@ def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.parametrize("trainer", ["transformers", "sft"])
+def test_preferences_kl_and_a_guard_work_from_a_configuration(tmp_path: Path, trainer: str) -> None:
+    world = write_world(tmp_path)
+    pairs = [{"prompt": f"wug {i}", "chosen": "I cannot", "rejected": f"wug step {i}"} for i in range(12)]
+    write_rows(world / "pairs.jsonl", pairs)
+    lisa = {"name": "lisa", "alignment_steps": 1, "finetuning_steps": 1, "proximal_warmup_ratio": 0.0}
+    dpo = experiment(
+        world,
+        trainer=trainer,
+        alignment_data=str(world / "pairs.jsonl"),
+        defenses=[{**lisa, "alignment_loss": "dpo"}],
+    )
+    result = run_experiment(Experiment.model_validate(dpo), tmp_path / "dpo")
+    assert result is not None
+    assert any("alignment/rewards/margins" in row for row in result.training_log)
+    assert {path.name for path in (tmp_path / "dpo" / "adapter").iterdir()} >= {"adapter_model.safetensors"}
+    assert not (tmp_path / "dpo" / "adapter" / "ref").exists()
+
+    guard = {"measure": "alignment_loss", "tolerance": 0.0, "action": "rollback"}
+    watch = {"every_steps": 1, "prompts": str(world / "harmful-prompts.jsonl"), "guard": guard}
+    watch |= {"alignment_data": str(world / "alignment.jsonl"), "refusal": "I cannot", "compliance": "zorb"}
+    kl = experiment(world, trainer=trainer, watch=watch, defenses=[{**lisa, "alignment_loss": "kl"}])
+    kl["training"] |= {"learning_rate": 0.5}
+    result = run_experiment(Experiment.model_validate(kl), tmp_path / "kl")
+    assert result is not None
+    assert any("the guard acted: alignment_loss was worse" in note for note in result.notes)
+    assert any("watch/rolled_back_to" in row for row in result.training_log)
+
+
+def test_preferences_without_a_rejected_answer_are_one_error(world: Path, tmp_path: Path) -> None:
+    content = experiment(world, defenses=[{"name": "lisa", "alignment_loss": "dpo"}])
+    with pytest.raises(StayalignedError, match="needs a rejected answer in every alignment row; 12 of 12 have none"):
+        run_experiment(Experiment.model_validate(content), tmp_path / "out")
+
+
 def stages(out: Path) -> dict[str, int]:
     return {p.name: p.stat().st_mtime_ns for p in (out / "stages").iterdir() if not p.name.startswith(".")}
 

@@ -41,8 +41,8 @@ def align(
         record = make(
             alignment, out_dir, progress=lambda text, share: status.update(f"{text} {share:.0%}" if share else text)
         )
-    losses = [row[key] for row in record.log for key in ("train_loss", "loss") if key in row]
-    loss = f", mean loss {losses[-1]:.4g}" if losses else ""
+    losses = [row["loss"] for row in record.log if "loss" in row]
+    loss = f", loss {losses[-1]:.4g} at the end" if losses else ""
     out.print(f"{record.rows} rows, {record.steps} steps{loss}; trained in {record.trained_in}")
     for note in record.notes:
         err.print(f"note: {note}", soft_wrap=True)
