@@ -168,7 +168,7 @@ def train(
     callback = Progress()
     trainer.add_callback(callback)
     try:
-        with bars_off(bool(trainer.args.disable_tqdm)), writable(output_dir):
+        with bars_off(bool(trainer.args.disable_tqdm)):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except Exception as error:
         # Of a full disk Python, safetensors and torch each raise something else, the last without a reason.
@@ -207,14 +207,16 @@ def load_finished(trainer: Trainer, checkpoint: Path) -> bool:
 
 
 def save_trained(trainer: Trainer, directory: Path) -> None:
-    """Write the trained adapter, or the whole model; of several processes all take part and one writes."""
+    """Write the trained adapter, or the whole model; of several processes all take part and one writes.
+
+    Raises:
+        StayalignedError: if the disk is full.
+    """
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.is_fsdp_enabled:
-        whole = trainer.accelerator.get_state_dict(trainer.model)
-        if trainer.args.should_save:
+    whole: Any = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    if trainer.args.should_save:
+        with writable(directory):
             model.save_pretrained(str(directory), state_dict=whole)
-    elif trainer.args.should_save:
-        model.save_pretrained(str(directory))
 
 
 def _refuse_divergence(trainer: Trainer, step: int) -> None:
