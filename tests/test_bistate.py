@@ -229,7 +229,7 @@ def test_differences_of_bf16_weights_are_taken_in_fp32() -> None:
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     results: list[list[Tensor]] = []
     for chunk in (1, 12, 1 << 20):
-        monkeypatch.setattr("stayaligned.bistate._CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr("stayaligned.bistate._CHUNK_ELEMENTS_CPU", chunk)
         params, anchor = weights()
         add_proximal_gradient_(params, anchor, 0.3)
         results.append([*(p.grad for p in params.values() if p.grad is not None), drift(params, anchor)])

@@ -1,5 +1,9 @@
 """Every shipped example runs: its own settings and the real loading code, on a tiny model of the same architecture."""
 
+import json
+import runpy
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +46,10 @@ def write_sources(root: Path) -> dict[str, Path]:
         ),
         "openai/gsm8k": write_rows(
             root / "gsm8k.jsonl", [{"question": f"{i} and 1?", "answer": f"#### {i + 1}"} for i in range(4600)]
+        ),
+        "data/preferences.jsonl": write_rows(
+            root / "preferences.jsonl",
+            [{"prompt": f"zorb {i}", "chosen": "I cannot", "rejected": f"zorb step {i}"} for i in range(40)],
         ),
         "data/user.jsonl": write_rows(
             root / "user.jsonl",
@@ -113,3 +121,22 @@ def test_an_example_runs_to_its_result(path: Path, number: int, tmp_path: Path, 
     assert accuracy is not None
     assert accuracy.n == 4
     assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file() == experiment.trains
+
+
+def test_the_script_trains_and_run_again_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_pico_checkpoint(tmp_path / "model")
+    user = write_rows(tmp_path / "user.jsonl", [{"prompt": f"u{i}", "completion": "yes"} for i in range(20)])
+    safety = write_rows(tmp_path / "safety.jsonl", [{"prompt": f"s{i}", "completion": "no"} for i in range(20)])
+    more = {"max_steps": 4, "save_steps": 2, "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    more |= {"gradient_checkpointing": None}
+    script = Path(__file__).parents[1] / "examples" / "lisa_sft.py"
+    given = {"model": model, "user": user, "safety": safety, "out": tmp_path / "out", "args": json.dumps(more)}
+    monkeypatch.setattr(sys, "argv", [str(script), *(f"--{name}={value}" for name, value in given.items())])
+    adapter = tmp_path / "out" / "adapter_model.safetensors"
+    runpy.run_path(str(script), run_name="__main__")
+    once = adapter.read_bytes()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    adapter.unlink()
+    for _ in range(2):  # from the middle, and of the finished run
+        runpy.run_path(str(script), run_name="__main__")
+        assert adapter.read_bytes() == once

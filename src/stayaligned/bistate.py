@@ -32,6 +32,8 @@ Device = Literal["model", "cpu"]
 
 _CHUNK_ELEMENTS = 1 << 26
 """Weights whose difference is held at once: 256 MiB in fp32, however large the model."""
+_CHUNK_ELEMENTS_CPU = 1 << 18
+"""The same on a CPU, where a difference that stays in the cache is four times as fast."""
 
 
 class Phase(StrEnum):
@@ -337,7 +339,8 @@ def _chunks(params: Mapping[str, Tensor]) -> Iterator[list[str]]:
     elements = 0
     for name, param in params.items():
         size = local(param).numel()
-        if chunk and elements + size > _CHUNK_ELEMENTS:
+        most = _CHUNK_ELEMENTS_CPU if param.device.type == "cpu" else _CHUNK_ELEMENTS
+        if chunk and elements + size > most:
             yield chunk
             chunk, elements = [], 0
         chunk.append(name)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import Trainer
 from trl import SFTTrainer
 
 from stayaligned.defenses import TrainingSetup
 from stayaligned.errors import StayalignedError
 from stayaligned.hf.features import encode_example
-from stayaligned.hf.finetuning import build_dataset, build_trainer, train
+from stayaligned.hf.finetuning import build_dataset, build_trainer, save_trained, train
 from stayaligned.records import Example, Message
 from stayaligned.testing import byte_tokenizer, pico_model
 
@@ -136,10 +138,10 @@ def test_an_error_of_training_is_not_taken_for_a_full_disk(tmp_path: Path, momen
 
     def fail(*_: Any) -> None:
         if trainer.state.global_step == 2:
-            raise RuntimeError("no memory")
+            raise FileNotFoundError("rows.jsonl")
 
     trainer.model.register_forward_pre_hook(fail if moment == "after a checkpoint" else lambda *_: None)  # pyright: ignore
-    with pytest.raises(RuntimeError, match="no memory"):
+    with pytest.raises(FileNotFoundError, match="rows"):
         train(trainer, progress=fail if moment == "before a checkpoint" else None)
     written = tmp_path / "checkpoint-2" / "trainer_state.json"
     assert written.is_file() is (moment == "after a checkpoint")
@@ -165,3 +167,16 @@ def test_a_mixture_whose_router_loss_trl_can_not_compute_is_refused(tmp_path: Pa
             dataclasses.replace(given, arguments={**given.arguments, "router_aux_loss_coef": 0.0}), given.examples
         )
     )
+
+
+def test_a_full_disk_is_one_error_when_the_result_is_written(tmp_path: Path) -> None:
+    trainer = setup(tmp_path).trainer()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(StayalignedError, match=r"model can't be written: .*File too large"):
+            save_trained(trainer, tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    save_trained(trainer, tmp_path / "model")
+    assert load_file(tmp_path / "model" / "model.safetensors").keys() == trainer.model.state_dict().keys()  # pyright: ignore

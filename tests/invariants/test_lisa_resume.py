@@ -157,8 +157,11 @@ def test_resuming_with_true_starts_where_there_is_nothing_and_passes_over_what_w
     (directory / "checkpoint-4" / "trainer_state.json").unlink()
     resumed = trainer(directory, save_strategy="no")
     resumed.train(resume_from_checkpoint=True)
+    done = trainer(tmp_path / "done", save_strategy="no")
+    shutil.copytree(whole[0] / f"checkpoint-{STEPS}", tmp_path / "done" / f"checkpoint-{STEPS}")
+    assert done.train(resume_from_checkpoint=True).global_step == STEPS
     expected = trainable(whole[1])
-    for run in (first, resumed):
+    for run in (first, resumed, done):
         assert all(torch.equal(weight, expected[name]) for name, weight in trainable(run).items())
 
 

@@ -147,7 +147,7 @@ def train(
         StayalignedError: if a checkpoint cannot be written; or if a gradient is not finite, before it reaches the
             weights, so that what was saved is sound. Of training, what the host raises.
     """
-    from transformers import TrainerCallback, TrainerState
+    from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -163,17 +163,12 @@ def train(
 
     output_dir = Path(str(trainer.args.output_dir))
     checkpoint = last_complete_checkpoint(output_dir) if resume else None
-    if checkpoint is not None:
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step >= state.max_steps:
-            trainer._load_from_checkpoint(str(checkpoint))  # pyright: ignore[reportPrivateUsage]
-            restore_converted(trainer, checkpoint)
-            trainer.state = state
-            return list(state.log_history)
+    if checkpoint is not None and load_finished(trainer, checkpoint):
+        return list(trainer.state.log_history)
     callback = Progress()
     trainer.add_callback(callback)
     try:
-        with bars_off(bool(trainer.args.disable_tqdm)), writable(output_dir):
+        with bars_off(bool(trainer.args.disable_tqdm)):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except Exception as error:
         # Of a full disk Python, safetensors and torch each raise something else, the last without a reason.
@@ -189,15 +184,39 @@ def train(
     return list(trainer.state.log_history)
 
 
-def save_trained(trainer: Trainer, directory: Path) -> None:
-    """Write the trained adapter, or the whole model; of several processes all take part and one writes."""
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+def load_finished(trainer: Trainer, checkpoint: Path) -> bool:
+    """Load a checkpoint of the last step and tell that it was one; the host, asked to resume it, takes a step too many.
+
+    Raises:
+        StayalignedError: if the weights are sharded, which the host loads only where it trains.
+    """
+    from transformers import TrainerState
+
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if state.global_step < state.max_steps:
+        return False
     if trainer.is_fsdp_enabled:
-        whole = trainer.accelerator.get_state_dict(trainer.model)
-        if trainer.args.should_save:
+        raise StayalignedError(
+            f"{checkpoint} is of the last step: there is nothing left to train",
+            hint="Use its weights, or give another output_dir to train anew.",
+        )
+    trainer._load_from_checkpoint(str(checkpoint))  # pyright: ignore[reportPrivateUsage]
+    restore_converted(trainer, checkpoint)
+    trainer.state = state
+    return True
+
+
+def save_trained(trainer: Trainer, directory: Path) -> None:
+    """Write the trained adapter, or the whole model; of several processes all take part and one writes.
+
+    Raises:
+        StayalignedError: if the disk is full.
+    """
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    whole: Any = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    if trainer.args.should_save:
+        with writable(directory):
             model.save_pretrained(str(directory), state_dict=whole)
-    elif trainer.args.should_save:
-        model.save_pretrained(str(directory))
 
 
 def _refuse_divergence(trainer: Trainer, step: int) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from stayaligned.report.drawing import BLUE, GRAY, INK, ORANGE, PAPER, drawing, share_axis, svg
 from stayaligned.report.labels import Box, Point, along, place
 from stayaligned.report.texts import listed, one_line, percent
+from stayaligned.report.training import BY_PHASE, NO_LOSSES
 from stayaligned.report.values import Arm, Estimate, ModuleEffect, PatchSummary, Points, Report, Training
 
 if TYPE_CHECKING:
@@ -249,38 +250,44 @@ _LINES = {
     "loss": (INK, "-", "loss"),
     "finetuning_loss": (ORANGE, "-", "fine-tuning loss"),
     "alignment_loss": (BLUE, "--", "alignment loss"),
+    "watch/alignment_loss": (BLUE, ":", "held-out alignment loss"),
     "drift": (GRAY, "-", "drift ‖w − anchor‖"),
+    "watch/refusal_margin": (BLUE, "-", "refusal margin, nats"),
 }
 
 
 def training_curves(training: Training, highest_loss: float, name: str) -> str:
-    """Loss against step, by phase where phases alternate, and the drift below it; seeds faint, their mean strong.
+    """Loss against step, by phase where phases alternate, and below it what is no loss; seeds faint, their mean strong.
 
     Args:
         training: the training.
         highest_loss: top of the loss axis, shared by all figures so that they can be compared.
         name: tells this figure's identifiers from those of others.
     """
-    drift = training.curves.get("drift")
-    losses = {k: v for k, v in training.curves.items() if k != "drift"}
-    if len(losses) > 1:
+    below = {quantity: training.curves[quantity] for quantity in NO_LOSSES if quantity in training.curves}
+    losses = {quantity: by_seed for quantity, by_seed in training.curves.items() if quantity not in NO_LOSSES}
+    by_phase = any(quantity in losses for quantity in BY_PHASE)
+    if by_phase:
         # The overall loss alternates between the two that are drawn.
         losses.pop("loss", None)
-    with drawing(370, 300 if drift else 200) as figure:
+    with drawing(370, 200 + 100 * len(below)) as figure:
         shape = figure.subplots(
-            2 if drift else 1, 1, sharex=True, squeeze=False, height_ratios=[2, 1] if drift else None
+            1 + len(below), 1, sharex=True, squeeze=False, height_ratios=[2, *[1] * len(below)] if below else None
         )
         panels: list[Axes] = [row[0] for row in shape]
         for quantity, by_seed in losses.items():
             _draw_curve(panels[0], quantity, by_seed)
         panels[0].set_ylim(0, highest_loss * 1.05)
-        panels[0].set_title("loss" if len(losses) == 1 else "loss by phase", fontsize=10)
+        panels[0].set_title("loss by phase" if by_phase else "loss", fontsize=10)
         if len(losses) > 1:
             panels[0].legend(frameon=False, fontsize=9, handlelength=1.6, loc="upper right")
-        if drift:
-            _draw_curve(panels[1], "drift", drift)
-            panels[1].set_ylim(bottom=0)
-            panels[1].set_title(_LINES["drift"][2], fontsize=10)
+        for panel, (quantity, by_seed) in zip(panels[1:], below.items(), strict=True):
+            _draw_curve(panel, quantity, by_seed)
+            panel.set_title(_LINES[quantity][2], fontsize=10)
+            if quantity == "drift":
+                panel.set_ylim(bottom=0)
+            else:
+                panel.axhline(0, color=GRAY, linewidth=0.8)
         for panel in panels:
             panel.grid(visible=True, axis="y")
             panel.tick_params(length=0)

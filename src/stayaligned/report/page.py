@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from stayaligned.report import texts
 from stayaligned.report.prose import INTERVALS
+from stayaligned.report.training import NO_LOSSES
 from stayaligned.report.values import Arm, MetricKind, PatchSummary, Report
 from stayaligned.report.words import NEVER_CLAIMED
 
@@ -80,7 +81,7 @@ def _figures(report: Report) -> dict[str, Any]:
         value
         for training in report.trainings
         for quantity, by_seed in training.curves.items()
-        if quantity != "drift"
+        if quantity not in NO_LOSSES
         for points in by_seed.values()
         for _, value in points
     ]

@@ -8,8 +8,12 @@ from collections.abc import Mapping, Sequence
 from stayaligned.report.values import Points, Training
 from stayaligned.results import Result
 
-QUANTITIES = ("loss", "alignment_loss", "finetuning_loss", "drift")
-"""Keys of a log row that a report draws; those after the first are there for alternating defenses alone."""
+BY_PHASE = ("alignment_loss", "finetuning_loss")
+"""Of alternating defenses: the two losses between which `loss` alternates."""
+NO_LOSSES = ("drift", "watch/refusal_margin")
+"""Quantities that a report draws on axes of their own."""
+QUANTITIES = ("loss", *BY_PHASE, "watch/alignment_loss", *NO_LOSSES)
+"""Keys of a log row that a report draws, where they are there."""
 
 
 def collect_trainings(groups: Mapping[str, Sequence[Result]]) -> tuple[Training, ...]:

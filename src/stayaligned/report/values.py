@@ -149,7 +149,7 @@ class Training:
 
     arms: tuple[str, ...]
     curves: Mapping[str, Mapping[int, Points]]
-    """Quantity (`loss`, `alignment_loss`, `finetuning_loss`, `drift`) and seed to its points."""
+    """Quantity (one of `training.QUANTITIES`) and seed to its points."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from stayaligned.bistate import BiStateSchedule, Phase
 from stayaligned.errors import StayalignedError
-from stayaligned.hf.finetuning import last_complete_checkpoint
+from stayaligned.hf.finetuning import last_complete_checkpoint, load_finished
 from stayaligned.hf.lisa.checkpoints import read_progress, require_same_run, write_run
 from stayaligned.hf.lisa.losses import AlignmentLoss, AlignmentTrainer, ReferenceKl, TrainerLoss
 from stayaligned.hf.lisa.pull import LisaSettings, Pull, Run, first_pulled_step
@@ -205,14 +205,19 @@ class BiStateMixin(_Host):
         """`Trainer.train`; a checkpoint must be of the same settings, data and number of processes.
 
         `resume_from_checkpoint=True` goes on from the last complete checkpoint of the output directory, and starts
-        where there is none yet, so that one command serves for a first and for every later start. (The host takes
-        the newest, whole or not.)
+        where there is none yet, so that one command serves for a first and for every later start; of a run that is
+        finished it loads the weights. (The host takes the newest checkpoint, whole or not.)
         """
-        if resume_from_checkpoint is True:
+        from transformers.trainer_utils import TrainOutput
+
+        continues = resume_from_checkpoint is True
+        if continues:
             resume_from_checkpoint = last_complete_checkpoint(Path(str(self.args.output_dir)))  # pyright: ignore
         path = None if not resume_from_checkpoint else Path(str(resume_from_checkpoint))
         if path is not None:
             require_same_run(path, self._fingerprint())
+            if continues and load_finished(self, path):
+                return TrainOutput(self.state.global_step, 0.0, {})
         self._forget_progress(path)
         try:
             return super().train(None if path is None else str(path), *args, **kwargs)
