@@ -324,17 +324,17 @@ def sections(study: Study, max_loss: float) -> Iterator[tuple[str, Iterator[str]
         yield "Two tasks at once, and conversations", other_rows(study)
     if study.arms(has_option("proximal")):
         yield "Coupled against decoupled", decoupled(study)
-    settings = {
-        "The loss of the alignment state": ("alignment_loss", "dpo_beta"),
-        "Ending on an alignment state": ("finish",),
+    settings: dict[str, tuple[tuple[str, ...], Callable[[Arm], Sequence[Arm]]]] = {
+        "The loss of the alignment state": (("alignment_loss", "dpo_beta"), lambda same: [same]),
+        "Ending on an alignment state": (("finish",), lambda same: [same]),
         "Strengths that change: ρ rising, falling, or set by the measured alignment loss": (
-            "rho_schedule", "alignment_loss_budget", "rho_ceiling",
+            ("rho_schedule", "alignment_loss_budget", "rho_ceiling"),
+            lambda same: [same._replace(rho=rho) for rho in (1.0, 2.0)],
         ),
-    }  # fmt: skip
-    for title, names in settings.items():
+    }
+    for title, (names, control) in settings.items():
         if study.arms(has_option(*names)):
-            found = options(study, has_option(*names), lambda a, names=names: (without(a, *names),))
-            yield title, found
+            yield title, options(study, has_option(*names), lambda a, n=names, c=control: c(without(a, *n)))
 
 
 def page(study: Study, max_loss: float) -> str:
