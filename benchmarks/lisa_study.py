@@ -37,6 +37,8 @@ NAME = "lisa-study"
 SFT = Arm("SFT")
 MIXED_LIKE = {(5, 45): "Mixing 10 %", (25, 25): "Mixing 100 %"}
 """The mixing that draws alignment rows about as often as an allocation does."""
+TUNED = "Lisa 5:45, ρ too"
+"""The rows of Lisa whose ρ is chosen with the rest."""
 _LEVEL = 0.05
 
 
@@ -210,26 +212,21 @@ def without(arm: Arm, *names: str) -> Arm:
 
 def tuning(study: Study, max_loss: float) -> Iterator[str]:
     """Every method over learning rate and length; each at its best setting, chosen on one half of the prompts."""
-    methods = [
-        ("SFT", SFT), ("Mixing 10 %", Arm("Mixing 10 %")), ("BSO 5:45", Arm("Lisa", (5, 45))),
-        ("Lisa 5:45 ρ=2", Arm("Lisa", (5, 45), 2.0)),
-    ]  # fmt: skip
-    grid = study.arms(lambda a: any(a == m._replace(steps=a.steps, rate=a.rate) for _, m in methods))
-    rates = sorted({arm.rate for arm in grid})
-    lengths = sorted({arm.steps for arm in grid if arm.steps != 1000})
+    methods = [SFT, Arm("Mixing 10 %"), *(Arm("Lisa", (5, 45), rho) for rho in (0.0, 0.5, 1.0, 2.0, 5.0))]
+    grid = study.arms(lambda a: a._replace(steps=SFT.steps, rate=SFT.rate) in methods and a.steps <= SFT.steps)
+    rates, lengths = sorted({arm.rate for arm in grid}), sorted({arm.steps for arm in grid})
     for name in (HARM, ACCURACY):
         rows: list[list[str]] = []
-        for title, method in methods:
+        for method in methods:
             for steps in lengths:
                 found = [study.metrics(method._replace(rate=rate, steps=steps), name) for rate in rates]
-                rows.append([title, str(steps), *(estimate(metrics) if metrics else "" for metrics in found)])
+                rows.append([method.name, str(steps), *(estimate(metrics) if metrics else "" for metrics in found)])
         yield f"{METRICS[name].capitalize()}:"
         yield ""
         yield from table_lines(["method", "steps", *(f"rate {rate:g}" for rate in rates)], rows)
-    scans = {
-        title: [a for r in rates for s in lengths if (a := method._replace(rate=r, steps=s)) in study.runs]
-        for title, method in methods
-    }
+    names = ["SFT", "Mixing 10 %", "BSO 5:45", "Lisa 5:45 ρ=2"]
+    scans = {title: [arm for arm in grid if arm.name == title] for title in names}
+    scans[TUNED] = [arm for arm in grid if arm.rho]
     choices = {title: tuned(study, scan, SFT, max_loss) for title, scan in scans.items()}
     yield (
         f"The setting of least harm among those that lose at most {100 * max_loss:g} points of SFT's accuracy (rate "
@@ -237,24 +234,26 @@ def tuning(study: Study, max_loss: float) -> Iterator[str]:
     )
     yield ""
     rows = [
-        [
-            title, f"rate {arm.rate:g}, {arm.steps} steps{'' if admissible else ' (none within the loss)'}",
-            *(estimate(study.metrics(arm, name, "report")) for name in METRICS),
-        ]
-        for title, (arm, admissible) in choices.items()
+        [title, f"{setting(choice.arm)}{'' if choice.admissible else ' (none within the loss)'}",
+         *(estimate(study.metrics(choice.arm, name, "report")) for name in METRICS)]
+        for title, choice in choices.items()
     ]  # fmt: skip
     yield from table_lines(["method", "chosen", *METRICS.values()], rows)
-    lisa = choices["Lisa 5:45 ρ=2"].arm
+    best = choices[TUNED].arm
     comparisons = [
         row
-        for title, (arm, _) in choices.items()
-        for row in compared(study, ["tuned Lisa", f"tuned {title}"], lisa, arm, "report")
-        if arm != lisa
+        for title in names[:3]
+        for row in compared(study, [TUNED, f"tuned {title}"], best, choices[title].arm, "report")
     ]
     yield from comparison_lines(["method", "minus"], comparisons)
     yield "Area under the front of each method over all its settings (1 is no harm at full accuracy), all prompts:"
     yield ""
     yield from area_lines(study, scans, "SFT")
+
+
+def setting(arm: Arm) -> str:
+    """What was chosen of an arm."""
+    return f"rate {arm.rate:g}, {arm.steps} steps" + (f", ρ = {arm.rho:g}" if arm.rho else "")
 
 
 def area_lines(study: Study, scans: dict[str, list[Arm]], control: str) -> Iterator[str]:
