@@ -166,20 +166,30 @@ def allocation(study: Study) -> Iterator[str]:
     yield ""
     trends: list[Comparison] = []
     lines = [
-        (
-            f"K1 of 50 at ρ = {rho:g}",
-            [Arm("Lisa", split, rho) for split in reversed(splits) if split[0] and sum(split) == 50],
-        )
+        (f"K1 of 50 at ρ = {rho:g}", [Arm("Lisa", s, rho) for s in reversed(splits) if s[0] and sum(s) == 50])
         for rho in rhos
     ]
-    lines += [
-        (f"ρ at {split[0]}:{split[1]}", [Arm("Lisa", split, rho) for rho in rhos if split[0] or rho])
-        for split in splits
-    ]
+    lines += [(f"ρ at {split[0]}:{split[1]}", [Arm("Lisa", split, rho) for rho in rhos]) for split in splits]
     for title, line in lines:
-        if len(line) > 2 and all(arm in study.runs for arm in line):
-            trends.append(Comparison((title,), *(trend(study, line, name) for name in (HARM, ACCURACY))))
+        present = [arm for arm in line if arm in study.runs]
+        if len(present) > 2:
+            over = f"{title}, {len(present)} settings"
+            trends.append(Comparison((over,), *(trend(study, present, name) for name in (HARM, ACCURACY))))
     yield from comparison_lines(["over"], trends)
+    yield from allocation_fronts(study)
+
+
+def allocation_fronts(study: Study) -> Iterator[str]:
+    """Whether alternating is better than the pull alone: fronts over the same strengths."""
+    scans: dict[str, list[Arm]] = {}
+    for split in ((0, 50), (1, 49), (5, 45), (10, 40), (25, 25), (45, 5)):
+        scan = [Arm("Lisa", split, rho) for rho in (0.5, 1.0, 2.0, 5.0)]
+        if all(arm in study.runs for arm in scan):
+            scans[f"{split[0]}:{split[1]}"] = [SFT, *scan]
+    if "0:50" in scans and len(scans) > 1:
+        yield "Fronts over ρ = 0.5, 1, 2 and 5, SFT counted to each:"
+        yield ""
+        yield from area_lines(study, scans, "0:50")
 
 
 def extreme(study: Study) -> Iterator[str]:
@@ -227,25 +237,24 @@ def tuning(study: Study, max_loss: float) -> Iterator[str]:
     names = ["SFT", "Mixing 10 %", "BSO 5:45", "Lisa 5:45 ρ=2"]
     scans = {title: [arm for arm in grid if arm.name == title] for title in names}
     scans[TUNED] = [arm for arm in grid if arm.rho]
-    choices = {title: tuned(study, scan, SFT, max_loss) for title, scan in scans.items()}
     yield (
-        f"The setting of least harm among those that lose at most {100 * max_loss:g} points of SFT's accuracy (rate "
-        "0.0005, 400 steps) on the choosing half, and what it does on the other half:"
+        "The setting of least harm among those that lose at most so many points of SFT's accuracy (rate 0.0005, 400 "
+        "steps) on the choosing half, and what it does on the other half:"
     )
     yield ""
-    rows = [
-        [title, f"{setting(choice.arm)}{'' if choice.admissible else ' (none within the loss)'}",
-         *(estimate(study.metrics(choice.arm, name, "report")) for name in METRICS)]
-        for title, choice in choices.items()
-    ]  # fmt: skip
-    yield from table_lines(["method", "chosen", *METRICS.values()], rows)
-    best = choices[TUNED].arm
-    comparisons = [
-        row
-        for title in names[:3]
-        for row in compared(study, [TUNED, f"tuned {title}"], best, choices[title].arm, "report")
-    ]
-    yield from comparison_lines(["method", "minus"], comparisons)
+    rows, comparisons = [], []
+    for loss in (max_loss, 2 * max_loss):
+        choices = {title: tuned(study, scan, SFT, loss) for title, scan in scans.items()}
+        allowed = f"{100 * loss:g}"
+        for title, (arm, admissible) in choices.items():
+            chosen = setting(arm) + ("" if admissible else " (none within the loss)")
+            measured = [estimate(study.metrics(arm, name, "report")) for name in METRICS]
+            rows.append([title, allowed, chosen, *measured])
+        for title in names[:3]:
+            found = [TUNED, f"tuned {title}", allowed]
+            comparisons += compared(study, found, choices[TUNED].arm, choices[title].arm, "report")
+    yield from table_lines(["method", "allowed loss", "chosen", *METRICS.values()], rows)
+    yield from comparison_lines(["method", "minus", "allowed loss"], comparisons)
     yield "Area under the front of each method over all its settings (1 is no harm at full accuracy), all prompts:"
     yield ""
     yield from area_lines(study, scans, "SFT")

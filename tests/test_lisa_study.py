@@ -99,9 +99,9 @@ def test_the_page_compares_lisa_with_plain_fine_tuning_bso_and_the_mixing_that_i
     assert row_of(text, "Lisa 5:45 ρ=1", "BSO")[-1] == "less harm"
     assert row_of(text, "Lisa 5:45 ρ=1", "Mixing 10 %")[-1] == "more harm"
     assert "Mixing 100 %" not in text, "was not run"
-    assert row_of(text, "ρ at 5:45")[-1] == "less harm"
-    assert row_of(text, "ρ at 5:45")[2].startswith("−20.")
-    assert row_of(text, "K1 of 50 at ρ = 2")[2].startswith(("−19.", "−20."))
+    assert row_of(text, "ρ at 5:45, 3 settings")[-1] == "less harm"
+    assert row_of(text, "ρ at 5:45, 3 settings")[2].startswith("−20.")
+    assert row_of(text, "K1 of 50 at ρ = 2, 3 settings")[2].startswith(("−19.", "−20."))
     assert "1000 steps" not in text
 
 
