@@ -114,12 +114,12 @@ def test_the_page_tunes_every_method_alike_and_reports_the_other_half() -> None:
             # The gentlest setting has least harm, and is the one that does not learn.
             arms[method._replace(steps=steps, rate=rate)] = (0.9 - 0.1 * place - 0.2 * gentle, (0.9, 0.9, 0.3)[gentle])
     found = study_of(arms)
-    for runs in found.runs.values():
-        for run in runs.values():
-            run["report"] = reading(0.77, 0.66)["report"]
+    for arm, runs in found.runs.items():
+        for run in runs.values():  # on this half the harshest setting looks best
+            run["report"] = reading(0.11 if (arm.steps, arm.rate) == (400, 5e-4) else 0.77, 0.66)["report"]
     text = study.page(found, 0.05)
     for name in ("SFT", "Mixing 10 %", "BSO 5:45", "Lisa 5:45 ρ=2"):
-        (line,) = (line for line in text.splitlines() if line.startswith(f"| {name} | rate"))
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| {name} | 5 | rate"))
         assert "rate 0.0001, 100" not in line
         assert "none within" not in line
         assert "77.0" in line
