@@ -33,6 +33,7 @@ def test_two_processes_train_as_one(forks: Callable[..., Any], tmp_path: Path) -
     [
         ("full", "full, sharded", 2),
         ("lora, decoupled", "lora, decoupled, sharded", 2),
+        ("lora, kl", "lora, kl, sharded", 2),
         ("streamed", "streamed", 1),
     ],
 )

@@ -307,3 +307,10 @@ def test_alignment_trainers_that_do_not_fit_are_refused(
         attach_lisa(trainer, alignment_trainer=build, lisa=LISA.model_copy(update=settings_of_lisa))
     assert caught.value.hint
     assert type(trainer) is Trainer
+
+
+def test_an_alignment_trainer_beside_sharded_weights_is_refused(tmp_path: Path) -> None:
+    trainer = plain(lora_model(), tmp_path)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(StayalignedError, match="another trainer shards"):
+        attach_lisa(trainer, alignment_trainer=dpo(tmp_path), lisa=LISA.model_copy(update={"rho": 0.0}))

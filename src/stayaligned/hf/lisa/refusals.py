@@ -33,6 +33,11 @@ def refuse_what_is_not_exact(
             hint="Set fp16=False, or bf16=True for half precision.",
         )
     _refuse_losses(lisa, alignment_dataset, alignment_trainer)
+    if alignment_trainer is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise StayalignedError(
+            "alignment_trainer computes its loss on a model that another trainer shards, which is not verified",
+            hint="Train with DDP, or take alignment_loss='sft' or 'kl'.",
+        )
     if lisa.alignment_steps:
         _refuse_sampling(trainer, lisa, alignment_dataset)
     if lisa.rho:
