@@ -47,7 +47,7 @@ def test_sharded_or_streamed_two_processes_train_as_one_and_resume(
     assert sum(file.startswith("lisa_anchor") for file in files) == anchors
     logs = [json.loads((tmp_path / name / "log.json").read_text())[0] for name in ("one", "two", "resumed")]
     for key in {"alignment_loss", "finetuning_loss", "drift", "drift_from_start"} & logs[0].keys():
-        assert logs[1][key] == pytest.approx(logs[0][key], rel=1e-4), key
+        assert logs[1][key] == pytest.approx(logs[0][key], rel=1e-4, abs=1e-7), key
     assert logs[2]["drift"] == logs[1]["drift"]
 
 
