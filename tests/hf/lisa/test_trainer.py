@@ -236,6 +236,13 @@ class Stream(IterableDataset):
             "every label of train_dataset is masked",
         ),
         ({"fp16": True}, rows(4), {}, "fp16=True on the CPU"),
+        ({}, rows(4), {"proximal": "decoupled", "rho": 2000.0}, "rho=2000 with proximal='decoupled'"),
+        (
+            {},
+            rows(4),
+            {"proximal": "decoupled", "rho": 1.0, "alignment_loss_budget": 0.1, "rho_ceiling": 2000.0},
+            "rho_ceiling=2000 with proximal='decoupled'",
+        ),
     ],
 )
 def test_what_would_not_be_exact_is_refused_by_name_and_the_trainer_left_as_it_was(
