@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from stayaligned import Guard, Lisa, Watch, attach_watch, with_lisa
 from stayaligned.errors import StayalignedError
@@ -117,6 +117,24 @@ def plain_trainer(
     return trainer
 
 
+def preferring_trainer(settings: dict[str, Any]) -> Trainer:
+    """With DPO in the alignment state."""
+    model = get_peft_model(pico_model(seed=3), LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.0))
+    pairs = Dataset.from_list([{"prompt": f"wug {i}", "chosen": "no", "rejected": "wug" * (1 + i)} for i in range(5)])
+
+    def build(model: Any) -> Trainer:
+        shared = {key: settings[key] for key in ("output_dir", "use_cpu", "disable_tqdm", "report_to")}
+        arguments = DPOConfig(**shared, bf16=False, gradient_checkpointing=False)
+        return DPOTrainer(model, args=arguments, train_dataset=pairs, processing_class=byte_tokenizer())
+
+    rows: Any = feature_rows(3, 15)
+    arguments = TrainingArguments(**settings)
+    collator = PaddingCollator(0)
+    return with_lisa(Trainer)(
+        model, arguments, data_collator=collator, train_dataset=rows, alignment_trainer=build, lisa=LISA
+    )
+
+
 KL = LISA.model_copy(update={"alignment_loss": "kl"})
 DECOUPLED = LISA.model_copy(update={"proximal": "decoupled", "rho": 20.0, "drift_from_start": True})
 TRAINERS: dict[str, Callable[[dict[str, Any]], Trainer]] = {
@@ -130,6 +148,7 @@ TRAINERS: dict[str, Callable[[dict[str, Any]], Trainer]] = {
     "full, watched, sharded": functools.partial(plain_trainer, lora=False, watched=True, state_dict="FULL_STATE_DICT"),
     "lora, kl": functools.partial(plain_trainer, lora=True, lisa=KL),
     "lora, kl, sharded": functools.partial(plain_trainer, lora=True, lisa=KL, state_dict="SHARDED_STATE_DICT"),
+    "lora, dpo": preferring_trainer,
     "streamed": functools.partial(plain_trainer, lora=True, streamed=True),
     "lora": lora_trainer,
     "lora without dropout": functools.partial(lora_trainer, dropout=0.0),

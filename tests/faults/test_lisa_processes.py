@@ -35,6 +35,7 @@ def test_two_processes_train_as_one(forks: Callable[..., Any], tmp_path: Path) -
         ("lora, decoupled", "lora, decoupled, sharded", 2),
         ("full, watched", "full, watched, sharded", 2),
         ("lora, kl", "lora, kl, sharded", 2),
+        ("lora, dpo", "lora, dpo", 1),
         ("streamed", "streamed", 1),
     ],
 )
