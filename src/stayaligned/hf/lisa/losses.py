@@ -150,14 +150,14 @@ class ReferenceKl:
         StayalignedError: if the model has no adapter that can be switched off.
     """
 
+    name = "kl"
+
     def __init__(self, host: Trainer) -> None:
         if not _adapters(host.model):
             raise StayalignedError(
                 "alignment_loss='kl' compares with the model without its adapter, and this model has none",
                 hint="Train a LoRA, or take alignment_loss='sft'.",
             )
-
-    name = "kl"
 
     def state(self) -> contextlib.AbstractContextManager[None]:
         """Nothing is changed."""

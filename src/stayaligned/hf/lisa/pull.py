@@ -13,7 +13,6 @@ from torch import Tensor
 
 from stayaligned.bistate import (
     Anchor,
-    BiStateSchedule,
     Device,
     LossBudget,
     Phase,
@@ -65,7 +64,6 @@ class LisaSettings(Protocol):
 class Run:
     """What the pull needs to know of the run that it is part of."""
 
-    schedule: BiStateSchedule
     total_steps: int
     rank: int
     processes: int

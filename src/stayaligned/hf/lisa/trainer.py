@@ -296,7 +296,6 @@ class BiStateMixin(_Host):
             restore_converted(self, self._resume_from)
         self._schedule = self._run_schedule()
         run = Run(
-            schedule=self._schedule,
             total_steps=self._total_steps(),
             rank=self.args.process_index,
             processes=self.args.world_size,
