@@ -35,12 +35,12 @@ from safetensors.torch import save_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from stayaligned import Lisa, with_lisa
+from stayaligned import Guard, Lisa, Watch, attach_watch, with_lisa
 from stayaligned.errors import StayalignedError
 from stayaligned.hf.features import PaddingCollator
-from stayaligned.hf.finetuning import train
+from stayaligned.hf.finetuning import save_trained, train
 from stayaligned.testing import byte_tokenizer, pico_model
 
 LISA = Lisa(alignment_steps=2, finetuning_steps=3, rho=0.7)
@@ -73,9 +73,18 @@ def sft_trainer(settings: dict[str, Any]) -> Trainer:
 
 
 def plain_trainer(
-    settings: dict[str, Any], *, lora: bool, streamed: bool = False, state_dict: str = "", lisa: Lisa = LISA
+    settings: dict[str, Any],
+    *,
+    lora: bool,
+    streamed: bool = False,
+    watched: bool = False,
+    state_dict: str = "",
+    lisa: Lisa = LISA,
 ) -> Trainer:
-    """By transformers' Trainer; of streams; or, with the kind of state dict to save, sharded by FSDP2."""
+    """By transformers' Trainer; of streams; or, with the kind of state dict to save, sharded by FSDP2.
+
+    What is watched is evaluated before it trains, too, and rolled back from step 10 to step 8.
+    """
     model: Any = pico_model(seed=3)
     if lora:
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
@@ -94,11 +103,39 @@ def plain_trainer(
         assert arguments.device.type == "cpu"  # asked for, it sets up the processes
         # On CPUs accelerate would quietly take DDP.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if watched:
+        arguments.eval_on_start = True
+        rows |= {"eval_dataset": feature_rows(3, 4), "processing_class": byte_tokenizer()}
     trainer = with_lisa(Trainer)(model, arguments, data_collator=PaddingCollator(0), lisa=lisa, **rows)
     assert trainer.is_fsdp_enabled is bool(state_dict)
+    if watched:
+        prompts = Path(str(arguments.output_dir)).with_suffix(".jsonl")
+        prompts.write_text("".join(json.dumps({"prompt": f"wug {i}"}) + "\n" for i in range(3)))
+        guard = Guard(measure="refusal_margin", tolerance=0.14, action="rollback")
+        watch = Watch(every_steps=2, prompts=str(prompts), refusal="zz", compliance="$%&", guard=guard)
+        attach_watch(trainer, watch)
     return trainer
 
 
+def preferring_trainer(settings: dict[str, Any]) -> Trainer:
+    """With DPO in the alignment state."""
+    model = get_peft_model(pico_model(seed=3), LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.0))
+    pairs = Dataset.from_list([{"prompt": f"wug {i}", "chosen": "no", "rejected": "wug" * (1 + i)} for i in range(5)])
+
+    def build(model: Any) -> Trainer:
+        shared = {key: settings[key] for key in ("output_dir", "use_cpu", "disable_tqdm", "report_to")}
+        arguments = DPOConfig(**shared, bf16=False, gradient_checkpointing=False)
+        return DPOTrainer(model, args=arguments, train_dataset=pairs, processing_class=byte_tokenizer())
+
+    rows: Any = feature_rows(3, 15)
+    arguments = TrainingArguments(**settings)
+    collator = PaddingCollator(0)
+    return with_lisa(Trainer)(
+        model, arguments, data_collator=collator, train_dataset=rows, alignment_trainer=build, lisa=LISA
+    )
+
+
+KL = LISA.model_copy(update={"alignment_loss": "kl"})
 DECOUPLED = LISA.model_copy(update={"proximal": "decoupled", "rho": 20.0, "drift_from_start": True})
 TRAINERS: dict[str, Callable[[dict[str, Any]], Trainer]] = {
     "full": functools.partial(plain_trainer, lora=False),
@@ -107,6 +144,11 @@ TRAINERS: dict[str, Callable[[dict[str, Any]], Trainer]] = {
     "lora, decoupled, sharded": functools.partial(
         plain_trainer, lora=True, lisa=DECOUPLED, state_dict="SHARDED_STATE_DICT"
     ),
+    "full, watched": functools.partial(plain_trainer, lora=False, watched=True),
+    "full, watched, sharded": functools.partial(plain_trainer, lora=False, watched=True, state_dict="FULL_STATE_DICT"),
+    "lora, kl": functools.partial(plain_trainer, lora=True, lisa=KL),
+    "lora, kl, sharded": functools.partial(plain_trainer, lora=True, lisa=KL, state_dict="SHARDED_STATE_DICT"),
+    "lora, dpo": preferring_trainer,
     "streamed": functools.partial(plain_trainer, lora=True, streamed=True),
     "lora": lora_trainer,
     "lora without dropout": functools.partial(lora_trainer, dropout=0.0),
@@ -141,6 +183,7 @@ def run(kind: str, directory: Path, *, full: int = 0, stalling: bool = False, **
             resource.setrlimit(resource.RLIMIT_FSIZE, (full, resource.RLIM_INFINITY))
 
     log = train(trainer, progress=progress)
+    save_trained(trainer, directory / "saved")
     weights = {name: whole(p).clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     if trainer.args.process_index == 0:
         save_file(weights, directory / "end")
@@ -310,7 +353,7 @@ def kill_group(directory: Path, seed: str) -> list[dict[str, Any]]:
     assert wait(fork(run_on_two, "lora", directory / "whole", save_strategy="no", **two)) == 0
     life = time.monotonic() - started
     seen: list[dict[str, Any]] = []
-    for left, aim in ((2, "stalled"), (1, "writing"), (0, "anytime")):
+    for left, aim in ((3, "stalled"), (2, "writing"), (1, "written"), (0, "anytime")):
         attempt = Attempt(killed, fork(run_on_two, "lora", killed, stalling=aim == "stalled", **saving))
         seen.append(strike(attempt, aim, moments, life=life, limit=steps - RESERVED_STEPS * (left + 1)))
     assert wait(fork(run_on_two, "lora", killed, **saving)) == 0
@@ -328,6 +371,8 @@ def split(directory: Path) -> None:
 def split_otherwise(directory: Path, kind: str, sharded: str) -> list[str]:
     """One run in one process; in two; and in two from the middle of a state of that. The files of a checkpoint."""
     settings: dict[str, Any] = {"max_steps": 16, "logging_steps": 16, "max_grad_norm": 0.5, "learning_rate": 1e-3}
+    if "kl" in kind:
+        settings |= {"optim": "sgd", "learning_rate": 5.0}  # Adam would blow up the rounding of the gradient at 0
     assert wait(fork(run, kind, directory / "one", save_strategy="no", **settings)) == 0
     two = {**settings, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 7}
     assert wait(fork(run_on_two, sharded, directory / "two", **two)) == 0

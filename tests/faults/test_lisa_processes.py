@@ -33,6 +33,9 @@ def test_two_processes_train_as_one(forks: Callable[..., Any], tmp_path: Path) -
     [
         ("full", "full, sharded", 2),
         ("lora, decoupled", "lora, decoupled, sharded", 2),
+        ("full, watched", "full, watched, sharded", 2),
+        ("lora, kl", "lora, kl, sharded", 2),
+        ("lora, dpo", "lora, dpo", 1),
         ("streamed", "streamed", 1),
     ],
 )
@@ -44,10 +47,16 @@ def test_sharded_or_streamed_two_processes_train_as_one_and_resume(
     assert max((two[name] - weight).abs().max().item() for name, weight in one.items()) < 1e-5
     assert all(resumed[name].equal(weight) for name, weight in two.items())
     assert sum(file.startswith("lisa_anchor") for file in files) == anchors
-    logs = [json.loads((tmp_path / name / "log.json").read_text())[0] for name in ("one", "two", "resumed")]
-    for key in {"alignment_loss", "finetuning_loss", "drift", "drift_from_start"} & logs[0].keys():
-        assert logs[1][key] == pytest.approx(logs[0][key], rel=1e-4), key
-    assert logs[2]["drift"] == logs[1]["drift"]
+    if kind.startswith("full"):  # what is saved is what was trained, however it was gathered
+        saved = load_file(tmp_path / "two" / "saved" / "model.safetensors")
+        assert all(saved[name].equal(weight) for name, weight in two.items())
+    logs = [json.loads((tmp_path / name / "log.json").read_text()) for name in ("one", "two", "resumed")]
+    back = [[row["watch/rolled_back_to"] for row in log if "watch/rolled_back_to" in row] for log in logs]
+    assert back == [[8.0] if "watched" in kind else []] * 3
+    rows = [next((row for row in log if "loss" in row), {}) for log in logs]
+    for key in {"alignment_loss", "finetuning_loss", "drift", "drift_from_start"} & rows[0].keys():
+        assert rows[1][key] == pytest.approx(rows[0][key], rel=1e-4, abs=1e-7), key
+    assert rows[2].get("drift") == rows[1].get("drift")
 
 
 def test_a_run_of_the_command_is_the_same_in_two_processes(tmp_path: Path) -> None:

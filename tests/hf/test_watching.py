@@ -11,12 +11,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import SchedulerType, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from stayaligned import Guard, Lisa, StayalignedError, Watch, attach_lisa, attach_watch
 from stayaligned.data import read_examples
 from stayaligned.hf.features import PaddingCollator, encode_example
+from stayaligned.hf.finetuning import train
 from stayaligned.hf.watching import Probe, dead_adapters
 from stayaligned.testing import byte_tokenizer, pico_model
 
@@ -175,7 +176,7 @@ def test_a_guard_stops_training(tmp_path: Path, sources: dict[str, str]) -> None
     run = attach_watch(trainer(tmp_path, rate=1.0, steps=8), watched_by)
     run.train()
     assert run.state.global_step == 4
-    assert watched(run)[-1]["watch/out_of_tolerance"] == 1.0
+    assert [row["step"] for row in watched(run) if "watch/out_of_tolerance" in row] == [4]
 
 
 def test_a_guard_goes_back_to_the_last_weights_that_were_within_tolerance(
@@ -185,7 +186,7 @@ def test_a_guard_goes_back_to_the_last_weights_that_were_within_tolerance(
     run = attach_watch(trainer(tmp_path, rate=1.0, steps=8), watched_by)
     run.train()
     assert run.state.global_step == 4
-    assert watched(run)[-1]["watch/rolled_back_to"] == 2.0
+    assert [row["watch/rolled_back_to"] for row in watched(run) if "watch/rolled_back_to" in row] == [2.0]
     early = trainer(tmp_path / "early", rate=1.0, steps=2)
     early.train()
     assert all(torch.equal(weight, weights(early)[name]) for name, weight in weights(run).items())
@@ -202,6 +203,52 @@ def test_a_guard_lowers_the_learning_rate_and_a_resumed_run_keeps_it(tmp_path: P
         again = attach_watch(trainer(tmp_path / "again", rate=1.0, steps=8), watched_by)
         again.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
         assert all(torch.equal(weight, weights(run)[name]) for name, weight in weights(again).items()), step
+
+
+@pytest.mark.parametrize("action", ["stop", "rollback"])
+def test_a_run_that_a_guard_ended_is_not_trained_on(tmp_path: Path, sources: dict[str, str], action: str) -> None:
+    watched_by = breaching(sources, tmp_path, action)
+
+    def again(directory: Path) -> Trainer:
+        built = trainer(directory, rate=1.0, steps=8, save_strategy="steps", save_steps=2)
+        return attach_watch(built, watched_by)
+
+    run = again(tmp_path / "run")
+    train(run)
+    assert run.state.global_step == 4
+    rerun = again(tmp_path / "run")
+    train(rerun)
+    assert rerun.state.global_step == 4
+    assert all(torch.equal(weight, weights(run)[name]) for name, weight in weights(rerun).items())
+    with pytest.raises(StayalignedError, match="the guard ended this training after step 4"):
+        again(tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+
+
+def test_what_is_not_a_number_is_out_of_tolerance(tmp_path: Path, sources: dict[str, str]) -> None:
+    class Breaking(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                with torch.no_grad():
+                    next(kwargs["model"].parameters()).fill_(float("nan"))
+
+    run = attach_watch(trainer(tmp_path), guarded(sources, "rollback", tolerance=1e9))
+    run.callback_handler.callbacks.insert(0, Breaking())
+    run.train()
+    assert run.state.global_step == 4
+    assert all(weight.isfinite().all() for weight in weights(run).values())
+
+
+def test_settings_that_undo_a_guard_are_refused(tmp_path: Path, sources: dict[str, str]) -> None:
+    built = trainer(tmp_path)
+    built.args.load_best_model_at_end = True
+    with pytest.raises(StayalignedError, match="load_best_model_at_end would undo"):
+        attach_watch(built, guarded(sources, "rollback"))
+    plateau = trainer(tmp_path)
+    plateau.args.lr_scheduler_type = SchedulerType.REDUCE_ON_PLATEAU
+    attach_watch(plateau, guarded(sources, "lower_learning_rate"))
+    with pytest.raises(StayalignedError, match="cannot lower the learning rate of a ReduceLROnPlateau"):
+        plateau.train()
+    assert plateau.state.global_step == 0
 
 
 @pytest.mark.parametrize(

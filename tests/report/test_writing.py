@@ -251,6 +251,19 @@ def test_missing_things_leave_the_rest_standing(make_result, tmp_path, changes, 
     assert "A" in plain(terminal_table(build_report(results, title="t")), 80)
 
 
+def test_what_was_watched_is_drawn_beside_the_losses(make_result, tmp_path):
+    watched = {"watch/refusal_margin": 3.25, "watch/alignment_loss": 0.5}
+    log = [{"step": step, "loss": 1.0, "drift": 0.25, "alignment_loss": 1.0} for step in (1, 2)]
+    log += [{"step": step, **watched} for step in (0, 2)]
+    page = written([make_result("A", 1, training_log=tuple(log))], tmp_path)["report.html"]
+    for ended in ("refusal margin, nats ends at 3.25", "held-out alignment loss ends at 0.5", "ends at 0.25"):
+        assert ended in page
+    # A loss of training is drawn where phases don't alternate, also beside a probe's.
+    plain_log = [{"step": 1, "loss": 1.0}, {"step": 1, "watch/alignment_loss": 0.5}]
+    page = written([make_result("A", 1, training_log=tuple(plain_log))], tmp_path / "plain")["report.html"]
+    assert "loss ends at 1; held-out alignment loss ends at 0.5" in page
+
+
 def test_names_in_any_script_are_drawn(make_result, tmp_path):
     results = [make_result(name, 1, 0.1) for name in ("微调", "تجربة", "$x_1$ & <b>", "x" * 100_000)]
     page = written(results, tmp_path)["report.html"]

@@ -16,7 +16,7 @@ from stayaligned.files import writable
 from stayaligned.hf.features import PaddingCollator, encode_examples
 from stayaligned.hf.quiet import bars_off
 from stayaligned.hf.resuming import restore_converted
-from stayaligned.hf.watching import report_dead_adapters
+from stayaligned.hf.watching import ended_by_guard, report_dead_adapters
 from stayaligned.records import Example
 
 if TYPE_CHECKING:
@@ -185,7 +185,10 @@ def train(
 
 
 def load_finished(trainer: Trainer, checkpoint: Path) -> bool:
-    """Load a checkpoint of the last step and tell that it was one; the host, asked to resume it, takes a step too many.
+    """Load a checkpoint at which training ended, and tell that it was one.
+
+    Training ended there at the last step, or because a guard ended it. The host, asked to resume such a checkpoint,
+    goes on, in the first case for a step too many.
 
     Raises:
         StayalignedError: if the weights are sharded, which the host loads only where it trains.
@@ -193,11 +196,11 @@ def load_finished(trainer: Trainer, checkpoint: Path) -> bool:
     from transformers import TrainerState
 
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    if state.global_step < state.max_steps:
+    if state.global_step < state.max_steps and not ended_by_guard(state.log_history):
         return False
     if trainer.is_fsdp_enabled:
         raise StayalignedError(
-            f"{checkpoint} is of the last step: there is nothing left to train",
+            f"{checkpoint} is of a finished training: there is nothing left to train",
             hint="Use its weights, or give another output_dir to train anew.",
         )
     trainer._load_from_checkpoint(str(checkpoint))  # pyright: ignore[reportPrivateUsage]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stayaligned.errors import StayalignedError
+from stayaligned.hf import processes
 from stayaligned.hf.finetuning import FinetuningSetup
 from stayaligned.hf.quiet import bars_off
 
@@ -40,6 +41,8 @@ def build_preference_trainer(setup: PreferenceSetup, model: Any, beta: float) ->
     Raises:
         StayalignedError: if a row has no rejected answer, or TRL is not installed.
     """
+    from peft import PeftModel
+
     without = [example.id for example in setup.alignment_examples if not example.rejected.strip()]
     if without:
         raise StayalignedError(
@@ -47,13 +50,17 @@ def build_preference_trainer(setup: PreferenceSetup, model: Any, beta: float) ->
             f"{len(without)} of {len(setup.alignment_examples)} have none ({without[0]} among them)",
             hint='Give alignment_data in the form {"prompt": "…", "chosen": "…", "rejected": "…"}.',
         )
+    if processes.several() and not isinstance(model, PeftModel):
+        raise StayalignedError(
+            "alignment_loss='dpo' on all weights computes its reference beforehand, which works in one process only",
+            hint="Train a LoRA, or start it without torchrun or accelerate launch.",
+        )
     try:
         from trl import DPOConfig, DPOTrainer
     except ImportError:
         raise StayalignedError("alignment_loss='dpo' needs TRL", hint="pip install 'stayaligned[trl]'") from None
     import torch
     from datasets import Dataset
-    from peft import PeftModel
 
     def turn(content: str) -> list[dict[str, str]]:
         return [{"role": "assistant", "content": content}]

@@ -4,7 +4,8 @@ A watched trainer logs, every `every_steps` steps and before the first, a row of
 
 - `watch/refusal_margin`: nats, mean over the prompts; `watch/refusing`: share of the prompts where it is above 0.
 - `watch/alignment_loss`: nats a token, on held-out safe answers.
-- `watch/out_of_tolerance`: 1 where the guard acted; `watch/rolled_back_to`: the step whose weights it restored.
+- `watch/out_of_tolerance`: 1 where the guard acted; `watch/stopped`: 1 where it ended training, `watch/rolled_back_to`:
+  the step whose weights it restored.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from stayaligned.bistate import local
 from stayaligned.data import read_examples
 from stayaligned.errors import StayalignedError
 from stayaligned.hf.features import PaddingCollator, encode_examples, encode_prefix
-from stayaligned.hf.weight_files import read_weights, weights_file, write_weights
+from stayaligned.hf.weight_files import read_weights, reshard, trainable_weights, weights_file, write_weights
 from stayaligned.watch import Guard, Watch
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ TrainerT = TypeVar("TrainerT", bound="Trainer")
 Row = Mapping[str, Sequence[int]]
 SAFE = "watch_safe"
 _PREFIX = "watch/"
+_STOPPED = "watch/stopped"
 _log = logging.getLogger(__name__)
 
 
@@ -109,7 +111,7 @@ def attach_watch(trainer: TrainerT, watch: Watch, *, max_length: int = 1024) -> 
         max_length: tokens after which the rows of `alignment_data` are cut.
 
     Raises:
-        StayalignedError: if the rows can't be read or the trainer has no tokenizer.
+        StayalignedError: if the rows can't be read, the trainer has no tokenizer, or a setting would undo the guard.
     """
     from transformers import TrainerCallback
 
@@ -117,6 +119,11 @@ def attach_watch(trainer: TrainerT, watch: Watch, *, max_length: int = 1024) -> 
     if tokenizer is None:
         raise StayalignedError(
             "the trainer has no tokenizer to put the probes' prompts with", hint="Build it with processing_class=…."
+        )
+    guard = watch.guard
+    if guard is not None and guard.action == "rollback" and trainer.args.load_best_model_at_end:
+        raise StayalignedError(
+            "load_best_model_at_end would undo what the guard's rollback restores", hint="Leave one of them out."
         )
     watcher = _Watcher(trainer, watch, Probe(watch, tokenizer, max_length=max_length))
 
@@ -140,11 +147,20 @@ class _Watcher:
 
     def begin(self, state: Any) -> None:
         """Measure before the first step; of a resumed run, find in its log what was measured then."""
-        rows = [row for row in state.log_history if any(key.startswith(_PREFIX) for key in row)]
+        if self._watch.guard is not None and self._watch.guard.action == "lower_learning_rate":
+            _lambda_scheduler(self._trainer)
+        if ended_by_guard(state.log_history):
+            raise StayalignedError(
+                f"the guard ended this training after step {state.global_step}",
+                hint="Use the weights of its last checkpoint, or train anew in another output_dir.",
+            )
+        rows = [row for row in state.log_history if f"{_PREFIX}refusing" in row or f"{_PREFIX}alignment_loss" in row]
         if state.global_step and rows:
             self._start = {key.removeprefix(_PREFIX): value for key, value in rows[0].items()}
             kept = [row["step"] for row in rows if not row.get(f"{_PREFIX}out_of_tolerance")]
             self._safe_step = kept[-1]
+            if not (self._directory() / self._file(self._trainable())).is_file():
+                self._keep_safe(state.global_step)  # resumed from another directory
             return
         self._start = self._measure()
         self._keep_safe(state.global_step)
@@ -166,6 +182,7 @@ class _Watcher:
             return
         if guard.action == "rollback":
             self._restore()
+        self._trainer.log({_STOPPED: 1.0})
         control.should_training_stop = True
 
     def _measure(self, *, guarded: bool = False) -> dict[str, float]:
@@ -173,14 +190,22 @@ class _Watcher:
         training = model.training
         model.eval()
         try:
-            found = self._probe.measure(model)
+            found = self._same_everywhere(self._probe.measure(model))
             if guarded and self._watch.guard is not None and _worsened(self._watch.guard, found, self._start):
                 found["out_of_tolerance"] = 1.0
             # In evaluation mode, or TRL would take its own metrics of training for those of this row.
             self._trainer.log({f"{_PREFIX}{name}": value for name, value in found.items()})
         finally:
             model.train(training)
+            reshard(model)
         return found
+
+    def _same_everywhere(self, found: dict[str, float]) -> dict[str, float]:
+        """The means over all processes, so that none acts alone for a difference in the last bit."""
+        if self._trainer.args.world_size == 1:
+            return found
+        values = torch.tensor(list(found.values()), dtype=torch.float64, device=self._trainer.args.device)
+        return dict(zip(found, self._trainer.accelerator.reduce(values, "mean").tolist(), strict=True))
 
     def _guard(self) -> Guard:
         if self._watch.guard is None:
@@ -209,7 +234,7 @@ class _Watcher:
         self._trainer.log({f"{_PREFIX}rolled_back_to": float(self._safe_step)})
 
     def _trainable(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self._trainer.model.named_parameters() if p.requires_grad}
+        return trainable_weights(self._trainer.model)
 
     def _directory(self) -> Path:
         return Path(str(self._trainer.args.output_dir))
@@ -221,11 +246,16 @@ class _Watcher:
 
 def _worsened(guard: Guard, found: Mapping[str, float], start: Mapping[str, float]) -> bool:
     change = found[guard.measure] - start[guard.measure]
-    return (-change if guard.measure == "refusal_margin" else change) > guard.tolerance
+    worse = -change if guard.measure == "refusal_margin" else change
+    return not worse <= guard.tolerance  # what is not a number is out of tolerance
 
 
-def _scale_learning_rate(trainer: Any, factor: float) -> None:
-    """For the steps to come, of a resumed run too: the scheduler keeps its base rates in the checkpoint."""
+def ended_by_guard(log: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a guard has ended the training of which this is the log."""
+    return any(_STOPPED in row for row in log)
+
+
+def _lambda_scheduler(trainer: Any) -> torch.optim.lr_scheduler.LambdaLR:
     scheduler = trainer.lr_scheduler
     scheduler = getattr(scheduler, "scheduler", scheduler)  # what accelerate wraps
     if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
@@ -233,6 +263,12 @@ def _scale_learning_rate(trainer: Any, factor: float) -> None:
             f"the guard cannot lower the learning rate of a {type(scheduler).__name__}",
             hint="Take another lr_scheduler_type, or action: stop.",
         )
+    return scheduler
+
+
+def _scale_learning_rate(trainer: Any, factor: float) -> None:
+    """For the steps to come, of a resumed run too: the scheduler keeps its base rates in the checkpoint."""
+    scheduler = _lambda_scheduler(trainer)
     scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
     # What the host logs.
     scheduler._last_lr = [rate * factor for rate in scheduler.get_last_lr()]  # pyright: ignore[reportPrivateUsage]

@@ -5,12 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from stayaligned.bistate import Anchor, Device, empty_anchor, local
 from stayaligned.errors import StayalignedError
 from stayaligned.files import replace_file
+
+
+def trainable_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable weights by name; of FSDP2 this process's shards."""
+    reshard(model)
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up what FSDP2 has gathered.
+
+    After a forward pass without a backward one it keeps some weights whole, as other tensors than the optimizer's, in
+    memory that it frees later.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def is_sharded(params: Mapping[str, Tensor]) -> bool:

@@ -202,6 +202,29 @@ def test_another_trainer_of_trl_can_be_the_alignment_state(tmp_path: Path) -> No
     assert losses[1] != losses[0]
 
 
+def test_dropout_is_off_in_dpos_state_and_the_models_own_in_the_other(tmp_path: Path) -> None:
+    trainer: Any = attach_lisa(sft(lora_model(dropout=0.1), tmp_path), lisa=LISA, alignment_trainer=dpo(tmp_path))
+    dropout = next(
+        m for m in trainer.model.modules() if isinstance(m, nn.Dropout) and "dropout" not in type(m).__name__
+    )
+    seen: list[tuple[int, float]] = []
+    dropout.register_forward_pre_hook(lambda *_: seen.append((trainer.state.global_step, dropout.p)))
+    trainer.train()
+    assert {p for step, p in seen if step % 2} == {0.1}
+    assert {p for step, p in seen if step % 2 == 0} == {0.0}
+    assert dropout.p == 0.1
+
+
+def test_a_trained_adapter_is_the_reference_where_it_is_computed_beforehand(tmp_path: Path) -> None:
+    model = trained_adapter()
+    trainer = sft(model, tmp_path)
+    attach_lisa(trainer, lisa=LISA, alignment_trainer=dpo(tmp_path, precompute_ref_log_probs=True))
+    assert list(model.peft_config) == ["default"]
+    trainer.train()
+    first = next(row for row in trainer.state.log_history if "alignment_loss" in row)
+    assert first["alignment_loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
 def test_dpo_resumes_bit_for_bit(tmp_path: Path) -> None:
     def run(directory: Path, **changes: Any) -> Any:
         built = sft(lora_model(dropout=0.1), directory, **changes)
@@ -260,6 +283,27 @@ def test_kl_to_the_model_without_its_adapter_starts_at_0_and_is_the_same_for_any
     assert max((finals[0][n] - finals[1][n]).abs().max().item() for n in finals[0]) < 1e-5
 
 
+def test_the_reference_has_no_dropout_and_frozen_weights_stay_frozen(tmp_path: Path) -> None:
+    model = get_peft_model(pico_model(seed=3, attention_dropout=0.5), LoraConfig(r=4, target_modules=["q_proj"]))
+    trainer: Any = attach_lisa(
+        plain(model, tmp_path),
+        alignment_dataset=[{"input_ids": [3, 10, 11], "labels": [3, 10, 11]}] * 4,
+        lisa=LISA.model_copy(update={"alignment_loss": "kl"}),
+    )
+    frozen = [p for n, p in model.named_parameters() if "lora_A" in n]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    loss = trainer._alignment_loss
+    batch = PaddingCollator(0)([{"input_ids": [3, 10, 11, 12], "labels": [3, 10, 11, 12]}])
+    model.train()
+    first, second = (loss.loss(trainer, model, dict(batch), None) for _ in range(2))
+    assert first != second, "the model itself keeps its dropout"
+    model.eval()
+    assert loss.loss(trainer, model, dict(batch), None).item() == pytest.approx(0, abs=1e-7)
+    assert not any(parameter.requires_grad for parameter in frozen)
+    assert not model.training
+
+
 # ---- refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +318,7 @@ def test_kl_without_an_adapter_is_refused(tmp_path: Path) -> None:
 
 
 def trained_adapter() -> Any:
-    model = lora_model()
+    model = lora_model(dropout=0.1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -303,7 +347,20 @@ def test_alignment_trainers_that_do_not_fit_are_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     trainer = plain(model(), tmp_path)
+    core: Any = trainer.model.get_base_model()  # pyright: ignore
+    forward = core.forward
     with pytest.raises(StayalignedError, match=named) as caught:
         attach_lisa(trainer, alignment_trainer=build, lisa=LISA.model_copy(update=settings_of_lisa))
     assert caught.value.hint
+    # The trainer and its model are as they were.
     assert type(trainer) is Trainer
+    assert list(trainer.model.peft_config) == ["default"]  # pyright: ignore
+    assert core.forward == forward
+    assert {m.p for m in core.modules() if isinstance(m, nn.Dropout)} <= {0.1}
+
+
+def test_an_alignment_trainer_beside_sharded_weights_is_refused(tmp_path: Path) -> None:
+    trainer = plain(lora_model(), tmp_path)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(StayalignedError, match="another trainer shards"):
+        attach_lisa(trainer, alignment_trainer=dpo(tmp_path), lisa=LISA.model_copy(update={"rho": 0.0}))

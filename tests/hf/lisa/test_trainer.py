@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 from trl import DPOTrainer, SFTConfig, SFTTrainer
@@ -102,6 +103,26 @@ def test_evaluation_during_training_logs_no_states(tmp_path: Path) -> None:
     evaluated = [row for row in trainer.state.log_history if "eval_loss" in row]
     assert len(evaluated) == 2
     assert not any("alignment_loss" in row for row in evaluated)
+
+
+def test_evaluation_and_its_metrics_are_the_hosts_own(tmp_path: Path) -> None:
+    def accuracy(predicted: Any) -> dict[str, float]:
+        right = predicted.predictions[:, :-1].argmax(-1) == predicted.label_ids[:, 1:]
+        return {"accuracy": float(right.mean())}
+
+    found: list[dict[str, float]] = []
+    for with_it in (False, True):
+        trainer = plain(tmp_path, eval_dataset=rows(3), eval_strategy="steps", eval_steps=2, eval_on_start=True)
+        trainer.compute_metrics = accuracy
+        if with_it:  # in an alignment step too, and with a loss of its own there
+            model = get_peft_model(trainer.model, LoraConfig(target_modules=["q_proj"]))  # pyright: ignore
+            trainer.model = trainer.model_wrapped = model  # pyright: ignore
+            attach_lisa(trainer, alignment_dataset=rows(4), lisa=lisa(alignment_loss="kl"))
+        trainer.train()
+        found.append(next(row for row in trainer.state.log_history if "eval_accuracy" in row))
+        assert sum("eval_accuracy" in row for row in trainer.state.log_history) == 3
+    assert found[0]["eval_loss"] == pytest.approx(found[1]["eval_loss"])
+    assert found[0]["eval_accuracy"] == found[1]["eval_accuracy"]
 
 
 class Breaking(Trainer):
@@ -236,6 +257,13 @@ class Stream(IterableDataset):
             "every label of train_dataset is masked",
         ),
         ({"fp16": True}, rows(4), {}, "fp16=True on the CPU"),
+        ({}, rows(4), {"proximal": "decoupled", "rho": 2000.0}, "rho=2000 with proximal='decoupled'"),
+        (
+            {},
+            rows(4),
+            {"proximal": "decoupled", "rho": 1.0, "alignment_loss_budget": 0.1, "rho_ceiling": 2000.0},
+            "rho_ceiling=2000 with proximal='decoupled'",
+        ),
     ],
 )
 def test_what_would_not_be_exact_is_refused_by_name_and_the_trainer_left_as_it_was(

@@ -5,8 +5,9 @@ The paper aligns by supervised fine-tuning and leaves preference-based alignment
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Generator, Mapping, Sized
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,6 +27,15 @@ _REFERENCE_ADAPTER = "ref"
 class AlignmentLoss(Protocol):
     """The loss of an alignment step, in the place of the host's."""
 
+    @property
+    def name(self) -> str:
+        """What a checkpoint remembers of it."""
+        ...
+
+    def state(self) -> contextlib.AbstractContextManager[None]:
+        """Entered for the forward and backward passes of an alignment step."""
+        ...
+
     def loss(self, host: Any, model: Any, inputs: dict[str, Any], count: Any) -> Tensor:
         """A scalar; `count` is the number of label tokens of the whole optimizer step, where the host counts them."""
         ...
@@ -42,24 +52,45 @@ class AlignmentLoss(Protocol):
 class TrainerLoss:
     """The loss of another trainer, DPO's say, on its own rows: composition, so that every variant of it is there.
 
-    Both trainers may replace the model's forward (TRL's fused heads, each with its own outputs). The model then has
-    the one in the alignment state and the other in the fine-tuning state.
+    Both trainers may replace the model's forward (TRL's fused heads, each with its own outputs), and DPO's switches
+    dropout off. The model then has the one in the alignment state and the other in the fine-tuning state.
     """
 
     def __init__(self, host: Trainer, build: AlignmentTrainer) -> None:
         model: Any = host.model
         core = _core(model)
-        before, trained = core.forward, set(_trainable_names(model))
-        adapters = set(_adapters(model))
-        fresh = _is_fresh(model)
-        self.trainer: Any = build(model)
-        _require_fits(host, self.trainer, trained)
-        if _REFERENCE_ADAPTER in set(_adapters(model)) - adapters:
-            _drop_reference_copy(model, fresh)
+        forward, trained, adapters, fresh = core.forward, _trainable_names(model), _adapters(model), _is_fresh(model)
+        dropout = _dropout(model)
+        try:
+            self.trainer: Any = build(model)
+            _require_fits(host, self.trainer, set(trained))
+            if _REFERENCE_ADAPTER in set(_adapters(model)) - set(adapters):
+                self._drop_reference_copy(model, fresh)
+        except BaseException:
+            core.forward = forward
+            _set_dropout(dropout)
+            for name in set(_adapters(model)) - set(adapters):
+                model.delete_adapter(name)
+            raise
+        self._own_dropout, self._its_dropout = dropout, _dropout(model)
+        _set_dropout(self._own_dropout)
         self._active = False
-        if core.forward != before:
-            self._switch_forward(core, before, core.forward)
+        if core.forward != forward:
+            self._switch_forward(core, forward, core.forward)
         self.trainer.accelerator = host.accelerator
+
+    def _drop_reference_copy(self, model: Any, fresh: bool) -> None:
+        """TRL copies an adapter that exists, as the reference, and every checkpoint would hold the copy.
+
+        It goes where it says nothing: a fresh LoRA changes nothing, so the reference is the model with its adapter
+        switched off; and a reference that was computed beforehand is in the rows.
+        """
+        if not (fresh or vars(self.trainer.args).get("precompute_ref_log_probs")):
+            raise StayalignedError(
+                "the alignment trainer keeps a copy of the adapter as its reference, which every checkpoint would hold",
+                hint="Set precompute_ref_log_probs=True in its configuration: the reference is computed beforehand.",
+            )
+        model.delete_adapter(_REFERENCE_ADAPTER)
 
     def _switch_forward(self, core: nn.Module, own: Callable[..., Any], its: Callable[..., Any]) -> None:
         @functools.wraps(type(core).forward)
@@ -69,6 +100,22 @@ class TrainerLoss:
         core.forward = MethodType(forward, core)
 
     @property
+    def name(self) -> str:
+        """The trainer's class."""
+        return type(self.trainer).__name__
+
+    @contextlib.contextmanager
+    def state(self) -> Generator[None]:
+        """The model as its trainer wants it."""
+        self._active = True
+        _set_dropout(self._its_dropout)
+        try:
+            yield
+        finally:
+            self._active = False
+            _set_dropout(self._own_dropout)
+
+    @property
     def collator(self) -> Callable[[list[Any]], Any]:
         """Makes the trainer's rows a batch."""
         return self.trainer.data_collator
@@ -76,11 +123,7 @@ class TrainerLoss:
     def loss(self, host: Any, model: Any, inputs: dict[str, Any], count: Any) -> Tensor:
         """What the trainer computes of one of its batches."""
         self.trainer.state = host.state
-        self._active = True
-        try:
-            return self.trainer.compute_loss(model, inputs, num_items_in_batch=count)
-        finally:
-            self._active = False
+        return self.trainer.compute_loss(model, inputs, num_items_in_batch=count)
 
     def is_mean_over_step(self, count: Any) -> bool:
         """As the host decides it of a trainer of that class."""
@@ -107,6 +150,8 @@ class ReferenceKl:
         StayalignedError: if the model has no adapter that can be switched off.
     """
 
+    name = "kl"
+
     def __init__(self, host: Trainer) -> None:
         if not _adapters(host.model):
             raise StayalignedError(
@@ -114,12 +159,15 @@ class ReferenceKl:
                 hint="Train a LoRA, or take alignment_loss='sft'.",
             )
 
+    def state(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing is changed."""
+        return contextlib.nullcontext()
+
     def loss(self, host: Any, model: Any, inputs: dict[str, Any], count: Any) -> Tensor:
         """Mean over the label tokens of the optimizer step, in nats."""
         labels = inputs["labels"]
         given = {key: value for key, value in inputs.items() if key != "labels"}
-        adapted: Any = host.accelerator.unwrap_model(model)
-        with torch.no_grad(), adapted.disable_adapter():
+        with torch.no_grad(), _as_reference(host.accelerator.unwrap_model(model)):
             reference = model(**given).logits
         loss = reference_kl(model(**given).logits, reference, labels, count)
         # The host's count is over all processes, whose gradients are then averaged.
@@ -133,6 +181,22 @@ class ReferenceKl:
     def take_metrics(self) -> dict[str, float]:
         """Nothing besides the loss."""
         return {}
+
+
+@contextlib.contextmanager
+def _as_reference(adapted: Any) -> Generator[None]:
+    """The model without its adapter and without dropout; afterwards exactly as before (PEFT would unfreeze weights)."""
+    frozen = [parameter for parameter in adapted.parameters() if not parameter.requires_grad]
+    training = [module for module in adapted.modules() if module.training]
+    try:
+        with adapted.disable_adapter():
+            adapted.eval()
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def reference_kl(logits: Tensor, reference: Tensor, labels: Tensor, count: Any = None) -> Tensor:
@@ -172,17 +236,13 @@ def _is_fresh(model: nn.Module) -> bool:
     return bool(factors) and not any(bool(p.any()) for p in factors.values())
 
 
-def _drop_reference_copy(model: Any, fresh: bool) -> None:
-    """TRL copies an adapter that exists, as the reference, and every checkpoint would hold the copy.
+def _dropout(model: nn.Module) -> dict[nn.Dropout, float]:
+    return {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
 
-    A fresh LoRA changes nothing: without the copy the reference is the model with its adapter switched off.
-    """
-    if not fresh:
-        raise StayalignedError(
-            "the alignment trainer keeps a copy of the adapter as its reference, which every checkpoint would hold too",
-            hint="Set precompute_ref_log_probs=True in its configuration: the reference is then computed beforehand.",
-        )
-    model.delete_adapter(_REFERENCE_ADAPTER)
+
+def _set_dropout(probabilities: Mapping[nn.Dropout, float]) -> None:
+    for module, probability in probabilities.items():
+        module.p = probability
 
 
 def _require_fits(host: Trainer, built: Any, trained: set[str]) -> None:
@@ -203,6 +263,18 @@ def _require_fits(host: Trainer, built: Any, trained: set[str]) -> None:
         raise StayalignedError(
             f"the {name} has changed which weights are trained",
             hint="Build it so that it leaves the model's requires_grad as they are.",
+        )
+    if vars(built.args).get("sync_ref_model"):
+        raise StayalignedError(
+            f"sync_ref_model of the {name} is done by its callbacks, which only run where it trains by itself",
+            hint="Leave it out.",
+        )
+    if host.args.world_size > 1 and (
+        built.args.average_tokens_across_devices != host.args.average_tokens_across_devices
+    ):
+        raise StayalignedError(
+            f"average_tokens_across_devices of the {name} is not this trainer's, so their losses are scaled apart",
+            hint="Set it alike in both configurations.",
         )
     rows, batch = built.train_dataset, host.args.per_device_train_batch_size * max(host.args.world_size, 1)
     if not isinstance(rows, Sized):

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from stayaligned.bistate import (
     Anchor,
-    BiStateSchedule,
     Device,
     LossBudget,
     Phase,
@@ -54,6 +53,8 @@ class LisaSettings(Protocol):
     @property
     def alignment_loss(self) -> Literal["sft", "kl", "dpo"]: ...  # noqa: D102
     @property
+    def dpo_beta(self) -> float: ...  # noqa: D102
+    @property
     def anchor_device(self) -> Device: ...  # noqa: D102
     @property
     def drift_from_start(self) -> bool: ...  # noqa: D102
@@ -63,7 +64,6 @@ class LisaSettings(Protocol):
 class Run:
     """What the pull needs to know of the run that it is part of."""
 
-    schedule: BiStateSchedule
     total_steps: int
     rank: int
     processes: int
@@ -215,5 +215,6 @@ def first_pulled_step(settings: LisaSettings, total_steps: int) -> int:
 
 
 def _learning_rates(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]) -> dict[str, float]:
+    """By name; 0 where the optimizer does not have the weight, and so never moves it away from the anchor."""
     rates = {id(param): float(group["lr"]) for group in optimizer.param_groups for param in group["params"]}
-    return {name: rates[id(param)] for name, param in params.items()}
+    return {name: rates.get(id(param), 0.0) for name, param in params.items()}

@@ -33,6 +33,24 @@ def refuse_what_is_not_exact(
             hint="Set fp16=False, or bf16=True for half precision.",
         )
     _refuse_losses(lisa, alignment_dataset, alignment_trainer)
+    if alignment_trainer is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise StayalignedError(
+            "alignment_trainer computes its loss on a model that another trainer shards, which is not verified",
+            hint="Train with DDP, or take alignment_loss='sft' or 'kl'.",
+        )
+    if alignment_trainer is not None and trainer.model_init is not None:
+        raise StayalignedError(
+            "model_init makes the model anew when training begins, and alignment_trainer is built before",
+            hint="Give the trainer a model.",
+        )
+    strongest = lisa.rho if lisa.alignment_loss_budget is None else lisa.rho_ceiling
+    if lisa.rho and lisa.proximal == "decoupled" and strongest * trainer.args.learning_rate > 1:
+        named = "rho" if strongest == lisa.rho else "rho_ceiling"
+        raise StayalignedError(
+            f"{named}={strongest:g} with proximal='decoupled' and a learning rate of {trainer.args.learning_rate:g} "
+            "would move the weights past the anchor",
+            hint="Take values below 1 / learning_rate.",
+        )
     if lisa.alignment_steps:
         _refuse_sampling(trainer, lisa, alignment_dataset)
     if lisa.rho:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Sampler
 
@@ -70,7 +71,7 @@ class Rows:
             for at in itertools.count():
                 yield source[order.take(at, 1)[0]]
         for passes in itertools.count():
-            if passes and callable(reshuffle := getattr(source, "set_epoch", None)):
+            if callable(reshuffle := getattr(source, "set_epoch", None)):
                 reshuffle(passes)
             row = None
             for row in source:
@@ -79,10 +80,20 @@ class Rows:
                 raise StayalignedError(f"the stream of {phase} rows holds none", hint="Check its source and filters.")
 
     def digest(self, phase: Phase) -> str | None:
-        """A fingerprint of a source's length and of rows spread over it; None where there is nothing to index."""
+        """A fingerprint of a source's length and of rows spread over it.
+
+        None of a stream, and of rows that are drawn anew whenever they are asked for. No random number is used up.
+        """
         source, count = self._source(phase), self.count(phase)
         if not count:
             return None
+        with torch.random.fork_rng():
+            if _plain(source[0]) != _plain(source[0]):
+                return None
+            return self._digest(source, count)
+
+    @staticmethod
+    def _digest(source: Any, count: int) -> str:
         sampled = sorted({index * (count - 1) // max(_DIGEST_ROWS - 1, 1) for index in range(_DIGEST_ROWS)})
         content = [_plain(source[index]) for index in sampled]
         return hashlib.sha256(json.dumps([count, content], sort_keys=True).encode()).hexdigest()[:16]

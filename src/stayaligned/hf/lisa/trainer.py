@@ -39,6 +39,7 @@ from stayaligned.hf.lisa.rows import (
 )
 from stayaligned.hf.resuming import restore_converted
 from stayaligned.hf.watching import report_dead_adapters
+from stayaligned.hf.weight_files import trainable_weights
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -136,6 +137,7 @@ class BiStateMixin(_Host):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._lisa, self._cycle, self._alignment_loss = lisa, cycle, loss
         self._rows = Rows(self.train_dataset, alignment, seed)
+        self._digests = {phase: self._rows.digest(phase) for phase in Phase}
         self.train_dataset = self._rows.dataset(self._run_schedule, self._rows_per_step)
         report_dead_adapters(self)
         self._forget_progress()
@@ -251,7 +253,8 @@ class BiStateMixin(_Host):
         usual = self.loss_is_scaled_for_ga
         self.loss_is_scaled_for_ga = self._alignment_loss.is_mean_over_step(count)
         try:
-            return super().training_step(model, inputs, *args, **kwargs)
+            with self._alignment_loss.state():
+                return super().training_step(model, inputs, *args, **kwargs)
         finally:
             self.loss_is_scaled_for_ga = usual
 
@@ -293,7 +296,6 @@ class BiStateMixin(_Host):
             restore_converted(self, self._resume_from)
         self._schedule = self._run_schedule()
         run = Run(
-            schedule=self._schedule,
             total_steps=self._total_steps(),
             rank=self.args.process_index,
             processes=self.args.world_size,
@@ -301,7 +303,7 @@ class BiStateMixin(_Host):
             output_dir=Path(str(self.args.output_dir)),
         )
         self._pull = Pull(self._lisa, run)
-        params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}  # pyright: ignore
+        params = trainable_weights(self.model)  # pyright: ignore
         optimizer = _innermost(self.optimizer)
         if self._resume_from is None:
             self._pull.begin_run(params, optimizer, lambda: self.state.global_step)
@@ -325,7 +327,7 @@ class BiStateMixin(_Host):
         pulled = {
             "proximal": lisa.proximal,
             "proximal_from_step": first_pulled_step(lisa, total),
-            "rho_schedule": lisa.rho_schedule,
+            "rho_schedule": lisa.rho_schedule if lisa.rho_schedule == "constant" else f"{lisa.rho_schedule} to {total}",
             "alignment_loss_budget": lisa.alignment_loss_budget,
             "rho_ceiling": lisa.rho_ceiling,
         }
@@ -336,13 +338,12 @@ class BiStateMixin(_Host):
             **(pulled if lisa.rho else {}),
             "budget": lisa.budget,
             "finish": lisa.finish if lisa.finish == "cycle" else f"alignment at {total}",
-            "alignment_loss": lisa.alignment_loss
-            if self._alignment_loss is None
-            else type(self._alignment_loss).__name__,
+            "alignment_loss": lisa.alignment_loss if self._alignment_loss is None else self._alignment_loss.name,
+            **({"dpo_beta": lisa.dpo_beta} if lisa.alignment_loss == "dpo" else {}),
             "user_rows": self._rows.count(Phase.FINETUNING),
-            "user_rows_digest": self._rows.digest(Phase.FINETUNING),
+            "user_rows_digest": self._digests[Phase.FINETUNING],
             "alignment_rows": self._rows.count(Phase.ALIGNMENT),
-            "alignment_rows_digest": self._rows.digest(Phase.ALIGNMENT),
+            "alignment_rows_digest": self._digests[Phase.ALIGNMENT],
             "rows_per_step": self._rows_per_step(),
             "processes": self.args.world_size,
             "seed": self._rows.seed,
@@ -362,6 +363,11 @@ class BiStateMixin(_Host):
         super()._save_rng_state(output_dir)
         # The first process marks the checkpoint complete after this: not before every process has written its part.
         self.accelerator.wait_for_everyone()
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.state.best_model_checkpoint is not None:
+            restore_converted(self, Path(self.state.best_model_checkpoint))
 
     # ---- logging -----------------------------------------------------------------------------------------------
 
