@@ -141,8 +141,9 @@ def references(study: Study) -> Iterator[str]:
 
 def allocation(study: Study) -> Iterator[str]:
     """The paper's tables 2, 8 and 9: harm and accuracy over K1:K2 and ρ."""
-    arms = study.arms(lambda a: plain(a) and a.allocation is not None)
-    splits = sorted({arm.allocation for arm in arms if arm.allocation}, key=alignment_share, reverse=True)
+    found = study.arms(lambda a: plain(a) and a.allocation is not None)
+    splits = sorted({arm.allocation for arm in found if arm.allocation}, key=alignment_share, reverse=True)
+    arms = sorted(found, key=lambda a: (splits.index(a.allocation or (0, 0)), a.rho))
     rhos = sorted({arm.rho for arm in arms})
     for name in (HARM, ACCURACY, "over_refusal"):
         rows: list[list[str]] = []
@@ -417,7 +418,7 @@ def draw(study: Study, path: Path) -> None:
     scanned = study.arms(
         lambda a: a.rows == SFT.rows and a.poison_ratio == SFT.poison_ratio and a.steps in (100, 200, 400)
     )
-    methods = ["SFT", "Mixing 10 %", "BSO 5:45", "Lisa 5:45 ρ=2"]
+    methods = ["SFT", "Mixing 10 %", "BSO 5:45", *(f"Lisa 5:45 ρ={rho:g}" for rho in (0.5, 1, 2, 5))]
     right = {title: [arm for arm in scanned if arm.name == title] for title in methods}
     with matplotlib.rc_context(), replace_file(path) as temporary:
         matplotlib.rcdefaults()
@@ -428,7 +429,7 @@ def draw(study: Study, path: Path) -> None:
             figure.subplots(1, 2, sharex=True, sharey=True),
             ("400 steps at 5e-4", "learning rate × length"),
             (lines, right),
-            ("-", ""),
+            ("-", "none"),
             strict=True,
         ):
             draw_panel(axes, study, found, joined)
@@ -448,7 +449,7 @@ def draw_panel(axes: Any, study: Study, lines: dict[str, list[Arm]], joined: str
     axes.set(xlim=(-4, 104), ylim=(-4, 104), xlabel="fine-tune accuracy, %", ylabel="harmful score, %")
     axes.grid(color="#e0e0e0", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    ends = [(SFT, "*", "SFT")] if joined else []
+    ends = [(SFT, "*", "SFT")] if joined == "-" else []
     ends += [(arm, "P", "aligned, not tuned") for arm in study.arms(lambda a: a.method == "Aligned")[:1]]
     for arm, marker, label in ends:
         x, y = (study.mean(arm, name) for name in (ACCURACY, HARM))
@@ -456,7 +457,7 @@ def draw_panel(axes: Any, study: Study, lines: dict[str, list[Arm]], joined: str
     for (title, arms), color, marker in zip(lines.items(), _COLORS, _MARKERS, strict=False):
         pooled = [[across_seeds(list(study.metrics(arm, n).values())) for n in (ACCURACY, HARM)] for arm in arms]
         x, y = ([100 * (pair[axis].value or 0.0) for pair in pooled] for axis in (0, 1))
-        axes.plot(x, y, joined, marker=marker, color=color, markersize=5, linewidth=1.1, label=title)
+        axes.plot(x, y, linestyle=joined, marker=marker, color=color, markersize=5, linewidth=1.1, label=title)
         for at_x, at_y, (accuracy, harm) in zip(x, y, pooled, strict=True):
             if accuracy.low is not None and accuracy.high is not None:
                 wide = [100 * max(0.0, accuracy.low), 100 * min(1.0, accuracy.high)]
