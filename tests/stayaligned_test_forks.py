@@ -289,7 +289,13 @@ class Attempt:
 
     def kill(self) -> dict[str, Any]:
         """SIGKILL to all of it; and what it was doing, by what it left."""
-        os.killpg(self.pid, signal.SIGKILL)
+        while True:
+            try:
+                os.killpg(self.pid, signal.SIGKILL)
+                break
+            except ProcessLookupError:  # so young that it is no group of its own yet
+                assert time.monotonic() - self.started < 60
+                time.sleep(0.0002)
         assert wait(self.pid) == -signal.SIGKILL, "it had ended before"
         after, last = snapshot(self.directory), last_whole(self.directory)
         kept = {step: files.items() for step, files in after.items() if step <= self.first}
