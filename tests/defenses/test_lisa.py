@@ -90,6 +90,16 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], named: str) -
         Lisa(**settings)
 
 
+def test_a_run_of_few_or_cut_cycles_is_noted() -> None:
+    lisa = Lisa(alignment_steps=5, finetuning_steps=45)
+    assert lisa.notes(400) == []
+    assert [note.partition(":")[0] for note in lisa.notes(100)] == ["the run had 2.0 cycles of 50 steps"]
+    (note,) = lisa.notes(420)
+    assert "after 20 of 50 steps" in note
+    assert Lisa(alignment_steps=0, finetuning_steps=45).notes(10) == []
+    assert Lisa(alignment_steps=5, finetuning_steps=45, rho=0.0).notes(50) == []
+
+
 def test_bso_is_lisa_without_the_pull(tmp_path: Path) -> None:
     weights = []
     for defense in (BSO(alignment_steps=1, finetuning_steps=2), Lisa(alignment_steps=1, finetuning_steps=2, rho=0.0)):

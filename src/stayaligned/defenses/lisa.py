@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
+_FEW_CYCLES = 3
+"""Below it a run is noted: one cycle costs half of the accuracy on the testbed, eight a few points."""
+
+
 class Lisa(TrainingDefense):
     """Alternate between safety data and user data, each state pulled to the weights at which it began.
 
@@ -84,8 +88,15 @@ class Lisa(TrainingDefense):
         return self
 
     def notes(self, steps: int) -> list[str]:
-        """Whether the run ended inside a cycle."""
-        return [] if self.finish == "alignment" else cycle_notes(self.alignment_steps, self.finetuning_steps, steps)
+        """Whether the run ended inside a cycle, or had too few of them."""
+        cycle = self.alignment_steps + self.finetuning_steps
+        found = [] if self.finish == "alignment" else cycle_notes(self.alignment_steps, self.finetuning_steps, steps)
+        if self.rho and self.alignment_steps and self.finetuning_steps and steps < _FEW_CYCLES * cycle:
+            found.append(
+                f"the run had {steps / cycle:.1f} cycles of {cycle} steps: with so few the pull is nearly always to the "
+                "first weights, which costs accuracy; shorten alignment_steps and finetuning_steps alike"
+            )
+        return found
 
     def make_trainer(self, setup: TrainingSetup) -> Trainer:
         """A trainer of the setup's kind with Lisa in it."""
