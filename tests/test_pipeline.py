@@ -319,7 +319,7 @@ def test_a_run_that_ends_inside_a_cycle_says_so(world: Path, tmp_path: Path) -> 
     whole = run_experiment(
         Experiment.model_validate(experiment(world, defenses=[{**lisa, "finetuning_steps": 3}])), tmp_path / "whole"
     )
-    assert not whole.notes
+    assert not any("steps of a cycle" in note for note in whole.notes)
 
 
 def test_alignment_rows_count_as_trained_on(world: Path, tmp_path: Path) -> None:

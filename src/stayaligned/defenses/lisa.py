@@ -93,8 +93,8 @@ class Lisa(TrainingDefense):
         found = [] if self.finish == "alignment" else cycle_notes(self.alignment_steps, self.finetuning_steps, steps)
         if self.rho and self.alignment_steps and self.finetuning_steps and steps < _FEW_CYCLES * cycle:
             found.append(
-                f"the run had {steps / cycle:.1f} cycles of {cycle} steps: with so few the pull is nearly always to the "
-                "first weights, which costs accuracy; shorten alignment_steps and finetuning_steps alike"
+                f"the run had {steps / cycle:.1f} cycles of {cycle} steps: with so few the pull is nearly always to "
+                "the first weights, which costs accuracy; shorten alignment_steps and finetuning_steps alike"
             )
         return found
 
