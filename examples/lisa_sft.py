@@ -35,7 +35,7 @@ def main():
         SFTConfig(output_dir=given.out, **settings),
         train_dataset=rows(given.user),
         alignment_dataset=rows(given.safety),
-        lisa=Lisa(alignment_steps=50, finetuning_steps=450, rho=1.0),
+        lisa=Lisa(alignment_steps=10, finetuning_steps=90, rho=1.0),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
     )
     trainer.train(resume_from_checkpoint=True)

@@ -18,6 +18,7 @@ from stayaligned.bistate import (
     RowStream,
     add_proximal_gradient_,
     drift,
+    empty_anchor,
     proximal_step_,
     rho_at,
     take_anchor,
@@ -110,6 +111,14 @@ def test_a_decoupled_step_past_the_anchor_is_refused() -> None:
     with pytest.raises(StayalignedError, match="past it") as caught:
         proximal_step_(weights_of(1), weights_of(2), 3.0, {"a": 0.1, "b": 0.5})
     assert "1 / learning_rate" in str(caught.value)
+
+
+def test_an_offloaded_anchor_takes_no_memory_where_the_weights_are() -> None:
+    elsewhere = {"a": torch.empty(3, 2, device="meta", dtype=torch.bfloat16)}  # stands for an accelerator
+    (anchor,) = empty_anchor(elsewhere, device="cpu").values()
+    assert (anchor.device.type, anchor.shape, anchor.dtype) == ("cpu", (3, 2), torch.bfloat16)
+    (beside,) = empty_anchor(elsewhere, device="model").values()
+    assert beside.device.type == "meta"
 
 
 def test_the_memory_of_an_anchor_is_used_again() -> None:

@@ -43,7 +43,7 @@ def test_the_example_for_a_trl_user_trains(tmp_path: Path, monkeypatch: pytest.M
         **{
             "meta-llama/Meta-Llama-3-8B-Instruct": str(world / "aligned"),
             "max_steps=1000": "max_steps=4, logging_steps=1, use_cpu=True, bf16=False, save_strategy='no'",
-            "alignment_steps=100, finetuning_steps=900": "alignment_steps=1, finetuning_steps=1",
+            "alignment_steps=10, finetuning_steps=90": "alignment_steps=1, finetuning_steps=1",
         },
     )
     rows = [row for row in names["trainer"].state.log_history if "loss" in row]
@@ -96,7 +96,7 @@ def test_the_examples_of_the_page_on_lisa_train_resume_and_watch(
             "pairs": Dataset.from_list([{"prompt": f"s{i}", "chosen": "no", "rejected": "yes"} for i in range(10)]),
         }
 
-    short = {"alignment_steps=100, finetuning_steps=900": "alignment_steps=1, finetuning_steps=1"}
+    short = {"alignment_steps=10, finetuning_steps=90": "alignment_steps=1, finetuning_steps=1"}
     first = run(LISA_BLOCKS[0], names("sft"), **short)
     write_rows(tmp_path / "held-out-requests.jsonl", [{"prompt": f"h{i}"} for i in range(3)])
     write_rows(tmp_path / "held-out-safety.jsonl", [{"prompt": f"h{i}", "completion": "I cannot"} for i in range(3)])
