@@ -44,8 +44,8 @@ from stayaligned.hf.finetuning import save_trained, train
 from stayaligned.testing import byte_tokenizer, pico_model
 
 LISA = Lisa(alignment_steps=2, finetuning_steps=3, rho=0.7)
-STEPS = 48
-"""Of a run that is killed; Lisa's state switches 19 times."""
+STEPS = 120
+"""Of a run that is killed; Lisa's state switches 47 times."""
 
 
 def feature_rows(first: int, count: int) -> list[dict[str, list[int]]]:
@@ -243,8 +243,8 @@ def wait(pid: int) -> int:
 
 AIMS = ("anytime", "writing", "anytime", "writing", "written")
 """What the kills aim at, in turn."""
-RESERVED_STEPS = 2
-"""Left for every kill that is still to come, so that none finds the run at its end."""
+RESERVED_STEPS = 4
+"""Left for every kill that is still to come, and five times as many at the end, so that none finds the run over."""
 
 
 def snapshot(directory: Path) -> dict[int, dict[str, tuple[int, int]]]:
@@ -287,7 +287,7 @@ class Attempt:
             assert time.monotonic() - self.started < 60, "nothing happened for a minute"
             time.sleep(0.0002)
 
-    def kill(self) -> dict[str, Any]:
+    def kill(self, *, may_be_late: bool = False) -> dict[str, Any]:
         """SIGKILL to all of it; and what it was doing, by what it left."""
         while True:
             try:
@@ -296,7 +296,10 @@ class Attempt:
             except ProcessLookupError:  # so young that it is no group of its own yet
                 assert time.monotonic() - self.started < 60
                 time.sleep(0.0002)
-        assert wait(self.pid) == -signal.SIGKILL, "it had ended before"
+        code = wait(self.pid)
+        if may_be_late and code == 0:
+            return {"seen": "ended", "from": self.first, "to": last_whole(self.directory)}
+        assert code == -signal.SIGKILL, "it had ended before"
         after, last = snapshot(self.directory), last_whole(self.directory)
         kept = {step: files.items() for step, files in after.items() if step <= self.first}
         assert all(files <= self.before[step].items() for step, files in kept.items()), "it began anew"
@@ -330,12 +333,16 @@ def strike(
             delay += 0.2
         case _:
             attempt.wait_for(lambda: attempt.begun() == STEPS)
+            delay /= 10
     time.sleep(delay)
-    return {"aim": aim, **attempt.kill()}
+    return {"aim": aim, **attempt.kill(may_be_late=aim == "the last")}
 
 
 def kill(directory: Path, kind: str, seed: str) -> list[dict[str, Any]]:
-    """Kill a run 20 times and let it end; beside it one that is let alone and writes no checkpoint."""
+    """Kill a run 20 times, once more while it writes its last checkpoint (which may come too late), and let it end.
+
+    Beside it one that is let alone and writes no checkpoint.
+    """
     moments, killed = random.Random(int(seed)), directory / "killed"
     started = time.monotonic()
     assert wait(fork(run, kind, directory / "whole", save_strategy="no")) == 0
@@ -344,15 +351,16 @@ def kill(directory: Path, kind: str, seed: str) -> list[dict[str, Any]]:
     seen: list[dict[str, Any]] = []
     for left in range(19, -1, -1):
         attempt = Attempt(killed, fork(run, kind, killed, **saving))
-        aim = AIMS[left % len(AIMS)] if left else "writing the last"
-        seen.append(strike(attempt, aim, moments, life=life, limit=STEPS - RESERVED_STEPS * (left + 1)))
+        limit = STEPS - RESERVED_STEPS * (left + 6)
+        seen.append(strike(attempt, AIMS[left % len(AIMS)], moments, life=life, limit=limit))
+    seen.append(strike(Attempt(killed, fork(run, kind, killed, **saving)), "the last", moments))
     assert wait(fork(run, kind, killed, **saving)) == 0
     return seen
 
 
 def kill_group(directory: Path, seed: str) -> list[dict[str, Any]]:
     """The same in two processes, killed together; once after the second stalled while a checkpoint was written."""
-    moments, killed, steps = random.Random(int(seed)), directory / "killed", 16
+    moments, killed, steps = random.Random(int(seed)), directory / "killed", 48
     two = {"per_device_train_batch_size": 2, "max_steps": steps}
     saving = {**two, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
     started = time.monotonic()
@@ -361,7 +369,7 @@ def kill_group(directory: Path, seed: str) -> list[dict[str, Any]]:
     seen: list[dict[str, Any]] = []
     for left, aim in ((3, "stalled"), (2, "writing"), (1, "written"), (0, "anytime")):
         attempt = Attempt(killed, fork(run_on_two, "lora", killed, stalling=aim == "stalled", **saving))
-        seen.append(strike(attempt, aim, moments, life=life, limit=steps - RESERVED_STEPS * (left + 1)))
+        seen.append(strike(attempt, aim, moments, life=life, limit=steps - RESERVED_STEPS * (left + 6)))
     assert wait(fork(run_on_two, "lora", killed, **saving)) == 0
     return seen
 
@@ -392,12 +400,13 @@ def split_otherwise(directory: Path, kind: str, sharded: str) -> list[str]:
 
 def fill_disk(directory: Path) -> dict[str, Any]:
     """Let the disk be full when a file of a checkpoint is written, then run again with room; by that file."""
-    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    steps = 48
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "max_steps": steps}
     found: dict[str, Any] = {}
     for kind, file in (("sft", "lisa_anchor.safetensors"), ("lora", "README.md"), ("lora", "optimizer.pt")):
         whole, cut = directory / file / "whole", directory / file / "killed"
-        assert wait(fork(run, kind, whole, save_strategy="steps", save_steps=STEPS)) == 0
-        size = (whole / f"checkpoint-{STEPS}" / file).stat().st_size
+        assert wait(fork(run, kind, whole, save_strategy="steps", save_steps=steps, max_steps=steps)) == 0
+        size = (whole / f"checkpoint-{steps}" / file).stat().st_size
         code = wait(fork(run, kind, cut, full=size - 1, **saving))
         found[file] = {"code": code, "whole": last_whole(cut), "begun": max(snapshot(cut))}
         assert wait(fork(run, kind, cut, **saving)) == 0
