@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from stayaligned.bistate import local
 from stayaligned.component import did_you_mean
 from stayaligned.errors import StayalignedError
 from stayaligned.files import writable
@@ -224,8 +225,6 @@ def save_trained(trainer: Trainer, directory: Path) -> None:
 
 def _refuse_divergence(trainer: Trainer, step: int) -> None:
     from torch.nn.utils import get_total_norm
-
-    from stayaligned.bistate import local
 
     gradients = [local(p.grad) for p in trainer.model.parameters() if p.grad is not None]  # pyright: ignore
     # With a scaler infinite ones are in order: the step is left out and the scale lowered.
