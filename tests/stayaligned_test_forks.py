@@ -87,7 +87,9 @@ def plain_trainer(
     """
     model: Any = pico_model(seed=3)
     if lora:
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+        # A fresh LoRA has no divergence of which the scale could be seen.
+        fresh = lisa.alignment_loss != "kl"
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=fresh))
     rows: dict[str, Any] = {"train_dataset": feature_rows(3, 15), "alignment_dataset": feature_rows(2, 5)}
     if streamed:
         rows = {name: Dataset.from_list(each).to_iterable_dataset() for name, each in rows.items()}
