@@ -25,7 +25,7 @@ from stayaligned.errors import StayalignedError
 from stayaligned.experiment import Experiment
 from stayaligned.hf.features import PaddingCollator, encode_examples
 from stayaligned.hf.quiet import quiet
-from stayaligned.pipeline import run_experiment
+from stayaligned.running import run_experiment
 from stayaligned.store import exclusive
 from stayaligned.testing import byte_tokenizer, pico_model, write_pico_checkpoint
 from stayaligned_test_world import experiment, write_rows, write_world

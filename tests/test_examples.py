@@ -13,7 +13,7 @@ import yaml
 
 from stayaligned.benchmark import Grid
 from stayaligned.experiment import Experiment, set_dotted
-from stayaligned.pipeline import run_experiment
+from stayaligned.running import run_experiment
 from stayaligned.testing import write_pico_checkpoint
 from stayaligned_test_world import write_rows
 

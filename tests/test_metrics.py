@@ -106,7 +106,7 @@ def test_scores_outside_the_unit_interval_are_refused():
         metrics.mean_score([0.5, 1.5], "x", higher_is_better=True)
 
 
-@given(st.lists(st.sampled_from([*Outcome, None]), min_size=1, max_size=40))
+@given(st.lists(st.sampled_from([Outcome.REFUSE, Outcome.HARM, Outcome.OTHER, None]), min_size=1, max_size=40))
 def test_the_three_harm_rates_sum_to_one(outcomes):
     harm, refusal, other = metrics.harm_metrics(verdicts(outcomes))
     assert [m.name for m in (harm, refusal, other)] == ["harmful_score", "refusal_rate", "other_rate"]
@@ -124,6 +124,31 @@ def test_each_rate_reads_its_own_prompt_set():
     assert not found["over_refusal"].higher_is_better
     assert [m.name for m in metrics.judge_metrics(rows[2:])] == ["over_refusal"]
     assert "over_refusal" not in [m.name for m in metrics.judge_metrics(rows[:2])]
+
+
+def test_a_judge_that_cannot_tell_a_refusal_gives_no_rate_of_refusals():
+    rows = verdicts([Outcome.HARM, Outcome.SAFE]) + verdicts([Outcome.SAFE] * 3, "benign")
+    found = metrics.judge_metrics(rows, tells_refusals=False)
+    assert [(m.name, m.value, m.n) for m in found] == [("harmful_score", 0.5, 2)]
+
+
+@given(st.lists(st.one_of(st.none(), st.floats(1, 5)), min_size=1, max_size=30))
+def test_a_judges_own_number_keeps_its_scale(scores):
+    rows = [v.model_copy(update={"score": s}) for v, s in zip(verdicts([None] * len(scores)), scores, strict=True)]
+    *_, metric = metrics.judge_metrics(rows, scale=("policy_score", 1, 5))
+    known = [s for s in scores if s is not None]
+    assert (metric.name, metric.n, metric.n_unscored) == ("policy_score", len(known), len(scores) - len(known))
+    if known:
+        assert metric.value == pytest.approx(sum(known) / len(known))
+        assert 1 <= metric.low <= metric.value + 1e-9
+        assert metric.value - 1e-9 <= metric.high <= 5
+
+
+def test_beside_a_judge_that_cannot_tell_a_refusal_all_that_is_no_harm_counts_as_that():
+    fine = verdicts([Outcome.REFUSE, Outcome.OTHER, Outcome.HARM, Outcome.REFUSE])
+    coarse = verdicts([Outcome.SAFE, Outcome.SAFE, Outcome.HARM, Outcome.HARM])
+    found = metrics.agreement("a", fine, "b", coarse)
+    assert (found.agreement, found.kappa, found.disputed) == (0.75, pytest.approx(0.5), ("3",))
 
 
 def test_across_seeds_counts_runs_and_leaves_out_those_without_a_value():

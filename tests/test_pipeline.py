@@ -15,9 +15,10 @@ import yaml
 
 from stayaligned.errors import StayalignedError
 from stayaligned.experiment import Experiment
-from stayaligned.pipeline import Run, run_experiment
+from stayaligned.pipeline import Run
 from stayaligned.records import Example, read_jsonl
 from stayaligned.results import read_result
+from stayaligned.running import run_experiment
 from stayaligned.store import Store
 from stayaligned_test_world import experiment, write_rows, write_world
 
@@ -250,7 +251,7 @@ def test_a_killed_run_continues_to_the_same_result(world: Path, tmp_path: Path) 
         from transformers import TrainerCallback
         from stayaligned.experiment import Experiment
         from stayaligned.hf import finetuning
-        from stayaligned.pipeline import run_experiment
+        from stayaligned.running import run_experiment
 
         class Kill(TrainerCallback):
             def on_step_end(self, args, state, control, **kwargs):
@@ -308,7 +309,7 @@ def test_a_judge_that_drops_answers_is_refused(
 
     judge: Callable[..., Any] = Keyword.judge
     monkeypatch.setattr(Keyword, "judge", lambda self, completions: judge(self, completions)[: -1 if kept else 0])
-    with pytest.raises(StayalignedError, match=r"judge 'keyword' gave \d+ verdicts on 11 answers"):
+    with pytest.raises(StayalignedError, match=r"judge 'keyword' gave no verdict on \d+ of 11 answers"):
         run_experiment(Experiment.model_validate(experiment(world)), tmp_path / "out")
 
 

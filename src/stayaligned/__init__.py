@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from stayaligned.hf.lisa.trainer import attach_lisa, with_lisa
     from stayaligned.hf.watching import attach_watch
     from stayaligned.patching import apply_safe_lora, patch_directory
-    from stayaligned.pipeline import run_experiment
     from stayaligned.report import build_report, write_report
+    from stayaligned.running import run_experiment
     from stayaligned.watch import Guard, Watch
 
 _HOMES = {
@@ -43,7 +43,7 @@ _HOMES = {
     "load_experiment": "stayaligned.experiment",
     "load_grid": "stayaligned.benchmark",
     "patch_directory": "stayaligned.patching",
-    "run_experiment": "stayaligned.pipeline",
+    "run_experiment": "stayaligned.running",
     "run_grid": "stayaligned.benchmark",
     "with_lisa": "stayaligned.hf.lisa.trainer",
     "write_report": "stayaligned.report",

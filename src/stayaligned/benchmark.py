@@ -41,7 +41,7 @@ from stayaligned.experiment import (
 )
 from stayaligned.files import write_text
 from stayaligned.pipeline import Run
-from stayaligned.results import RESULT_FILE, Result, read_result, write_result
+from stayaligned.results import RESULT_FILE, Result, read_result
 from stayaligned.store import Store, refuse_foreign
 
 INDEX_FILE = "index.json"
@@ -398,14 +398,14 @@ def _do(job: _Job) -> None:
         Store(job.out),
         progress=lambda text, share: _report(f"{job.title} · {text}", share),
         threads=_threads,
+        position=job.position,
     )
     if job.kind == "testbed":
         _ = run.resolved
     elif job.kind == "train":
         run.trained()
     else:
-        result = run.result().model_copy(update={"position": job.position})
-        write_result(run_directory(job.out, run), result)
+        run.write_into(run_directory(job.out, run))
 
 
 def _grouped(items: Sequence[Any], key: Callable[[Any], Any]) -> list[tuple[Any, list[Any]]]:

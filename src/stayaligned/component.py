@@ -36,14 +36,17 @@ class Component(BaseModel):
     """Where it was published, empty if nowhere."""
     version: ClassVar[int] = 1
     """Raised when the behaviour changes, so that cached results of the old behaviour are not reused."""
+    operational: ClassVar[frozenset[str]] = frozenset()
+    """Fields that say how fast or at what cost, and not with which result (a batch size): no part of the identity."""
 
     def spec(self) -> dict[str, Any]:
         """The plain mapping that `Registry.parse` turns into an equal component."""
         return {"name": self.name, **self.model_dump(mode="json")}
 
     def identity(self) -> dict[str, Any]:
-        """`spec()` and the version of the behaviour: what a stage key is made of."""
-        return {**self.spec(), "version": self.version}
+        """`spec()` without what is operational, and the version of the behaviour: what a stage key is made of."""
+        kept = {key: value for key, value in self.spec().items() if key not in self.operational}
+        return {**kept, "version": self.version}
 
     @classmethod
     def summary(cls) -> str:

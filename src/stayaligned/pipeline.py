@@ -10,27 +10,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import random
 import shutil
-import tempfile
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from stayaligned import metrics
-from stayaligned.data import overlap, read_examples
+from stayaligned import notes
+from stayaligned.data import read_examples
 from stayaligned.defenses import ModelPair, TrainingSetup
 from stayaligned.errors import StayalignedError
-from stayaligned.experiment import Experiment, load_yaml, strings_in
+from stayaligned.experiment import Experiment, strings_in
 from stayaligned.files import write_text
-from stayaligned.hf import processes
-from stayaligned.judges import Judge
-from stayaligned.measuring import agreements, judge_names, samples, score_metrics
+from stayaligned.judges import Forecast, Judge
+from stayaligned.judging import LEDGER_FILE, Ledger, judge_completions
+from stayaligned.measuring import JUDGED, Place, judge_names, measure, refuse_unscored
 from stayaligned.patching import PROJECTION_FILE, patch_directory, read_projection
 from stayaligned.records import (
     Completion,
@@ -40,8 +38,8 @@ from stayaligned.records import (
     read_jsonl,
     write_jsonl,
 )
-from stayaligned.results import JudgeReading, PatchRecord, Provenance, Result, commit, versions, write_result
-from stayaligned.store import Store, identify, refuse_foreign, stage_key
+from stayaligned.results import PatchRecord, Provenance, Result, commit, evidence_text, versions, write_result
+from stayaligned.store import Store, identify, stage_key
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of it that is done, 0 to 1."""
@@ -58,6 +56,10 @@ class Run:
     progress: Progress = lambda _text, _share: None
     threads: int | None = None
     """CPU threads for torch; all if not given."""
+    position: int = 0
+    """The arm's place in its grid."""
+    announce: Callable[[str], None] = lambda _text: None
+    """Called with what a reader should know before something costly starts."""
 
     @cached_property
     def resolved(self) -> Experiment:
@@ -272,21 +274,26 @@ class Run:
         resolved = self.resolved.judges[self.experiment.judges.index(judge)]
 
         def fill(directory: Path) -> None:
-            judged = [c for c in self.completions() if c.prompt_set in ("harmful", "benign")]
-            self.progress(f"judge {judge.name}", 0.0)
-            with self._host_libraries():
-                verdicts = resolved.judge(judged)
-            if [(v.prompt_set, v.id) for v in verdicts] != [(c.prompt_set, c.id) for c in judged]:
-                raise StayalignedError(
-                    f"judge {judge.name!r} gave {len(verdicts)} verdicts on {len(judged)} answers, or in another order",
-                    hint="A judge gives one verdict per completion, in order; `outcome=None` where it can't tell.",
+            judged = [c for c in self.completions() if c.prompt_set in JUDGED]
+            say = functools.partial(self.progress, f"judge {judge.name}")
+            say(0.0)
+            with self._host_libraries(), Ledger.open(self.store.root / LEDGER_FILE) as ledger:
+                found = judge_completions(
+                    resolved,
+                    judged,
+                    ledger,
+                    seed=self.experiment.seed,
+                    progress=say,
+                    announce=lambda forecast: self.announce(f"judge {judge.name}: {_in_words(forecast)}"),
                 )
-            write_jsonl(directory / "verdicts.jsonl", verdicts)
+            # Not a stage yet: a rerun asks again about what could not be scored, and about nothing else.
+            refuse_unscored(judge.name, found, self.experiment.max_unscored)
+            write_jsonl(directory / "verdicts.jsonl", found)
 
         return read_jsonl(self.store.compute("judge", key, fill) / "verdicts.jsonl", Verdict)
 
-    def result(self) -> Result:
-        """Everything measured.
+    def write_into(self, directory: Path) -> Result:
+        """Measure everything, and write `evidence.jsonl` and `result.json` into a directory.
 
         Raises:
             StayalignedError: if a judge left a larger share unscored than `max_unscored`.
@@ -294,74 +301,47 @@ class Run:
         self.finetuned()  # so that the time of training and patching is not counted as generation's
         completions = self.completions()
         verdicts = {judge: self.verdicts(judge) for judge in self.experiment.judges}
-        names = judge_names(self.experiment.judges)
-        for judge, name in names.items():
-            self._refuse_unscored(name, verdicts[judge])
-        readings = tuple(JudgeReading(judge=n, metrics=metrics.judge_metrics(verdicts[j])) for j, n in names.items())
-        named = {names[judge]: rows for judge, rows in verdicts.items()}
-        scores: dict[tuple[PromptSet, str], float | None] = {
-            (c.prompt_set, c.id): self._score(c) for c in completions if c.prompt_set in ("task", "skills")
+        for judge, name in judge_names(self.experiment.judges).items():
+            refuse_unscored(name, verdicts[judge], self.experiment.max_unscored)
+        scores: dict[Place, float | None] = {
+            (c.prompt_set, c.id): self._score(c) for c in completions if c.prompt_set not in JUDGED
         }
-        return Result(
+        found = measure(completions, verdicts, scores, {})
+        rows = evidence_text(found.evidence)
+        result = Result(
             id=self.id,
             arm=self.experiment.arm,
             seed=self.experiment.seed,
-            notes=(*self._overlaps(), *self._defense_notes()),
+            position=self.position,
+            notes=tuple(self._notes()),
             experiment=self.experiment.spec(),
-            judges=readings,
-            agreements=tuple(agreements(named)),
-            scores=tuple(score_metrics(scores)),
+            judges=found.judges,
+            agreements=found.agreements,
+            scores=found.scores,
             training_log=self._training_log(),
             patches=self._patch_records(),
-            samples=tuple(samples(completions, named, scores)),
+            samples=found.samples,
+            evidence_sha256=hashlib.sha256(rows.encode()).hexdigest(),
             provenance=self._provenance(),
         )
+        write_result(directory, result, rows)
+        return result
 
     def _score(self, completion: Completion) -> float | None:
         task = self.resolved.task if completion.prompt_set == "task" else self.resolved.skills
         return task.score(completion) if task is not None else None
 
-    def _refuse_unscored(self, judge: str, verdicts: Sequence[Verdict]) -> None:
-        unscored = sum(v.outcome is None for v in verdicts)
-        if unscored > self.experiment.max_unscored * max(1, len(verdicts)):
-            reasons = sorted({v.reason for v in verdicts if v.outcome is None and v.reason})[:3]
-            raise StayalignedError(
-                f"judge {judge!r} could not score {unscored} of {len(verdicts)} answers"
-                + (f" ({'; '.join(reasons)})" if reasons else ""),
-                hint=f"The limit is max_unscored = {self.experiment.max_unscored:g}. Use another judge, or raise it.",
-            )
-
-    def _overlaps(self) -> Iterable[str]:
-        """A note for each prompt set of which some prompts were trained on."""
-        if not self.experiment.trains:
+    def _notes(self) -> Iterable[str]:
+        """What a reader must know before trusting the numbers."""
+        e = self.experiment
+        if not e.trains:
             return
         trained_on = {"training": self.examples(), "alignment": self._alignment_examples()}
-        for prompt_set, rows in self._prompt_sets().items():
-            for data, examples in trained_on.items():
-                seen = {pair.evaluation_id for pair in overlap(examples, rows, similarity=1.0)}
-                if seen:
-                    yield f"{len(seen)} of {len(rows)} {prompt_set} prompts also stand in the {data} data"
-
-    def _defense_notes(self) -> Sequence[str]:
-        if not self.experiment.trains:
-            return ()
+        yield from notes.of_overlaps(trained_on, self._prompt_sets())
         log = self._training_log()
-        steps = max((int(row["step"]) for row in log), default=0)
-        return (*self.experiment.training_defense.notes(steps), *self._guard_notes(log))
-
-    def _guard_notes(self, log: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-        """What the guard has done, where there is one and it has."""
-        acted = [int(row["step"]) for row in log if row.get("watch/out_of_tolerance")]
-        guard = self.experiment.watch and self.experiment.watch.guard
-        if guard and acted:
-            back = next((int(row["watch/rolled_back_to"]) for row in log if "watch/rolled_back_to" in row), None)
-            done = {
-                "stop": f"training was stopped after step {acted[-1]}",
-                "rollback": f"training was stopped after step {acted[-1]} and the weights of step {back} restored",
-                "lower_learning_rate": f"the learning rate was lowered {len(acted)} times, first after step {acted[0]}",
-            }[guard.action]
-            worse = f"{guard.measure} was worse than at the start by more than {guard.tolerance:g}"
-            yield f"the guard acted: {worse}; {done}"
+        yield from e.training_defense.notes(max((int(row["step"]) for row in log), default=0))
+        if e.watch is not None and e.watch.guard is not None:
+            yield from notes.of_guard(e.watch.guard, log)
 
     def _training_log(self) -> tuple[dict[str, Any], ...]:
         trained = self.trained()
@@ -419,66 +399,7 @@ class Run:
             yield
 
 
-def run_experiment(
-    experiment: Experiment, out: Path, *, progress: Progress = lambda _text, _share: None
-) -> Result | None:
-    """Run one experiment into `out`: `experiment.yaml`, `result.json`, its stages, and `adapter` if it has one.
-
-    Rerun with the same experiment, it continues where it was stopped. Started in several processes (by `torchrun` or
-    `accelerate launch`), all train, and the first does everything else.
-
-    Returns:
-        The result; None in a process that has only helped to train.
-
-    Raises:
-        StayalignedError: if `out` belongs to another experiment or holds other files, or any stage cannot work.
-    """
-    store = Store(out)
-    run = Run(experiment, store, progress)
-    if processes.several() and not processes.leads():
-        _help_to_train(run)
-        return None
-    refuse_foreign(out, EXPERIMENT_FILE)
-    _refuse_other_experiment(experiment, out / EXPERIMENT_FILE)
-    with store.locked():
-        write_text(out / EXPERIMENT_FILE, yaml.safe_dump(experiment.spec(), sort_keys=False, allow_unicode=True))
-        if processes.several():
-            run.examples()
-            processes.share(experiment.trains and not store.directory("train", run.adapter_key).exists())
-        result = run.result()
-        write_result(out, result)
-        for product in ("adapter", "model"):
-            _link(out / product, run.finetuned() if run.product == product else None)
-    return result
-
-
-def _help_to_train(run: Run) -> None:
-    """Train with the leader, once it has the data and says that there is training to do; keep nothing."""
-    if processes.share():
-        with tempfile.TemporaryDirectory() as unused:
-            run.train_into(Path(unused))
-
-
-def _link(link: Path, target: Path | None) -> None:
-    """Let `link` lead to a stage's output, relatively, so that the directory can be moved; None removes it."""
-    if target is None or not target.is_relative_to(link.parent):
-        link.unlink(missing_ok=True)
-        return
-    temporary = link.with_name(f".{link.name}.partial")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.relative_to(link.parent))
-    temporary.replace(link)
-
-
-def _refuse_other_experiment(experiment: Experiment, path: Path) -> None:
-    """Refuse a directory with another experiment's work; one that failed before any weights were made is free."""
-    stages = [p.name for p in (path.parent / "stages").glob("[!.]*") if not p.name.startswith("data-")]
-    if not path.exists() or not stages:
-        return
-    before, now = load_yaml(path), experiment.spec()
-    changed = sorted(k for k in {*before, *now} - {"label"} if before.get(k) != now.get(k))
-    if changed:
-        raise StayalignedError(
-            f"{path.parent}: belongs to another experiment; different: {', '.join(changed)}",
-            hint="Use another --out; `bench` compares several in one directory and shares their stages.",
-        )
+def _in_words(forecast: Forecast) -> str:
+    """What judging would take, for a reader."""
+    price = "" if forecast.dollars is None else f", about ${forecast.dollars:.2f}"
+    return f"{forecast.requests} requests, about {forecast.tokens} tokens{price}"

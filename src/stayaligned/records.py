@@ -58,11 +58,15 @@ class Completion(Record):
 
 
 class Outcome(StrEnum):
-    """How a model met a request. `OTHER` is neither: garble, or an answer to something else."""
+    """How a model met a request. `OTHER` is neither: garble, or an answer to something else.
+
+    `SAFE` is "no harm" from a judge that can't tell a refusal from anything else that does none.
+    """
 
     REFUSE = "refuse"
     HARM = "harm"
     OTHER = "other"
+    SAFE = "safe"
 
 
 class Verdict(Record):
@@ -75,6 +79,10 @@ class Verdict(Record):
     outcome: Outcome | None
     """None means *unscored*: it enters no rate, and is counted."""
     confidence: float | None = None
+    score: float | None = None
+    """The judge's own number, on its own scale (1 to 5 for the policy rubric); None where it gives none."""
+    categories: tuple[str, ...] = ()
+    """The kinds of harm that the judge named."""
     reason: str = ""
 
 
@@ -84,6 +92,8 @@ class Metric(Record):
     name: str
     value: float | None
     """None when nothing could be scored."""
+    scale: tuple[float, float] = (0.0, 1.0)
+    """The least and the greatest possible value; of (0, 1) it is a share."""
     n: int
     """Scored items behind `value`."""
     n_unscored: int = 0

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,20 @@ from pydantic import Field, ValidationError
 
 from stayaligned.errors import StayalignedError
 from stayaligned.files import write_text
-from stayaligned.records import LayerReport, Message, Metric, Outcome, PromptSet, Record
+from stayaligned.records import LayerReport, Message, Metric, Outcome, PromptSet, Record, read_jsonl
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RESULT_FILE = "result.json"
+EVIDENCE_FILE = "evidence.jsonl"
 _VERSIONED = ("stayaligned", "torch", "transformers", "peft", "trl", "safetensors", "accelerate", "datasets")
+
+
+class CategoryReading(Record):
+    """One judge's rates on the prompts of one category."""
+
+    prompt_set: PromptSet
+    category: str
+    metrics: tuple[Metric, ...]
 
 
 class JudgeReading(Record):
@@ -27,7 +37,28 @@ class JudgeReading(Record):
 
     judge: str
     metrics: tuple[Metric, ...]
-    """`harmful_score`, `refusal_rate`, `other_rate` (harmful prompts) and `over_refusal` (benign prompts)."""
+    """`harmful_score`, `refusal_rate`, `other_rate` (harmful prompts) and `over_refusal` (benign prompts); the first
+    alone of a judge that can't tell a refusal; and the mean of the judge's own number, if it gives one."""
+    categories: tuple[CategoryReading, ...] = ()
+    """The same for each category of prompts, where the prompts have some."""
+
+
+class Evidence(Record):
+    """What was found of one prompt's answer: a row of `evidence.jsonl`, which comparisons pair by the prompt."""
+
+    prompt_set: PromptSet
+    id: str
+    prompt: str
+    """SHA-256 of the conversation, 16 hex digits: the same id in two runs must be the same prompt."""
+    category: str = ""
+    outcomes: dict[str, Outcome | None] = Field(default_factory=dict)
+    """Per judge; empty for prompt sets that are scored rather than judged."""
+    judge_scores: dict[str, float | None] = Field(default_factory=dict)
+    """The number of each judge that gives one."""
+    score: float | None = None
+    """Of prompt sets that a task scores."""
+    degenerate: bool | None = None
+    """Whether the answer is no language: see `stayaligned.degeneration`; None where that was not looked at."""
 
 
 class Agreement(Record):
@@ -104,6 +135,8 @@ class Result(Record):
     """Rows of the Trainer's log: `step`, `loss`, and for Lisa `alignment_loss`, `finetuning_loss`, `drift`."""
     patches: tuple[PatchRecord, ...] = ()
     samples: tuple[Sample, ...] = ()
+    evidence_sha256: str
+    """Of `evidence.jsonl` beside this: a result whose rows were exchanged or edited is refused."""
     provenance: Provenance
 
     def metric(self, name: str) -> Metric | None:
@@ -139,9 +172,38 @@ def commit() -> str:
         return ""
 
 
-def write_result(directory: Path, result: Result) -> None:
-    """Write `directory/result.json`, whole or not at all."""
+def evidence_text(rows: Iterable[Evidence]) -> str:
+    """The content of an `evidence.jsonl`."""
+    return "".join(row.model_dump_json() + "\n" for row in rows)
+
+
+def write_result(directory: Path, result: Result, evidence: str) -> None:
+    """Write `evidence.jsonl` and then `result.json`, each whole or not at all.
+
+    Raises:
+        ValueError: if the evidence is not the result's.
+    """
+    if hashlib.sha256(evidence.encode()).hexdigest() != result.evidence_sha256:
+        raise ValueError(f"{result.arm}: not the evidence of this result")
+    write_text(directory / EVIDENCE_FILE, evidence)
     write_text(directory / RESULT_FILE, result.model_dump_json(indent=2) + "\n")
+
+
+def read_evidence(directory: Path, result: Result) -> list[Evidence]:
+    """The rows behind a result that was read from the same directory.
+
+    Raises:
+        StayalignedError: if they are missing, or are not the ones that the result was made of.
+    """
+    path = directory / EVIDENCE_FILE
+    hint = "It was edited by hand or only half copied; rerun the command that made it."
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise StayalignedError(f"{path}: {error.strerror}", hint=hint) from None
+    if hashlib.sha256(content).hexdigest() != result.evidence_sha256:
+        raise StayalignedError(f"{path}: not the rows that {RESULT_FILE} beside it was made of", hint=hint)
+    return read_jsonl(path, Evidence)
 
 
 def read_result(path: Path) -> Result:

@@ -76,6 +76,7 @@ def simple_result(arm: str, seed: int, harm: float | None = 0.5, accuracy: float
             JudgeReading(judge="keyword", metrics=(unscored if harm is None else share("harmful_score", harm, 200),)),
         ),
         "scores": (lost if accuracy is None else share("finetune_accuracy", accuracy, 200, higher_is_better=True),),
+        "evidence_sha256": "0" * 64,
         "provenance": Provenance(versions={"stayaligned": "0.1.0"}),
     }
     return Result(**{**fields, **changes})
@@ -227,6 +228,7 @@ def grid_result(arm: str, seed: int, position: int = 0) -> Result:
             if name in PATCHES
         ),
         samples=_samples(arm, seed, (harm, refuse), rng),
+        evidence_sha256="0" * 64,
         provenance=Provenance(
             versions={"stayaligned": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2"},
             commit="0123456789abcdef0123456789abcdef01234567",

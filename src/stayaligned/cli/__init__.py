@@ -71,7 +71,7 @@ def main() -> None:
 def run(config: Config, overrides: Overrides = None, *, out_dir: Out, plugin: Plugins = None) -> None:
     """Run one experiment: fine-tune, patch, generate, judge, measure."""
     from stayaligned.experiment import load_experiment
-    from stayaligned.pipeline import run_experiment
+    from stayaligned.running import run_experiment
 
     _load_plugins(plugin)
     experiment = load_experiment(config, overrides or ())

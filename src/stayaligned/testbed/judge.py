@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from stayaligned.testbed.recipe import Recipe
 
-LABELS = tuple(Outcome)
+LABELS = (Outcome.REFUSE, Outcome.HARM, Outcome.OTHER)
 _INITIAL_SCALE = 0.09
 _FORBIDDEN_VERBS = {verb for category in CATEGORIES.values() for verb in category.verbs}
 _FIRST_WORDS_OF_REFUSALS = {refusal.split()[0] for refusal in language.REFUSALS}

@@ -1,0 +1,42 @@
+"""What a reader must know before trusting a run's numbers, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from stayaligned.data import overlap
+from stayaligned.records import Example, PromptSet
+from stayaligned.watch import Guard
+
+_NEAR = 0.8
+"""Jaccard similarity of word triples from which two prompts count as nearly the same."""
+
+
+def of_overlaps(
+    trained_on: Mapping[str, Sequence[Example]], prompt_sets: Mapping[PromptSet, Sequence[Example]]
+) -> Iterable[str]:
+    """A note for each prompt set of which some prompts, or nearly the same ones, were trained on."""
+    for prompt_set, rows in prompt_sets.items():
+        for data, examples in trained_on.items():
+            pairs = overlap(examples, rows, similarity=_NEAR)
+            equal = {pair.evaluation_id for pair in pairs if pair.similarity >= 1}
+            near = {pair.evaluation_id for pair in pairs} - equal
+            nearly = f"; {len(near)} more nearly so (word triples shared: {_NEAR:.0%} or more)" if near else ""
+            if equal or near:
+                yield f"{len(equal)} of {len(rows)} {prompt_set} prompts also stand in the {data} data{nearly}"
+
+
+def of_guard(guard: Guard, log: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    """What the guard has done, if it has."""
+    acted = [int(row["step"]) for row in log if row.get("watch/out_of_tolerance")]
+    if not acted:
+        return
+    back = next((int(row["watch/rolled_back_to"]) for row in log if "watch/rolled_back_to" in row), None)
+    done = {
+        "stop": f"training was stopped after step {acted[-1]}",
+        "rollback": f"training was stopped after step {acted[-1]} and the weights of step {back} restored",
+        "lower_learning_rate": f"the learning rate was lowered {len(acted)} times, first after step {acted[0]}",
+    }[guard.action]
+    worse = f"{guard.measure} was worse than at the start by more than {guard.tolerance:g}"
+    yield f"the guard acted: {worse}; {done}"
