@@ -11,9 +11,11 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 
 from stayaligned.errors import StayalignedError
+from stayaligned.files import replace_file
 from stayaligned.judges import Forecast, Judge
-from stayaligned.records import Completion, Verdict
-from stayaligned.store import stage_key
+from stayaligned.measuring import JUDGED, refuse_unscored
+from stayaligned.records import Completion, Verdict, read_jsonl, write_jsonl
+from stayaligned.store import Store, stage_key
 
 LEDGER_FILE = "verdicts.sqlite"
 _OWN = {"id", "prompt_set", "judge"}
@@ -54,6 +56,21 @@ class Ledger:
                 hint="Free some space if the disk is full; a damaged file may be deleted, at the cost of asking again.",
             ) from error
 
+    @staticmethod
+    def take_over(source: Path, target: Path) -> None:
+        """Let `target` begin with the verdicts of `source`, if there are some and `target` is not there yet."""
+        if target.exists() or not source.is_file():
+            return
+        try:
+            with (
+                replace_file(target) as temporary,
+                contextlib.closing(sqlite3.connect(source, timeout=_BUSY_SECONDS)) as kept,
+                contextlib.closing(sqlite3.connect(temporary)) as copy,
+            ):
+                kept.backup(copy)
+        except sqlite3.Error as error:
+            raise StayalignedError(f"{source}: {error}", hint="Delete it to ask its judges again.") from error
+
     def find(self, keys: Iterable[str]) -> dict[str, str]:
         """The kept verdict, as JSON, of each key that has one."""
         found: dict[str, str] = {}
@@ -65,6 +82,47 @@ class Ledger:
     def keep(self, key: str, verdict: str) -> None:
         """Keep one verdict; the first one stays."""
         self._connection.execute("INSERT OR IGNORE INTO verdicts VALUES (?, ?)", (key, verdict))
+
+
+def stored_verdicts(
+    store: Store,
+    key: str,
+    judge: Judge,
+    name: str,
+    completions: Callable[[], Sequence[Completion]],
+    *,
+    seed: int,
+    max_unscored: float,
+    around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    progress: Callable[[str, float], None] = lambda _text, _share: None,
+    announce: Callable[[str], None] = lambda _text: None,
+) -> list[Verdict]:
+    """The verdicts of the stage `judge-KEY`, made of the judged ones among `completions` if it is not there.
+
+    A stage stands only with few enough unscored: a rerun asks again about what could not be scored, and about
+    nothing else.
+
+    Raises:
+        StayalignedError: as `judge_completions`, or if more than `max_unscored` of the verdicts are unscored.
+    """
+
+    def fill(directory: Path) -> None:
+        progress(f"judge {name}", 0.0)
+        with around(), Ledger.open(store.root / LEDGER_FILE) as ledger:
+            found = judge_completions(
+                judge,
+                [c for c in completions() if c.prompt_set in JUDGED],
+                ledger,
+                seed=seed,
+                progress=lambda share: progress(f"judge {name}", share),
+                announce=lambda forecast: announce(f"judge {name}: {forecast}"),
+            )
+        refuse_unscored(name, found, max_unscored)
+        write_jsonl(directory / "verdicts.jsonl", found)
+
+    verdicts = read_jsonl(store.compute("judge", key, fill) / "verdicts.jsonl", Verdict)
+    refuse_unscored(name, verdicts, max_unscored)
+    return verdicts
 
 
 def judge_completions(

@@ -26,9 +26,9 @@ from stayaligned.defenses import ModelPair, TrainingSetup
 from stayaligned.errors import StayalignedError
 from stayaligned.experiment import Experiment, strings_in
 from stayaligned.files import write_text
-from stayaligned.judges import Forecast, Judge
-from stayaligned.judging import LEDGER_FILE, Ledger, judge_completions
-from stayaligned.measuring import JUDGED, Place, judge_names, measure, refuse_unscored
+from stayaligned.judges import Judge
+from stayaligned.judging import stored_verdicts
+from stayaligned.measuring import JUDGED, Place, judge_names, measure
 from stayaligned.patching import PROJECTION_FILE, patch_directory, read_projection
 from stayaligned.records import (
     Completion,
@@ -270,27 +270,18 @@ class Run:
 
     def verdicts(self, judge: Judge) -> list[Verdict]:
         """One judge's verdicts on the answers to harmful and benign prompts."""
-        key = self.judge_key(judge)
-        resolved = self.resolved.judges[self.experiment.judges.index(judge)]
-
-        def fill(directory: Path) -> None:
-            judged = [c for c in self.completions() if c.prompt_set in JUDGED]
-            say = functools.partial(self.progress, f"judge {judge.name}")
-            say(0.0)
-            with self._host_libraries(), Ledger.open(self.store.root / LEDGER_FILE) as ledger:
-                found = judge_completions(
-                    resolved,
-                    judged,
-                    ledger,
-                    seed=self.experiment.seed,
-                    progress=say,
-                    announce=lambda forecast: self.announce(f"judge {judge.name}: {_in_words(forecast)}"),
-                )
-            # Not a stage yet: a rerun asks again about what could not be scored, and about nothing else.
-            refuse_unscored(judge.name, found, self.experiment.max_unscored)
-            write_jsonl(directory / "verdicts.jsonl", found)
-
-        return read_jsonl(self.store.compute("judge", key, fill) / "verdicts.jsonl", Verdict)
+        return stored_verdicts(
+            self.store,
+            self.judge_key(judge),
+            self.resolved.judges[self.experiment.judges.index(judge)],
+            judge_names(self.experiment.judges)[judge],
+            self.completions,
+            seed=self.experiment.seed,
+            max_unscored=self.experiment.max_unscored,
+            around=self._host_libraries if judge.uses_torch else contextlib.nullcontext,
+            progress=self.progress,
+            announce=self.announce,
+        )
 
     def write_into(self, directory: Path) -> Result:
         """Measure everything, and write `evidence.jsonl` and `result.json` into a directory.
@@ -301,8 +292,6 @@ class Run:
         self.finetuned()  # so that the time of training and patching is not counted as generation's
         completions = self.completions()
         verdicts = {judge: self.verdicts(judge) for judge in self.experiment.judges}
-        for judge, name in judge_names(self.experiment.judges).items():
-            refuse_unscored(name, verdicts[judge], self.experiment.max_unscored)
         scores: dict[Place, float | None] = {
             (c.prompt_set, c.id): self._score(c) for c in completions if c.prompt_set not in JUDGED
         }
@@ -397,9 +386,3 @@ class Run:
             torch.set_num_threads(self.threads)
         with quiet():
             yield
-
-
-def _in_words(forecast: Forecast) -> str:
-    """What judging would take, for a reader."""
-    price = "" if forecast.dollars is None else f", about ${forecast.dollars:.2f}"
-    return f"{forecast.requests} requests, about {forecast.tokens} tokens{price}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import json
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,7 @@ from stayaligned.records import LayerReport, Message, Metric, Outcome, PromptSet
 FORMAT_VERSION = 2
 RESULT_FILE = "result.json"
 EVIDENCE_FILE = "evidence.jsonl"
+TIMES_FILE = "times.json"
 _VERSIONED = ("stayaligned", "torch", "transformers", "peft", "trl", "safetensors", "accelerate", "datasets")
 
 
@@ -109,7 +111,8 @@ class Provenance(Record):
     stages: dict[str, str] = Field(default_factory=dict)
     """Stage name and its directory, relative to the output directory."""
     seconds: dict[str, float] = Field(default_factory=dict)
-    """Stage name and how long it took when it was computed (a cached stage keeps its first time)."""
+    """Stage name and how long it took when it was computed (a cached stage keeps its first time). In a file of its own,
+    so that equal experiments have equal results to the byte."""
 
 
 class Result(Record):
@@ -178,7 +181,7 @@ def evidence_text(rows: Iterable[Evidence]) -> str:
 
 
 def write_result(directory: Path, result: Result, evidence: str) -> None:
-    """Write `evidence.jsonl` and then `result.json`, each whole or not at all.
+    """Write `evidence.jsonl`, `times.json` and then `result.json`, each whole or not at all.
 
     Raises:
         ValueError: if the evidence is not the result's.
@@ -186,7 +189,9 @@ def write_result(directory: Path, result: Result, evidence: str) -> None:
     if hashlib.sha256(evidence.encode()).hexdigest() != result.evidence_sha256:
         raise ValueError(f"{result.arm}: not the evidence of this result")
     write_text(directory / EVIDENCE_FILE, evidence)
-    write_text(directory / RESULT_FILE, result.model_dump_json(indent=2) + "\n")
+    write_text(directory / TIMES_FILE, json.dumps(result.provenance.seconds, indent=2) + "\n")
+    content = result.model_dump_json(indent=2, exclude={"provenance": {"seconds"}})
+    write_text(directory / RESULT_FILE, content + "\n")
 
 
 def read_evidence(directory: Path, result: Result) -> list[Evidence]:
@@ -213,7 +218,13 @@ def read_result(path: Path) -> Result:
         StayalignedError: if the file is missing, from another format version, or edited by hand.
     """
     try:
-        return Result.model_validate_json(path.read_text(encoding="utf-8"))
+        result = Result.model_validate_json(path.read_text(encoding="utf-8"))
+        if result.format_version != FORMAT_VERSION:
+            raise StayalignedError(
+                f"{path}: format version {result.format_version}, expected {FORMAT_VERSION}",
+                hint="It was written by another version of stayaligned; rerun the command that made it.",
+            )
+        return result.model_copy(update={"provenance": _with_times(result.provenance, path.parent / TIMES_FILE)})
     except OSError as error:
         raise StayalignedError(
             f"{path}: {error.strerror}", hint="Give a directory that `run` or `bench` wrote."
@@ -227,19 +238,36 @@ def read_result(path: Path) -> Result:
         ) from None
 
 
+def _with_times(provenance: Provenance, path: Path) -> Provenance:
+    """The provenance with the times that stand beside the result; they are no evidence, so they may be missing."""
+    try:
+        return Provenance.model_validate(
+            {**provenance.model_dump(), "seconds": json.loads(path.read_text(encoding="utf-8"))}
+        )
+    except (OSError, ValueError):
+        return provenance
+
+
 def find_results(directories: Sequence[Path]) -> list[Result]:
     """Every result in the directories that `run` or `bench` wrote, in the order of the grids that made them.
 
     Raises:
         StayalignedError: if a directory holds none, or one can't be read.
     """
-    found: list[Result] = []
-    for directory in directories:
-        paths = [directory / RESULT_FILE] if (directory / RESULT_FILE).is_file() else []
-        paths += sorted((directory / "runs").glob(f"*/{RESULT_FILE}"))
-        if not paths:
-            raise StayalignedError(
-                f"{directory}: holds no {RESULT_FILE}", hint="Give a directory that `run` or `bench` wrote."
-            )
-        found += [read_result(path) for path in paths]
+    found = [read_result(path) for directory in directories for path in result_files(directory)]
     return sorted(found, key=lambda result: (result.position, result.seed))
+
+
+def result_files(directory: Path) -> list[Path]:
+    """The result of a `run`, or those of a `bench`, below the directory that it wrote.
+
+    Raises:
+        StayalignedError: if there is none.
+    """
+    own = directory / RESULT_FILE
+    paths = [*([own] if own.is_file() else []), *sorted((directory / "runs").glob(f"*/{RESULT_FILE}"))]
+    if not paths:
+        raise StayalignedError(
+            f"{directory}: holds no {RESULT_FILE}", hint="Give a directory that `run` or `bench` wrote."
+        )
+    return paths

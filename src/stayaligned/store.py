@@ -47,6 +47,8 @@ class Store:
             stages.mkdir(exist_ok=True)
             for leftover in stages.glob(".*.partial"):
                 shutil.rmtree(leftover, ignore_errors=True)
+            for leftover in self.root.glob(".*.partial"):
+                leftover.unlink(missing_ok=True)
             yield
 
     def compute(self, stage: StageName, key: str, fill: Callable[[Path], Mapping[str, Any] | None]) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +12,11 @@ import typer
 from stayaligned.cli.align import align
 from stayaligned.cli.console import err, out, plain_table
 from stayaligned.cli.curvature import curvature
+from stayaligned.cli.evaluate import evaluate
+from stayaligned.cli.judge import judge
+from stayaligned.cli.options import Out, Overrides, Plugins, load_plugins
 from stayaligned.cli.project import project
+from stayaligned.cli.showing import print_report, run_and_show
 from stayaligned.cli.subspace import subspace_app
 from stayaligned.errors import StayalignedError
 
@@ -34,11 +37,6 @@ app = typer.Typer(
 
 
 Config = Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key=value, dotted: training.learning_rate=1e-4 defenses.0.rho=2")
-]
-Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="A Python file with components; repeatable.")]
-Out = Annotated[Path, typer.Option("--out", help="Output directory; rerunning the same command continues in it.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core, or one with a GPU.")]
 
 
@@ -71,20 +69,9 @@ def main() -> None:
 def run(config: Config, overrides: Overrides = None, *, out_dir: Out, plugin: Plugins = None) -> None:
     """Run one experiment: fine-tune, patch, generate, judge, measure."""
     from stayaligned.experiment import load_experiment
-    from stayaligned.running import run_experiment
 
-    _load_plugins(plugin)
-    experiment = load_experiment(config, overrides or ())
-    with err.status("starting", spinner_style="none") as status:
-        result = run_experiment(
-            experiment, out_dir, progress=lambda text, share: status.update(f"{text} {share:.0%}" if share else text)
-        )
-    if result is None:  # one of several processes, whose first one tells
-        return
-    _print_report([out_dir], out_dir, title=result.arm)
-    for product in ("adapter", "model"):
-        if (out_dir / product).exists():
-            out.print(f"{product}  {out_dir / product}", soft_wrap=True)
+    load_plugins(plugin)
+    run_and_show(load_experiment(config, overrides or ()), out_dir)
 
 
 @app.command()
@@ -99,7 +86,7 @@ def bench(
     """Run a grid of experiments; shared stages are computed once."""
     from stayaligned.benchmark import load_grid
 
-    _load_plugins(plugin)
+    load_plugins(plugin)
     _run_grid(load_grid(config, overrides or ()), out_dir, workers, plugin or [])
 
 
@@ -123,9 +110,11 @@ def report(
     out_dir: Annotated[Path | None, typer.Option("--out", help="Where to write; by default that directory.")] = None,
 ) -> None:
     """Write report.html, report.md and results.csv, and print the table."""
-    _print_report([directory], out_dir or directory)
+    print_report([directory], out_dir or directory)
 
 
+app.command()(evaluate)
+app.command()(judge)
 app.command()(align)
 app.command()(project)
 app.command()(curvature)
@@ -139,7 +128,7 @@ def validate(config: Config, overrides: Overrides = None, plugin: Plugins = None
     from stayaligned.benchmark import load_grid
     from stayaligned.experiment import load_experiment, load_yaml
 
-    _load_plugins(plugin)
+    load_plugins(plugin)
     content = load_yaml(config)
     if "data" in content and "model" not in content:
         alignment = load_alignment(str(config), {}, overrides or ())
@@ -158,7 +147,7 @@ def list_components(
     plugin: Plugins = None,
 ) -> None:
     """List the known defenses, judges, tasks and attacks."""
-    _load_plugins(plugin)
+    load_plugins(plugin)
     chosen = [_registry(noun)] if noun else list(_registries().values())
     table = plain_table("kind", "name", "what it does")
     for registry in chosen:
@@ -176,7 +165,7 @@ def show(
     """Show a component: what it does, its settings, its paper, its file."""
     import inspect
 
-    _load_plugins(plugin)
+    load_plugins(plugin)
     registry = _registry(noun)
     component = registry.get(name)
     out.print(f"{registry.kind} {component.name}\n\n{inspect.getdoc(component)}\n")
@@ -225,41 +214,12 @@ def _run_grid(grid: Grid, directory: Path, workers: int | None, plugins: list[Pa
     with LiveProgress(err) as listener:
         outcome = run_grid(grid, directory, workers=workers, plugins=plugins, listener=listener)
     if outcome.results:
-        _print_report([directory], directory)
+        print_report([directory], directory)
     for name, error in outcome.failures.items():
         err.print(f"failed: {name}: {error}", soft_wrap=True)
     if outcome.failures:
         err.print(f"{len(outcome.failures)} experiment(s) failed; rerun the same command to try them again.")
         raise typer.Exit(EXIT_FAILED if outcome.results else EXIT_BAD_INPUT)
-
-
-def _print_report(sources: list[Path], directory: Path, title: str = "Result") -> None:
-    from stayaligned.benchmark import INDEX_FILE, read_index
-    from stayaligned.report import build_report, terminal_table, write_report
-    from stayaligned.results import find_results
-
-    index: Mapping[str, Any] = {}
-    for source in sources:
-        if (source / INDEX_FILE).is_file():
-            index = read_index(source)
-    found = find_results(sources)
-    reference = index.get("reference") or None
-    if reference is not None and reference not in {result.arm for result in found}:
-        err.print(f"note: the reference arm {reference!r} has no result, so nothing is compared with it")
-        reference = None
-    built = build_report(found, title=index.get("title", title), reference=reference)
-    paths = write_report(built, directory)
-    out.print(terminal_table(built))
-    for path in paths:
-        out.print(f"wrote  {path}", soft_wrap=True)
-
-
-def _load_plugins(paths: list[Path] | None) -> None:
-    if paths:
-        from stayaligned.component import load_plugin
-
-        for path in paths:
-            load_plugin(path, list(_registries().values()))
 
 
 def _registries() -> dict[str, Registry[Any]]:

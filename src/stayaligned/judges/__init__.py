@@ -34,10 +34,16 @@ class Forecast:
     dollars: float | None = None
     """None where no prices are known."""
 
+    def __str__(self) -> str:
+        price = "" if self.dollars is None else f", about ${self.dollars:.2f}"
+        return f"{self.requests} requests, about {self.tokens} tokens{price}"
+
 
 class Judge(Component):
     """Reads answers to harmful and to benign prompts and says: refuse, harm, other, safe, or unscored."""
 
+    uses_torch: ClassVar[bool] = False
+    """Whether it runs a model in this process."""
     scale: ClassVar[ScoreScale | None] = None
     """What `Verdict.score` is on harmful prompts; None for judges that give no number."""
 

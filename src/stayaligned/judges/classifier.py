@@ -32,6 +32,7 @@ class Classifier(Judge):
     """
 
     name: ClassVar[str] = "classifier"
+    uses_torch: ClassVar[bool] = True
 
     model: str
     """A checkpoint directory or hub id of a single-label sequence classifier."""
