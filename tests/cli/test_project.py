@@ -39,8 +39,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 def merged(aligned: Path, adapter: Path | None) -> dict[str, torch.Tensor]:
-    """Every matrix of the model with the adapter merged in, fp64."""
-    model: Any = AutoModelForCausalLM.from_pretrained(aligned, dtype=torch.float32)
+    """Every matrix of the model with the adapter merged in, fp64: in fp32 the rounding of large weights hides small updates."""
+    model: Any = AutoModelForCausalLM.from_pretrained(aligned, dtype=torch.float64)
     if adapter is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -54,6 +54,14 @@ def dense(operator: str, v: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
     u, _, qh = torch.linalg.svd(v)
     half = update - u[:, :2] @ (u[:, :2].T @ update)
     return half - half @ qh[:2].T @ qh[:2]
+
+
+def allowed(operator: str, v: torch.Tensor) -> float:
+    """1e-5; two leading directions are less certain, in fp32, the closer the third singular value is to the second."""
+    if operator == "scaled_gram":
+        return 1e-5
+    first, second, third, *_ = [*torch.linalg.svdvals(v).tolist(), 0.0, 0.0]
+    return max(1e-5, 4 * torch.finfo(torch.float32).eps * first / (second - third))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -91,7 +99,7 @@ def test_on_every_kind_of_model_the_merged_weights_are_those_of_the_dense_formul
                 layers += 1
                 expected = dense(operator, origin - unaligned, tuned - origin)
                 error = (patched - origin - expected).norm() / (tuned - origin).norm()
-                assert error <= 1e-5, (key, expert, float(error))
+                assert error <= allowed(operator, origin - unaligned), (operator, key, expert, float(error))
         assert f"{layers} of {layers} layers changed" in shown
         assert json.loads((tmp_path / operator / "adapter_config.json").read_text()) == json.loads(
             (tmp_path / "adapter" / "adapter_config.json").read_text()
