@@ -39,7 +39,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 def merged(aligned: Path, adapter: Path | None) -> dict[str, torch.Tensor]:
-    """Every matrix of the model with the adapter merged in, fp64: in fp32 the rounding of large weights hides small updates."""
+    """Every matrix of the model with the adapter merged in, fp64: fp32 would round small updates of large weights."""
     model: Any = AutoModelForCausalLM.from_pretrained(aligned, dtype=torch.float64)
     if adapter is not None:
         with warnings.catch_warnings():
