@@ -26,6 +26,8 @@ assert not found, found
         ["--help"],
         ["run", "--help"],
         ["curvature", "--help"],
+        ["evaluate", "--help"],
+        ["judge", "--help"],
         ["list"],
         ["show", "defense", "lisa"],
         ["validate", "examples/testbed.yaml"],

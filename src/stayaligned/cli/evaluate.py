@@ -9,6 +9,7 @@ import typer
 
 from stayaligned.cli.options import Judges, Out, Overrides, Plugins, component_specs, load_plugins
 from stayaligned.cli.showing import run_and_show
+from stayaligned.errors import StayalignedError
 
 
 def evaluate(
@@ -48,4 +49,6 @@ def evaluate(
         "seed": seed,
     }
     apply_overrides(content, overrides or ())
+    if content["training"] is not None:
+        raise StayalignedError("evaluate trains nothing, but `training` is set", hint="`stayaligned run` does that.")
     run_and_show(parse(Experiment, content, "evaluate"), out_dir)

@@ -1,0 +1,99 @@
+"""`evaluate` and `judge`: the same numbers as `run`, and every mistake one clear error that leaves nothing behind."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stayaligned.results import read_evidence, read_result
+from stayaligned.testing import write_pico_adapter
+from stayaligned_test_world import write_world
+
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = write_world(tmp_path_factory.mktemp("world"))
+    write_pico_adapter(root / "adapter", root / "aligned")
+    return root
+
+
+def arguments(world: Path, out: Path) -> tuple[object, ...]:
+    prompts = ("--harmful-prompts", world / "harmful-prompts.jsonl", "--benign-prompts", world / "benign-prompts.jsonl")
+    task = json.dumps({"name": "jsonl", "test": str(world / "test.jsonl")})
+    return (world / "aligned", *prompts, "--task", task, "--out", out, "generation.max_new_tokens=4")
+
+
+def test_a_model_and_the_same_with_an_adapter_are_measured_on_the_same_prompts(
+    world: Path, tmp_path: Path, command: Command
+) -> None:
+    for name, adapter in (("plain", ()), ("tuned", ("--adapter", world / "adapter"))):
+        code, shown = command("evaluate", *arguments(world, tmp_path / name), *adapter)
+        assert code == 0, shown
+    found = {name: read_result(tmp_path / name / "result.json") for name in ("plain", "tuned")}
+    assert [found[name].arm for name in found] == ["aligned", "adapter"]
+    rows = {name: read_evidence(tmp_path / name, result) for name, result in found.items()}
+    keys = {name: [(r.prompt_set, r.id, r.prompt, r.category) for r in of] for name, of in rows.items()}
+    assert keys["plain"] == keys["tuned"]
+    assert len(keys["plain"]) == 6 + 5 + 8
+    assert {m.name for m in found["plain"].judges[0].metrics} >= {"harmful_score", "over_refusal"}
+    assert found["plain"].metric("finetune_accuracy")
+    texts = [
+        next((tmp_path / name).glob("stages/generate-*/completions.jsonl")).read_text() for name in ("plain", "tuned")
+    ]
+    assert texts[0] != texts[1], "the adapter was not on the model"
+    by_category = {(c.prompt_set, c.category): c.metrics[0].n for c in found["plain"].judges[0].categories}
+    assert by_category == {("harmful", "zorb"): 6}
+
+
+def test_judging_again_with_phrases_imports_no_torch(world: Path, tmp_path: Path, command: Command) -> None:
+    code, shown = command("evaluate", *arguments(world, tmp_path / "run"))
+    assert code == 0, shown
+    program = (
+        "import sys; from stayaligned.cli import main\n"
+        f"sys.argv = ['stayaligned', 'judge', {str(tmp_path / 'run')!r}, '--judge', 'keyword', "
+        f"'--judge', '{{name: keyword, match: start}}', '--out', {str(tmp_path / 'again')!r}]\n"
+        "main()\nassert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = read_result(tmp_path / "again" / "result.json")
+    assert [reading.judge for reading in result.judges] == ["keyword 1", "keyword 2"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--judge", "keywrd"], "unknown judge 'keywrd'. Did you mean 'keyword'?"),
+        (["--judge", "[keyword]"], "expected a name or a mapping"),
+        (["--judge", "{name: keyword, mach: start}"], "Did you mean 'match'?"),
+        (["--adapter", "./nowhere"], "adapter: ./nowhere does not exist"),
+        (["--harmful-prompts", "lost.jsonl"], "harmful_prompts: lost.jsonl does not exist"),
+        (["--task", "sts2"], "Did you mean 'sst2'?"),
+        (["max_unscord=0.1"], "Did you mean 'max_unscored'?"),
+        (["training.max_steps=3"], "evaluate trains nothing"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_error_and_leaves_nothing(
+    change: list[str], said: str, world: Path, tmp_path: Path, command: Command
+) -> None:
+    code, shown = command("evaluate", *arguments(world, tmp_path / "out"), *change)
+    assert code == 2
+    assert said in shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_measure_and_no_judge_are_said(world: Path, tmp_path: Path, command: Command) -> None:
+    code, shown = command("evaluate", world / "aligned", "--out", tmp_path / "out")
+    assert (code, "nothing to measure" in shown) == (2, True)
+    code, shown = command("judge", world / "test.jsonl", "--out", tmp_path / "out")
+    assert (code, "no judge is named" in shown) == (2, True)
+    code, shown = command("judge", world / "test.jsonl", "--judge", "keyword", "--out", tmp_path / "out")
+    assert (code, "test.jsonl, line 1: not a Completion row" in shown) == (2, True)
+    assert not (tmp_path / "out").exists()
