@@ -1,5 +1,6 @@
 """Intervals against their definitions, simulation and scipy; rates that never take unscored for zero."""
 
+import itertools
 import math
 import random
 from statistics import fmean
@@ -14,6 +15,7 @@ from stayaligned import metrics
 from stayaligned.records import Metric, Outcome, Verdict
 
 counts = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+fine_outcomes = st.sampled_from([Outcome.REFUSE, Outcome.HARM, Outcome.OTHER])
 maybe = st.one_of(st.none(), st.booleans())
 
 
@@ -211,7 +213,7 @@ def test_needed_n_gives_the_power_it_promises():
         metrics.needed_n(0.3, 0.3)
 
 
-@given(st.lists(st.tuples(st.sampled_from(list(Outcome)), st.sampled_from(list(Outcome))), min_size=1, max_size=50))
+@given(st.lists(st.tuples(fine_outcomes, fine_outcomes), min_size=1, max_size=50))
 def test_kappa_equals_its_definition(pairs):
     n = len(pairs)
     found = metrics.agreement("a", verdicts([x for x, _ in pairs]), "b", verdicts([y for _, y in pairs]))
@@ -254,3 +256,20 @@ def test_the_paired_interval_corrects_a_positive_correlation_and_only_that(cells
         {str(i): x for i, (x, _) in enumerate(answers)}, {str(i): y for i, (_, y) in enumerate(answers)}
     )
     assert (found.low, found.high) == pytest.approx((p1 - p2 - below, p1 - p2 + above), abs=1e-12)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.sampled_from([0.01, 0.025, 0.05, 0.3]))
+def test_holm_rejects_what_closed_testing_with_bonferroni_rejects(p_values, level):
+    # Closed testing: a hypothesis falls if every set of hypotheses that holds it does, each tested after Bonferroni.
+    everyone = range(len(p_values))
+    sets = [s for size in everyone for s in itertools.combinations(everyone, size + 1)]
+    fallen = {s for s in sets if min(p_values[i] for i in s) * len(s) <= level}
+    expected = [all(s in fallen for s in sets if i in s) for i in everyone]
+    assert [p <= level for p in metrics.holm(p_values)] == expected
+
+
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_holm_keeps_the_order_and_never_lowers(p_values):
+    adjusted = metrics.holm(p_values)
+    assert all(p <= a <= 1 for p, a in zip(p_values, adjusted, strict=True))
+    assert all(a <= b for (p, a), (q, b) in itertools.permutations(zip(p_values, adjusted, strict=True), 2) if p < q)
