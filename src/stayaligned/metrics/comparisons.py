@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from stayaligned.metrics.intervals import Interval, t_interval, wilson_interval
+from stayaligned.metrics.intervals import bootstrap_interval, t_interval
+from stayaligned.metrics.prompts import mean_of_prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,30 +68,26 @@ class McNemar:
     """Share of True, first minus second; None where n = 0."""
     low: float | None
     high: float | None
-    """95 % interval of the difference, Newcombe's method 10 for paired proportions."""
+    """95 % interval of the difference, as of `metrics.prompts`."""
     p_value: float
     """Exact two-sided test that both are equally often True."""
 
 
 def mcnemar(first: Mapping[str, bool | None], second: Mapping[str, bool | None]) -> McNemar:
     """McNemar's exact test on prompts that both answered, keyed by id; None and missing ids are unscored."""
-    cells: Counter[tuple[bool, bool]] = Counter()
     ids = {*first, *second}
-    for key in ids:
-        ours, theirs = first.get(key), second.get(key)
-        if ours is not None and theirs is not None:
-            cells[ours, theirs] += 1
-    n = cells.total()
-    both, only_first, only_second = cells[True, True], cells[True, False], cells[False, True]
-    bounds = _newcombe_interval(both, only_first, only_second, cells[False, False]) if n else (None, None)
+    pairs = {key: (first.get(key), second.get(key)) for key in ids}
+    differences = {key: int(a) - int(b) for key, (a, b) in pairs.items() if a is not None and b is not None}
+    n, only_first, only_second = len(differences), *(sum(d == sign for d in differences.values()) for sign in (1, -1))
+    low, high = mean_of_prompts({0: differences}).interval() if n else (None, None)
     return McNemar(
         n=n,
         n_unscored=len(ids) - n,
         only_first=only_first,
         only_second=only_second,
         difference=(only_first - only_second) / n if n else None,
-        low=bounds[0],
-        high=bounds[1],
+        low=low,
+        high=high,
         p_value=_sign_test(only_first, only_second),
     )
 
@@ -103,22 +99,34 @@ def _sign_test(lower: int, higher: int) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
-def _newcombe_interval(both: int, only_first: int, only_second: int, neither: int) -> Interval:
-    """Interval of p1 - p2 from paired data (Newcombe 1998, Statistics in Medicine 17:2635, method 10).
+@dataclass(frozen=True, slots=True)
+class ScoreDifference:
+    """Two models' scores on the same prompts, first minus second."""
 
-    Wilson's intervals of the two margins, combined by squares and corrected for their correlation φ, whose
-    numerator is reduced by n/2 (not below 0) where it is positive.
+    n: int
+    """Prompts scored for both."""
+    n_unscored: int
+    """Prompts that lack one of the two scores."""
+    difference: float | None
+    low: float | None
+    high: float | None
+    """95 % bootstrap interval; None where the differences don't vary."""
+
+
+def paired_bootstrap(
+    first: Mapping[str, float | None], second: Mapping[str, float | None], *, confidence: float = 0.95, seed: int = 0
+) -> ScoreDifference:
+    """The difference of mean scores on prompts that both answered, on any scale, by resampling prompts (BCa).
+
+    Deterministic by `seed`. It supposes no shape and no bounds, and wants a few hundred prompts: for few of them, or
+    differences that are mostly zero, `mean_of_prompts` on a bounded scale is the one that holds.
     """
-    n = both + only_first + only_second + neither
-    p1, p2 = (both + only_first) / n, (both + only_second) / n
-    low1, high1 = wilson_interval(both + only_first, n)
-    low2, high2 = wilson_interval(both + only_second, n)
-    margins = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
-    cross = both * neither - only_first * only_second
-    phi = (max(cross - n / 2, 0) if cross > 0 else cross) / math.sqrt(margins) if margins else 0.0
-    below = (p1 - low1) ** 2 - 2 * phi * (p1 - low1) * (high2 - p2) + (high2 - p2) ** 2
-    above = (high1 - p1) ** 2 - 2 * phi * (high1 - p1) * (p2 - low2) + (p2 - low2) ** 2
-    return p1 - p2 - math.sqrt(max(0.0, below)), p1 - p2 + math.sqrt(max(0.0, above))
+    ids = sorted({*first, *second})
+    pairs = [(first.get(key), second.get(key)) for key in ids]
+    differences = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
+    low, high = bootstrap_interval(differences, confidence=confidence, seed=seed) or (None, None)
+    mean = math.fsum(differences) / len(differences) if differences else None
+    return ScoreDifference(len(differences), len(ids) - len(differences), mean, low, high)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from stayaligned.metrics.intervals import bootstrap_interval, t_interval, wilson_interval
+from stayaligned.metrics.intervals import exact_interval, t_interval
+from stayaligned.metrics.prompts import mean_of_prompts
 from stayaligned.records import Metric, Outcome, Verdict
 
 
 def rate(values: Sequence[bool | None], name: str, *, higher_is_better: bool) -> Metric:
-    """The share of True among the scored values, with Wilson's interval; None is unscored, and counted."""
+    """The share of True among the scored values, with Clopper and Pearson's interval; None is unscored, and counted."""
     scored = [value for value in values if value is not None]
     return _metric(name, [float(value) for value in scored], len(values) - len(scored), higher_is_better)
 
@@ -19,10 +20,9 @@ def rate(values: Sequence[bool | None], name: str, *, higher_is_better: bool) ->
 def mean_score(
     values: Sequence[float | None], name: str, *, higher_is_better: bool, scale: tuple[float, float] = (0.0, 1.0)
 ) -> Metric:
-    """The mean of scores on a scale: Wilson's interval where all lie at its ends, else a BCa bootstrap.
+    """The mean of scores on a scale, with an interval that holds whatever their distribution (`metrics.prompts`).
 
-    Graded scores that don't vary (one score, or all equal) have no bootstrap interval. They get Wilson's on
-    their sum: a score on a scale varies at most as much as a coin of the same mean, so it is conservative.
+    Clopper and Pearson's where all scores lie at the scale's ends.
 
     Raises:
         ValueError: if a score is outside the scale.
@@ -43,8 +43,10 @@ def _metric(name: str, scored: Sequence[float], n_unscored: int, higher_is_bette
     n = len(scored)
     if n == 0:
         return Metric(name=name, value=None, n=0, n_unscored=n_unscored, higher_is_better=higher_is_better)
-    graded = any(value not in (0.0, 1.0) for value in scored)
-    bounds = (bootstrap_interval(scored) if graded else None) or wilson_interval(math.fsum(scored), n)
+    if all(value in (0.0, 1.0) for value in scored):
+        bounds = exact_interval(round(math.fsum(scored)), n)
+    else:
+        bounds = mean_of_prompts({0: dict(enumerate(scored))}, ends=(0.0, 1.0)).interval()
     return Metric(
         name=name,
         value=math.fsum(scored) / n,
