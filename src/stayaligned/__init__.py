@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stayaligned.defenses.safe_lora import SafeLora
     from stayaligned.errors import StayalignedError
     from stayaligned.experiment import Experiment, load_experiment
+    from stayaligned.gate import Decision, Limits, decide, read_side
     from stayaligned.hf.lisa.trainer import attach_lisa, with_lisa
     from stayaligned.hf.watching import attach_watch
     from stayaligned.patching import apply_safe_lora, patch_directory
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
 _HOMES = {
     "Alignment": "stayaligned.alignment",
     "Complement": "stayaligned.defenses.complement",
+    "Decision": "stayaligned.gate",
     "Experiment": "stayaligned.experiment",
     "Grid": "stayaligned.benchmark",
     "Guard": "stayaligned.watch",
+    "Limits": "stayaligned.gate",
     "Lisa": "stayaligned.defenses.lisa",
     "ModelPair": "stayaligned.defenses",
     "SafeLora": "stayaligned.defenses.safe_lora",
@@ -40,9 +43,11 @@ _HOMES = {
     "attach_lisa": "stayaligned.hf.lisa.trainer",
     "attach_watch": "stayaligned.hf.watching",
     "build_report": "stayaligned.report",
+    "decide": "stayaligned.gate",
     "load_experiment": "stayaligned.experiment",
     "load_grid": "stayaligned.benchmark",
     "patch_directory": "stayaligned.patching",
+    "read_side": "stayaligned.gate",
     "run_experiment": "stayaligned.running",
     "run_grid": "stayaligned.benchmark",
     "with_lisa": "stayaligned.hf.lisa.trainer",
@@ -52,9 +57,11 @@ _HOMES = {
 __all__ = [
     "Alignment",
     "Complement",
+    "Decision",
     "Experiment",
     "Grid",
     "Guard",
+    "Limits",
     "Lisa",
     "ModelPair",
     "SafeLora",
@@ -65,9 +72,11 @@ __all__ = [
     "attach_lisa",
     "attach_watch",
     "build_report",
+    "decide",
     "load_experiment",
     "load_grid",
     "patch_directory",
+    "read_side",
     "run_experiment",
     "run_grid",
     "with_lisa",

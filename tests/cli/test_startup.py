@@ -26,6 +26,8 @@ assert not found, found
         ["--help"],
         ["run", "--help"],
         ["curvature", "--help"],
+        ["gate", "--help"],
+        ["power", "--help"],
         ["evaluate", "--help"],
         ["judge", "--help"],
         ["list"],

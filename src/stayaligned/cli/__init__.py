@@ -13,8 +13,10 @@ from stayaligned.cli.align import align
 from stayaligned.cli.console import err, out, plain_table
 from stayaligned.cli.curvature import curvature
 from stayaligned.cli.evaluate import evaluate
+from stayaligned.cli.gate import gate
 from stayaligned.cli.judge import judge
 from stayaligned.cli.options import Out, Overrides, Plugins, load_plugins
+from stayaligned.cli.power import power
 from stayaligned.cli.project import project
 from stayaligned.cli.showing import print_report, run_and_show
 from stayaligned.cli.subspace import subspace_app
@@ -115,6 +117,8 @@ def report(
 
 app.command()(evaluate)
 app.command()(judge)
+app.command()(gate)
+app.command()(power)
 app.command()(align)
 app.command()(project)
 app.command()(curvature)

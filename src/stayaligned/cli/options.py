@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,3 +47,24 @@ def component_specs(texts: Sequence[str], option: str) -> list[Any]:
                 f"{option} {text!r}: expected a name or a mapping", hint=f"For example {option} '{{name: keyword}}'."
             )
     return found
+
+
+def parse_share(given: str | float) -> float:
+    """A share written as `2%` or `0.02`; an option's default comes as the number that it is.
+
+    Raises:
+        typer.BadParameter: if it is neither, or not between 0 and 1.
+    """
+    text = str(given)
+    try:
+        value = float(text.removesuffix("%").strip()) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise typer.BadParameter(f"{text!r} is no share: write 2% or 0.02, from 0 to 100%.")
+    return value
+
+
+def share(text: str) -> Any:
+    """An option that takes a share; `text` is its help."""
+    return typer.Option(parser=parse_share, metavar="SHARE", help=text)

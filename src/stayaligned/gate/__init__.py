@@ -1,0 +1,24 @@
+"""The release gate: a baseline's answers and a candidate's to pass, fail or undecided. Imports no torch.
+
+read_side(directories) ─► Side ─► decide(baseline, candidate, limits) ─► Decision ─► JSON, JUnit, Markdown
+"""
+
+from __future__ import annotations
+
+from stayaligned.gate.deciding import decide
+from stayaligned.gate.reading import Run, Side, read_side
+from stayaligned.gate.values import Criterion, Decision, Limits
+from stayaligned.gate.writing import to_json, to_junit, to_markdown
+
+__all__ = [
+    "Criterion",
+    "Decision",
+    "Limits",
+    "Run",
+    "Side",
+    "decide",
+    "read_side",
+    "to_json",
+    "to_junit",
+    "to_markdown",
+]

@@ -1,0 +1,173 @@
+"""`gate`: exit codes, every output, and bad input as one error that leaves nothing behind."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from stayaligned.gate import Decision
+from stayaligned_test_runs import evidence, outcomes, write_run
+
+LIMIT = ("--max-harm-increase", "5%")
+HOSTILE = "<b>|x|</b>\x1b[31m @all [a](http://evil) \ufffe & ` \u202e"
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    for name, n, harm in (("base", 400, 8), ("same", 400, 8), ("worse", 400, 90)):
+        write_run(tmp_path / name, evidence({"keyword": outcomes(n, harm)}), arm=name)
+    for name, harm in (("few-base", 1), ("few", 2)):
+        write_run(tmp_path / name, evidence({"keyword": outcomes(40, harm)}))
+    return tmp_path
+
+
+CASES = [("base", "same", 0, "PASS"), ("base", "worse", 1, "FAIL"), ("few-base", "few", 3, "UNDECIDED")]
+
+
+@pytest.mark.parametrize(("baseline", "candidate", "code", "word"), CASES)
+def test_the_exit_code_is_the_answer(command, runs, baseline, candidate, code, word) -> None:
+    files = [runs / name for name in ("out/d.json", "out/d.xml", "out/d.md")]
+    ended, shown = command(
+        "gate", "--baseline", runs / baseline, "--candidate", runs / candidate, *LIMIT,
+        "--json", files[0], "--junit", files[1], "--markdown", files[2],
+    )  # fmt: skip
+    assert ended == code, shown
+    assert shown.startswith(word)
+    decision = Decision.model_validate_json(files[0].read_text())
+    assert (decision.schema_version, decision.answer.upper()) == (1, word)
+    suite = ElementTree.fromstring(files[1].read_text())  # noqa: S314
+    assert suite.tag == "testsuite"
+    assert [case.get("name") for case in suite.findall("testcase")] == ["max_harm_increase"]
+    counts = {key: int(suite.get(key, "0")) for key in ("failures", "errors", "skipped")}
+    assert counts == {"failures": int(code == 1), "errors": int(code == 3), "skipped": 0}
+    assert len(suite.findall("testcase/failure")) == counts["failures"]
+    assert len(suite.findall("testcase/error")) == counts["errors"]
+    assert f"Safety gate: {decision.answer}" in files[2].read_text()
+    assert decision.sentence.split(": ")[0] == word
+    assert not [*runs.rglob("*.partial")]
+
+
+def test_hostile_names_are_inert_in_every_output(command, runs) -> None:
+    notes = {"arm": HOSTILE, "notes": (HOSTILE,)}
+    for side, harm in (("h1", 4), ("h2", 90)):
+        write_run(runs / side, evidence({HOSTILE: outcomes(400, harm), "b": outcomes(400, 4)}), **notes)
+    files = [runs / name for name in ("d.xml", "d.md", "d.json")]
+    code, shown = command(
+        "gate", "--baseline", runs / "h1", "--candidate", runs / "h2", *LIMIT,
+        "--junit", files[0], "--markdown", files[1], "--json", files[2],
+    )  # fmt: skip
+    assert code == 1, shown
+    for text in (shown, files[0].read_text(), files[1].read_text()):
+        assert "\x1b" not in text
+        assert "\u202e" not in text
+        assert "judges" in text
+    assert "<b>" not in files[1].read_text()
+    assert "[a](" not in files[1].read_text()
+    assert all(line.count("|") == 7 for line in files[1].read_text().splitlines() if line.startswith("|"))
+    assert "<b>" in "".join(ElementTree.fromstring(files[0].read_text()).itertext())  # noqa: S314
+    assert json.loads(files[2].read_text())["disagreements"]
+
+
+def edited(runs: Path) -> None:
+    path = runs / "same" / "evidence.jsonl"
+    path.write_text(path.read_text().replace('"harm"', '"refuse"', 1))
+
+
+def half_written(runs: Path) -> None:
+    (runs / "same" / "result.json").write_text((runs / "same" / "result.json").read_text()[:300])
+
+
+def other_version(runs: Path) -> None:
+    path = runs / "same" / "result.json"
+    path.write_text(re.sub(r'"format_version": \d+', '"format_version": 99', path.read_text()))
+
+
+def no_evidence(runs: Path) -> None:
+    (runs / "same" / "evidence.jsonl").unlink()
+
+
+def nothing(runs: Path) -> None:
+    shutil.rmtree(runs / "same")
+
+
+def duplicate_ids(runs: Path) -> None:
+    rows = evidence({"keyword": outcomes(10, 1)})
+    write_run(runs / "same", [*rows, rows[0]])
+
+
+BROKEN = [
+    (edited, "not the rows that result.json"),
+    (half_written, "not a result of format version"),
+    (other_version, "99"),
+    (no_evidence, "evidence.jsonl"),
+    (nothing, "holds no result.json"),
+    (duplicate_ids, "share an id"),
+]
+
+
+@pytest.mark.parametrize(("change", "named"), BROKEN, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_damaged_run_is_one_error(command, runs, change, named) -> None:
+    change(runs)
+    code, shown = command(
+        "gate", "--baseline", runs / "base", "--candidate", runs / "same", *LIMIT, "--json", runs / "d.json"
+    )
+    assert code == 2, shown
+    assert shown.count("error: ") == 1
+    assert named in shown
+    assert not (runs / "d.json").exists()
+
+
+WRONG = [
+    ([], "no limit is set"),
+    (["--max-harm-increase", "0"], "--max-harm-increase 0"),
+    (["--max-harm-increase", "2"], "write 2% or 0.02"),
+    (["--max-harm-increase", "some"], "write 2% or 0.02"),
+    ([*LIMIT, "--confidence", "30%"], "--confidence"),
+    ([*LIMIT, "--judge", "classifier"], "did not judge both"),
+    ([*LIMIT, "--baseline-arm", "nobody"], "no arm 'nobody'"),
+    ([*LIMIT, "--max-skills-drop", "2%"], "max_skills_drop"),
+    ([*LIMIT, "--json", "{runs}"], "is a directory"),
+    ([*LIMIT, "--json", "{runs}/base/result.json/d.json"], "can't be written"),
+    ([*LIMIT, "--json", "{runs}/d", "--junit", "{runs}/d"], "same path"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_a_wrong_option_is_one_error_and_nothing_is_written(command, runs, options, named) -> None:
+    before = sorted(runs.rglob("*"))
+    options = [option.format(runs=runs) for option in options]
+    code, shown = command("gate", "--baseline", runs / "base", "--candidate", runs / "same", *options)
+    assert code == 2, shown
+    assert named in shown
+    assert "Traceback" not in shown
+    assert sorted(runs.rglob("*")) == before
+
+
+def test_arms_of_a_bench_are_chosen_by_name_with_all_their_seeds(command, runs) -> None:
+    for arm, harm in (("A", 4), ("B", 4)):
+        for seed in (0, 1, 2):
+            rows = evidence({"keyword": outcomes(300, harm)}, world=str(seed))
+            write_run(runs / "bench" / "runs" / f"{arm}-{seed}", rows, arm=arm, seed=seed)
+    both = ("gate", "--baseline", runs / "bench", "--candidate", runs / "bench", *LIMIT)
+    code, shown = command(*both)
+    assert (code, "2 arms" in shown, "--baseline-arm" in shown) == (2, True, True)
+    code, shown = command(*both, "--baseline-arm", "A", "--candidate-arm", "B")
+    assert code == 0, shown
+    assert "900 × 3" in shown
+
+
+def test_the_same_decision_is_written_to_the_byte(command, runs) -> None:
+    made = []
+    for name in ("1", "2"):
+        files = [runs / f"{name}.{kind}" for kind in ("json", "xml", "md")]
+        command(
+            "gate", "--baseline", runs / "base", "--candidate", runs / "worse", *LIMIT,
+            "--json", files[0], "--junit", files[1], "--markdown", files[2],
+        )  # fmt: skip
+        made.append([path.read_bytes() for path in files])
+    assert made[0] == made[1]
