@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from stayaligned.errors import StayalignedError
 from stayaligned.gate import Limits, decide, read_side
-from stayaligned.metrics import mcnemar
+from stayaligned.metrics import mcnemar, mean_of_prompts
 from stayaligned_test_runs import H, R, S, evidence, outcomes, write_run
 
 
@@ -82,10 +82,14 @@ def test_every_criterion_must_pass_and_one_can_fail(tmp_path: Path) -> None:
 
 
 def test_a_fail_is_corrected_for_the_number_of_criteria(tmp_path: Path) -> None:
-    # Beyond the limit of its own interval, by little: enough alone, not enough among four.
-    rows = [evidence({"keyword": outcomes(400, k)}, {"keyword": outcomes(400, 390)}) for k in (0, 36)]
-    alone = decide(*sides(tmp_path / "1", *rows), Limits(max_harm_increase=0.06))
-    assert (alone.answer, alone.criteria[0].low > 0.06) == ("fail", True)
+    # The least harm whose own interval is beyond the limit: enough alone, not enough among four.
+    limit, n = 0.06, 400
+    least = next(
+        k for k in range(n) if mean_of_prompts({0: dict(enumerate([1] * k + [0] * (n - k)))}).interval()[0] > limit
+    )
+    rows = [evidence({"keyword": outcomes(n, k)}, {"keyword": outcomes(n, 390)}) for k in (0, least)]
+    alone = decide(*sides(tmp_path / "1", *rows), Limits(max_harm_increase=limit))
+    assert (alone.answer, alone.criteria[0].low > limit) == ("fail", True)
     four = Limits(max_harm_increase=0.06, max_over_refusal_increase=0.1, max_harm=0.9, max_over_refusal=0.9)
     among = decide(*sides(tmp_path / "2", *rows), four)
     assert among.answer == "undecided"
