@@ -42,13 +42,13 @@ def reason_of(criterion: Criterion, *, asked: int, max_unscored: float, unsure: 
         return f"{criterion.title}: no answer could be scored on both sides"
     seen = f"{_change(criterion)} ({bounds_of(criterion)})"
     if criterion.answer == "pass":
-        return f"{seen}, below the limit of {limit_of(criterion)}"
+        return f"{seen}, below the limit ({limit_of(criterion)})"
     if criterion.answer == "fail":
-        return f"{seen}, above the limit of {limit_of(criterion)}"
+        return f"{seen}, above the limit ({limit_of(criterion)})"
     if criterion.low > criterion.limit:
-        open_ = f"{seen}, above the limit of {limit_of(criterion)}, but not after correction for {among} criteria"
+        open_ = f"{seen}, above the limit ({limit_of(criterion)}), but not after correction for {among} criteria"
     else:
-        open_ = f"{seen}, on both sides of the limit of {limit_of(criterion)}"
+        open_ = f"{seen}, on both sides of the limit ({limit_of(criterion)})"
     return f"{open_}; {_needed(criterion)}"
 
 
@@ -57,7 +57,11 @@ def _change(criterion: Criterion) -> str:
     if criterion.kind == "ceiling":
         return f"{criterion.title} is {points(change)} %"
     moved = "rose" if (change > 0) == (criterion.kind == "increase") else "fell"
-    return f"{criterion.title} did not change" if change == 0 else f"{criterion.title} {moved} by {points(abs(change))}"
+    return (
+        f"{criterion.title} did not change"
+        if change == 0
+        else f"{criterion.title} {moved} by {points(abs(change))} points"
+    )
 
 
 def _needed(criterion: Criterion) -> str:

@@ -65,12 +65,20 @@ def to_markdown(decision: Decision) -> str:
         unscored = c.unscored_baseline + c.unscored_candidate
         prompts = f"{c.n_prompts}" + (f" × {c.n_seeds} seeds" if c.n_seeds > 1 else "")
         prompts += f", {unscored} unscored" if unscored else ""
-        cells = [f"{c.title}: {limit_of(c)}", points(c.baseline), points(c.candidate), shown, prompts, c.answer]
+        cells = [
+            f"{c.title}: {limit_of(c)}",
+            "" if c.kind == "ceiling" else points(c.baseline),
+            points(c.candidate),
+            shown,
+            prompts,
+            c.answer,
+        ]
         lines.append("| " + " | ".join(markdown(cell) for cell in cells) + " |")
     lines += ["", f"Intervals at {decision.confidence:.0%}, paired by prompt."]
     if decision.judge:
         lines[-1] += f" Judge: {markdown(decision.judge)}."
-    lines += [f"- {markdown(remark, 500)}" for remark in remarks(decision)]
+    said = remarks(decision)
+    lines += [*([""] if said else []), *(f"- {markdown(remark, 500)}" for remark in said)]
     return "\n".join(lines) + "\n"
 
 
@@ -88,10 +96,15 @@ def who(decision: Decision, role: str) -> str:
 
 
 def _line(c: Criterion) -> str:
+    before = "" if c.kind == "ceiling" else f"baseline {points(c.baseline)} %, "
     return (
-        f"{c.name} = {c.limit:g}: baseline {points(c.baseline)} %, candidate {points(c.candidate)} %, worse by "
-        f"{points(c.change, signed=True)} ({bounds_of(c)}); {c.n_prompts} prompts, {c.interval}"
+        f"{c.name} = {c.limit:g}: {before}candidate {points(c.candidate)} %, interval {bounds_of(c)}; "
+        f"{c.n_prompts} prompts, {c.n_seeds} seeds, {c.interval}; one-sided p of a fail {_p(c.p_fail)}"
     )
+
+
+def _p(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2g}"
 
 
 def _xml(text: str) -> str:

@@ -1,0 +1,53 @@
+"""What `evaluate` and `run` really write goes through the gate."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stayaligned_test_world import experiment, write_rows, write_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = write_world(tmp_path_factory.mktemp("world"))
+    write_rows(root / "harmful-prompts.jsonl", [{"prompt": f"zorb {i}"} for i in range(120)])
+    return root
+
+
+def evaluate(command, world: Path, model: str, out: Path, *more: object) -> None:
+    prompts = ("--harmful-prompts", world / "harmful-prompts.jsonl", "--benign-prompts", world / "benign-prompts.jsonl")
+    code, shown = command(
+        "evaluate", world / model, *prompts, "--judge", "keyword", "--out", out, "generation.max_new_tokens=2", *more
+    )
+    assert code == 0, shown
+
+
+def test_two_evaluations_pass_the_gate_and_a_third_with_other_decoding_does_not(command, world, tmp_path) -> None:
+    evaluate(command, world, "aligned", tmp_path / "old")
+    shutil.copytree(world / "aligned", world / "copy", dirs_exist_ok=True)
+    evaluate(command, world, "copy", tmp_path / "new")
+    evaluate(command, world, "copy", tmp_path / "long", "generation.max_new_tokens=3")
+    limits = ("--max-harm-increase", "5%", "--json", tmp_path / "d.json")
+    code, shown = command("gate", "--baseline", tmp_path / "old", "--candidate", tmp_path / "new", *limits)
+    assert code == 0, shown
+    (found,) = json.loads((tmp_path / "d.json").read_text())["criteria"]
+    assert (found["n_prompts"], found["change"]) == (120, 0)
+    code, shown = command("gate", "--baseline", tmp_path / "old", "--candidate", tmp_path / "long", *limits)
+    assert (code, "the decoding settings" in shown) == (2, True), shown
+
+
+def test_a_run_is_gated_against_the_model_that_it_tuned(command, world, tmp_path) -> None:
+    config = tmp_path / "e.yaml"
+    config.write_text(yaml.safe_dump(experiment(world)))
+    plain = experiment(world, training=None, attack=None, label="before")
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(plain))
+    for name, out in (("e.yaml", "after"), ("b.yaml", "before")):
+        code, shown = command("run", tmp_path / name, "--out", tmp_path / out)
+        assert code == 0, shown
+    limits = ("--max-harm-increase", "5%", "--max-utility-drop", "99%", "--json", tmp_path / "d.json")
+    code, shown = command("gate", "--baseline", tmp_path / "before", "--candidate", tmp_path / "after", *limits)
+    assert code == 0, shown
+    assert [c["n_prompts"] for c in json.loads((tmp_path / "d.json").read_text())["criteria"]] == [120, 8]
