@@ -8,7 +8,7 @@ import pytest
 from stayaligned.errors import StayalignedError
 from stayaligned.experiment import Experiment
 from stayaligned.judges.keyword import Keyword
-from stayaligned.rejudging import rejudge
+from stayaligned.rejudging import _inputs, rejudge
 from stayaligned.results import read_evidence, read_result
 from stayaligned.running import run_experiment
 from stayaligned_test_world import experiment, write_world
@@ -145,3 +145,15 @@ def test_completions_without_a_request_to_judge_and_ids_that_stand_twice_are_ref
     (tmp_path / "task.jsonl").write_text("".join(line for line in lines if '"prompt_set":"task"' in line))
     with pytest.raises(StayalignedError, match="nothing to judge"):
         rejudge(tmp_path / "task.jsonl", [Keyword()], tmp_path / "out")
+
+
+def test_the_inputs_named_are_those_of_the_judges_that_judged_now(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "config.json").write_text("{}")
+    before = read_result(run / "result.json")
+    old = {"judges.0.model": "sha256:old", "model": "sha256:model"}
+    before = before.model_copy(update={"provenance": before.provenance.model_copy(update={"inputs": old})})
+    found = _inputs(before, [{"name": "classifier", "model": str(tmp_path / "judge")}])
+    assert found["model"] == "sha256:model"
+    assert found["judges.0.model"] not in ("sha256:old", str(tmp_path / "judge"))
+    assert _inputs(before, [{"name": "keyword"}]) == {"model": "sha256:model"}

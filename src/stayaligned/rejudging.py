@@ -8,11 +8,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from stayaligned.errors import StayalignedError
-from stayaligned.experiment import load_yaml, resolve_references
+from stayaligned.experiment import load_yaml, resolve_references, strings_in
 from stayaligned.files import fingerprint, write_text
 from stayaligned.judges import JUDGES, Judge
 from stayaligned.judging import LEDGER_FILE, Ledger, stored_verdicts
@@ -30,7 +31,7 @@ from stayaligned.results import (
     versions,
     write_result,
 )
-from stayaligned.store import Store, refuse_foreign, stage_key
+from stayaligned.store import Store, identify, refuse_foreign, stage_key
 
 COMPLETIONS_FILE = "completions.jsonl"
 JUDGING_FILE = "judging.yaml"
@@ -192,6 +193,7 @@ def _write(
     seconds = {name: json.loads((root / place / "stage.json").read_text())["seconds"] for name, place in own.items()}
     provenance = before.provenance.model_copy(
         update={
+            "inputs": _inputs(before, [judge.spec() for judge in verdicts]),
             "versions": versions(),
             "commit": commit(),
             "stages": {**kept, **own},
@@ -212,6 +214,17 @@ def _write(
     write_jsonl(directory / COMPLETIONS_FILE, answered.completions)
     write_result(directory, result, rows)
     return result
+
+
+def _inputs(before: Result, judges: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The inputs of the run, with those of the judges that judged now in place of those that judged then."""
+    kept = {place: found for place, found in before.provenance.inputs.items() if not place.startswith("judges.")}
+    named = {
+        place: found
+        for place, value in strings_in({"judges": [*judges]})
+        if (found := identify(value, before.seed, place.rpartition(".")[2])) != value
+    }
+    return kept | named
 
 
 def _nothing_known(source: Path) -> Result:

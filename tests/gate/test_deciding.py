@@ -169,7 +169,7 @@ def test_model_training_and_speed_may_differ(tmp_path: Path) -> None:
         "adapter": "a",
         "defenses": [{"name": "lisa"}],
         "training": {"max_steps": 3},
-        "generation": {"max_new_tokens": 8, "batch_tokens": 1},
+        "generation": {"max_new_tokens": 8, "batch_tokens": 1, "seed": 5},
         "task": {"name": "jsonl", "train": "mine.jsonl", "metric": "exact"},
     }
     both = sides(tmp_path, rows, rows, {"experiment": free, "seed": 9})
@@ -226,3 +226,34 @@ def test_the_change_is_antisymmetric(tmp_path_factory, pairs) -> None:
     limits = Limits(max_harm_increase=0.5, max_unscored=1)
     (there,), (back,) = (decide(*sides(root / str(i), *r), limits).criteria for i, r in enumerate((rows, rows[::-1])))
     assert (there.low, there.change) == (pytest.approx(-back.high), pytest.approx(-back.change))
+
+
+def test_degeneration_counts_every_answer_that_was_looked_at(tmp_path: Path) -> None:
+    rows = [evidence({"keyword": outcomes(300, 0)}, degenerate=[i < bad for i in range(300)]) for bad in (0, 60)]
+    limits = Limits(max_degeneration_increase=0.05, max_degeneration=0.5)
+    found = decide(*sides(tmp_path, *rows), limits)
+    assert [(c.name, c.answer, c.judge) for c in found.criteria] == [
+        ("max_degeneration_increase", "fail", ""),
+        ("max_degeneration", "pass", ""),
+    ]
+    assert found.judge == ""
+
+
+def test_a_judges_files_count_by_what_they_hold_and_not_by_where_they_lie(tmp_path: Path) -> None:
+    def run(name: str, path: str, fingerprint: str):
+        judges = [{"name": "classifier", "model": path}]
+        changes = {"experiment": {"judges": judges}, "provenance": {"inputs": {"judges.0.model": fingerprint}}}
+        return read_side(name, [write_run(tmp_path / name, evidence({"classifier": outcomes(200, 1)}), **changes)])
+
+    base = run("baseline", "here", "sha256:1")
+    limits = Limits(max_harm_increase=0.05)
+    assert decide(base, run("moved", "there", "sha256:1"), limits).answer == "pass"
+    with pytest.raises(StayalignedError, match="judge 'classifier'"):
+        decide(base, run("other", "here", "sha256:2"), limits)
+
+
+def test_the_names_of_the_package_are_the_gates() -> None:
+    import stayaligned
+    from stayaligned import gate
+
+    assert (gate.decide, gate.Limits) == (stayaligned.decide, stayaligned.Limits)

@@ -91,9 +91,9 @@ def test_the_interval_over_seeds_holds(seeds, shared):
     assert held / 300 >= 0.95 - 2 * (0.95 * 0.05 / 300) ** 0.5
 
 
-@given(st.one_of(signs, graded), st.sampled_from([0.8, 0.9, 0.95, 0.99]), st.floats(-0.9, 0.9))
-def test_the_p_value_is_the_interval_turned_round(values, confidence, limit):
-    found = mean_of_prompts({0: dict(enumerate(values))})
+@given(st.lists(graded, min_size=1, max_size=4), st.sampled_from([0.8, 0.9, 0.95, 0.99]), st.floats(-0.9, 0.9))
+def test_the_p_value_is_the_interval_turned_round(seeds, confidence, limit):
+    found = mean_of_prompts({seed: dict(enumerate(values)) for seed, values in enumerate(seeds)})
     middle, half = found.center, found.half_width(confidence)
     if abs(middle - half - limit) > 1e-9 and abs(middle + half - limit) > 1e-9:
         assert (middle - half > limit) == (found.p_above(limit) < (1 - confidence) / 2)

@@ -12,12 +12,12 @@ from stayaligned.errors import StayalignedError
 from stayaligned.gate.values import Measure
 from stayaligned.judges import JUDGES
 from stayaligned.records import PromptSet
-from stayaligned.results import FORMAT_VERSION, Evidence, Result, read_evidence, read_result, result_files
+from stayaligned.results import Evidence, Result, read_evidence, read_result, result_files
 
 Place = tuple[PromptSet, str]
 
-_OPERATIONAL_DECODING = frozenset({"batch_tokens"})
-"""Settings of `generation` that change no answer."""
+_FREE_DECODING = frozenset({"batch_tokens", "seed"})
+"""Settings of `generation` that may differ: how fast, and which sample."""
 _TRAINING_PREFIXES = ("train", "held_out")
 """A task's fields that say what is learned; a candidate may have learned something else."""
 
@@ -81,11 +81,6 @@ def read_side(role: str, directories: Sequence[Path], arm: str | None = None) ->
 
 
 def _read_run(path: Path, result: Result) -> Run:
-    if result.format_version != FORMAT_VERSION:
-        raise StayalignedError(
-            f"{path}: of format version {result.format_version}; this program reads {FORMAT_VERSION}",
-            hint="Rerun the command that made it with the same version of stayaligned.",
-        )
     rows = read_evidence(path.parent, result)
     by_place: dict[Place, Evidence] = {(row.prompt_set, row.id): row for row in rows}
     if len(by_place) != len(rows):
@@ -154,7 +149,7 @@ def _settings(
 
 def _decoding(result: Result) -> dict[str, Any]:
     settings = result.experiment.get("generation") or {}
-    return {key: value for key, value in settings.items() if key not in _OPERATIONAL_DECODING}
+    return {key: value for key, value in settings.items() if key not in _FREE_DECODING}
 
 
 def _judge(result: Result, name: str) -> object:

@@ -73,7 +73,7 @@ def to_markdown(decision: Decision) -> str:
             prompts,
             c.answer,
         ]
-        lines.append("| " + " | ".join(markdown(cell) for cell in cells) + " |")
+        lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"Intervals at {decision.confidence:.0%}, paired by prompt."]
     if decision.judge:
         lines[-1] += f" Judge: {markdown(decision.judge)}."
