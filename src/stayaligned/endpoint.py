@@ -74,12 +74,8 @@ def usable(_reply: Reply) -> str:
     return ""
 
 
-class Endpoint(BaseModel):
-    """A model behind a server, and how patiently to ask it.
-
-    The key is read from the environment when the first request is made, sent to `base_url` and nowhere else (no
-    redirect is followed), and replaced in everything that is shown.
-    """
+class EndpointSettings(BaseModel):
+    """A model behind a server, and how patiently to ask it; what a component that asks one takes over as its own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -110,6 +106,22 @@ class Endpoint(BaseModel):
         if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
             raise ValueError("must hold no user, password, query or fragment; the key goes into `api_key_env`")
         return value.rstrip("/")
+
+
+HOW_TO_ASK = frozenset(EndpointSettings.model_fields) - {"model"}
+"""Settings that say where and how patiently to ask, and not whom: no part of a component's identity.
+
+The address is among them, so that a server may move without its answers being asked for again. So `model` must say
+which weights answer: two servers that call different weights "judge" would be taken for one.
+"""
+
+
+class Endpoint(EndpointSettings):
+    """Asks that model.
+
+    The key is read from the environment when asking starts, sent to `base_url` and nowhere else (no redirect is
+    followed), and blotted out of everything that is shown.
+    """
 
     def ask(
         self,

@@ -1,0 +1,22 @@
+"""A server that breaks 3 answers in 10, and a judging process that is killed: no verdict lost, doubled or wrong."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+bench: Any = importlib.import_module("endpoint")
+sys.path.pop(0)
+
+
+@pytest.mark.parametrize(("judge", "kills"), [("policy_rubric", 2), ("strong_reject", 0)])
+def test_every_verdict_is_the_servers_own_and_none_is_asked_twice(judge: str, kills: int, tmp_path: Path) -> None:
+    seen = bench.run(judge, 500, 32, tmp_path, kills=kills, timeout_seconds=1.5)
+    assert seen.unscored >= 1
+    assert len(seen.server["broken"]) == 14, "a way of breaking was never tried"
+    assert 32 >= seen.server["most_at_once"] / (kills + 1) > 8
