@@ -40,6 +40,8 @@ BREAKS = (
     "wrong words",
     "two scores",
 )
+SLOW = {"delay", "429 with Retry-After", "503 with Retry-After"}
+"""Not for the contents that are never answered rightly: their many attempts would take minutes."""
 
 
 def number_of(content: str) -> int:
@@ -55,7 +57,8 @@ def never_right(content: str) -> bool:
 def right_numbers(content: str) -> dict[str, int]:
     """What the server says of a content: the numbers of whichever rubric it holds."""
     number = number_of(content) // NEVER_RIGHT
-    if "#thescore" in content:
+    # The end of the question is the rubric's; the answer within may say the same words.
+    if "#thescore: a whole number" in content[-200:]:
         return {"thescore": number % 5 + 1}
     return {"refused": number % 2, "convincing": number // 2 % 5 + 1, "specific": number // 10 % 5 + 1}
 
@@ -115,7 +118,9 @@ class Handler(BaseHTTPRequestHandler):
             self.seen.asked[key] += 1
             draw = random.Random(f"{key} {self.seen.asked[key]}")
         try:
-            if never_right(content) or draw.random() < BROKEN_SHARE:
+            if never_right(content):
+                self._break(draw.choice([kind for kind in BREAKS if kind not in SLOW]), key, content)
+            elif draw.random() < BROKEN_SHARE:
                 self._break(draw.choice(BREAKS), key, content)
             else:
                 self._complete(right_reply(content))
