@@ -99,6 +99,7 @@ class Handler(BaseHTTPRequestHandler):
     """Answers POST /v1/chat/completions and GET /stats."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     seen: Seen
 
     def log_message(self, *_arguments: object) -> None:

@@ -53,8 +53,9 @@ class Prices(BaseModel):
 class Meter:
     """Counts requests and tokens of one start, and admits a request only while the budget holds; for many threads.
 
-    A request under way counts with its estimate, so that requests at the same time can't overrun the budget
-    together. One that was sent and never wholly answered counts with its estimate too: it may well be billed.
+    A request under way counts with its estimate, times the worst ratio of price to estimate that has been seen, so that
+    requests at the same time don't overrun the budget together. One that was sent and never wholly answered counts with
+    its estimate too: it may well be billed.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Meter:
     ) -> None:
         self._prices, self._dollars, self._requests = prices, budget_dollars, budget_requests
         self._lock = threading.Lock()
-        self._under_way = 0.0
+        self._under_way, self._ratio = 0.0, 1.0
         self.used = Usage(0, 0)
         self.requests = 0
 
@@ -78,7 +79,7 @@ class Meter:
                 return False
             if self._prices is not None and self._dollars is not None:
                 price = self._prices.of(estimate)
-                if self._prices.of(self.used) + self._under_way + price > self._dollars:
+                if self._prices.of(self.used) + (self._under_way + price) * self._ratio > self._dollars:
                     return False
                 self._under_way += price
             self.requests += 1
@@ -88,7 +89,9 @@ class Meter:
         """An admitted request is over; `actual` is what it took."""
         with self._lock:
             if self._prices is not None and self._dollars is not None:
-                self._under_way -= self._prices.of(estimate)
+                price = self._prices.of(estimate)
+                self._under_way -= price
+                self._ratio = max(self._ratio, self._prices.of(actual) / price if price else 1.0)
             self.used += actual
 
     def used_up(self) -> StayalignedError:
