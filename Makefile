@@ -35,6 +35,7 @@ bench: $(STAMP)  ## the measured claims of the README
 	$(BIN)/python benchmarks/lisa.py
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/convergence.py
+	$(BIN)/python benchmarks/endpoint.py
 
 clean:
 	rm -rf $(VENV) demo build dist
