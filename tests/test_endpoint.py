@@ -210,6 +210,9 @@ def test_a_server_that_rejects_everything_ends_the_asking_but_one_rejected_reque
         found = ask(server.url, *map(str, range(40)), settings={"concurrency": 1})
     assert found[39] == Failure("rejected", "400: too long", 1)
     assert len(found) == 40
+    with chat_server(lambda _: completion("half", "content_filter")) as server:
+        found = ask(server.url, *map(str, range(12)))
+    assert {(f.kind, f.requests) for f in found.values()} == {("rejected", 1)}
     filtered = b'{"error": {"code": "content_filter", "message": "filtered"}}'
     with chat_server(lambda _: Raw(400, filtered)) as server:
         assert len(ask(server.url, *map(str, range(40)))) == 40

@@ -275,7 +275,7 @@ class _Asking:
             if status != 200:
                 spent = Usage(0, 0)
                 raise self._refusal(status, headers, content)
-            reply = self._read(content, estimate)
+            reply, filtered = self._read(content, estimate)
             spent = reply.usage
         except _AttemptError as error:
             spent = Usage(0, 0) if error.kind == "no connection" else spent
@@ -284,6 +284,9 @@ class _Asking:
             self._meter.settle(estimate, spent)
         with self._lock:
             self._answered, self._failed_in_a_row = True, 0
+        if filtered:
+            # Half an answer, or none, by the server's hand: not what the model says.
+            raise _RejectedError("the server filtered the answer (content_filter)")
         problem = self._complaint(reply)
         if problem:
             raise _AttemptError("unreadable", problem)
@@ -312,7 +315,8 @@ class _Asking:
         except httpx2.HTTPError as error:
             raise _AttemptError("no answer", f"{type(error).__name__}: {self._shown(str(error))}") from None
 
-    def _read(self, content: bytes, estimate: Usage) -> Reply:
+    def _read(self, content: bytes, estimate: Usage) -> tuple[Reply, bool]:
+        """The reply, and whether the server's filter has cut it."""
         try:
             parsed = _Body.model_validate_json(content)
         except ValidationError as error:
@@ -320,11 +324,12 @@ class _Asking:
             where = ".".join(str(part) for part in first["loc"])
             raise _AttemptError("unreadable", f"not a chat completion: {where or 'body'}: {first['msg']}") from None
         choice, usage = parsed.choices[0], parsed.usage
-        return Reply(
+        reply = Reply(
             text=choice.message.content or choice.message.refusal or "",
             finished=choice.finish_reason != "length",
             usage=estimate if usage is None else Usage(usage.prompt_tokens, usage.completion_tokens),
         )
+        return reply, choice.finish_reason == "content_filter"
 
     def _refusal(self, status: int, headers: Mapping[str, str], content: bytes) -> Exception:
         """What a status other than 200 means for this request, or for all."""
