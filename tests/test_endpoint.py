@@ -201,6 +201,12 @@ def test_a_server_that_goes_away_ends_the_asking_and_what_was_answered_was_yield
     assert len(found) == 20
 
 
+def test_failures_that_an_answer_stands_between_are_not_in_a_row() -> None:
+    with chat_server(lambda b: Raw(500) if int(last(b)) % 10 else "x") as server:
+        found = ask(server.url, *map(str, range(40)), settings={"concurrency": 1, "attempts": 1})
+    assert [isinstance(found[i], Failure) for i in range(40)] == [i % 10 > 0 for i in range(40)]
+
+
 def test_a_server_that_rejects_everything_ends_the_asking_but_one_rejected_request_does_not() -> None:
     with chat_server(lambda _: Raw(400, b'{"error": {"message": "unknown field seed"}}')) as server:
         with pytest.raises(StayalignedError, match=r"failed 10 requests in a row.*unknown field seed"):
