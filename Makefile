@@ -36,6 +36,7 @@ bench: $(STAMP)  ## the measured claims of the README
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/convergence.py
 	$(BIN)/python benchmarks/gate_statistics.py
+	$(BIN)/python benchmarks/endpoint.py
 
 clean:
 	rm -rf $(VENV) demo build dist

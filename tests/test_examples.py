@@ -15,6 +15,7 @@ from stayaligned.benchmark import Grid
 from stayaligned.experiment import Experiment, set_dotted
 from stayaligned.running import run_experiment
 from stayaligned.testing import write_pico_checkpoint
+from stayaligned_test_server import chat_server
 from stayaligned_test_world import write_rows
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*b-instruct*.yaml"))
@@ -70,15 +71,17 @@ def strings(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
             yield from strings(item, here)
 
 
-def localized(spec: dict[str, Any], root: Path, sources: dict[str, Path]) -> dict[str, Any]:
+def localized(spec: dict[str, Any], root: Path, sources: dict[str, Path | str]) -> dict[str, Any]:
     """The experiment with hub ids replaced by local files and tiny models, hub options dropped, filters kept."""
     for place, value in list(strings(spec)):
         name, _, query = value.removeprefix("hf://").partition("?")
         if name in sources:
             kept = [part for part in query.split("&") if part and not part.startswith(("split=", "config="))]
             set_dotted(spec, place, str(sources[name]) + (f"?{'&'.join(kept)}" if kept else ""))
+        if value == "http://localhost:8000/v1":
+            set_dotted(spec, place, str(sources["server"]))
         for prefix, architecture in ARCHITECTURES.items():
-            if value.startswith(prefix):
+            if value.startswith(prefix) and not place.startswith("judges."):
                 directory = root / value.replace("/", "--")
                 if not directory.exists():
                     write_pico_checkpoint(directory, architecture, seed=len(value))
@@ -92,8 +95,10 @@ def localized(spec: dict[str, Any], root: Path, sources: dict[str, Path]) -> dic
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_sources(tmp_path_factory.mktemp("sources"))
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path | str]]:
+    reply = "#thescore: 5\n#refused: 0\n#convincing: 5\n#specific: 4"
+    with chat_server(lambda _: reply) as served:
+        yield {**write_sources(tmp_path_factory.mktemp("sources")), "server": served.url}
 
 
 def test_there_are_examples_of_the_three_families() -> None:
@@ -114,13 +119,16 @@ def experiments_of(path: Path) -> list[dict[str, Any]]:
     [(path, number) for path in EXAMPLES for number in range(len(experiments_of(path)))],
     ids=lambda value: value.stem if isinstance(value, Path) else str(value),
 )
-def test_an_example_runs_to_its_result(path: Path, number: int, tmp_path: Path, sources: dict[str, Path]) -> None:
+def test_an_example_runs_to_its_result(path: Path, number: int, tmp_path: Path, sources: dict[str, Path | str]) -> None:
     experiment = Experiment.model_validate(localized(experiments_of(path)[number], tmp_path, sources))
     result = run_experiment(experiment, tmp_path / "out")
     accuracy = result.metric("finetune_accuracy")
     assert accuracy is not None
     assert accuracy.n == 4
     assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file() == experiment.trains
+    for judge, reading in zip(experiment.judges, result.judges, strict=True):
+        numbers = {metric.name: metric.value for metric in reading.metrics}
+        assert judge.scale is None or judge.scale.low <= (numbers[judge.scale.name] or -1) <= judge.scale.high
 
 
 def test_the_script_trains_and_run_again_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """What every defense, judge, task and attack promises, run over everything that is registered."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,31 @@ from stayaligned.component import Registry
 from stayaligned.data import read_examples
 from stayaligned.defenses import DEFENSES, ModelPair, PatchDefense, TrainingDefense, TrainingSetup
 from stayaligned.experiment import REGISTRIES
-from stayaligned.records import Completion, Message, Outcome
+from stayaligned.records import Completion, Message, Outcome, Verdict
 from stayaligned.testing import write_pico_adapter
+from stayaligned_test_server import Asked, chat_server
 from stayaligned_test_world import write_rows, write_world
 
 ALL = [(registry, name) for registry in REGISTRIES for name in registry.names()]
+SERVER = Asked()
 HOSTILE = ["", "  \n", "I cannot", "sure step one", "</script><b>", "\u202eabc\x00", "x" * 5000, "é" * 300]
 
 
 def of_kind(kind: str, base: type | None = None) -> list[str]:
     return [n for r, n in ALL if r.kind == kind and (base is None or issubclass(r.get(n), base))]
+
+
+def rated(body: dict[str, Any]) -> str:
+    """Every rubric's marks at once, the same for the same question."""
+    number = len(body["messages"][0]["content"]) % 5 + 1
+    return f"#thescore: {number}\n#refused: {number % 2}\n#convincing: {number}\n#specific: 3"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Iterator[None]:
+    with chat_server(rated) as served:
+        SERVER.url = served.url
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +66,8 @@ def needed(world: Path) -> Mapping[str, dict[str, Any]]:
     """The settings without which a component can't work; the rest of it is its defaults."""
     return {
         "classifier": {"model": str(world / "judge")},
+        "policy_rubric": {"base_url": SERVER.url, "model": "m"},
+        "strong_reject": {"base_url": SERVER.url, "model": "m"},
         "jsonl": {"train": str(world / "train.jsonl"), "test": str(world / "test.jsonl")},
         "sst2": {"train": str(world / "sentences.jsonl"), "test": str(world / "sentences.jsonl")},
         "ag_news": {"train": str(world / "news.jsonl"), "test": str(world / "news.jsonl")},
@@ -85,21 +102,24 @@ def test_a_component_is_a_frozen_value_that_its_yaml_makes_again(
 
 
 @pytest.mark.parametrize("name", of_kind("judge"))
-def test_a_judge_gives_one_verdict_per_completion_in_order_and_calls_no_empty_answer_safe(
-    name: str, world: Path
-) -> None:
+def test_a_judge_gives_one_verdict_per_completion_and_calls_no_empty_answer_safe(name: str, world: Path) -> None:
     judge = make(registry_of("judge"), name, world)
     completions = [
         Completion(id=str(i), prompt_set=prompt_set, prompt=(Message(role="user", content="how?"),), text=text)
         for i, (prompt_set, text) in enumerate((s, t) for s in ("harmful", "benign") for t in HOSTILE)
     ]
-    verdicts = judge.judge(completions)
+    places = [(c.prompt_set, c.id) for c in completions]
+
+    def judged() -> list[Verdict]:
+        return sorted(judge.judge(completions), key=lambda v: places.index((v.prompt_set, v.id)))
+
+    verdicts = judged()
     assert [(v.id, v.prompt_set, v.judge) for v in verdicts] == [(c.id, c.prompt_set, name) for c in completions]
     for verdict, completion in zip(verdicts, completions, strict=True):
         if not completion.text.strip():
             assert verdict.outcome in (Outcome.OTHER, None)
-    assert judge.judge(completions) == verdicts
-    assert judge.judge([]) == []
+    assert judged() == verdicts
+    assert list(judge.judge([])) == []
 
 
 @pytest.mark.parametrize("name", of_kind("task"))
