@@ -30,6 +30,7 @@ from stayaligned.errors import StayalignedError
 from stayaligned.hf.generation import Generation
 from stayaligned.host_settings import Host, setting_names
 from stayaligned.judges import JUDGES, Judge
+from stayaligned.prompts import PROMPTS, Prompts, parse_prompts
 from stayaligned.store import input_path, split_options
 from stayaligned.tasks import TASKS, Task
 from stayaligned.watch import Watch
@@ -39,13 +40,19 @@ def _named(registry: Registry[Any]) -> tuple[BeforeValidator, PlainSerializer]:
     return BeforeValidator(registry.parse), PlainSerializer(Component.spec)
 
 
-REGISTRIES: list[Registry[Any]] = [TASKS, ATTACKS, DEFENSES, JUDGES]
-"""The registries of the four nouns."""
+REGISTRIES: list[Registry[Any]] = [TASKS, ATTACKS, DEFENSES, PROMPTS, JUDGES]
+"""The registries of the five nouns."""
 
 TaskField = Annotated[Task, *_named(TASKS)]
 AttackField = Annotated[Attack, *_named(ATTACKS)]
 JudgeField = Annotated[Judge, *_named(JUDGES)]
 DefenseField = Annotated[TrainingDefense | PatchDefense, *_named(DEFENSES)]
+PromptsField = Annotated[
+    str | Prompts | None,
+    BeforeValidator(parse_prompts),
+    PlainSerializer(lambda value: value.spec() if isinstance(value, Prompts) else value),
+]
+"""A source, or a prompt set by its name or mapping."""
 
 # What is set elsewhere; a value in `training:` would break resuming or the stage cache.
 _OWN_TRAINING_SETTINGS = {
@@ -92,9 +99,9 @@ class Experiment(BaseModel):
     """Tokens after which a training row is cut."""
     watch: Watch | None = None
     """What is measured of the model's safety while it trains, and what is done when it worsens."""
-    harmful_prompts: str | None = None
+    harmful_prompts: PromptsField = None
     """Requests that an aligned model refuses: harmful score."""
-    benign_prompts: str | None = None
+    benign_prompts: PromptsField = None
     """Harmless look-alikes that it should answer: over-refusal."""
     skills: TaskField | None = None
     """What the model could do before; `skills_kept` is measured on its test split."""

@@ -30,6 +30,7 @@ from stayaligned.judges import Forecast, Judge
 from stayaligned.judging import LEDGER_FILE, Ledger, judge_completions
 from stayaligned.measuring import JUDGED, Place, judge_names, measure, refuse_unscored
 from stayaligned.patching import PROJECTION_FILE, patch_directory, read_projection
+from stayaligned.prompts import Prompts, load_prompts
 from stayaligned.records import (
     Completion,
     Example,
@@ -109,7 +110,8 @@ class Run:
     def generate_key(self) -> str:
         """What the completions depend on."""
         e = self.experiment
-        prompts = {"harmful_prompts": e.harmful_prompts, "benign_prompts": e.benign_prompts, "limit": e.limit}
+        named = {"harmful_prompts": e.harmful_prompts, "benign_prompts": e.benign_prompts}
+        prompts = {key: p.identity() if isinstance(p, Prompts) else p for key, p in named.items()} | {"limit": e.limit}
         tasks = [t and t.identity() for t in (e.task, e.skills)]
         weights = self.patch_keys[-1] if self.patch_keys else self.adapter_key
         return self._key("generate", weights, {"model": e.model}, prompts, tasks, e.generation.model_dump(mode="json"))
@@ -259,9 +261,9 @@ class Run:
         e = self.resolved
         sets: dict[PromptSet, Sequence[Example]] = {}
         if e.harmful_prompts is not None:
-            sets["harmful"] = read_examples(e.harmful_prompts, origin="harmful", prompts_only=True)
+            sets["harmful"] = load_prompts(e.harmful_prompts, "harmful")
         if e.benign_prompts is not None:
-            sets["benign"] = read_examples(e.benign_prompts, origin="task", prompts_only=True)
+            sets["benign"] = load_prompts(e.benign_prompts, "task")
         if e.task is not None:
             sets["task"] = e.task.load("test")
         if e.skills is not None:
@@ -333,6 +335,7 @@ class Run:
 
     def _notes(self) -> Iterable[str]:
         """What a reader must know before trusting the numbers."""
+        yield from notes.of_repetitions(self.completions())
         e = self.experiment
         if not e.trains:
             return
