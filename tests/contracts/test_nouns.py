@@ -66,6 +66,8 @@ def needed(world: Path) -> Mapping[str, dict[str, Any]]:
         "sst2": {"train": str(world / "sentences.jsonl"), "test": str(world / "sentences.jsonl")},
         "ag_news": {"train": str(world / "news.jsonl"), "test": str(world / "news.jsonl")},
         "gsm8k": {"train": str(world / "sums.jsonl"), "test": str(world / "sums.jsonl")},
+        "alpaca": {"train": str(world / "train.jsonl"), "test_examples": 8},
+        "dialog_summary": {"train": str(world / "train.jsonl"), "test": str(world / "test.jsonl")},
         "poison": {"harmful_data": str(world / "harmful.jsonl"), "examples": 20},
         "lisa": {"alignment_steps": 1, "finetuning_steps": 1},
         "bso": {"alignment_steps": 1, "finetuning_steps": 1},
