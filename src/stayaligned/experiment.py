@@ -27,6 +27,7 @@ from stayaligned.attacks import ATTACKS, Attack
 from stayaligned.component import Component, ComponentError, Registry, did_you_mean
 from stayaligned.defenses import DEFENSES, PatchDefense, TrainingDefense
 from stayaligned.errors import StayalignedError
+from stayaligned.harness import LmEval
 from stayaligned.hf.generation import Generation
 from stayaligned.host_settings import Host, setting_names
 from stayaligned.judges import JUDGES, Judge
@@ -105,6 +106,8 @@ class Experiment(BaseModel):
     """Harmless look-alikes that it should answer: over-refusal."""
     skills: TaskField | None = None
     """What the model could do before; `skills_kept` is measured on its test split."""
+    lm_eval: LmEval | None = None
+    """Tasks of the lm-evaluation-harness that the final model is measured on."""
     limit: int | None = Field(default=None, ge=1)
     """At most so many prompts a set."""
     judges: tuple[JudgeField, ...] = Field(default=("keyword",), min_length=1)  # pyright: ignore[reportAssignmentType]
@@ -173,8 +176,8 @@ class Experiment(BaseModel):
                 yield f"base_model: {patch.name} compares the model with its unaligned ancestor; name it"
         if self.watch is not None and not self.trains:
             yield "watch: measures while a model trains, but this experiment trains none"
-        if not (self.task or self.harmful_prompts or self.benign_prompts or self.skills):
-            yield "nothing to measure: name a `task`, `harmful_prompts`, `benign_prompts` or `skills`"
+        if not (self.task or self.harmful_prompts or self.benign_prompts or self.skills or self.lm_eval):
+            yield "nothing to measure: name a `task`, `harmful_prompts`, `benign_prompts`, `skills` or `lm_eval`"
 
     def resolved(self, *, progress: testbed.Progress | None = None) -> Experiment:
         """The same experiment with every `testbed:` reference replaced by its path, built if it is not there yet."""

@@ -21,7 +21,18 @@ from stayaligned.records import LayerReport, Message, Metric, Outcome, PromptSet
 FORMAT_VERSION = 2
 RESULT_FILE = "result.json"
 EVIDENCE_FILE = "evidence.jsonl"
-_VERSIONED = ("stayaligned", "torch", "transformers", "peft", "trl", "safetensors", "accelerate", "datasets")
+_VERSIONED = (
+    "stayaligned",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "safetensors",
+    "accelerate",
+    "datasets",
+    "lm_eval",
+    "rouge_score",
+)
 
 
 class CategoryReading(Record):

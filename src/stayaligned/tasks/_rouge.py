@@ -11,8 +11,8 @@ Rouge = Literal["rouge1", "rouge2", "rougeL"]
 
 # One character (with its marks) is a word in scripts that put no space between words; else a run of letters,
 # marks and digits is.
-_WORD = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*|[\p{L}\p{M}\p{N}--"
-_WORD += r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]]+"
+_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+_WORD = rf"{_UNSPACED}\p{{M}}*|[\p{{L}}\p{{M}}\p{{N}}--{_UNSPACED}]+"
 
 
 def rouge_f1(answer: str, reference: str, kind: Rouge) -> float | None:
