@@ -22,7 +22,8 @@ pytest.importorskip("lm_eval", reason="needs the extra [eval]")
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = write_world(tmp_path_factory.mktemp("world"))
-    rows = [{"q": f"zorb {i}", "choices": ["wug", "blick"], "gold": i % 2, "said": "wug"} for i in range(6)]
+    pairs = zip("abcdefgh", "qrstuvwx", strict=True)
+    rows = [{"q": f"zorb {i}", "choices": pair, "gold": i // 2 % 2, "said": "wug"} for i, pair in enumerate(pairs)]
     data = str(write_rows(root / "zorbs.jsonl", rows))
     (root / "tasks").mkdir()
     common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": data}}, "test_split": "test"}
@@ -81,8 +82,8 @@ def test_a_task_of_ones_own_is_scored_sample_by_sample_as_a_hand_would(world: Pa
     expected = by_hand(world)
     assert [(v.doc_id, v.value) for v in values if v.metric == "acc"] == list(enumerate(expected))
     metric = result.metric("lm_eval/zorbs/acc")
-    assert metric.value == pytest.approx(sum(expected) / 6)
-    assert (metric.n, metric.n_unscored, metric.higher_is_better) == (6, 0, True)
+    assert metric.value == pytest.approx(sum(expected) / 8)
+    assert (metric.n, metric.n_unscored, metric.higher_is_better) == (8, 0, True)
     assert metric.low < metric.value < metric.high
     assert result.provenance.stages["lm_eval zorbs"] == f"stages/{path.parent.name}"
     assert "lm_eval" in result.provenance.versions
@@ -95,7 +96,7 @@ def test_the_fine_tuned_model_is_what_is_measured(world: Path, tmp_path: Path) -
     result = run(experiment(world, lm_eval=lm_eval, lora=lora, training=training), tmp_path / "out")
     expected = by_hand(world, tmp_path / "out" / "adapter")
     assert expected != by_hand(world)
-    assert result.metric("lm_eval/zorbs/acc").value == pytest.approx(sum(expected) / 6)
+    assert result.metric("lm_eval/zorbs/acc").value == pytest.approx(sum(expected) / 8)
     (path,) = (tmp_path / "out" / "stages").glob("lm_eval-*/lm_eval.jsonl")
     assert [v.value for v in read_jsonl(path, HarnessValue) if v.metric == "acc"] == expected
 
