@@ -1,4 +1,4 @@
-"""AdvBench: harmful behaviours as instructions."""
+"""AdvBench: harmful behaviors as instructions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class AdvBench(TablePrompts):
 
     Zou et al., section 3: `harmful_behaviors.csv` with `goal` and `target`; the target, the beginning of a compliant
     answer that their attack aims at, is not used. Many of the instructions ask for nearly the same thing. The hub
-    copy is gated (ask for access there, then `hf auth login`), with `prompt` for `goal`. Licence: MIT.
+    copy is gated (ask for access there, then `hf auth login`), with `prompt` for `goal`. License: MIT.
     """
 
     name: ClassVar[str] = "advbench"

@@ -1,4 +1,4 @@
-"""HarmBench: harmful behaviours, alone or with a text that they are about."""
+"""HarmBench: harmful behaviors, alone or with a text that they are about."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class HarmBench(TablePrompts):
     (standard, contextual, copyright), `SemanticCategory` and `ContextString`. A contextual behavior is asked after its
     context, a rule between them. The third kind, copyright, is left out: it is judged by comparison with the protected
     text and not by a judge of harm. The hub copy is gated, has `prompt`, `context` and `category`, and one
-    configuration a kind. Licence: MIT.
+    configuration a kind. License: MIT.
     """
 
     name: ClassVar[str] = "harmbench"

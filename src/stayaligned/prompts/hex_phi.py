@@ -29,7 +29,7 @@ class HexPhi(TablePrompts):
     """HEx-PHI: 30 instructions for each of 11 categories of a usage policy.
 
     Qi et al., section 3; Safe LoRA measures on it (its reported rates are multiples of 1/330). The hub repository is
-    gated (ask for access there, then `hf auth login`) under a licence of its own, and holds one CSV file a category,
+    gated (ask for access there, then `hf auth login`) under a license of its own, and holds one CSV file a category,
     without a header, one instruction a line. Category 2 is no longer in it, which leaves 300 prompts of the papers'
     330: compare categories, not totals. `datasets` would read the first instruction of each file as its header, so the
     files are read as they stand.
