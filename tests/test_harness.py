@@ -1,6 +1,7 @@
 """lm-eval's tasks on a tiny model, offline: values by sample, means with our interval, errors before the training."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,75 @@ def test_a_new_task_leaves_the_others_stages_and_the_batch_size_is_no_part_of_th
     assert keys("zorbs") != alone
     (world / "tasks" / "more.yaml").unlink()
     assert keys("zorbs") == alone
+
+
+def test_the_values_depend_on_the_weights_and_on_the_folder_of_tasks_by_content(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own").mkdir()
+
+    def key(**changes: Any) -> str:
+        content = experiment(world, lm_eval={"tasks": ["zorbs"], "include_path": "own"}, **changes)
+        return Run(Experiment.model_validate(content), Store(tmp_path)).harness_keys()["zorbs"]
+
+    before = key()
+    assert key(seed=1) != before != key(training={"max_steps": 5})
+    Path("own/zorbs.yaml").write_text("task: zorbs\n")
+    assert key() != before
+
+
+def test_the_prompt_is_the_templates_and_the_shots_as_set(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lm_eval.evaluator
+
+    evaluate, asked = lm_eval.evaluator.evaluate, []
+
+    def watched(**given: Any) -> Any:
+        results = evaluate(**given)
+        asked.append(str(results["samples"]["zorbs"][0]["arguments"][0][0]))
+        return results
+
+    monkeypatch.setattr(lm_eval.evaluator, "evaluate", watched)
+    for number, settings in enumerate(({}, {"num_fewshot": 2}, {"apply_chat_template": True})):
+        run(evaluated(world, "zorbs", limit=1, **settings), tmp_path / str(number))
+    assert asked[0] == "zorb 0:"
+    assert asked[1].count("zorb") == 3
+    assert asked[2].startswith("<|user|>zorb 0:")
+
+
+class Scored:
+    """A task as far as its metrics go: a share, and four of which lm-eval's number is another or none."""
+
+    def aggregation(self) -> dict[str, Any]:
+        from lm_eval.api.metrics import mean, median
+
+        return {"share": mean, "middle": median, "long": mean, "undirected": mean, "pair": mean}
+
+    def higher_is_better(self) -> dict[str, bool]:
+        return {"share": False, "middle": True, "long": True, "pair": True}
+
+
+def test_only_means_of_shares_with_a_direction_are_kept() -> None:
+    from stayaligned.hf.harness import _values
+
+    rows = [
+        {"share": 0.25, "middle": 1, "long": 0.5, "undirected": 1, "pair": (1, 2)},
+        {"share": math.nan, "middle": 0, "long": 7, "undirected": 0, "pair": (1, 2)},
+    ]
+    samples = [{**row, "doc_id": i, "filter": "first", "metrics": list(row)} for i, row in enumerate(rows)]
+    values, left_out = _values("t", Scored(), samples)
+    assert [(v.doc_id, v.metric, v.value, v.higher_is_better) for v in values] == [
+        (0, "share,first", 0.25, False),
+        (1, "share,first", None, False),
+    ]
+    assert left_out == {
+        "middle,first": "lm-eval does not take the mean of its samples",
+        "long,first": "its values do not lie between 0 and 1",
+        "undirected,first": "lm-eval does not say whether higher is better",
+        "pair,first": "lm-eval does not take the mean of its samples",
+    }
 
 
 def test_a_rerun_asks_lm_eval_nothing(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

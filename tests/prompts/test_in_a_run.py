@@ -66,10 +66,11 @@ def test_a_folders_bare_name_counts_by_its_content(
     monkeypatch.chdir(tmp_path)
     Path("questions").mkdir()
 
-    def key() -> str:
-        return Run(evaluated(world, harmful_prompts="questions"), Store(tmp_path)).generate_key
+    def keys() -> list[str]:
+        given = ("questions", {"name": "advbench", "source": "questions"})
+        return [Run(evaluated(world, harmful_prompts=p), Store(tmp_path)).generate_key for p in given]
 
     Path("questions/a.csv").write_text("prompt\nzorb\n")
-    before = key()
+    before = keys()
     Path("questions/a.csv").write_text("prompt\nwug!\n")
-    assert key() != before
+    assert not set(keys()) & set(before)

@@ -89,6 +89,15 @@ def test_advbench_asks_the_goal_and_not_the_target(tmp_path):
     assert load("advbench", write(tmp_path / "b.jsonl", [{"prompt": "zorb", "target": "Sure"}])) == [("zorb", "")]
 
 
+def test_a_column_that_the_source_names_comes_before_the_sets_own(tmp_path):
+    advbench = write(tmp_path / "a.csv", "goal,asked\nzorb,wug\n")
+    assert load("advbench", f"{advbench}?prompt=asked") == [("wug", "")]
+    harmbench = write(tmp_path / "b.csv", "Behavior,asked\nzorb,wug\n")
+    assert load("harmbench", f"{harmbench}?prompt=asked") == [("wug", "")]
+    hex_phi = write(tmp_path / "c.csv", "instruction,asked\nzorb,wug\n")
+    assert load("hex_phi", f"{hex_phi}?prompt=asked") == [("wug", "")]
+
+
 HARMBENCH = (
     "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n"
     "flarn a zorb,standard,zorbs,,,a\n"

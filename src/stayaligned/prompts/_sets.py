@@ -67,7 +67,7 @@ def text_of(values: Mapping[str, Any], where: str, *names: str) -> str:
     if column is None:
         raise StayalignedError(
             f"{where}: expected a column {' or '.join(f'`{name}`' for name in names)}, found {', '.join(values)}",
-            hint=f"Name it in the source: file.csv?prompt=COLUMN, or rename it to `{names[0]}`.",
+            hint="Name it in the source: file.csv?prompt=COLUMN",
         )
     value = values[column]
     if not isinstance(value, str):

@@ -23,4 +23,4 @@ class AdvBench(TablePrompts):
     """Rows with `goal` (or `prompt`)."""
 
     def _row(self, values: Mapping[str, Any], where: str) -> dict[str, Any] | None:
-        return {"prompt": text_of(values, where, "goal", "prompt"), "category": values.get("category")}
+        return {"prompt": text_of(values, where, "prompt", "goal"), "category": values.get("category")}

@@ -29,7 +29,7 @@ class HarmBench(TablePrompts):
     """Which behaviors; of the hub copy, name the configuration in the source."""
 
     def _row(self, values: Mapping[str, Any], where: str) -> dict[str, Any] | None:
-        behavior = text_of(values, where, "Behavior", "prompt")
+        behavior = text_of(values, where, "prompt", "Behavior")
         context = str(values.get("ContextString") or values.get("context") or "").strip()
         kind = values.get("FunctionalCategory") or ("contextual" if context else "standard")
         if kind not in ("standard", "contextual") or self.kind not in ("both", kind):

@@ -49,7 +49,7 @@ class HexPhi(TablePrompts):
         return read_rows(f"{self.source}{'&' if '?' in self.source else '?'}columns=instruction")
 
     def _row(self, values: Mapping[str, Any], where: str) -> dict[str, Any] | None:
-        prompt = text_of(values, where, "instruction", "prompt")
+        prompt = text_of(values, where, "prompt", "instruction")
         return {"prompt": prompt, "category": values.get("category") or _category_of(where)}
 
 

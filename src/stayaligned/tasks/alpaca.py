@@ -73,10 +73,9 @@ class Alpaca(Task):
         return rows if split == "test" else rows[: self.train_examples]
 
     def training_identity(self) -> dict[str, Any]:
-        """Which test file there is does not matter, but whether there is one: else `train` gives rows away."""
+        """Without the test file, and with the number of test rows only where `train` gives them away."""
         unread = {"test", *(["test_examples"] if self.test is not None else [])}
-        kept = {key: value for key, value in self.identity().items() if key not in unread}
-        return {**kept, "holds_out": self.test is None}
+        return {key: value for key, value in self.identity().items() if key not in unread}
 
     def score(self, completion: Completion) -> float | None:
         """ROUGE-L F1, 0 to 1; None if the reference has no words."""
