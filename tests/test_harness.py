@@ -200,6 +200,32 @@ def test_a_rerun_asks_lm_eval_nothing(world: Path, tmp_path: Path, monkeypatch: 
     assert after.scores == before.scores
 
 
+def test_a_run_that_ends_between_two_tasks_continues_with_the_second(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stayaligned.hf import harness
+
+    run_task, begun = harness.run_task, []
+
+    def stopped(model: Any, tokenizer: Any, settings: LmEval, name: str, **options: Any) -> Any:
+        begun.append(name)
+        if begun.count("said") == 1 and name == "said":
+            raise KeyboardInterrupt
+        return run_task(model, tokenizer, settings, name, **options)
+
+    monkeypatch.setattr(harness, "run_task", stopped)
+    content = evaluated(world, "zorbs", "said", limit=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(content, tmp_path / "out")
+    result = run(content, tmp_path / "out")
+    assert begun == ["zorbs", "said", "said"]
+    assert [m.name for m in result.scores] == [
+        "lm_eval/zorbs/acc",
+        "lm_eval/zorbs/acc_norm",
+        "lm_eval/said/exact_match",
+    ]
+
+
 @pytest.mark.parametrize(
     ("task", "message"),
     [

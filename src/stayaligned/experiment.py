@@ -101,9 +101,9 @@ class Experiment(BaseModel):
     watch: Watch | None = None
     """What is measured of the model's safety while it trains, and what is done when it worsens."""
     harmful_prompts: PromptsField = None
-    """Requests that an aligned model refuses: harmful score."""
+    """Requests that an aligned model refuses: harmful score. A prompt set (`beavertails`) or a source."""
     benign_prompts: PromptsField = None
-    """Harmless look-alikes that it should answer: over-refusal."""
+    """Harmless look-alikes that it should answer: over-refusal. A prompt set (`xstest`) or a source."""
     skills: TaskField | None = None
     """What the model could do before; `skills_kept` is measured on its test split."""
     lm_eval: LmEval | None = None
