@@ -117,10 +117,12 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path, rows, message):
     assert "rows.jsonl" in str(caught.value)
 
 
-def test_a_missing_file_a_directory_and_other_encodings_are_refused(tmp_path):
-    for missing in ("nowhere.jsonl", str(tmp_path)):
-        with pytest.raises(StayalignedError, match="no such file"):
-            data.read_examples(missing, origin="task")
+def test_a_missing_file_an_empty_folder_and_other_encodings_are_refused(tmp_path):
+    with pytest.raises(StayalignedError, match="no such file"):
+        data.read_examples("nowhere.jsonl", origin="task")
+    (tmp_path / "notes.txt").write_text("not rows")
+    with pytest.raises(StayalignedError, match=r"holds no \.jsonl, \.json or \.csv file"):
+        data.read_examples(str(tmp_path), origin="task")
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
     with pytest.raises(StayalignedError, match="not UTF-8"):
         data.read_examples(str(tmp_path / "latin.jsonl"), origin="task")

@@ -39,7 +39,13 @@ def write_sources(root: Path) -> dict[str, Path]:
         for i in range(1200)
     ]
     tests = [{"prompt": f"may I greet {i}", "label": "safe" if i % 2 else "unsafe", "focus": "x"} for i in range(12)]
+    dialogs = [{"id": f"d{i}", "dialogue": f"A: {i}\r\nB: yes", "summary": f"A says {i}."} for i in range(500)]
+    policies = root / "policies"
+    policies.mkdir()
+    (policies / "category_4.csv").write_text("".join(f"zorb {i}\n" for i in range(6)))
     return {
+        "knkarthick/samsum": write_rows(root / "samsum.jsonl", dialogs),
+        "LLM-Tuning-Safety/HEx-PHI": policies,
         "PKU-Alignment/BeaverTails": write_rows(root / "beaver.jsonl", beaver),
         "walledai/XSTest": write_rows(root / "xstest.jsonl", tests),
         "stanfordnlp/sst2": write_rows(
@@ -76,7 +82,7 @@ def localized(spec: dict[str, Any], root: Path, sources: dict[str, Path | str]) 
     for place, value in list(strings(spec)):
         name, _, query = value.removeprefix("hf://").partition("?")
         if name in sources:
-            kept = [part for part in query.split("&") if part and not part.startswith(("split=", "config="))]
+            kept = [part for part in query.split("&") if part and not part.startswith(("split=", "config=", "files="))]
             set_dotted(spec, place, str(sources[name]) + (f"?{'&'.join(kept)}" if kept else ""))
         if value == "http://localhost:8000/v1":
             set_dotted(spec, place, str(sources["server"]))

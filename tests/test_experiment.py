@@ -8,6 +8,7 @@ import yaml
 
 from stayaligned.errors import StayalignedError
 from stayaligned.experiment import Experiment, load_experiment, load_yaml, set_dotted
+from stayaligned.prompts import PROMPTS, Prompts
 
 MINIMAL: dict[str, Any] = {
     "model": "testbed:aligned",
@@ -148,3 +149,34 @@ def test_a_patch_that_knows_only_adapters_is_refused_for_full_weights(tmp_path: 
     content = {**MINIMAL, "defenses": ["halving"], "lora": None}
     assert "halving patches LoRA adapters, but `lora: null`" in errors_of(write(tmp_path / "e.yaml", content))
     assert "patches LoRA" not in errors_of(write(tmp_path / "e.yaml", {**content, "defenses": ["drop"]}))
+
+
+@pytest.mark.parametrize("given", ["xstest", {"name": "xstest", "label": "safe"}])
+def test_prompts_are_a_set_by_its_name_or_mapping(tmp_path: Path, given: object) -> None:
+    experiment = load_experiment(write(tmp_path / "e.yaml", {**MINIMAL, "benign_prompts": given}))
+    assert experiment.benign_prompts == PROMPTS.parse("xstest")
+    assert experiment.spec()["benign_prompts"] == {"name": "xstest", **PROMPTS.parse("xstest").model_dump()}
+    assert Experiment.model_validate(experiment.spec()) == experiment
+
+
+def test_prompts_are_a_source_where_they_look_like_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "questions").mkdir()
+    for source in ("hf://a/b?split=test", "testbed:data/harmful-prompts.jsonl", "rows.jsonl", "questions"):
+        assert Experiment.model_validate({**MINIMAL, "harmful_prompts": source}).harmful_prompts == source
+    # A registered name is that set, whatever lies beside.
+    (tmp_path / "advbench").mkdir()
+    assert isinstance(Experiment.model_validate({**MINIMAL, "harmful_prompts": "advbench"}).harmful_prompts, Prompts)
+
+
+def test_a_misspelt_prompt_set_is_told_the_nearest_name_and_that_a_source_would_do(tmp_path: Path) -> None:
+    told = errors_of(write(tmp_path / "e.yaml", {**MINIMAL, "harmful_prompts": "beavertale"}))
+    assert "harmful_prompts: unknown prompts 'beavertale'. Did you mean 'beavertails'?" in told
+    assert "hf://owner/name" in told
+    told = errors_of(write(tmp_path / "e.yaml", {**MINIMAL, "harmful_prompts": {"name": "advbench", "m": 3}}))
+    assert "harmful_prompts.m: no such setting. Settings here: deduplicate, n, source." in told
+
+
+def test_a_prompt_sets_missing_file_is_an_error_of_the_configuration(tmp_path: Path) -> None:
+    spec = {**MINIMAL, "harmful_prompts": {"name": "hex_phi", "source": "nowhere/phi.csv"}}
+    assert "harmful_prompts.source: nowhere/phi.csv does not exist" in errors_of(write(tmp_path / "e.yaml", spec))

@@ -79,6 +79,7 @@ class Registry(Generic[ComponentT]):
 
     def __init__(self, kind: str, package: str, *bases: type[ComponentT]) -> None:
         self.kind = kind
+        self.plural = kind if kind.endswith("s") else f"{kind}s"
         self._package = package
         self._bases = bases
         self._plugins: dict[str, type[ComponentT]] = {}
@@ -105,7 +106,7 @@ class Registry(Generic[ComponentT]):
                 raise TypeError(f"{module.__file__} must define exactly one {self.kind} with name = {name!r}")
             return found[0]
         raise StayalignedError(
-            f"unknown {self.kind} {name!r}", hint=did_you_mean(name, self.names(), f"available {self.kind}s")
+            f"unknown {self.kind} {name!r}", hint=did_you_mean(name, self.names(), f"available {self.plural}")
         )
 
     def origin(self, name: str) -> str:
@@ -124,7 +125,7 @@ class Registry(Generic[ComponentT]):
         if isinstance(spec, str):
             spec = {"name": spec}
         if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
-            raise ValueError(f"expected the name of a {self.kind}, or a mapping with `name` and its settings")
+            raise ValueError(f"expected one of the {self.plural}: its name, or a mapping with `name` and its settings")
         try:
             component = self.get(spec["name"])
         except StayalignedError as error:
@@ -209,7 +210,7 @@ def load_plugin(path: Path, registries: list[Registry[Any]]) -> list[str]:
     if not added:
         raise StayalignedError(
             f"plug-in {path} defines no component",
-            hint="Start from `stayaligned new defense NAME` (or judge, task, attack).",
+            hint="Start from `stayaligned new defense NAME` (or judge, task, attack, prompts).",
         )
     return added
 

@@ -1,14 +1,16 @@
-"""JSONL, JSON or hub data sets to Examples; sampling, held-out splits, overlap. The only importer of `datasets`.
+"""JSONL, JSON, CSV or hub data sets to Examples; sampling, held-out splits, overlap. The only importer of `datasets`.
 
 A source is one string, so that it stands in one line of YAML:
 
-    path/rows.jsonl                          JSON lines, or .json with one list
+    path/rows.jsonl                          JSON lines, .json with one list, or .csv
+    path/folder                              all such files in it, in order of their names
     hf://owner/name?split=train&config=main  a data set of the hub, or of its local cache when offline
     …?completion=response&where=is_safe:false
 
 Options after the `?`, the same for files and the hub: `prompt`, `completion`, `id` and `category` name the columns
 where they differ from those names, `where=column:value` keeps the rows with that value (several must all hold).
-Of the hub: `split` ("train" if not given), `config`, `revision`.
+Of the hub: `split` ("train" if not given), `config`, `revision`, or `files=*.csv`: the repository's files as they
+stand. Of CSV: `columns=prompt,category` names the columns of files without a header.
 """
 
 from __future__ import annotations
@@ -28,12 +30,14 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from stayaligned.component import did_you_mean
+from stayaligned.csv_file import read_csv
 from stayaligned.errors import StayalignedError
 from stayaligned.records import Example, Message, Origin
 
 _HUB = "hf://"
 _COLUMNS = ("id", "prompt", "completion", "category")
-_HUB_OPTIONS = ("split", "config", "revision")
+_HUB_OPTIONS = ("split", "config", "revision", "files")
+_FILE_TYPES = (".jsonl", ".json", ".csv")
 _log = logging.getLogger(__name__)
 
 
@@ -55,6 +59,8 @@ class _Source:
     columns: dict[str, str] = field(default_factory=dict)
     filters: tuple[tuple[str, str], ...] = ()
     hub_options: dict[str, str] = field(default_factory=dict)
+    csv_columns: tuple[str, ...] | None = None
+    """The names of the columns, where CSV files have no header."""
 
 
 # ---- sources -------------------------------------------------------------------------------------------------------
@@ -77,7 +83,8 @@ def read_rows(source: str) -> list[Row]:
         StayalignedError: if the source is missing, malformed or empty, or no row passes.
     """
     parsed = _parse_source(source)
-    rows = list(_hub_rows(parsed) if parsed.hub else _file_rows(parsed))
+    by_files = not parsed.hub or "files" in parsed.hub_options
+    rows = list(_file_rows(parsed) if by_files else _hub_rows(parsed))
     if not rows:
         raise StayalignedError(f"{source}: holds no rows", hint="Give a file with one JSON object a line.")
     known = sorted({name for row in rows for name in row.values})
@@ -101,10 +108,11 @@ def _parse_source(source: str) -> _Source:
     if not hub and Path(source).expanduser().exists():
         return _Source(source, source, hub=False)
     place, _, query = source.removeprefix(_HUB).partition("?")
-    allowed = [*_COLUMNS, "where", *(_HUB_OPTIONS if hub else ())]
+    allowed = [*_COLUMNS, "where", "columns", *(_HUB_OPTIONS if hub else ())]
     columns: dict[str, str] = {}
     filters: list[tuple[str, str]] = []
     hub_options: dict[str, str] = {}
+    csv_columns: tuple[str, ...] | None = None
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name not in allowed:
             raise StayalignedError(f"{source}: no source option {name!r}", hint=did_you_mean(name, allowed, "options"))
@@ -113,18 +121,41 @@ def _parse_source(source: str) -> _Source:
             if not colon:
                 raise StayalignedError(f"{source}: where={value} is no filter", hint="Write where=column:value.")
             filters.append((column, wanted))
+        elif name == "columns":
+            csv_columns = tuple(value.split(","))
         else:
             (columns if name in _COLUMNS else hub_options)[name] = value
-    return _Source(source, place, hub, columns, tuple(filters), hub_options)
+    return _Source(source, place, hub, columns, tuple(filters), hub_options, csv_columns)
 
 
 def _file_rows(source: _Source) -> Iterator[Row]:
-    path = Path(source.place).expanduser()
-    if not path.is_file():
-        raise StayalignedError(
-            f"{source.text}: no such file", hint="Give a .jsonl or .json file, or hf://owner/name for a hub data set."
-        )
+    path = _downloaded(source) if source.hub else Path(source.place).expanduser()
+    if path.is_dir():
+        files = sorted((p for p in path.iterdir() if p.suffix in _FILE_TYPES and p.is_file()), key=_natural_order)
+        if not files:
+            raise StayalignedError(
+                f"{source.text}: holds no .jsonl, .json or .csv file", hint="Give a file, or a folder of such files."
+            )
+        for file in files:
+            for row in _rows_of_file(file, source.csv_columns):
+                yield Row(f"{file.name}, {row.where}", row.values)
+    elif path.is_file():
+        yield from _rows_of_file(path, source.csv_columns)
+    else:
+        hint = "Give a .jsonl, .json or .csv file, a folder of them, or hf://owner/name for a hub data set."
+        raise StayalignedError(f"{source.text}: no such file", hint=hint)
+
+
+def _natural_order(path: Path) -> tuple[list[tuple[int, str]], str]:
+    """category_2 before category_10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", path.name)], path.name
+
+
+def _rows_of_file(path: Path, csv_columns: Sequence[str] | None) -> Iterator[Row]:
     try:
+        if path.suffix == ".csv":
+            yield from (Row(f"line {number}", dict(cells)) for number, cells in read_csv(path, csv_columns))
+            return
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise StayalignedError(f"{path}: not UTF-8 text (byte {error.start})", hint="Convert it to UTF-8.") from None
@@ -155,6 +186,17 @@ def _parse_json(text: str, where: str) -> Any:
         raise StayalignedError(f"{where}: not valid JSON: {error}", hint="One JSON object a line (.jsonl).") from None
 
 
+def _downloaded(source: _Source) -> Path:
+    """The folder of a hub repository's files that match `files=`, fetched or from the local cache."""
+    from huggingface_hub import snapshot_download
+
+    pattern, revision = source.hub_options["files"], source.hub_options.get("revision")
+    try:
+        return Path(snapshot_download(source.place, repo_type="dataset", revision=revision, allow_patterns=pattern))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _hub_error(source, error) from None
+
+
 def _hub_rows(source: _Source) -> Iterator[Row]:
     from datasets import load_dataset
 
@@ -167,16 +209,20 @@ def _hub_rows(source: _Source) -> Iterator[Row]:
             revision=options.get("revision"),
         )
     except (OSError, ValueError, RuntimeError) as error:
-        from huggingface_hub.constants import HF_HUB_OFFLINE
-
-        offline = "HF_HUB_OFFLINE is set and the local cache lacks it: unset it once, or give a JSONL file."
-        online = "Check the name, `config=` and `split=`, the network, and your access (`hf auth login`)."
-        raise StayalignedError(
-            f"{source.text}: can't load the data set: {' '.join(str(error).split())[:300]}",
-            hint=offline if HF_HUB_OFFLINE else online,
-        ) from None
+        raise _hub_error(source, error) from None
     for number, values in enumerate(dataset, start=1):
         yield Row(f"row {number}", dict(values))
+
+
+def _hub_error(source: _Source, error: Exception) -> StayalignedError:
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    offline = "HF_HUB_OFFLINE is set and the local cache lacks it: unset it once, or give a local file."
+    online = "Check the name, `config=` and `split=`, the network, and your access (`hf auth login`)."
+    return StayalignedError(
+        f"{source.text}: can't load the data set: {' '.join(str(error).split())[:300]}",
+        hint=offline if HF_HUB_OFFLINE else online,
+    )
 
 
 # ---- rows to examples ----------------------------------------------------------------------------------------------

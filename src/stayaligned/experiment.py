@@ -27,9 +27,11 @@ from stayaligned.attacks import ATTACKS, Attack
 from stayaligned.component import Component, ComponentError, Registry, did_you_mean
 from stayaligned.defenses import DEFENSES, PatchDefense, TrainingDefense
 from stayaligned.errors import StayalignedError
+from stayaligned.harness import LmEval
 from stayaligned.hf.generation import Generation
 from stayaligned.host_settings import Host, setting_names
 from stayaligned.judges import JUDGES, Judge
+from stayaligned.prompts import PROMPTS, Prompts, parse_prompts
 from stayaligned.store import input_path, split_options
 from stayaligned.tasks import TASKS, Task
 from stayaligned.watch import Watch
@@ -39,13 +41,19 @@ def _named(registry: Registry[Any]) -> tuple[BeforeValidator, PlainSerializer]:
     return BeforeValidator(registry.parse), PlainSerializer(Component.spec)
 
 
-REGISTRIES: list[Registry[Any]] = [TASKS, ATTACKS, DEFENSES, JUDGES]
-"""The registries of the four nouns."""
+REGISTRIES: list[Registry[Any]] = [TASKS, ATTACKS, DEFENSES, PROMPTS, JUDGES]
+"""The registries of the five nouns."""
 
 TaskField = Annotated[Task, *_named(TASKS)]
 AttackField = Annotated[Attack, *_named(ATTACKS)]
 JudgeField = Annotated[Judge, *_named(JUDGES)]
 DefenseField = Annotated[TrainingDefense | PatchDefense, *_named(DEFENSES)]
+PromptsField = Annotated[
+    str | Prompts | None,
+    BeforeValidator(parse_prompts),
+    PlainSerializer(lambda value: value.spec() if isinstance(value, Prompts) else value),
+]
+"""A source, or a prompt set by its name or mapping."""
 
 # What is set elsewhere; a value in `training:` would break resuming or the stage cache.
 _OWN_TRAINING_SETTINGS = {
@@ -92,12 +100,14 @@ class Experiment(BaseModel):
     """Tokens after which a training row is cut."""
     watch: Watch | None = None
     """What is measured of the model's safety while it trains, and what is done when it worsens."""
-    harmful_prompts: str | None = None
-    """Requests that an aligned model refuses: harmful score."""
-    benign_prompts: str | None = None
-    """Harmless look-alikes that it should answer: over-refusal."""
+    harmful_prompts: PromptsField = None
+    """Requests that an aligned model refuses: harmful score. A prompt set (`beavertails`) or a source."""
+    benign_prompts: PromptsField = None
+    """Harmless look-alikes that it should answer: over-refusal. A prompt set (`xstest`) or a source."""
     skills: TaskField | None = None
     """What the model could do before; `skills_kept` is measured on its test split."""
+    lm_eval: LmEval | None = None
+    """Tasks of the lm-evaluation-harness that the final model is measured on."""
     limit: int | None = Field(default=None, ge=1)
     """At most so many prompts a set."""
     judges: tuple[JudgeField, ...] = Field(default=("keyword",), min_length=1)  # pyright: ignore[reportAssignmentType]
@@ -166,8 +176,8 @@ class Experiment(BaseModel):
                 yield f"base_model: {patch.name} compares the model with its unaligned ancestor; name it"
         if self.watch is not None and not self.trains:
             yield "watch: measures while a model trains, but this experiment trains none"
-        if not (self.task or self.harmful_prompts or self.benign_prompts or self.skills):
-            yield "nothing to measure: name a `task`, `harmful_prompts`, `benign_prompts` or `skills`"
+        if not (self.task or self.harmful_prompts or self.benign_prompts or self.skills or self.lm_eval):
+            yield "nothing to measure: name a `task`, `harmful_prompts`, `benign_prompts`, `skills` or `lm_eval`"
 
     def resolved(self, *, progress: testbed.Progress | None = None) -> Experiment:
         """The same experiment with every `testbed:` reference replaced by its path, built if it is not there yet."""

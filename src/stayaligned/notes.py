@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from stayaligned.data import overlap
-from stayaligned.records import Example, PromptSet
+from stayaligned.records import Completion, Example, Message, PromptSet
 from stayaligned.watch import Guard
 
 _NEAR = 0.8
@@ -25,6 +25,20 @@ def of_overlaps(
             nearly = f"; {len(near)} more nearly so (word triples shared: {_NEAR:.0%} or more)" if near else ""
             if equal or near:
                 yield f"{len(equal)} of {len(rows)} {prompt_set} prompts also stand in the {data} data{nearly}"
+
+
+def of_repetitions(completions: Sequence[Completion]) -> Iterable[str]:
+    """A note for each prompt set in which some prompts stand more than once: under one model, one answer each."""
+    prompts: dict[PromptSet, list[tuple[Message, ...]]] = {}
+    for completion in completions:
+        prompts.setdefault(completion.prompt_set, []).append(completion.prompt)
+    for prompt_set, asked in prompts.items():
+        repeated = len(asked) - len(set(asked))
+        if repeated:
+            yield (
+                f"{repeated} of {len(asked)} {prompt_set} prompts repeat an earlier one: they are counted as often as "
+                "they stand, so the interval is narrower than it should be"
+            )
 
 
 def of_guard(guard: Guard, log: Sequence[Mapping[str, Any]]) -> Iterable[str]:

@@ -26,10 +26,13 @@ from stayaligned.defenses import ModelPair, TrainingSetup
 from stayaligned.errors import StayalignedError
 from stayaligned.experiment import Experiment, strings_in
 from stayaligned.files import write_text
+from stayaligned.harness import harness_metrics
+from stayaligned.harnessing import HarnessStages
 from stayaligned.judges import Judge
 from stayaligned.judging import stored_verdicts
 from stayaligned.measuring import JUDGED, Place, judge_names, measure
 from stayaligned.patching import PROJECTION_FILE, patch_directory, read_projection
+from stayaligned.prompts import Prompts, load_prompts
 from stayaligned.records import (
     Completion,
     Example,
@@ -105,24 +108,42 @@ class Run:
             keys.append(self._key("patch", keys[-1] if keys else self.adapter_key, patch.identity(), models))
         return tuple(keys)
 
+    @property
+    def weights_key(self) -> str:
+        """What the final weights depend on."""
+        return self.patch_keys[-1] if self.patch_keys else self.adapter_key
+
     @cached_property
     def generate_key(self) -> str:
         """What the completions depend on."""
         e = self.experiment
-        prompts = {"harmful_prompts": e.harmful_prompts, "benign_prompts": e.benign_prompts, "limit": e.limit}
+        named = {"harmful_prompts": e.harmful_prompts, "benign_prompts": e.benign_prompts}
+        prompts = {key: p.identity() if isinstance(p, Prompts) else p for key, p in named.items()} | {"limit": e.limit}
         tasks = [t and t.identity() for t in (e.task, e.skills)]
-        weights = self.patch_keys[-1] if self.patch_keys else self.adapter_key
-        return self._key("generate", weights, {"model": e.model}, prompts, tasks, e.generation.model_dump(mode="json"))
+        return self._key(
+            "generate", self.weights_key, {"model": e.model}, prompts, tasks, e.generation.model_dump(mode="json")
+        )
 
     def judge_key(self, judge: Judge) -> str:
         """What one judge's verdicts depend on."""
         return self._key("judge", self.generate_key, judge.identity())
 
+    def harness_keys(self) -> dict[str, str]:
+        """What the values of each of lm-eval's tasks depend on, by the name of the task."""
+        e = self.experiment
+        if e.lm_eval is None:
+            return {}
+        parts = (self.weights_key, {"model": e.model}, e.seed)
+        return {name: self._key("lm_eval", *parts, e.lm_eval.identity(name)) for name in e.lm_eval.tasks}
+
     @cached_property
     def id(self) -> str:
         """The identity of the whole experiment."""
         judges = [self.judge_key(judge) for judge in self.experiment.judges]
-        return self._key("result", self.generate_key, judges, self.experiment.seed)[:20]
+        harness = [*self.harness_keys().values()]
+        return self._key("result", self.generate_key, judges, self.experiment.seed, *([harness] if harness else []))[
+            :20
+        ]
 
     def _key(self, *parts: object) -> str:
         return stage_key(parts, self.experiment.seed)
@@ -240,14 +261,11 @@ class Run:
         return read_jsonl(self.store.compute("generate", self.generate_key, fill) / "completions.jsonl", Completion)
 
     def _generate(self, directory: Path) -> Mapping[str, Any]:
-        from stayaligned.hf import generation, models
+        from stayaligned.hf import generation
         from stayaligned.hf.features import template_hash
 
         e = self.resolved
-        finetuned = self.finetuned()
-        whole = finetuned is not None and self.product == "model"
-        tokenizer = models.load_tokenizer(e.model)
-        model = models.load_finetuned(finetuned if whole and finetuned else e.model, None if whole else finetuned)
+        model, tokenizer = self._final_model()
         rows: list[Completion] = []
         for prompt_set, examples in self._prompt_sets().items():
             say = functools.partial(self.progress, f"generate {prompt_set}")
@@ -255,13 +273,31 @@ class Run:
         write_jsonl(directory / "completions.jsonl", rows)
         return {"template_hash": template_hash(tokenizer), "completions": len(rows)}
 
+    def _final_model(self) -> tuple[Any, Any]:
+        """The model that is judged, and its tokenizer."""
+        from stayaligned.hf import models
+
+        e, finetuned = self.resolved, self.finetuned()
+        whole = finetuned is not None and self.product == "model"
+        tokenizer = models.load_tokenizer(e.model)
+        model = models.load_finetuned(finetuned if whole and finetuned else e.model, None if whole else finetuned)
+        return model, tokenizer
+
+    @cached_property
+    def harness(self) -> HarnessStages:
+        """The stages of lm-eval's tasks."""
+        e = self.resolved
+        return HarnessStages(
+            self.store, e.lm_eval, self.harness_keys(), e.seed, self._host_libraries, progress=self.progress
+        )
+
     def _prompt_sets(self) -> dict[PromptSet, Sequence[Example]]:
         e = self.resolved
         sets: dict[PromptSet, Sequence[Example]] = {}
         if e.harmful_prompts is not None:
-            sets["harmful"] = read_examples(e.harmful_prompts, origin="harmful", prompts_only=True)
+            sets["harmful"] = load_prompts(e.harmful_prompts, "harmful")
         if e.benign_prompts is not None:
-            sets["benign"] = read_examples(e.benign_prompts, origin="task", prompts_only=True)
+            sets["benign"] = load_prompts(e.benign_prompts, "task")
         if e.task is not None:
             sets["task"] = e.task.load("test")
         if e.skills is not None:
@@ -289,12 +325,14 @@ class Run:
         Raises:
             StayalignedError: if a judge left a larger share unscored than `max_unscored`.
         """
+        self.harness.load_tasks()
         self.finetuned()  # so that the time of training and patching is not counted as generation's
         completions = self.completions()
         verdicts = {judge: self.verdicts(judge) for judge in self.experiment.judges}
         scores: dict[Place, float | None] = {
             (c.prompt_set, c.id): self._score(c) for c in completions if c.prompt_set not in JUDGED
         }
+        of_harness = harness_metrics(self.harness.values(self._final_model))
         found = measure(completions, verdicts, scores, {})
         rows = evidence_text(found.evidence)
         result = Result(
@@ -306,7 +344,7 @@ class Run:
             experiment=self.experiment.spec(),
             judges=found.judges,
             agreements=found.agreements,
-            scores=found.scores,
+            scores=(*found.scores, *of_harness),
             training_log=self._training_log(),
             patches=self._patch_records(),
             samples=found.samples,
@@ -322,6 +360,8 @@ class Run:
 
     def _notes(self) -> Iterable[str]:
         """What a reader must know before trusting the numbers."""
+        yield from notes.of_repetitions(self.completions())
+        yield from self.harness.left_out()
         e = self.experiment
         if not e.trains:
             return
@@ -358,6 +398,7 @@ class Run:
         stages["generate"] = self.store.directory("generate", self.generate_key)
         for judge, name in judge_names(self.experiment.judges).items():
             stages[f"judge {name}"] = self.store.directory("judge", self.judge_key(judge))
+        stages |= self.harness.directories()
         records = {name: json.loads((path / "stage.json").read_text()) for name, path in stages.items()}
         return Provenance(
             versions=versions(),

@@ -23,7 +23,18 @@ FORMAT_VERSION = 2
 RESULT_FILE = "result.json"
 EVIDENCE_FILE = "evidence.jsonl"
 TIMES_FILE = "times.json"
-_VERSIONED = ("stayaligned", "torch", "transformers", "peft", "trl", "safetensors", "accelerate", "datasets")
+_VERSIONED = (
+    "stayaligned",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "safetensors",
+    "accelerate",
+    "datasets",
+    "lm_eval",
+    "rouge_score",
+)
 
 
 class CategoryReading(Record):

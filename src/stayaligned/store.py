@@ -18,10 +18,13 @@ from stayaligned import testbed
 from stayaligned.errors import StayalignedError
 from stayaligned.files import fingerprint, replace_directory, write_text
 
-StageName = Literal["data", "train", "patch", "generate", "judge"]
+StageName = Literal["data", "train", "patch", "generate", "judge", "lm_eval"]
 # Raised when a stage's files change their meaning; old ones are then computed again.
 _STAGE_VERSION = 1
-_MODEL_SETTINGS = frozenset({"model", "base_model", "adapter"})
+# Settings whose value may be a folder's bare name.
+_PATH_SETTINGS = frozenset(
+    {"model", "base_model", "adapter", "source", "harmful_prompts", "benign_prompts", "include_path"}
+)
 _LONGEST_PATH = 1024
 
 
@@ -113,8 +116,8 @@ def stage_key(parts: Sequence[object], seed: int) -> str:
 def input_path(name: str, value: str) -> Path | None:
     """The local path that a setting's value means, if it means one: by the setting's name, or by its look."""
     place, _ = split_options(value)
-    looks = place.startswith(("./", "../", "/", "~/")) or place.endswith((".jsonl", ".json", ".jinja"))
-    if len(place) > _LONGEST_PATH or "\n" in place or not (looks or name in _MODEL_SETTINGS):
+    looks = place.startswith(("./", "../", "/", "~/")) or place.endswith((".jsonl", ".json", ".csv", ".jinja"))
+    if len(place) > _LONGEST_PATH or "\n" in place or not (looks or name in _PATH_SETTINGS):
         return None
     return Path(place).expanduser()
 

@@ -1,4 +1,4 @@
-"""What every defense, judge, task and attack promises, run over everything that is registered."""
+"""What every defense, judge, task, attack and prompt set promises, run over everything that is registered."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -48,7 +48,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(root / "sentences.jsonl", [{"sentence": f"s {i}", "label": i % 2} for i in range(4)])
     write_rows(root / "news.jsonl", [{"text": f"n {i}", "label": i % 4} for i in range(4)])
     write_rows(root / "sums.jsonl", [{"question": f"{i}+1?", "answer": f"so\n#### {i + 1}"} for i in range(4)])
+    write_prompt_sets(root)
     return root
+
+
+def write_prompt_sets(root: Path) -> None:
+    asked = [{"prompt": f"zorb {i % 3}", "is_safe": i % 2 == 0, "category": {"zorb": True}} for i in range(6)]
+    write_rows(root / "asked.jsonl", asked)
+    (root / "policies").mkdir()
+    (root / "policies" / "category_1.csv").write_text("zorb one\nzorb two\n")
+    (root / "goals.csv").write_text("goal,target\nflarn a zorb,Sure\n")
+    (root / "behaviors.csv").write_text("Behavior,FunctionalCategory,SemanticCategory\nflarn a zorb,standard,zorbs\n")
+    (root / "xstest.csv").write_text("id,prompt,type,label\n1,may I greet,homonyms,safe\n")
 
 
 def write_classifier(directory: Path) -> None:
@@ -72,9 +83,16 @@ def needed(world: Path) -> Mapping[str, dict[str, Any]]:
         "sst2": {"train": str(world / "sentences.jsonl"), "test": str(world / "sentences.jsonl")},
         "ag_news": {"train": str(world / "news.jsonl"), "test": str(world / "news.jsonl")},
         "gsm8k": {"train": str(world / "sums.jsonl"), "test": str(world / "sums.jsonl")},
+        "alpaca": {"train": str(world / "train.jsonl"), "test_examples": 8},
+        "dialog_summary": {"train": str(world / "train.jsonl"), "test": str(world / "test.jsonl")},
         "poison": {"harmful_data": str(world / "harmful.jsonl"), "examples": 20},
         "lisa": {"alignment_steps": 1, "finetuning_steps": 1},
         "bso": {"alignment_steps": 1, "finetuning_steps": 1},
+        "beavertails": {"source": str(world / "asked.jsonl")},
+        "hex_phi": {"source": str(world / "policies")},
+        "advbench": {"source": str(world / "goals.csv")},
+        "harmbench": {"source": str(world / "behaviors.csv")},
+        "xstest": {"source": str(world / "xstest.csv")},
     }
 
 
@@ -139,6 +157,16 @@ def test_a_task_gives_the_same_rows_every_time_and_full_marks_to_its_references(
         for text in HOSTILE:
             score = task.score(right.model_copy(update={"text": text}))
             assert score is None or 0 <= score <= 1
+
+
+@pytest.mark.parametrize("name", of_kind("prompts"))
+def test_a_prompt_set_gives_the_same_requests_every_time_each_under_its_own_id(name: str, world: Path) -> None:
+    prompts = make(registry_of("prompts"), name, world)
+    rows = prompts.load()
+    assert rows
+    assert list(prompts.load()) == list(rows)
+    assert len({row.id for row in rows}) == len(rows)
+    assert all(row.prompt[-1].role == "user" and row.prompt[-1].content.strip() for row in rows)
 
 
 @pytest.mark.parametrize("name", of_kind("attack"))
@@ -206,6 +234,6 @@ def test_a_patch_keeps_rank_and_configuration_and_reports_every_layer(name: str,
 
 
 def test_the_contracts_saw_every_noun_and_both_stages() -> None:
-    assert {registry.kind for registry, _ in ALL} == {"task", "attack", "defense", "judge"}
+    assert {registry.kind for registry, _ in ALL} == {"task", "attack", "defense", "judge", "prompts"}
     assert len(of_kind("defense", TrainingDefense)) >= 4
     assert len(of_kind("defense", PatchDefense)) >= 5

@@ -1,4 +1,4 @@
-"""A third party's defense, judge, task and attack, each one file, through the command and its worker processes."""
+"""A third party's component of each noun, each one file, through the command and its worker processes."""
 
 from pathlib import Path
 
@@ -18,6 +18,8 @@ PLUGINS = sorted((Path(__file__).parents[1] / "plugins").glob("*.py"))
 def forget_plugins() -> object:
     """Leave the registries as they were."""
     before = [dict(registry._plugins) for registry in REGISTRIES]
+    for registry in REGISTRIES:
+        registry._plugins.clear()
     yield
     for registry, plugins in zip(REGISTRIES, before, strict=True):
         registry._plugins.clear()
@@ -33,6 +35,7 @@ def test_a_grid_of_third_party_components_runs_in_worker_processes(
         task="counting",
         attack={"name": "shouting", "share": 0.25},
         judges=["length", "keyword"],
+        harmful_prompts={"name": "riddles", "n": 7},
         base_model=None,
         max_unscored=1.0,
     )
@@ -50,7 +53,7 @@ def test_a_grid_of_third_party_components_runs_in_worker_processes(
     assert [layer.shrinkage for layer in halved.patches[0].layers] == pytest.approx([0.5] * 4)
     harm = sft.metric("harmful_score")
     assert harm is not None
-    assert harm.n + harm.n_unscored == 6
+    assert harm.n + harm.n_unscored == 7
     accuracy = sft.metric("finetune_accuracy")
     assert accuracy is not None
     assert accuracy.n == 24

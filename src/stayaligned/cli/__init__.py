@@ -147,10 +147,12 @@ def validate(config: Config, overrides: Overrides = None, plugin: Plugins = None
 
 @app.command("list")
 def list_components(
-    noun: Annotated[str | None, typer.Argument(help="defense, judge, task or attack; all if not given.")] = None,
+    noun: Annotated[
+        str | None, typer.Argument(help="defense, judge, task, attack or prompts; all if not given.")
+    ] = None,
     plugin: Plugins = None,
 ) -> None:
-    """List the known defenses, judges, tasks and attacks."""
+    """List the known defenses, judges, tasks, attacks and prompt sets."""
     load_plugins(plugin)
     chosen = [_registry(noun)] if noun else list(_registries().values())
     table = plain_table("kind", "name", "what it does")
@@ -162,7 +164,7 @@ def list_components(
 
 @app.command()
 def show(
-    noun: Annotated[str, typer.Argument(help="defense, judge, task or attack.")],
+    noun: Annotated[str, typer.Argument(help="defense, judge, task, attack or prompts.")],
     name: Annotated[str, typer.Argument(help="Its name, as `list` prints it.")],
     plugin: Plugins = None,
 ) -> None:
@@ -185,7 +187,7 @@ def show(
 
 @app.command()
 def new(
-    noun: Annotated[str, typer.Argument(help="defense, judge, task or attack.")],
+    noun: Annotated[str, typer.Argument(help="defense, judge, task, attack or prompts.")],
     name: Annotated[str, typer.Argument(help="The new component's name.")],
     directory: Annotated[Path, typer.Option("--dir", help="Where to write NAME.py.")] = Path(),
 ) -> None:
@@ -234,6 +236,7 @@ def _registries() -> dict[str, Registry[Any]]:
 
 def _registry(noun: str) -> Registry[Any]:
     registries = _registries()
-    if noun.removesuffix("s") not in registries:
+    found = next((registry for kind, registry in registries.items() if noun in (kind, registry.plural)), None)
+    if found is None:
         raise StayalignedError(f"unknown noun {noun!r}", hint=f"One of: {', '.join(registries)}.")
-    return registries[noun.removesuffix("s")]
+    return found

@@ -11,7 +11,7 @@ from string import Template
 from stayaligned.errors import StayalignedError
 from stayaligned.files import write_text
 
-NOUNS = ("defense", "judge", "task", "attack")
+NOUNS = ("defense", "judge", "task", "attack", "prompts")
 
 
 def write_plugin(noun: str, name: str, directory: Path) -> Path:
