@@ -15,6 +15,7 @@ from stayaligned.defenses import DEFENSES, ModelPair, PatchDefense, TrainingDefe
 from stayaligned.experiment import REGISTRIES
 from stayaligned.records import Completion, Message, Outcome
 from stayaligned.testing import write_pico_adapter
+from stayaligned_test_guards import write_guard, write_moderation
 from stayaligned_test_world import write_rows, write_world
 
 ALL = [(registry, name) for registry in REGISTRIES for name in registry.names()]
@@ -30,6 +31,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = write_world(tmp_path_factory.mktemp("world"))
     write_pico_adapter(root / "adapter", root / "aligned", r=2, target_modules=["q_proj", "v_proj"])
     write_classifier(root / "judge")
+    write_moderation(root / "moderation")
+    write_guard(root / "guard", "]", "maybe")
     write_rows(root / "sentences.jsonl", [{"sentence": f"s {i}", "label": i % 2} for i in range(4)])
     write_rows(root / "news.jsonl", [{"text": f"n {i}", "label": i % 4} for i in range(4)])
     write_rows(root / "sums.jsonl", [{"question": f"{i}+1?", "answer": f"so\n#### {i + 1}"} for i in range(4)])
@@ -51,6 +54,10 @@ def needed(world: Path) -> Mapping[str, dict[str, Any]]:
     """The settings without which a component can't work; the rest of it is its defaults."""
     return {
         "classifier": {"model": str(world / "judge")},
+        "beavertails": {"model": str(world / "moderation")},
+        "llama_guard": {"model": str(world / "guard")},
+        "harmbench": {"model": str(world / "guard")},
+        "wildguard": {"model": str(world / "guard")},
         "jsonl": {"train": str(world / "train.jsonl"), "test": str(world / "test.jsonl")},
         "sst2": {"train": str(world / "sentences.jsonl"), "test": str(world / "sentences.jsonl")},
         "ag_news": {"train": str(world / "news.jsonl"), "test": str(world / "news.jsonl")},
@@ -85,21 +92,19 @@ def test_a_component_is_a_frozen_value_that_its_yaml_makes_again(
 
 
 @pytest.mark.parametrize("name", of_kind("judge"))
-def test_a_judge_gives_one_verdict_per_completion_in_order_and_calls_no_empty_answer_safe(
-    name: str, world: Path
-) -> None:
+def test_a_judge_gives_one_verdict_per_completion_and_calls_no_empty_answer_safe(name: str, world: Path) -> None:
     judge = make(registry_of("judge"), name, world)
     completions = [
         Completion(id=str(i), prompt_set=prompt_set, prompt=(Message(role="user", content="how?"),), text=text)
         for i, (prompt_set, text) in enumerate((s, t) for s in ("harmful", "benign") for t in HOSTILE)
     ]
-    verdicts = judge.judge(completions)
+    verdicts = sorted(judge.judge(completions), key=lambda verdict: int(verdict.id))
     assert [(v.id, v.prompt_set, v.judge) for v in verdicts] == [(c.id, c.prompt_set, name) for c in completions]
     for verdict, completion in zip(verdicts, completions, strict=True):
         if not completion.text.strip():
             assert verdict.outcome in (Outcome.OTHER, None)
-    assert judge.judge(completions) == verdicts
-    assert judge.judge([]) == []
+    assert sorted(judge.judge(completions), key=lambda verdict: int(verdict.id)) == verdicts
+    assert [*judge.judge([])] == []
 
 
 @pytest.mark.parametrize("name", of_kind("task"))
