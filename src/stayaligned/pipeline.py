@@ -1,6 +1,6 @@
 """One experiment as a straight pipe of stages, each a directory keyed by everything that it depends on.
 
-    data ─► train ─► patch … ─► generate ─► judge … ─► result
+    data ─► train ─► patch … ─► generate ─► degeneration, judge … ─► result
 
 A stage that is there is not computed again, so five thresholds train once, a new judge needs no model, and resuming
 is rerunning. A stage appears by one rename when it is complete; nothing half-written is ever taken for a result.
@@ -23,6 +23,7 @@ from typing import Any
 from stayaligned import notes
 from stayaligned.data import read_examples
 from stayaligned.defenses import ModelPair, TrainingSetup
+from stayaligned.degeneration import Degenerate, Degeneration, signs
 from stayaligned.errors import StayalignedError
 from stayaligned.experiment import Experiment, strings_in
 from stayaligned.files import write_text
@@ -114,6 +115,13 @@ class Run:
         weights = self.patch_keys[-1] if self.patch_keys else self.adapter_key
         return self._key("generate", weights, {"model": e.model}, prompts, tasks, e.generation.model_dump(mode="json"))
 
+    @cached_property
+    def degeneration_key(self) -> str:
+        """What the signs of degeneration depend on."""
+        settings = self.experiment.degeneration or Degeneration()
+        model = {} if settings.perplexity is None else {"model": self.experiment.model}
+        return self._key("degeneration", self.generate_key, settings.model_dump(mode="json"), model)
+
     def judge_key(self, judge: Judge) -> str:
         """What one judge's verdicts depend on."""
         return self._key("judge", self.generate_key, judge.identity())
@@ -122,7 +130,8 @@ class Run:
     def id(self) -> str:
         """The identity of the whole experiment."""
         judges = [self.judge_key(judge) for judge in self.experiment.judges]
-        return self._key("result", self.generate_key, judges, self.experiment.seed)[:20]
+        looked = [] if self.experiment.degeneration is None else [self.degeneration_key]
+        return self._key("result", self.generate_key, judges, self.experiment.seed, *looked)[:20]
 
     def _key(self, *parts: object) -> str:
         return stage_key(parts, self.experiment.seed)
@@ -268,6 +277,36 @@ class Run:
             sets["skills"] = e.skills.load("test")
         return {name: rows[: e.limit] for name, rows in sets.items()}
 
+    def degenerate(self) -> dict[Place, bool | None]:
+        """Whether each answer is no language; empty if the experiment does not look."""
+        settings = self.experiment.degeneration
+        if settings is None:
+            return {}
+
+        def fill(directory: Path) -> None:
+            completions = self.completions()
+            nats: Sequence[float | None] = [None] * len(completions)
+            if settings.perplexity is not None:
+                with self._host_libraries():
+                    nats = self._nats(completions)
+            found = [
+                Degenerate(prompt_set=c.prompt_set, id=c.id, reasons=signs(c.text, settings, each), nats=each)
+                for c, each in zip(completions, nats, strict=True)
+            ]
+            write_jsonl(directory / "degeneration.jsonl", found)
+
+        stage = self.store.compute("degeneration", self.degeneration_key, fill)
+        rows = read_jsonl(stage / "degeneration.jsonl", Degenerate)
+        return {(row.prompt_set, row.id): bool(row.reasons) for row in rows}
+
+    def _nats(self, completions: Sequence[Completion]) -> list[float | None]:
+        """Nats a token of each answer under the aligned model."""
+        from stayaligned.hf import models, perplexity
+
+        model = models.load_finetuned(self.resolved.model, None)
+        say = functools.partial(self.progress, "perplexity")
+        return perplexity.answer_nats(model, models.load_tokenizer(self.resolved.model), completions, progress=say)
+
     def verdicts(self, judge: Judge) -> list[Verdict]:
         """One judge's verdicts on the answers to harmful and benign prompts."""
         return stored_verdicts(
@@ -295,7 +334,7 @@ class Run:
         scores: dict[Place, float | None] = {
             (c.prompt_set, c.id): self._score(c) for c in completions if c.prompt_set not in JUDGED
         }
-        found = measure(completions, verdicts, scores, {})
+        found = measure(completions, verdicts, scores, self.degenerate())
         rows = evidence_text(found.evidence)
         result = Result(
             id=self.id,
@@ -356,6 +395,8 @@ class Run:
         for patch, key in zip(self.experiment.patches, self.patch_keys, strict=True):
             stages[f"patch {patch.name}"] = self.store.directory("patch", key)
         stages["generate"] = self.store.directory("generate", self.generate_key)
+        if self.experiment.degeneration is not None:
+            stages["degeneration"] = self.store.directory("degeneration", self.degeneration_key)
         for judge, name in judge_names(self.experiment.judges).items():
             stages[f"judge {name}"] = self.store.directory("judge", self.judge_key(judge))
         records = {name: json.loads((path / "stage.json").read_text()) for name, path in stages.items()}
