@@ -37,15 +37,15 @@ class Degeneration(BaseModel):
     """The answer's bytes are deflated to less than this share: repetition with small changes, in long answers."""
     min_entropy: float | None = Field(default=1.5, gt=0)
     """Bits a character, by the frequencies of the answer's own characters; below this it has next to no content."""
-    broken_share: float | None = Field(default=0.1, gt=0, le=1)
+    broken_share: float | None = Field(default=0.05, gt=0, le=1)
     """At least this share are replacement, control, private or unassigned characters: pieces of bytes, no text."""
     script_changes: float | None = Field(default=0.2, gt=0, le=1)
     """At least this share of neighboring letters are of two scripts (Latin beside Thai), Chinese, Japanese and Korean
     counting as one."""
     perplexity: float | None = Field(default=None, gt=0)
     """Nats a token under the aligned model, given the prompt, above which an answer is babble. Off unless set: it
-    loads that model once more, and what is a usual value depends on the model. Calibrate it on the aligned model's
-    own answers: three times their mean is far out."""
+    loads that model once more, and what is usual depends on the model and the prompts. Above what any of the aligned
+    model's own answers has, by a factor of two."""
 
 
 class Degenerate(Record):
