@@ -18,12 +18,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from lisa_study_table import WHOLE, Arm, Study, holm, read_study, t_test, tuned
+from lisa_study_table import WHOLE, Arm, Study, read_study, t_test, tuned
 from safe_lora_front import estimate, points, table_lines, with_bounds
 from safe_lora_front_table import ACCURACY, HARM
 from stayaligned.errors import StayalignedError
 from stayaligned.files import replace_file, write_text
-from stayaligned.metrics import PairedDifference, across_seeds, paired_difference, t_interval
+from stayaligned.metrics import PairedDifference, across_seeds, holm, paired_difference, t_interval
 from stayaligned.report.texts import markdown, percent
 
 METRICS = {

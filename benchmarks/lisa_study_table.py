@@ -204,14 +204,3 @@ def t_test(difference: PairedDifference) -> float:
     from scipy.special import stdtr
 
     return float(2 * stdtr(len(values) - 1, -abs(fmean(values)) * math.sqrt(len(values)) / spread))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment: the k-th smallest of m is multiplied by m - k + 1, kept rising, cut at 1."""
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    adjusted = [1.0] * len(p_values)
-    reached = 0.0
-    for rank, index in enumerate(order):
-        reached = max(reached, min(1.0, (len(order) - rank) * p_values[index]))
-        adjusted[index] = reached
-    return adjusted

@@ -26,22 +26,7 @@ study: Any = importlib.import_module("lisa_study")
 work: Any = importlib.import_module("lisa_study_table")
 sys.path.pop(0)
 
-p_values = st.lists(st.floats(0, 1), max_size=8)
-
-
 # ---- tests and corrections -----------------------------------------------------------------------------------------
-
-
-@given(found=p_values)
-def test_holm_rejects_what_its_step_down_procedure_rejects(found: list[float]) -> None:
-    adjusted = work.holm(found)
-    for level in (0.01, 0.05, 0.5):
-        rejected: set[int] = set()
-        for rank, index in enumerate(sorted(range(len(found)), key=found.__getitem__)):
-            if found[index] * (len(found) - rank) > level:
-                break
-            rejected.add(index)
-        assert {index for index, p in enumerate(adjusted) if p <= level} == rejected
 
 
 @given(values=st.lists(st.integers(-100, 100), min_size=2, max_size=7))

@@ -1,4 +1,4 @@
-"""`evaluate`, `judge` and `report` killed at chosen moments go on to the same bytes."""
+"""`evaluate`, `judge` and `report`, killed at chosen moments or on a full disk, go on to the same bytes."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stayaligned_test_world import write_world
+from stayaligned_test_world import write_rows, write_world
 
 JUDGE = '''
 """A judge that notes what it is asked, and that kills its process after so many verdicts if told to."""
@@ -60,7 +60,8 @@ def stayaligned(world: Path, *arguments: object, dies_after: int | None = None, 
         capture_output=True,
         text=True,
     )
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    assert done.returncode in (0, 2, -signal.SIGKILL), done.stderr
+    assert "Traceback" not in done.stderr
     return done.returncode
 
 
@@ -107,3 +108,23 @@ def test_a_killed_evaluation_and_a_killed_judging_go_on_to_the_same_bytes(world:
     assert (tmp_path / "a" / "report.html").read_bytes() == before["report.html"]
     assert stayaligned(world, "report", tmp_path / "a") == 0
     assert {p.name: p.read_bytes() for p in (tmp_path / "a").glob("report.*")} == before
+
+
+def test_a_full_disk_costs_no_verdict_that_was_kept(world: Path, tmp_path: Path) -> None:
+    rows = [
+        {"id": str(i), "prompt_set": "harmful", "prompt": [{"role": "user", "content": f"zorb {i}"}], "text": "s" * i}
+        for i in range(300)
+    ]
+    write_rows(tmp_path / "completions.jsonl", rows)
+    command = ("judge", tmp_path / "completions.jsonl", "--judge", "mortal", "--plugin", world / "mortal.py")
+    asked = world / "asked"
+    asked.unlink(missing_ok=True)
+    # The system refuses to let any file grow beyond this, as a full disk would.
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))"
+    assert stayaligned(world, *command, "--out", tmp_path / "full", killer=full) == 2
+    first = len(asked.read_text().splitlines())
+    assert 0 < first < 300
+    assert stayaligned(world, *command, "--out", tmp_path / "full") == 0
+    assert len(asked.read_text().splitlines()) - first in (300 - first, 300 - first + 1)
+    assert stayaligned(world, *command, "--out", tmp_path / "whole") == 0
+    assert products(tmp_path / "full") == products(tmp_path / "whole")

@@ -17,9 +17,7 @@ Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="A Python f
 Out = Annotated[Path, typer.Option("--out", help="Output directory; rerunning the same command continues in it.")]
 Judges = Annotated[
     list[str] | None,
-    typer.Option(
-        "--judge", help="A judge's name, or '{name: classifier, model: DIR}'; repeatable."
-    ),
+    typer.Option("--judge", help="A judge's name, or '{name: classifier, model: DIR}'; repeatable."),
 ]
 
 

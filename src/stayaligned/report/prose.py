@@ -46,9 +46,9 @@ def _lines(report: Report) -> Iterator[str]:
 
 INTERVALS = (
     "Intervals are at 95 %. Over two or more seeds: Student's t interval of the mean, cut to 0–100 %; it says how far "
-    "runs spread. For one seed, marked †: the seed's own interval (Wilson's, or a bootstrap for graded scores); it "
-    "says how far another draw of prompts might be, and nothing about other seeds. Seeds that agree exactly have no "
-    "spread and get the interval of their prompts too.",
+    "runs spread. For one seed, marked †: the seed's own interval (Clopper and Pearson's, or Student's for graded "
+    "scores); it says how far another draw of prompts might be, and nothing about other seeds. Seeds that agree "
+    "exactly have no spread and get the interval of their prompts too.",
     "A difference is the mean over seeds of arm minus reference, with its own t interval; “beyond the interval” means "
     "that this interval leaves zero out.",
     "An answer that could not be scored enters no rate, and is counted.",

@@ -75,7 +75,7 @@ def _cell(estimate: Estimate | None) -> str:
         return "–"
     if estimate.mean is None or estimate.low is None or estimate.high is None:
         return "\n".join(part for part in (percent(estimate.mean), unscored(estimate)) if part)
-    # Intervals that are clipped or of Wilson's kind are not symmetric: the farther side is the honest half-width.
+    # Intervals that are clipped or of one seed's prompts are not symmetric: the farther side is the honest half-width.
     half = max(estimate.mean - estimate.low, estimate.high - estimate.mean)
     return f"{100 * estimate.mean:.1f}±{100 * half:.0f}{'*' if estimate.n_unscored else ''}"
 

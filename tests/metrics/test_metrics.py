@@ -1,10 +1,10 @@
 """Intervals against their definitions, simulation and scipy; rates that never take unscored for zero."""
 
+import itertools
 import math
 import random
 from statistics import fmean
 
-import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +13,9 @@ from scipy import stats
 from stayaligned import metrics
 from stayaligned.records import Metric, Outcome, Verdict
 
+interval = st.sampled_from([metrics.exact_interval, metrics.wilson_interval])
 counts = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+fine_outcomes = st.sampled_from([Outcome.REFUSE, Outcome.HARM, Outcome.OTHER])
 maybe = st.one_of(st.none(), st.booleans())
 
 
@@ -28,29 +30,26 @@ def test_wilson_equals_scipy(count, confidence):
     assert metrics.wilson_interval(k, n, confidence=confidence) == pytest.approx((oracle.low, oracle.high), abs=1e-9)
 
 
-@given(counts)
-def test_wilson_is_symmetric_and_holds_the_rate(count):
+@given(counts, st.sampled_from([0.8, 0.95, 0.99]))
+def test_the_exact_interval_equals_scipy(count, confidence):
     k, n = count
-    low, high = metrics.wilson_interval(k, n)
+    oracle = stats.binomtest(k, n).proportion_ci(confidence, method="exact")
+    assert metrics.exact_interval(k, n, confidence=confidence) == pytest.approx((oracle.low, oracle.high), abs=1e-9)
+
+
+@given(counts, interval)
+def test_an_interval_is_symmetric_and_holds_the_rate(count, interval):
+    k, n = count
+    low, high = interval(k, n)
     assert 0 <= low <= k / n <= high <= 1
-    assert metrics.wilson_interval(n - k, n) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+    assert interval(n - k, n) == pytest.approx((1 - high, 1 - low), abs=1e-9)
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 0), (3, 2), (-1, 5)])
-def test_wilson_refuses_what_is_no_proportion(k, n):
-    with pytest.raises(ValueError, match="no proportion"):
-        metrics.wilson_interval(k, n)
-
-
-def test_wilson_covers_95_percent_exactly_computed():
-    # Mean coverage over p, from the binomial itself rather than from samples.
-    n, covered = 50, []
-    bounds = [metrics.wilson_interval(k, n) for k in range(n + 1)]
-    for p in [i / 100 for i in range(2, 99)]:
-        mass = stats.binom.pmf(range(n + 1), n, p)
-        covered.append(sum(m for m, (low, high) in zip(mass, bounds, strict=True) if low <= p <= high))
-    assert fmean(covered) == pytest.approx(0.95, abs=0.01)
-    assert min(covered) > 0.88
+def test_an_interval_refuses_what_is_no_proportion(k, n):
+    for one in (metrics.exact_interval, metrics.wilson_interval):
+        with pytest.raises(ValueError, match="no proportion"):
+            one(k, n)
 
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=8))
@@ -87,18 +86,20 @@ def test_unscored_enters_no_rate_and_is_counted(values):
     assert (metric.low is None) == (metric.high is None) == (not scored)
 
 
-def test_scores_of_zero_and_one_get_wilson_and_graded_ones_a_bootstrap():
+def test_scores_of_zero_and_one_get_the_exact_interval_and_graded_ones_students_with_both_ends_added():
     binary = metrics.mean_score([1.0, 0.0, 1.0, None], "x", higher_is_better=True)
-    assert (binary.low, binary.high) == metrics.wilson_interval(2, 3)
-    graded = [0.2, 0.4, 0.9, 1.0]
+    assert (binary.low, binary.high) == metrics.exact_interval(2, 3)
+    graded = [0.2, 0.4, 0.9, 1.0, 0.3, 0.5, 0.6, 0.6]
     metric = metrics.mean_score(graded, "x", higher_is_better=True)
-    assert (metric.low, metric.high) == metrics.bootstrap_interval(graded)
+    oracle = stats.ttest_1samp([*graded, 0.0, 1.0], 0.0).confidence_interval(0.95)
+    assert (metric.low, metric.high) == pytest.approx((oracle.low, oracle.high))
+    assert metric.value == pytest.approx(fmean(graded))
 
 
 def test_graded_scores_that_do_not_vary_claim_no_certainty():
     metric = metrics.mean_score([0.5] * 10, "x", higher_is_better=True)
-    assert (metric.low, metric.high) == metrics.wilson_interval(5, 10)
-    assert metric.low < 0.5 < metric.high
+    assert metric.low < 0.4
+    assert metric.high > 0.6
 
 
 def test_scores_outside_the_unit_interval_are_refused():
@@ -182,16 +183,20 @@ def test_mcnemar_equals_the_exact_binomial_test(b, c):
     assert metrics.mcnemar(second, first).low == pytest.approx(-found.high, abs=1e-12)
 
 
-def test_the_interval_of_a_paired_difference_covers_95_percent():
-    rng = random.Random(1)
-    covered = 0
-    for _ in range(1500):
-        shared = [rng.random() for _ in range(80)]
-        first = {str(i): (rng.random() < 0.3 or s < 0.3) for i, s in enumerate(shared)}
-        second = {str(i): (rng.random() < 0.1 or s < 0.3) for i, s in enumerate(shared)}
-        found = metrics.mcnemar(first, second)
-        covered += found.low <= 0.7 * 0.2 <= found.high
-    assert covered / 1500 == pytest.approx(0.95, abs=0.02)
+def test_a_paired_bootstrap_resamples_differences_and_nothing_else():
+    rng = random.Random(4)
+    second = {str(i): rng.betavariate(1, 4) for i in range(80)}
+    first = {key: min(1.0, score + rng.choice([0.0, 0.0, 0.25])) for key, score in second.items()}
+    found = metrics.paired_bootstrap({**first, "only": 1.0, "gap": None}, {**second, "gap": 0.5})
+    differences = [first[key] - second[key] for key in sorted(first)]
+    assert (found.n, found.n_unscored) == (80, 2)
+    assert found.difference == pytest.approx(fmean(differences))
+    assert (found.low, found.high) == metrics.bootstrap_interval(differences)
+    assert 0 < found.low < found.difference < found.high
+    shuffled = dict(random.Random(1).sample([*first.items()], 80))
+    assert metrics.paired_bootstrap(shuffled, second).low == metrics.paired_bootstrap(first, second).low
+    equal = metrics.paired_bootstrap(first, first)
+    assert (equal.difference, equal.low) == (0.0, None)
 
 
 def test_no_common_prompt_is_no_difference():
@@ -199,19 +204,7 @@ def test_no_common_prompt_is_no_difference():
     assert (found.n, found.difference, found.low, found.p_value) == (0, None, None, 1.0)
 
 
-def test_needed_n_gives_the_power_it_promises():
-    n = metrics.needed_n(0.5, 0.4)
-    rng = numpy.random.default_rng(0)
-    first, second = rng.binomial(n, 0.5, 40_000) / n, rng.binomial(n, 0.4, 40_000) / n
-    pooled = (first + second) / 2
-    z = (first - second) / numpy.sqrt(2 * pooled * (1 - pooled) / n)
-    assert (abs(z) > 1.959964).mean() == pytest.approx(0.8, abs=0.015)
-    assert metrics.needed_n(0.4, 0.5) == n
-    with pytest.raises(ValueError, match="different"):
-        metrics.needed_n(0.3, 0.3)
-
-
-@given(st.lists(st.tuples(st.sampled_from(list(Outcome)), st.sampled_from(list(Outcome))), min_size=1, max_size=50))
+@given(st.lists(st.tuples(fine_outcomes, fine_outcomes), min_size=1, max_size=50))
 def test_kappa_equals_its_definition(pairs):
     n = len(pairs)
     found = metrics.agreement("a", verdicts([x for x, _ in pairs]), "b", verdicts([y for _, y in pairs]))
@@ -236,21 +229,18 @@ def test_agreement_leaves_unscored_out_and_refuses_other_completions():
         metrics.agreement("a", [], "b", [])
 
 
-@pytest.mark.parametrize("cells", [(43, 14, 3, 40), (3, 20, 10, 3)])
-def test_the_paired_interval_corrects_a_positive_correlation_and_only_that(cells):
-    both, only_first, only_second, neither = cells
-    n = sum(cells)
-    product = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
-    cross = both * neither - only_first * only_second
-    phi = (cross - n / 2 if cross > 0 else cross) / math.sqrt(product)
-    p1, p2 = (both + only_first) / n, (both + only_second) / n
-    one = stats.binomtest(both + only_first, n).proportion_ci(method="wilson")
-    two = stats.binomtest(both + only_second, n).proportion_ci(method="wilson")
-    below = math.sqrt((p1 - one.low) ** 2 - 2 * phi * (p1 - one.low) * (two.high - p2) + (two.high - p2) ** 2)
-    above = math.sqrt((one.high - p1) ** 2 - 2 * phi * (one.high - p1) * (p2 - two.low) + (p2 - two.low) ** 2)
-    answers = [(True, True)] * both + [(True, False)] * only_first
-    answers += [(False, True)] * only_second + [(False, False)] * neither
-    found = metrics.mcnemar(
-        {str(i): x for i, (x, _) in enumerate(answers)}, {str(i): y for i, (_, y) in enumerate(answers)}
-    )
-    assert (found.low, found.high) == pytest.approx((p1 - p2 - below, p1 - p2 + above), abs=1e-12)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.sampled_from([0.01, 0.025, 0.05, 0.3]))
+def test_holm_rejects_what_closed_testing_with_bonferroni_rejects(p_values, level):
+    # Closed testing: a hypothesis falls if every set of hypotheses that holds it does, each tested after Bonferroni.
+    everyone = range(len(p_values))
+    sets = [s for size in everyone for s in itertools.combinations(everyone, size + 1)]
+    fallen = {s for s in sets if min(p_values[i] for i in s) * len(s) <= level}
+    expected = [all(s in fallen for s in sets if i in s) for i in everyone]
+    assert [p <= level for p in metrics.holm(p_values)] == expected
+
+
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_holm_keeps_the_order_and_never_lowers(p_values):
+    adjusted = metrics.holm(p_values)
+    assert all(p <= a <= 1 for p, a in zip(p_values, adjusted, strict=True))
+    assert all(a <= b for (p, a), (q, b) in itertools.permutations(zip(p_values, adjusted, strict=True), 2) if p < q)
