@@ -82,9 +82,8 @@ def main() -> None:
     model, tokenizer = load_model(world / "aligned"), load_tokenizer(world / "aligned")
     data = {name: read_examples(str(world / "data" / f"{file}.jsonl"), origin="task") for name, file in FILES.items()}
     started = time.monotonic()
-    answers = [
-        c for name, rows in data.items() for c in complete(model, tokenizer, rows, name, Generation(max_new_tokens=24))
-    ]
+    settings = Generation(max_new_tokens=24)
+    answers = [c for name, rows in data.items() for c in complete(model, tokenizer, rows, name, settings)]
     written = time.monotonic()
     nats = answer_nats(model, tokenizer, answers)
     scored = time.monotonic()
@@ -95,7 +94,8 @@ def main() -> None:
     limit = 2 * max(known)
     print(f"generate {written - started:.2f} s, nats {scored - written:.2f} s, signs {signed - scored:.2f} s")
     print(
-        f"nats a token of the aligned model's answers: mean {sum(known) / len(known):.3f}, most {max(known):.3f}; limit {limit:.3f}"
+        f"nats a token of the aligned model's answers: mean {sum(known) / len(known):.3f}, most {max(known):.3f}; "
+        f"limit {limit:.3f}"
     )
     show("aligned model's answers", [a.text for a in answers], nats, limit)
     rows = [row for rows in data.values() for row in rows] + read_examples(
