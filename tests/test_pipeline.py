@@ -87,7 +87,14 @@ def test_the_output_directory_explains_itself(finished: Path, world: Path) -> No
         Experiment.model_validate(yaml.safe_load((finished / "experiment.yaml").read_text())).spec()
         == result.experiment
     )
-    assert set(result.provenance.stages) == {"data", "train", "patch safe_lora", "generate", "judge keyword"}
+    assert set(result.provenance.stages) == {
+        "data",
+        "train",
+        "patch safe_lora",
+        "generate",
+        "degeneration",
+        "judge keyword",
+    }
     assert all((finished / place / "stage.json").is_file() for place in result.provenance.stages.values())
     assert result.provenance.versions["torch"]
     assert result.provenance.inputs["model"].startswith("sha256:")

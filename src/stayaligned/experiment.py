@@ -26,6 +26,7 @@ from stayaligned import testbed
 from stayaligned.attacks import ATTACKS, Attack
 from stayaligned.component import Component, ComponentError, Registry, did_you_mean
 from stayaligned.defenses import DEFENSES, PatchDefense, TrainingDefense
+from stayaligned.degeneration import Degeneration
 from stayaligned.errors import StayalignedError
 from stayaligned.harness import LmEval
 from stayaligned.hf.generation import Generation
@@ -115,6 +116,8 @@ class Experiment(BaseModel):
     generation: Generation = Generation()
     max_unscored: float = Field(default=0.1, ge=0, le=1)
     """A share of unscored verdicts above this fails the run: its rates would say little."""
+    degeneration: Degeneration | None = Degeneration()
+    """When an answer, to any prompt, counts as no language; null does not look."""
     seed: int = Field(default=0, ge=0)
 
     @property

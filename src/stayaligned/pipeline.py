@@ -1,6 +1,6 @@
 """One experiment as a straight pipe of stages, each a directory keyed by everything that it depends on.
 
-    data ─► train ─► patch … ─► generate ─► judge … ─► result
+    data ─► train ─► patch … ─► generate ─► degeneration, judge … ─► result
 
 A stage that is there is not computed again, so five thresholds train once, a new judge needs no model, and resuming
 is rerunning. A stage appears by one rename when it is complete; nothing half-written is ever taken for a result.
@@ -23,6 +23,7 @@ from typing import Any
 from stayaligned import notes
 from stayaligned.data import read_examples
 from stayaligned.defenses import ModelPair, TrainingSetup
+from stayaligned.degeneration import Degenerate, Degeneration, signs
 from stayaligned.errors import StayalignedError
 from stayaligned.experiment import Experiment, strings_in
 from stayaligned.files import write_text
@@ -124,6 +125,13 @@ class Run:
             "generate", self.weights_key, {"model": e.model}, prompts, tasks, e.generation.model_dump(mode="json")
         )
 
+    @cached_property
+    def degeneration_key(self) -> str:
+        """What the signs of degeneration depend on."""
+        settings = self.experiment.degeneration or Degeneration()
+        model = {} if settings.perplexity is None else {"model": self.experiment.model}
+        return self._key("degeneration", self.generate_key, settings.model_dump(mode="json"), model)
+
     def judge_key(self, judge: Judge) -> str:
         """What one judge's verdicts depend on."""
         return self._key("judge", self.generate_key, judge.identity())
@@ -141,9 +149,9 @@ class Run:
         """The identity of the whole experiment."""
         judges = [self.judge_key(judge) for judge in self.experiment.judges]
         harness = [*self.harness_keys().values()]
-        return self._key("result", self.generate_key, judges, self.experiment.seed, *([harness] if harness else []))[
-            :20
-        ]
+        looked = [] if self.experiment.degeneration is None else [self.degeneration_key]
+        seed = self.experiment.seed
+        return self._key("result", self.generate_key, judges, seed, *([harness] if harness else []), *looked)[:20]
 
     def _key(self, *parts: object) -> str:
         return stage_key(parts, self.experiment.seed)
@@ -304,6 +312,36 @@ class Run:
             sets["skills"] = e.skills.load("test")
         return {name: rows[: e.limit] for name, rows in sets.items()}
 
+    def degenerate(self) -> dict[Place, bool | None]:
+        """Whether each answer is no language; empty if the experiment does not look."""
+        settings = self.experiment.degeneration
+        if settings is None:
+            return {}
+
+        def fill(directory: Path) -> None:
+            completions = self.completions()
+            nats: Sequence[float | None] = [None] * len(completions)
+            if settings.perplexity is not None:
+                with self._host_libraries():
+                    nats = self._nats(completions)
+            found = [
+                Degenerate(prompt_set=c.prompt_set, id=c.id, reasons=signs(c.text, settings, each), nats=each)
+                for c, each in zip(completions, nats, strict=True)
+            ]
+            write_jsonl(directory / "degeneration.jsonl", found)
+
+        stage = self.store.compute("degeneration", self.degeneration_key, fill)
+        rows = read_jsonl(stage / "degeneration.jsonl", Degenerate)
+        return {(row.prompt_set, row.id): bool(row.reasons) for row in rows}
+
+    def _nats(self, completions: Sequence[Completion]) -> list[float | None]:
+        """Nats a token of each answer under the aligned model."""
+        from stayaligned.hf import models, perplexity
+
+        model = models.load_finetuned(self.resolved.model, None)
+        say = functools.partial(self.progress, "perplexity")
+        return perplexity.answer_nats(model, models.load_tokenizer(self.resolved.model), completions, progress=say)
+
     def verdicts(self, judge: Judge) -> list[Verdict]:
         """One judge's verdicts on the answers to harmful and benign prompts."""
         return stored_verdicts(
@@ -333,7 +371,7 @@ class Run:
             (c.prompt_set, c.id): self._score(c) for c in completions if c.prompt_set not in JUDGED
         }
         of_harness = harness_metrics(self.harness.values(self._final_model))
-        found = measure(completions, verdicts, scores, {})
+        found = measure(completions, verdicts, scores, self.degenerate())
         rows = evidence_text(found.evidence)
         result = Result(
             id=self.id,
@@ -396,6 +434,8 @@ class Run:
         for patch, key in zip(self.experiment.patches, self.patch_keys, strict=True):
             stages[f"patch {patch.name}"] = self.store.directory("patch", key)
         stages["generate"] = self.store.directory("generate", self.generate_key)
+        if self.experiment.degeneration is not None:
+            stages["degeneration"] = self.store.directory("degeneration", self.degeneration_key)
         for judge, name in judge_names(self.experiment.judges).items():
             stages[f"judge {name}"] = self.store.directory("judge", self.judge_key(judge))
         stages |= self.harness.directories()

@@ -18,7 +18,7 @@ from stayaligned import testbed
 from stayaligned.errors import StayalignedError
 from stayaligned.files import fingerprint, replace_directory, write_text
 
-StageName = Literal["data", "train", "patch", "generate", "judge", "lm_eval"]
+StageName = Literal["data", "train", "patch", "generate", "degeneration", "judge", "lm_eval"]
 # Raised when a stage's files change their meaning; old ones are then computed again.
 _STAGE_VERSION = 1
 # Settings whose value may be a folder's bare name.

@@ -15,6 +15,7 @@ from stayaligned.defenses import DEFENSES, ModelPair, PatchDefense, TrainingDefe
 from stayaligned.experiment import REGISTRIES
 from stayaligned.records import Completion, Message, Outcome, Verdict
 from stayaligned.testing import write_pico_adapter
+from stayaligned_test_guards import write_guard, write_moderation
 from stayaligned_test_server import Asked, chat_server
 from stayaligned_test_world import write_rows, write_world
 
@@ -45,6 +46,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = write_world(tmp_path_factory.mktemp("world"))
     write_pico_adapter(root / "adapter", root / "aligned", r=2, target_modules=["q_proj", "v_proj"])
     write_classifier(root / "judge")
+    write_moderation(root / "moderation")
+    write_guard(root / "guard", "]", "maybe")
     write_rows(root / "sentences.jsonl", [{"sentence": f"s {i}", "label": i % 2} for i in range(4)])
     write_rows(root / "news.jsonl", [{"text": f"n {i}", "label": i % 4} for i in range(4)])
     write_rows(root / "sums.jsonl", [{"question": f"{i}+1?", "answer": f"so\n#### {i + 1}"} for i in range(4)])
@@ -77,6 +80,10 @@ def needed(world: Path) -> Mapping[str, dict[str, Any]]:
     """The settings without which a component can't work; the rest of it is its defaults."""
     return {
         "classifier": {"model": str(world / "judge")},
+        "beavertails": {"model": str(world / "moderation")},
+        "llama_guard": {"model": str(world / "guard")},
+        "harmbench": {"model": str(world / "guard")},
+        "wildguard": {"model": str(world / "guard")},
         "policy_rubric": {"base_url": SERVER.url, "model": "m"},
         "strong_reject": {"base_url": SERVER.url, "model": "m"},
         "jsonl": {"train": str(world / "train.jsonl"), "test": str(world / "test.jsonl")},

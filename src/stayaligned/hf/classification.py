@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.errors import StayalignedError
+from stayaligned.hf.fitting import Fitted, as_text, by_length, fill, fit, input_room
 from stayaligned.hf.models import load_classifier
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -18,104 +20,119 @@ if TYPE_CHECKING:
 class Reading:
     """What a classifier made of one answer."""
 
-    label: str | None
-    """None where the request alone fills the classifier's input."""
+    labels: tuple[str, ...] | None
+    """The likeliest label, or (multi-label) every one that is flagged; None where the request alone fills the input."""
     confidence: float
-    """Softmax probability of the label."""
+    """Probability of that label; of several, of the likeliest; where none is flagged, 1 - that of the likeliest."""
     was_cut: bool
     """Whether the end of the answer did not fit."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Encoded:
-    inputs: dict[str, Any]
-    was_cut: bool
-
-
 @dataclass(frozen=True)
 class PairClassifier:
-    """A single-label sequence classifier of (request, answer) pairs."""
+    """A sequence classifier of (request, answer) pairs, single-label (softmax) or multi-label (sigmoid)."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     labels: tuple[str, ...]
+    is_multi_label: bool
     max_tokens: int
+    has_padding: bool
+    """Whether the checkpoint itself names a padding token."""
 
     @classmethod
     def load(cls, ref: str | Path) -> PairClassifier:
         """The classifier in a checkpoint directory or of a hub id.
 
         Raises:
-            StayalignedError: if there is none, or it does not choose one of several labels.
+            StayalignedError: if there is none, or it is a regression.
         """
         model, tokenizer = load_classifier(ref)
         config: Any = model.config
-        if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
+        several = config.problem_type == "multi_label_classification"
+        if config.num_labels < (1 if several else 2) or config.problem_type == "regression":
             raise StayalignedError(
-                f"{ref}: the judge must choose one of several labels; this one has {config.num_labels} "
+                f"{ref}: the judge must choose among labels; this one has {config.num_labels} "
                 f"({config.problem_type or 'a score'})",
-                hint="Multi-label and regression models are not supported as judges.",
+                hint="Regression models are not supported as judges.",
             )
-        if tokenizer.pad_token_id is None:
+        has_padding = tokenizer.pad_token_id is not None
+        if not has_padding:
             tokenizer.pad_token = tokenizer.eos_token
         if config.pad_token_id is None:
             # Decoder models read their verdict at the last token that is not this one.
             config.pad_token_id = tokenizer.pad_token_id
-        positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
         labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
-        return cls(model, tokenizer, labels, min(positions, tokenizer.model_max_length))
+        return cls(model, tokenizer, labels, several, input_room(config, tokenizer), has_padding)
 
     def classify(
-        self, pairs: Sequence[tuple[str, str]], *, template: str | None = None, batch_size: int = 32
-    ) -> list[Reading]:
-        """One reading per (request, answer), in order.
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        template: str | None = None,
+        max_tokens: int | None = None,
+        keep_end: bool = True,
+        threshold: float = 0.5,
+        batch_size: int = 32,
+    ) -> Generator[tuple[int, Reading]]:
+        """The place of each (request, answer) with its reading, batch by batch.
 
         Args:
-            pairs: what was asked and what was answered.
+            pairs: what was asked and what was answered; no answer is empty.
             template: the input's text, with `{request}` and `{answer}`; encoded as two segments if not given.
+            max_tokens: of the input; what the model can read if not given, or if it can read less.
+            keep_end: cut a long answer so that what the template writes after it stays; False cuts the input.
+            threshold: probability above which a label of a multi-label classifier is flagged.
             batch_size: inputs at a time; batches are of like length.
         """
         import torch
 
-        encoded = {
-            row: found
-            for row, (request, answer) in enumerate(pairs)
-            if (found := self._encode(request, answer, template)) is not None
-        }
-        rows = sorted(encoded, key=lambda row: -len(encoded[row].inputs["input_ids"]))
-        readings = [Reading(None, 0.0, was_cut=True)] * len(pairs)
-        for start in range(0, len(rows), batch_size):
-            chosen = rows[start : start + batch_size]
-            batch = self.tokenizer.pad([encoded[row].inputs for row in chosen], return_tensors="pt")
+        limit = min(self.max_tokens, max_tokens or self.max_tokens)
+        encoded = [self._encode(request, answer, template, limit, keep_end) for request, answer in pairs]
+        yield from ((row, Reading(None, 0.0, was_cut=True)) for row, found in enumerate(encoded) if found is None)
+        fitted = {row: found for row, found in enumerate(encoded) if found is not None}
+        lengths = [0 if found is None else len(found.inputs["input_ids"]) for found in encoded]
+        for rows in by_length(lengths, [*fitted], batch_size):
+            batch = self.tokenizer.pad([fitted[row].inputs for row in rows], return_tensors="pt")
             with torch.no_grad():
-                logits = self.model(**batch.to(self.model.device)).logits
-            confidences, labels = torch.softmax(logits.float(), dim=-1).max(dim=-1)
-            for row, confidence, label in zip(chosen, confidences.tolist(), labels.tolist(), strict=True):
-                readings[row] = Reading(self.labels[label], confidence, was_cut=encoded[row].was_cut)
-        return readings
+                logits = self.model(**batch.to(self.model.device)).logits.float()
+            yield from (
+                (row, Reading(labels, confidence, was_cut=fitted[row].was_cut))
+                for row, (labels, confidence) in zip(rows, self._read(logits, threshold), strict=True)
+            )
 
-    def _encode(self, request: str, answer: str, template: str | None) -> _Encoded | None:
+    def _read(self, logits: Tensor, threshold: float) -> list[tuple[tuple[str, ...], float]]:
+        """Labels and confidence of each row of (batch, labels)."""
+        import torch
+
+        found: list[tuple[tuple[str, ...], float]] = []
+        for row in (torch.sigmoid(logits) if self.is_multi_label else torch.softmax(logits, dim=-1)).tolist():
+            highest = max(row)
+            if self.is_multi_label:
+                flagged = tuple(label for label, p in zip(self.labels, row, strict=True) if p > threshold)
+                found.append((flagged, highest if flagged else 1 - highest))
+            else:
+                found.append(((self.labels[row.index(highest)],), highest))
+        return found
+
+    def _encode(self, request: str, answer: str, template: str | None, limit: int, keep_end: bool) -> Fitted | None:
         """The input, with the answer cut to what fits; None if nothing of it does."""
 
-        def encode(text: str) -> Any:
+        def encode(text: str) -> dict[str, Any]:
             if template is None:
-                return self.tokenizer(request, text, verbose=False)
-            # Not str.format: a template's own text may hold braces.
-            before, _, after = template.partition("{answer}")
-            filled = before.replace("{request}", request) + text + after.replace("{request}", request)
-            return self.tokenizer(filled, verbose=False)
+                return dict(self.tokenizer(request, text, verbose=False))
+            return dict(self.tokenizer(fill(template, request, text), verbose=False))
 
-        found = encode(answer)
-        excess = len(found["input_ids"]) - self.max_tokens
-        if excess <= 0:
-            return _Encoded(dict(found), was_cut=False)
-        offsets = self.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ends = [end for _, end in offsets["offset_mapping"]]
-        kept = len(ends) - excess
-        while kept > 0:
-            found = encode(answer[: ends[kept - 1]])
-            excess = len(found["input_ids"]) - self.max_tokens
-            if excess <= 0:
-                return _Encoded(dict(found), was_cut=True)
-            kept -= excess
-        return None
+        if keep_end:
+            return fit(self.tokenizer, encode, answer, limit)
+        request, answer = as_text(self.tokenizer, request), as_text(self.tokenizer, answer)
+        found, without_answer = encode(answer), encode("")
+        ids: list[int] = found["input_ids"]
+        if len(ids) <= limit:
+            return Fitted(found, was_cut=False)
+        after = len(self.tokenizer((template or "").partition("{answer}")[2], add_special_tokens=False)["input_ids"])
+        request_ids = without_answer["input_ids"][: len(without_answer["input_ids"]) - after]
+        if ids[:limit] == request_ids[:limit]:
+            return None
+        # What follows the answer may go without a word; it is no part of it.
+        return Fitted({key: value[:limit] for key, value in found.items()}, was_cut=len(ids) - after > limit)

@@ -84,18 +84,34 @@ def generate(
     Raises:
         StayalignedError: if a prompt leaves no room for an answer in the model's context.
     """
+    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    return generate_after(model, tokenizer, prompt_ids, settings, progress=progress)
+
+
+def generate_after(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[list[int]],
+    settings: Generation,
+    *,
+    progress: Callable[[float], None] | None = None,
+) -> list[Generated]:
+    """`generate`, of prompts that are token ids already: of guards, whose prompts follow no chat template.
+
+    Raises:
+        StayalignedError: as `generate`.
+    """
     import torch
 
-    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     host = _host(model)
     _refuse_too_long(host, prompt_ids, settings.max_new_tokens)
     keys = _sampling_keys(prompt_ids, settings.seed)
     end_ids = _end_ids(host, tokenizer)
     pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else end_ids[0]
-    answers: list[Generated | None] = [None] * len(prompts)
+    answers: list[Generated | None] = [None] * len(prompt_ids)
     done = 0
     with torch.no_grad(), _bare(host, settings, end_ids, pad_id):
-        together = len(prompts) < 2 or _pads_are_ignored(host, min(prompt_ids, key=len)[-_PROBE_TOKENS:], pad_id)
+        together = len(prompt_ids) < 2 or _pads_are_ignored(host, min(prompt_ids, key=len)[-_PROBE_TOKENS:], pad_id)
         if not together:
             _say_slow(type(host).__name__)
         for rows in _batches([len(ids) for ids in prompt_ids], settings, together=together):
@@ -104,7 +120,7 @@ def generate(
                 answers[row] = _cut(tokenizer, tokens, end_ids)
             done += len(rows)
             if progress is not None:
-                progress(done / len(prompts))
+                progress(done / len(prompt_ids))
     return [answer for answer in answers if answer is not None]
 
 

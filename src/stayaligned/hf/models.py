@@ -149,6 +149,19 @@ def load_classifier(ref: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeniz
     return _placed(_whole(AutoModelForSequenceClassification, ref, dtype="auto")), tokenizer
 
 
+def load_guard(ref: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model that judges, and its tokenizer: on the accelerator if there is one.
+
+    Raises:
+        StayalignedError: if there is no such checkpoint, or it is not one that can be loaded safely.
+    """
+    from transformers import AutoTokenizer
+
+    _require_checkpoint(ref)
+    tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer, ref, "tokenizer")
+    return _placed(load_model(ref)), tokenizer
+
+
 def attach_lora(model: PreTrainedModel, lora: Mapping[str, Any]) -> PeftModel:
     """Add a fresh LoRA adapter; only its weights are trainable.
 
