@@ -76,16 +76,11 @@ def write_classifier(directory: Path) -> None:
     byte_tokenizer().save_pretrained(directory)
 
 
-def needed(world: Path) -> Mapping[str, dict[str, Any]]:
+def needed(kind: str, world: Path) -> Mapping[str, dict[str, Any]]:
     """The settings without which a component can't work; the rest of it is its defaults."""
+    if kind == "judge":
+        return judges_need(world)
     return {
-        "classifier": {"model": str(world / "judge")},
-        "beavertails": {"model": str(world / "moderation")},
-        "llama_guard": {"model": str(world / "guard")},
-        "harmbench": {"model": str(world / "guard")},
-        "wildguard": {"model": str(world / "guard")},
-        "policy_rubric": {"base_url": SERVER.url, "model": "m"},
-        "strong_reject": {"base_url": SERVER.url, "model": "m"},
         "jsonl": {"train": str(world / "train.jsonl"), "test": str(world / "test.jsonl")},
         "sst2": {"train": str(world / "sentences.jsonl"), "test": str(world / "sentences.jsonl")},
         "ag_news": {"train": str(world / "news.jsonl"), "test": str(world / "news.jsonl")},
@@ -103,8 +98,20 @@ def needed(world: Path) -> Mapping[str, dict[str, Any]]:
     }
 
 
+def judges_need(world: Path) -> Mapping[str, dict[str, Any]]:
+    return {
+        "classifier": {"model": str(world / "judge")},
+        "beavertails": {"model": str(world / "moderation")},
+        "llama_guard": {"model": str(world / "guard")},
+        "harmbench": {"model": str(world / "guard")},
+        "wildguard": {"model": str(world / "guard")},
+        "policy_rubric": {"base_url": SERVER.url, "model": "m"},
+        "strong_reject": {"base_url": SERVER.url, "model": "m"},
+    }
+
+
 def make(registry: Registry[Any], name: str, world: Path) -> Any:
-    return registry.parse({"name": name, **needed(world).get(name, {})})
+    return registry.parse({"name": name, **needed(registry.kind, world).get(name, {})})
 
 
 def registry_of(kind: str) -> Registry[Any]:
