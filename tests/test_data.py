@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -294,3 +295,10 @@ def test_the_indexed_search_finds_exactly_what_comparing_all_pairs_finds(left, r
     train = [example(" ".join(words), str(i)) for i, words in enumerate(left)]
     evaluation = [example(" ".join(words), str(j)) for j, words in enumerate(right)]
     assert {o[:2] for o in data.overlap(train, evaluation, similarity=similarity)} == expected
+
+
+def test_half_of_a_surrogate_pair_is_no_text_and_its_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a\\ud800", "completion": "b"}\n')
+    with pytest.raises(StayalignedError, match=r"line 2: `prompt` holds half of a surrogate pair"):
+        data.read_examples(str(path), origin="task")

@@ -21,6 +21,12 @@ def test_equal_and_nearly_equal_prompts_are_told_apart_and_each_counted_once() -
     )
 
 
+def test_prompts_that_are_only_nearly_there_are_not_said_to_be_there() -> None:
+    asked = rows(LONG.replace("again", "soon"), "what is a blick")
+    (said,) = notes.of_overlaps({"training": rows(LONG)}, {"task": asked})
+    assert said == "1 of 2 task prompts nearly stand in the training data (word triples shared: 80% or more)"
+
+
 def test_each_data_set_and_prompt_set_has_its_own_note_and_nothing_shared_has_none() -> None:
     trained = {"training": rows("a b c d"), "alignment": rows("e f g h")}
     asked = {"harmful": rows("a b c d", "e f g h"), "benign": rows("x y z"), "task": rows("a b c d")}

@@ -38,6 +38,7 @@ _HUB = "hf://"
 _COLUMNS = ("id", "prompt", "completion", "category")
 _HUB_OPTIONS = ("split", "config", "revision", "files")
 _FILE_TYPES = (".jsonl", ".json", ".csv")
+_HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
 _log = logging.getLogger(__name__)
 
 
@@ -378,6 +379,10 @@ def _messages(value: Any, where: str) -> list[Message]:
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise StayalignedError(f"{where} is {_kind(value)}, expected text")
+    if _HALF_OF_A_PAIR.search(value):
+        raise StayalignedError(
+            f"{where} holds half of a surrogate pair, which is no text", hint="Repair the JSON's \\u escapes."
+        )
     return value
 
 

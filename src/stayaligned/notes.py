@@ -22,9 +22,12 @@ def of_overlaps(
             pairs = overlap(examples, rows, similarity=_NEAR)
             equal = {pair.evaluation_id for pair in pairs if pair.similarity >= 1}
             near = {pair.evaluation_id for pair in pairs} - equal
-            nearly = f"; {len(near)} more nearly so (word triples shared: {_NEAR:.0%} or more)" if near else ""
-            if equal or near:
-                yield f"{len(equal)} of {len(rows)} {prompt_set} prompts also stand in the {data} data{nearly}"
+            of, triples = f"of {len(rows)} {prompt_set} prompts", f"word triples shared: {_NEAR:.0%} or more"
+            if equal:
+                nearly = f"; {len(near)} more nearly so ({triples})" if near else ""
+                yield f"{len(equal)} {of} also stand in the {data} data{nearly}"
+            elif near:
+                yield f"{len(near)} {of} nearly stand in the {data} data ({triples})"
 
 
 def of_repetitions(completions: Sequence[Completion]) -> Iterable[str]:

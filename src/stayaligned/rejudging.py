@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from stayaligned.degeneration import Degeneration, signs
 from stayaligned.errors import StayalignedError
 from stayaligned.experiment import load_yaml, resolve_references, strings_in
 from stayaligned.files import fingerprint, write_text
@@ -184,6 +185,8 @@ def _write(
     degenerate: dict[Place, bool | None] = {
         (row.prompt_set, row.id): row.degenerate for row in answered.evidence if row.degenerate is not None
     }
+    if answered.result is None:
+        degenerate = {(c.prompt_set, c.id): bool(signs(c.text, Degeneration())) for c in answered.completions}
     found = measure(answered.completions, verdicts, scores, degenerate)
     rows = evidence_text(found.evidence)
     before = answered.result or _nothing_known(source)
@@ -206,6 +209,7 @@ def _write(
             "experiment": {**before.experiment, "judges": [judge.spec() for judge in verdicts]},
             "judges": found.judges,
             "agreements": found.agreements,
+            "scores": before.scores if answered.result else found.scores,
             "samples": found.samples,
             "evidence_sha256": hashlib.sha256(rows.encode()).hexdigest(),
             "provenance": provenance,

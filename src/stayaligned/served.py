@@ -44,7 +44,8 @@ def complete_over_endpoint(
                 id=example.id,
                 prompt_set=prompt_set,
                 prompt=example.prompt,
-                text=answer.text,
+                # JSON can spell half of a surrogate pair, which no file of text can hold.
+                text=answer.text.encode("utf-8", "replace").decode(),
                 reference=example.completion,
                 category=example.category,
                 finished=answer.finished,

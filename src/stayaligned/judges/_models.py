@@ -34,6 +34,7 @@ def empty_verdicts(judge: Judge, completions: Sequence[Completion]) -> Iterable[
 class GuardJudge(Judge):
     """A language model that was trained to answer one fixed question about a request and an answer."""
 
+    uses_torch: ClassVar[bool] = True
     operational: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
     model: str

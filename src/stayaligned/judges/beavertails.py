@@ -32,6 +32,7 @@ class Beavertails(Judge):
     """
 
     name: ClassVar[str] = "beavertails"
+    uses_torch: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2307.04657"
     operational: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 

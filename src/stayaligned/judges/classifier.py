@@ -34,6 +34,7 @@ class Classifier(Judge):
     """
 
     name: ClassVar[str] = "classifier"
+    uses_torch: ClassVar[bool] = True
     operational: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
     model: str
