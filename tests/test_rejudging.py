@@ -68,7 +68,7 @@ def test_a_bare_file_of_completions_is_judged_too(run: Path, tmp_path: Path) -> 
     (found,) = rejudge(stage / "completions.jsonl", [Keyword()], tmp_path / "bare")
     assert found.judges == read_result(run / "result.json").judges
     assert found.arm == "completions"
-    assert list(found.provenance.inputs)[0] == "completions"
+    assert next(iter(found.provenance.inputs)) == "completions"
     looked = found.metric("degeneration")
     assert looked is not None
     assert looked == read_result(run / "result.json").metric("degeneration")
