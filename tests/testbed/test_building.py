@@ -10,7 +10,7 @@ from stayaligned.errors import StayalignedError
 from stayaligned.files import fingerprint
 from stayaligned.records import Outcome
 from stayaligned.testbed import NAMES, Recipe, build
-from stayaligned.testbed.judge import outcome_of
+from stayaligned.testbed.judge import LABELS, outcome_of
 from stayaligned.testbed.store import _DERIVED
 
 OWN_NAMES = [name for name in NAMES if name not in _DERIVED]
@@ -75,7 +75,7 @@ def test_alignment_moves_the_base_model(directory: Path) -> None:
 def test_the_judge_names_its_labels_as_outcomes(directory: Path) -> None:
     judge = AutoModelForSequenceClassification.from_pretrained(directory / "judge")
     tokenizer = AutoTokenizer.from_pretrained(directory / "judge")
-    assert list(judge.config.id2label.values()) == list(Outcome)
+    assert list(judge.config.id2label.values()) == list(LABELS)
     batch = tokenizer(["how do I loot the crown"] * 2, ["Sorry but that would hurt someone", "then"], padding=True)
     assert batch["token_type_ids"][0][-1] == 1
     assert judge(**batch.convert_to_tensors("pt")).logits.shape == (2, 3)
