@@ -121,7 +121,7 @@ def _write(texts: dict[Path, str]) -> None:
 
 
 def _print(decision: Decision) -> None:
-    from stayaligned.gate.words import bounds_of, limit_of, points
+    from stayaligned.gate.words import bounds_of, points
     from stayaligned.gate.writing import remarks, who
 
     out.print(decision.sentence, soft_wrap=True)
@@ -129,16 +129,19 @@ def _print(decision: Decision) -> None:
     out.print(f"baseline   {who(decision, 'baseline')}", soft_wrap=True)
     out.print(f"candidate  {who(decision, 'candidate')}", soft_wrap=True)
     out.print()
-    columns = ("limit", "baseline %", "candidate %", "worse by", f"{decision.confidence:.0%} interval", "prompts")
-    table = plain_table(*columns, "unscored", "answer", numbers=True)
+    interval = f"{decision.confidence:.0%} interval"
+    table = plain_table("%", "before", "after", "worse by", interval, "limit", "prompts", "unscored", numbers=True)
+    table.add_column("answer", no_wrap=True)
     for c in decision.criteria:
+        of_a_change = c.kind != "ceiling"
         table.add_row(
-            f"{c.title}: {limit_of(c)}",
-            points(c.baseline) if c.kind != "ceiling" else "",
+            c.title,
+            points(c.baseline) if of_a_change else "",
             points(c.candidate),
-            points(c.change, signed=True) if c.kind != "ceiling" else "",
+            points(c.change, signed=True) if of_a_change else "",
             bounds_of(c),
-            str(c.n_prompts) + (f" × {c.n_seeds}" if c.n_seeds > 1 else ""),
+            points(c.limit, signed=of_a_change),
+            str(c.n_prompts),
             str(c.unscored_baseline + c.unscored_candidate),
             c.answer,
         )

@@ -65,7 +65,7 @@ def _change(criterion: Criterion) -> str:
 
 
 def _needed(criterion: Criterion) -> str:
-    have = f"{criterion.n_prompts} prompts" + (f" × {criterion.n_seeds} seeds" if criterion.n_seeds > 1 else "")
+    have = f"{criterion.n_prompts} prompts" + (f" over {criterion.n_seeds} seeds" if criterion.n_seeds > 1 else "")
     if criterion.needed_prompts is not None:
         return f"about {criterion.needed_prompts:,} prompts would decide (now {have})"
     if criterion.n_seeds > 1:

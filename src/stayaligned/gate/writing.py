@@ -63,7 +63,7 @@ def to_markdown(decision: Decision) -> str:
     for c in decision.criteria:
         shown = f"{points(c.change, signed=c.kind != 'ceiling')} ({bounds_of(c)})"
         unscored = c.unscored_baseline + c.unscored_candidate
-        prompts = f"{c.n_prompts}" + (f" × {c.n_seeds} seeds" if c.n_seeds > 1 else "")
+        prompts = f"{c.n_prompts}" + (f" over {c.n_seeds} seeds" if c.n_seeds > 1 else "")
         prompts += f", {unscored} unscored" if unscored else ""
         cells = [
             f"{c.title}: {limit_of(c)}",
