@@ -29,6 +29,7 @@ from stayaligned.experiment import Experiment, strings_in
 from stayaligned.files import write_text
 from stayaligned.harness import harness_metrics
 from stayaligned.harnessing import HarnessStages
+from stayaligned.journal import Journal
 from stayaligned.judges import Judge
 from stayaligned.judging import stored_verdicts
 from stayaligned.measuring import JUDGED, Place, judge_names, measure
@@ -121,9 +122,7 @@ class Run:
         named = {"harmful_prompts": e.harmful_prompts, "benign_prompts": e.benign_prompts}
         prompts = {key: p.identity() if isinstance(p, Prompts) else p for key, p in named.items()} | {"limit": e.limit}
         tasks = [t and t.identity() for t in (e.task, e.skills)]
-        return self._key(
-            "generate", self.weights_key, {"model": e.model}, prompts, tasks, e.generation.model_dump(mode="json")
-        )
+        return self._key("generate", self.weights_key, {"model": e.model}, prompts, tasks, e.generation.identity())
 
     @cached_property
     def degeneration_key(self) -> str:
@@ -266,7 +265,14 @@ class Run:
             with self._host_libraries():
                 return self._generate(directory)
 
-        return read_jsonl(self.store.compute("generate", self.generate_key, fill) / "completions.jsonl", Completion)
+        stage = self.store.compute("generate", self.generate_key, fill)
+        self._answers.unlink(missing_ok=True)
+        return read_jsonl(stage / "completions.jsonl", Completion)
+
+    @property
+    def _answers(self) -> Path:
+        """The journal of answers, beside the stage, under a fixed name that a rerun finds."""
+        return self.store.root / "stages" / f".generate-{self.generate_key[:20]}.answers"
 
     def _generate(self, directory: Path) -> Mapping[str, Any]:
         from stayaligned.hf import generation
@@ -275,9 +281,18 @@ class Run:
         e = self.resolved
         model, tokenizer = self._final_model()
         rows: list[Completion] = []
-        for prompt_set, examples in self._prompt_sets().items():
-            say = functools.partial(self.progress, f"generate {prompt_set}")
-            rows += generation.complete(model, tokenizer, examples, prompt_set, e.generation, progress=say)
+        with Journal.open(self._answers, Completion) as journal:
+            for prompt_set, examples in self._prompt_sets().items():
+                rows += generation.complete(
+                    model,
+                    tokenizer,
+                    examples,
+                    prompt_set,
+                    e.generation,
+                    known={row.id: row for row in journal.rows if row.prompt_set == prompt_set},
+                    keep=journal.add,
+                    progress=functools.partial(self.progress, f"generate {prompt_set}"),
+                )
         write_jsonl(directory / "completions.jsonl", rows)
         return {"template_hash": template_hash(tokenizer), "completions": len(rows)}
 

@@ -16,7 +16,7 @@ from stayaligned.results import Evidence, Result, read_evidence, read_result, re
 
 Place = tuple[PromptSet, str]
 
-_FREE_DECODING = frozenset({"batch_tokens", "seed"})
+_FREE_DECODING = frozenset({"memory_mib", "seed"})
 """Settings of `generation` that may differ: how fast, and which sample."""
 _TRAINING_PREFIXES = ("train", "held_out")
 """A task's fields that say what is learned; a candidate may have learned something else."""

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import logging
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from stayaligned.errors import StayalignedError
+from stayaligned.hf.decoding import Limits, answers
 from stayaligned.hf.features import encode_prompt
 from stayaligned.records import Completion, Example, Message, PromptSet
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-
-_log = logging.getLogger(__name__)
-
-_PROBE_TOKENS, _PROBE_PADS = 32, 8
-"""Tokens of a prompt, and of padding before them, with which a model is tried."""
 
 
 class Generation(BaseModel):
@@ -36,12 +27,16 @@ class Generation(BaseModel):
 
     max_new_tokens: int = Field(default=128, ge=1)
     """Tokens after which an answer is cut."""
-    batch_tokens: int = Field(default=16384, ge=1)
-    """Prompts × (longest prompt + max_new_tokens) of one batch: what the key-value cache holds at once."""
+    memory_mib: float = Field(default=4096, gt=0)
+    """What a batch may take beside the weights: cache, activations and logits. One prompt alone is always asked."""
     temperature: float = Field(default=0.0, ge=0)
     """0 takes the likeliest token; above it, samples."""
     seed: int = Field(default=0, ge=0)
     """Of the samples; without meaning at temperature 0."""
+
+    def identity(self) -> dict[str, Any]:
+        """What the answers depend on: all but the memory that they may take."""
+        return self.model_dump(mode="json", exclude={"memory_mib"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,27 +96,58 @@ def generate_after(
     Raises:
         StayalignedError: as `generate`.
     """
-    import torch
+    found = dict(iter_generated(model, tokenizer, prompt_ids, settings, progress=progress))
+    return [found[row] for row in range(len(prompt_ids))]
 
+
+def iter_generated(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[list[int]],
+    settings: Generation,
+    *,
+    rows: Sequence[int] | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Iterator[tuple[int, Generated]]:
+    """Row and answer of each prompt, in the order in which they end; equal greedy prompts are answered once.
+
+    Args:
+        model: as `generate`.
+        tokenizer: as `generate`.
+        prompt_ids: as `generate_after`.
+        settings: as `generate`.
+        rows: the prompts to answer; all if not given. The others still count for what samples depend on.
+        progress: called with the share of them that is done.
+
+    Raises:
+        StayalignedError: as `generate`.
+    """
     host = _host(model)
     _refuse_too_long(host, prompt_ids, settings.max_new_tokens)
     keys = _sampling_keys(prompt_ids, settings.seed)
     end_ids = _end_ids(host, tokenizer)
     pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else end_ids[0]
-    answers: list[Generated | None] = [None] * len(prompt_ids)
+    limits = Limits(
+        max_new_tokens=settings.max_new_tokens,
+        end_ids=tuple(end_ids),
+        pad_id=pad_id,
+        temperature=settings.temperature,
+        memory_bytes=int(settings.memory_mib * 2**20),
+    )
+    asked: dict[object, list[int]] = {}
+    for row in range(len(prompt_ids)) if rows is None else rows:
+        asked.setdefault(row if settings.temperature else tuple(prompt_ids[row]), []).append(row)
+    same = list(asked.values())
     done = 0
-    with torch.no_grad(), _bare(host, settings, end_ids, pad_id):
-        together = len(prompt_ids) < 2 or _pads_are_ignored(host, min(prompt_ids, key=len)[-_PROBE_TOKENS:], pad_id)
-        if not together:
-            _say_slow(type(host).__name__)
-        for rows in _batches([len(ids) for ids in prompt_ids], settings, together=together):
-            written = _answer_batch(host, [prompt_ids[r] for r in rows], [keys[r] for r in rows], settings, pad_id)
-            for row, tokens in zip(rows, written, strict=True):
-                answers[row] = _cut(tokenizer, tokens, end_ids)
-            done += len(rows)
+    with _bare(host, settings, end_ids, pad_id):
+        first = [group[0] for group in same]
+        for place, tokens in answers(host, [prompt_ids[r] for r in first], [keys[r] for r in first], limits):
+            answer = _cut(tokenizer, tokens, end_ids)
+            for row in same[place]:
+                yield row, answer
+            done += len(same[place])
             if progress is not None:
-                progress(done / len(prompt_ids))
-    return [answer for answer in answers if answer is not None]
+                progress(done / sum(map(len, same)))
 
 
 def complete(
@@ -131,12 +157,28 @@ def complete(
     prompt_set: PromptSet,
     settings: Generation,
     *,
+    known: Mapping[str, Completion] | None = None,
+    keep: Callable[[Completion], None] = lambda _completion: None,
     progress: Callable[[float], None] | None = None,
 ) -> list[Completion]:
-    """The model's answer to each example's prompt, as the rows that judges and tasks read; see `generate`."""
-    answers = generate(model, tokenizer, [example.prompt for example in examples], settings, progress=progress)
-    return [
-        Completion(
+    """The model's answer to each example's prompt, as the rows that judges and tasks read; see `generate`.
+
+    Args:
+        model: as `generate`.
+        tokenizer: as `generate`.
+        examples: with ids that differ.
+        prompt_set: what the prompts ask about.
+        settings: as `generate`.
+        known: answers that are there already, by the example's id; these are not written again.
+        keep: called with each new answer as soon as it has ended.
+        progress: called with the share that is done.
+    """
+    found = dict(known or {})
+    prompt_ids = [encode_prompt(tokenizer, example.prompt) for example in examples]
+    rows = [row for row, example in enumerate(examples) if example.id not in found]
+    for row, answer in iter_generated(model, tokenizer, prompt_ids, settings, rows=rows, progress=progress):
+        example = examples[row]
+        found[example.id] = Completion(
             id=example.id,
             prompt_set=prompt_set,
             prompt=example.prompt,
@@ -145,13 +187,8 @@ def complete(
             category=example.category,
             finished=answer.finished,
         )
-        for example, answer in zip(examples, answers, strict=True)
-    ]
-
-
-@cache
-def _say_slow(kind: str) -> None:
-    _log.warning("%s takes padding for text: it answers one prompt at a time", kind)
+        keep(found[example.id])
+    return [found[example.id] for example in examples]
 
 
 def _host(model: Any) -> Any:
@@ -182,101 +219,6 @@ def _bare(host: Any, settings: Generation, end_ids: list[int], pad_id: int) -> G
         host.generation_config = own
         for module in training:
             module.training = True
-
-
-def _answer_batch(
-    host: Any, prompts: Sequence[list[int]], keys: Sequence[str], settings: Generation, pad_id: int
-) -> list[list[int]]:
-    """The tokens written after each prompt, padding included."""
-    from transformers import LogitsProcessorList
-
-    width = max(map(len, prompts))
-    ids, mask = _left_padded(prompts, pad_id, width, host.device)
-    processors = LogitsProcessorList([_GumbelNoise(keys, settings.temperature)] if settings.temperature else [])
-    output = host.generate(input_ids=ids, attention_mask=mask, logits_processor=processors)
-    return output[:, width:].tolist()
-
-
-def _left_padded(prompts: Sequence[list[int]], pad_id: int, width: int, device: Any) -> tuple[Tensor, Tensor]:
-    """(ids, attention mask), both (prompts, width)."""
-    import torch
-
-    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
-    return ids, mask
-
-
-class _GumbelNoise:
-    """Turns greedy decoding into sampling: argmax(logits/T + g) with g standard Gumbel follows softmax(logits/T).
-
-    Every row has its own generator, on the CPU, so a sample depends neither on the batch nor on the device.
-    """
-
-    def __init__(self, keys: Sequence[str], temperature: float) -> None:
-        import torch
-
-        self._temperature = temperature
-        seeds = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") for key in keys]
-        self._generators = [torch.Generator().manual_seed(seed >> 1) for seed in seeds]
-
-    def __call__(self, _input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(batch, vocabulary) logits to perturbed logits."""
-        import torch
-
-        # Minus the logarithm of an exponential variate is a standard Gumbel one.
-        drawn = torch.stack([torch.empty(scores.shape[-1]).exponential_(generator=g) for g in self._generators])
-        noise = -drawn.clamp(min=torch.finfo(torch.float32).tiny).log()
-        return scores.float() / self._temperature + noise.to(scores.device)
-
-
-def _batches(lengths: Sequence[int], settings: Generation, *, together: bool) -> Iterator[list[int]]:
-    """Row numbers in batches within the token budget, the longest prompts first: if memory is short, at once."""
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    while order:
-        fits = max(1, settings.batch_tokens // (lengths[order[0]] + settings.max_new_tokens)) if together else 1
-        yield order[:fits]
-        order = order[fits:]
-
-
-def _pads_are_ignored(host: Any, prompt: list[int], pad_id: int) -> bool:
-    """Whether the next token is the same with padding before the prompt; a short prompt feels it most.
-
-    No gradient may reach the embeddings of the padding (exactly none: what is masked is multiplied by 0), and the
-    logits must agree with those of the prompt alone, up to half of their digits. The first finds a state that takes
-    the padding in, however little; the second one that starts from something else, such as a bias.
-    """
-    import torch
-
-    padded, mask = _left_padded([prompt], pad_id, len(prompt) + _PROBE_PADS, host.device)
-    embedded: list[Tensor] = []
-
-    def follow(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
-
-    hook = host.get_input_embeddings().register_forward_hook(follow)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            logits = host(input_ids=padded, attention_mask=mask, use_cache=False).logits[0, -1].float()
-            reached = torch.autograd.grad(logits.square().sum(), embedded)[0][0].abs().amax(dim=-1)
-    except RuntimeError:  # what can't be differentiated, or takes too much memory for it, can't be vouched for
-        return False
-    finally:
-        hook.remove()
-    if reached[:_PROBE_PADS].ne(0).any() or reached[_PROBE_PADS:].eq(0).all():
-        return False
-    alone, beside = (
-        host.generate(
-            input_ids=padded[:, start:],
-            attention_mask=mask[:, start:],
-            max_new_tokens=1,
-            return_dict_in_generate=True,
-            output_logits=True,
-        ).logits[0]
-        for start in (_PROBE_PADS, 0)
-    )
-    rounding = torch.finfo(host.dtype).eps ** 0.5 * alone.abs().max()
-    return bool((alone - beside).abs().max() <= rounding)
 
 
 def _sampling_keys(prompts: Sequence[Sequence[int]], seed: int) -> list[str]:
