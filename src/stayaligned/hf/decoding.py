@@ -28,6 +28,8 @@ _MOST_ROWS = 256
 """A longer batch is no faster anywhere, and is the longer waited for."""
 _PREFILL_TOKENS = 2048
 """Tokens, padding included, of one piece of a prefill."""
+FIXED_BYTES = 64 << 20
+"""What the libraries themselves take while a batch is computed (48 MiB seen)."""
 _COMPACT_BELOW = 0.85
 """Rows are copied together once no more than this share of them is left."""
 _LOOP_ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
@@ -97,7 +99,7 @@ def _loop(
     """The prompt that each row of the batch answers; None once it has ended."""
     written: list[list[int]] = [[] for _ in prompts]
     with torch.inference_mode():
-        states, logits = _prefilled(host, prompts, limits.pad_id)
+        states, logits = _prefilled(host, prompts, limits.pad_id, limits.max_new_tokens)
     while True:
         chosen = (logits if noise is None else noise(logits)).argmax(dim=-1)
         for row, token in enumerate(chosen.tolist()):
@@ -134,47 +136,33 @@ def _logits(host: Any, ids: Tensor, mask: Tensor, positions: Tensor, states: Any
     ).logits[:, -1]
 
 
-def _prefilled(host: Any, prompts: Sequence[list[int]], pad_id: int) -> tuple[Any, Tensor]:
-    """The cache of all prompts, each ending at the same column, and the logits after them.
+def _prefilled(host: Any, prompts: Sequence[list[int]], pad_id: int, room: int) -> tuple[Any, Tensor]:
+    """The cache of all prompts, each ending at the same column, with room for answers; and the logits after them.
 
     In pieces of like length, longest first as they come: a piece's activations are bounded, and little is computed
-    for padding. The pieces' caches are put together layer by layer, so that one layer at most is there twice.
+    for padding.
     """
     import torch
     from transformers import DynamicCache
 
+    from stayaligned.hf.reserved_cache import Reserved
+
     width = max(map(len, prompts))
-    pieces: list[Any] = []
+    reserved: Reserved | None = None
     logits: list[Tensor] = []
     start = 0
     while start < len(prompts):
-        count = max(1, _PREFILL_TOKENS // len(prompts[start]))
-        piece = prompts[start : start + count]
-        ids, mask = left_padded(piece, pad_id, max(map(len, piece)), host.device)
-        pieces.append(DynamicCache(config=host.config))
-        logits.append(_logits(host, ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0), pieces[-1]))
-        start += count
-    if len(pieces) == 1:
-        return pieces[0], logits[0]
-    whole = DynamicCache(config=host.config)
-    layers: list[Any] = whole.layers
-    for number, layer in enumerate(layers):
-        parts = [piece.layers[number] for piece in pieces]
-        layer.update(_joined([part.keys for part in parts], width), _joined([part.values for part in parts], width))
-        for part in parts:
-            part.keys = part.values = None
-    return whole, torch.cat(logits)
-
-
-def _joined(parts: Sequence[Tensor], width: int) -> Tensor:
-    """(rows, heads, columns, size) each, with zeros on the left up to a common width, one below the other."""
-    rows = sum(part.shape[0] for part in parts)
-    whole = parts[0].new_zeros(rows, parts[0].shape[1], width, parts[0].shape[3])
-    row = 0
-    for part in parts:
-        whole[row : row + part.shape[0], :, width - part.shape[2] :] = part
-        row += part.shape[0]
-    return whole
+        piece = prompts[start : start + max(1, _PREFILL_TOKENS // len(prompts[start]))]
+        columns = max(map(len, piece))
+        ids, mask = left_padded(piece, pad_id, columns, host.device)
+        states = DynamicCache(config=host.config) if reserved is None else reserved.piece(start, len(piece), columns)
+        logits.append(_logits(host, ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0), states))
+        if reserved is None:
+            reserved = Reserved(states, len(prompts), width, room)
+        start += len(piece)
+    if reserved is None:
+        raise ValueError("no prompts")
+    return reserved.whole(), torch.cat(logits)
 
 
 def _by_host(
@@ -241,7 +229,7 @@ class Needs:
     """Bytes that a model takes beside its weights."""
 
     cache: int
-    """A token's keys and values in all layers, and in one more: while a layer's cache grows, it is there twice."""
+    """A token's keys and values in all layers, and in one more: where a layer's cache is copied, it is there twice."""
     activations: int
     """A token in a prefill, which holds one layer's at a time: queries, keys, values and their rotated copies, the
     gated feed-forward's three, and the residual stream in fp32."""
@@ -272,9 +260,9 @@ def _batches(host: Any, lengths: Sequence[int], limits: Limits, manner: Manner) 
         longest = lengths[order[0]]
         # The mask of a prefill is a square.
         row_bytes = (longest + limits.max_new_tokens) * needs.cache + longest**2 + needs.logits
-        once = 0
+        once = FIXED_BYTES
         if manner is Manner.LOOP:
-            once = max(_PREFILL_TOKENS, longest) * needs.activations
+            once += max(_PREFILL_TOKENS, longest) * needs.activations
         else:
             row_bytes += longest * needs.activations
         fits = min(_MOST_ROWS, max(1, (limits.memory_bytes - once) // row_bytes))
