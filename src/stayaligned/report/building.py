@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from stayaligned.errors import StayalignedError
-from stayaligned.metrics import PairedDifference, across_seeds, paired_difference
+from stayaligned.metrics import PairedDifference, across_seeds, exact_interval, paired_difference
 from stayaligned.records import Metric, PromptSet
 from stayaligned.report.background import collect_facts, collect_notes, collect_questions, collect_times
 from stayaligned.report.texts import listed
@@ -21,8 +21,10 @@ from stayaligned.report.training import collect_trainings
 from stayaligned.report.values import (
     KNOWN_METRICS,
     Arm,
+    CategoryRate,
     Difference,
     Estimate,
+    EvidenceRow,
     JudgePair,
     MetricKind,
     ModuleEffect,
@@ -30,19 +32,26 @@ from stayaligned.report.values import (
     Report,
 )
 from stayaligned.report.words import answer, cautions, findings
-from stayaligned.results import JudgeReading, Result
+from stayaligned.results import Evidence, JudgeReading, Result
 
 _CONTROLS = frozenset({"drop", "shrink", "random_subspace"})
 """Patches that use nothing of the alignment's directions; a result may come from where the registry is not."""
 
 
-def build_report(results: Sequence[Result], *, title: str, reference: str | None = None) -> Report:
+def build_report(
+    results: Sequence[Result],
+    *,
+    title: str,
+    reference: str | None = None,
+    evidence: Mapping[str, Sequence[Evidence]] | None = None,
+) -> Report:
     """A comparison of the arms in `results`, each aggregated over its seeds.
 
     Args:
         results: at least one; arms keep the order in which they first appear.
         title: the report's heading.
         reference: the arm that the others are compared with, seed by seed.
+        evidence: the rows behind the results, by a result's id; a result may lack them.
 
     Raises:
         StayalignedError: if there are no results, `reference` is not an arm, or an arm has a seed twice.
@@ -66,6 +75,7 @@ def build_report(results: Sequence[Result], *, title: str, reference: str | None
             else {},
             other_judges=tuple(_other_judges(runs)),
             agreements=tuple(_agreements(runs)),
+            categories=tuple(_categories(runs)),
             patches=tuple(_patches(runs)),
             experiment=runs[0].experiment,
             varies=_varying(runs),
@@ -87,6 +97,12 @@ def build_report(results: Sequence[Result], *, title: str, reference: str | None
         questions=collect_questions(groups),
         facts=collect_facts(results),
         times=collect_times(results),
+        evidence_rows=tuple(
+            EvidenceRow(name, run.seed, row)
+            for name, runs in groups.items()
+            for run in runs
+            for row in (evidence or {}).get(run.id, ())
+        ),
     )
 
 
@@ -293,6 +309,27 @@ def _agreements(runs: Sequence[Result]) -> list[JudgePair]:
             )
         )
     return pairs
+
+
+def _categories(runs: Sequence[Result]) -> list[CategoryRate]:
+    """The primary judge's shares by category; a number on a scale of its own has no exact interval and is left out."""
+    found: dict[tuple[PromptSet, str, str], list[Metric]] = {}
+    for run in runs:
+        for reading in run.judges[0].categories if run.judges else ():
+            for metric in reading.metrics:
+                if metric.scale == (0.0, 1.0) and metric.name in _COUNTED:
+                    found.setdefault((reading.prompt_set, reading.category, metric.name), []).append(metric)
+    rates: list[CategoryRate] = []
+    for (prompt_set, category, name), metrics in found.items():
+        n = sum(metric.n for metric in metrics)
+        count = round(math.fsum(metric.value * metric.n for metric in metrics if metric.value is not None))
+        low, high = exact_interval(count, n) if n else (None, None)
+        rates.append(CategoryRate(prompt_set, category, name, count / n if n else None, n, low, high))
+    return rates
+
+
+_COUNTED = frozenset({"harmful_score", "refusal_rate", "other_rate", "over_refusal", "degeneration"})
+"""Shares of whole answers; a mean of graded scores is no count."""
 
 
 def _patches(runs: Sequence[Result]) -> list[PatchSummary]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from stayaligned.metrics import PairedDifference
 from stayaligned.records import Message, Metric, Outcome, PromptSet
+from stayaligned.results import Evidence
 
 IntervalKind = Literal["seeds", "prompts", "none"]
 """What an interval says: how far seeds spread, how far one seed's prompts do, or that there is none."""
@@ -119,6 +120,31 @@ class JudgePair:
 
 
 @dataclass(frozen=True, slots=True)
+class CategoryRate:
+    """One share of one arm on the prompts of one category, read by the primary judge, pooled over seeds."""
+
+    prompt_set: PromptSet
+    category: str
+    name: str
+    """Of the metric."""
+    value: float | None
+    n: int
+    """Scored answers, summed over seeds."""
+    low: float | None
+    high: float | None
+    """Clopper and Pearson's interval of the pooled counts; it takes answers of several seeds for independent."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvidenceRow:
+    """What was found of one answer of one run."""
+
+    arm: str
+    seed: int
+    evidence: Evidence
+
+
+@dataclass(frozen=True, slots=True)
 class ModuleEffect:
     """What a patch did to one module, averaged over the seeds that have it."""
 
@@ -170,6 +196,7 @@ class Arm:
     """By metric, against the reference; empty for the reference itself."""
     other_judges: tuple[Estimate, ...]
     agreements: tuple[JudgePair, ...]
+    categories: tuple[CategoryRate, ...]
     patches: tuple[PatchSummary, ...]
     experiment: Mapping[str, Any]
     """Configuration of the first seed."""
@@ -242,6 +269,8 @@ class Report:
     questions: tuple[Question, ...]
     facts: tuple[Fact, ...]
     times: tuple[StageTime, ...]
+    evidence_rows: tuple[EvidenceRow, ...]
+    """Every prompt's outcome, as far as the evidence was given; in the order of the arms, seeds and prompts."""
 
     def arm(self, name: str) -> Arm:
         """The arm called `name`, which must be there."""
