@@ -5,15 +5,17 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stayaligned.records import PromptSet
 from stayaligned.report import texts
 from stayaligned.report.prose import INTERVALS
 from stayaligned.report.training import NO_LOSSES
-from stayaligned.report.values import Arm, MetricKind, PatchSummary, Report
+from stayaligned.report.values import Arm, CategoryRate, MetricKind, PatchSummary, Question, Report
 from stayaligned.report.words import NEVER_CLAIMED
+from stayaligned.results import Evidence
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -40,8 +42,8 @@ def html_text(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # Both files are the project's own: they go in as they are, since CSS and scripts know no HTML escapes.
-    script = (_TEMPLATES / "sort.js").read_text(encoding="utf-8")
+    # These files are the project's own: they go in as they are, since CSS and scripts know no HTML escapes.
+    script = "".join((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("sort.js", "answers.js"))
     style = (_TEMPLATES / "style.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("report.html.j2").render(
@@ -58,6 +60,10 @@ def html_text(report: Report) -> str:
         clip=_clip,
         changed=_changed,
         judged_twice=any(arm.agreements or arm.other_judges for arm in report.arms),
+        disputed=_disputed(report),
+        category_columns=_category_columns(report),
+        category_cell=_category_cell,
+        every_answer=Markup(_inert_json(_every_answer(report))),  # noqa: S704
         second_readings=any(arm.other_judges for arm in report.arms),
         **_figures(report),
     )
@@ -121,6 +127,71 @@ def _common_size(report: Report, kind: MetricKind) -> str | None:
     """The sample size that all arms share, to be said once; None where they differ."""
     sizes = {texts.sample_size(arm.estimates[kind.name]) for arm in report.arms if kind.name in arm.estimates}
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def _inert_json(value: object) -> str:
+    """JSON for a script element that is no script: nothing in it can end the element or begin another."""
+    import json
+
+    return json.dumps(value, ensure_ascii=True).replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _every_answer(report: Report) -> dict[str, Any] | None:
+    """Titles and rows of the table of all answers; None where no evidence was given."""
+    if not report.evidence_rows:
+        return None
+    judges = list(dict.fromkeys(judge for row in report.evidence_rows for judge in row.evidence.outcomes))
+    numbers = list(dict.fromkeys(judge for row in report.evidence_rows for judge in row.evidence.judge_scores))
+    outcomes = [*judges, *(f"{judge}: its number" for judge in numbers)]
+    titles = ["prompt", "arm", "seed", "asked for", "category", *outcomes, "score", "degenerate"]
+
+    def outcome(row: Evidence, judge: str) -> str | None:
+        if judge not in row.outcomes:
+            return None
+        found = row.outcomes[judge]
+        return "unscored" if found is None else found.value
+
+    rows = [
+        [
+            texts.one_line(row.evidence.id, 60),
+            texts.one_line(row.arm, 60),
+            row.seed,
+            row.evidence.prompt_set,
+            texts.one_line(row.evidence.category, 60),
+            *(outcome(row.evidence, judge) for judge in judges),
+            *(row.evidence.judge_scores.get(judge) for judge in numbers),
+            row.evidence.score,
+            None if row.evidence.degenerate is None else "yes" if row.evidence.degenerate else "no",
+        ]
+        for row in report.evidence_rows
+    ]
+    return {"columns": [texts.one_line(title, 40) for title in titles], "rows": rows}
+
+
+def _disputed(report: Report) -> list[Question]:
+    """Questions with the answers on which judges differ, as far as the results kept them."""
+    found = [
+        replace(question, answers=tuple(a for a in question.answers if len({*a.outcomes.values()} - {None}) > 1))
+        for question in report.questions
+    ]
+    return [question for question in found if question.answers]
+
+
+def _category_columns(report: Report) -> list[tuple[PromptSet, str, str]]:
+    """(prompt set, category, metric) of the rates that are shown: harm on harmful prompts, refusals of benign ones."""
+    shown = {"harmful": "harmful_score", "benign": "over_refusal"}
+    return list(
+        dict.fromkeys(
+            (rate.prompt_set, rate.category, rate.name)
+            for arm in report.arms
+            for rate in arm.categories
+            if shown.get(rate.prompt_set) == rate.name
+        )
+    )
+
+
+def _category_cell(arm: Arm, column: tuple[PromptSet, str, str]) -> CategoryRate | None:
+    return next((rate for rate in arm.categories if (rate.prompt_set, rate.category, rate.name) == column), None)
 
 
 def _mixture(report: Report) -> list[tuple[Arm, list[tuple[str, str, float]]]]:
