@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from importlib.resources import files
 
 import pytest
 
@@ -136,3 +137,25 @@ def test_text_stands_out_from_its_background(page):
         }"""
     )
     assert ratio >= 4.5
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_axe_finds_no_serious_fault(browser, address, width, scheme):
+    """axe-core's own rules. The page's policy forbids foreign scripts, so this context alone goes around it."""
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=scheme, bypass_csp=True, reduced_motion="reduce"
+    )
+    page = context.new_page()
+    page.goto(address)
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    page.evaluate(files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8"))
+    found = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")
+    context.close()
+    assert len(found["passes"]) > 20  # it looked
+    faults = {
+        fault["id"]: [node["html"][:120] for node in fault["nodes"][:3]]
+        for fault in found["violations"]
+        if fault["impact"] in ("serious", "critical")
+    }
+    assert faults == {}
