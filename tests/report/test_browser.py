@@ -2,13 +2,14 @@
 
 import os
 import shutil
+import time
 from importlib.resources import files
 
 import pytest
 
-from stayaligned.records import Message
+from stayaligned.records import Message, Outcome
 from stayaligned.report import build_report, write_report
-from stayaligned.results import Sample
+from stayaligned.results import Evidence, Sample
 
 pytestmark = pytest.mark.browser
 
@@ -45,8 +46,26 @@ def address(grid_results, tmp_path_factory):
     hostile = Sample(id=ATTACK, prompt_set="harmful", prompt=(Message(role="user", content=ATTACK),), text=ATTACK)
     changes = {"arm": ATTACK, "notes": (ATTACK,), "samples": (hostile,)}
     results = [*grid_results, *(r.model_copy(update=changes) for r in grid_results if r.arm == "Lisa")]
-    write_report(build_report(results, title=f"Grid {ATTACK}", reference="SFT attacked"), directory)
+    evidence = {grid_results[0].id: rows(300)}
+    report = build_report(results, title=f"Grid {ATTACK}", reference="SFT attacked", evidence=evidence)
+    write_report(report, directory)
     return (directory / "report.html").as_uri()
+
+
+def rows(n):
+    """Evidence of n prompts; every seventh id and category is an attack."""
+    return [
+        Evidence(
+            prompt_set="harmful",
+            id=f"{ATTACK} {i}" if i % 7 == 0 else f"prompt {i}",
+            prompt="0" * 16,
+            category=ATTACK if i % 7 == 0 else f"kind {i % 3}",
+            outcomes={"classifier": (Outcome.HARM, Outcome.REFUSE, None)[i % 3], "<b>second</b>": Outcome.OTHER},
+            judge_scores={"rubric": 1 + i % 5} if i % 2 else {},
+            degenerate=i % 11 == 0,
+        )
+        for i in range(n)
+    ]
 
 
 @pytest.fixture(params=[(1280, "light"), (390, "dark")], ids=str)
@@ -70,7 +89,7 @@ def test_the_page_asks_for_nothing_and_runs_nothing_foreign(page):
     page.wait_for_timeout(200)
     assert page.complaints == []
     assert page.locator("img, iframe, object").count() == 0
-    assert page.locator("script").count() == 1
+    assert page.locator("script").evaluate_all("all => all.map(script => script.type)") == ["application/json", ""]
     assert page.get_by_text("onerror=alert(1)").count() > 5  # it is there, as text
 
 
@@ -159,3 +178,94 @@ def test_axe_finds_no_serious_fault(browser, address, width, scheme):
         if fault["impact"] in ("serious", "critical")
     }
     assert faults == {}
+
+
+HOSTILE = [
+    ATTACK,
+    "]]><svg onload=alert(1)>",
+    "\u202eabc\u2066\u0000\u0007\u001b[31m\ufffe\u2028",
+    "</textarea></style><style>*{display:none}</style>",
+    "javascript:alert(1) url(https://example.org/x) @import 'https://example.org/y'",
+    "{{ 7*7 }} {% raw %} ${alert(1)}",
+    "<a href='javascript:alert(1)'>x</a><form action=//example.org><input autofocus onfocus=alert(1)>",
+    '=HYPERLINK("https://example.org")',
+    "a" * 50_000,
+    "<!-- --><iframe srcdoc='<script>alert(1)</script>'></iframe>",
+]
+
+
+def test_two_hundred_hostile_answers_do_nothing(browser, grid_results, tmp_path):
+    """In answers, ids, categories, judges' names and reasons of arms alike: text, and only text."""
+    samples = tuple(
+        Sample(
+            id=f"{HOSTILE[i % 10]}{i}",
+            prompt_set="harmful",
+            category=HOSTILE[(i + 3) % 10][:200],
+            prompt=(Message(role="user", content=HOSTILE[(i + 1) % 10]),),
+            text=HOSTILE[i % 10] * (1 + i % 3),
+            outcomes={HOSTILE[(i + 2) % 8]: Outcome.HARM, "b": Outcome.REFUSE},
+        )
+        for i in range(200)
+    )
+    result = grid_results[0].model_copy(update={"samples": samples})
+    found = [row.model_copy(update={"id": f"{HOSTILE[i % 10]}{i}"}) for i, row in enumerate(rows(200))]
+    write_report(build_report([result], title=HOSTILE[3], evidence={result.id: found}), tmp_path)
+    page = browser.new_page()
+    complaints = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
+    address = (tmp_path / "report.html").as_uri()
+    page.on("request", lambda request: complaints.append(request.url) if request.url != address else None)
+    page.goto(address)
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    page.wait_for_timeout(300)
+    assert complaints == []
+    assert page.locator("img, iframe, object, form, textarea, a[href^='javascript']").count() == 0
+    assert page.locator(".answers li").count() >= 200
+    assert page.locator("style").count() == 1
+    assert page.locator("main").is_visible()
+    page.close()
+
+
+def test_every_answer_is_paged_sorted_and_filtered_without_a_mouse(page):
+    place = page.locator("#every-answer-table")
+    assert place.locator("tbody tr").count() == 100
+    assert "Rows 1 to 100 of 300" in place.inner_text()
+    place.get_by_role("button", name="Next page").focus()
+    page.keyboard.press("Enter")
+    assert "Rows 101 to 200 of 300" in place.inner_text()
+    head = place.get_by_role("columnheader", name="rubric: its number")
+    head.get_by_role("button").focus()
+    page.keyboard.press("Enter")
+    assert head.get_attribute("aria-sort") == "ascending"
+    column = head.evaluate("head => head.cellIndex")
+    first = place.locator(f"tbody tr td:nth-child({column + 1})").all_inner_texts()
+    assert first == sorted(first)
+    assert first[0] == "1"
+    place.get_by_role("searchbox").fill("prompt 29")
+    assert place.locator("tbody tr").count() == len([i for i in range(300) if "29" in f"{i}"[:2] and i % 7])
+    place.get_by_role("searchbox").fill("onerror=alert")
+    assert "of 43" in place.inner_text()
+    assert page.complaints == []
+
+
+def test_ten_thousand_rows_open_and_sort_at_once(browser, grid_results, tmp_path):
+    """The stated 2 s and 1 s, with room for a busy machine; `benchmarks/report.py` measures."""
+    result = grid_results[0]
+    write_report(build_report([result], title="Many", evidence={result.id: rows(10_000)}), tmp_path)
+    page = browser.new_page()
+    started = time.perf_counter()
+    page.goto((tmp_path / "report.html").as_uri())
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    opened = time.perf_counter() - started
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    button = page.locator("#every-answer-table thead button").nth(3)
+    started = time.perf_counter()
+    button.click()
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    ordered = time.perf_counter() - started
+    size = (tmp_path / "report.html").stat().st_size / 2**20
+    print(f"opened in {opened:.2f} s, sorted in {ordered:.2f} s, {size:.1f} MiB")
+    assert "of 10000" in page.locator("#every-answer-table").inner_text()
+    page.close()

@@ -124,7 +124,19 @@ def test_every_table_has_a_caption_and_every_picture_a_description(grid):
 
 
 def test_sections_stand_in_the_order_of_reading(grid):
-    order = ["arms", "differences", "front", "outcomes", "layers", "training", "judges", "disputed", "answers", "again", "reading"]
+    order = [
+        "arms",
+        "differences",
+        "front",
+        "outcomes",
+        "layers",
+        "training",
+        "judges",
+        "disputed",
+        "answers",
+        "again",
+        "reading",
+    ]
     assert re.findall(r'<h2 id="(\w+)"', grid["report.html"]) == ["cautions", *order]
 
 
