@@ -49,7 +49,7 @@ def write_run(directory: Path, rows: Sequence[Evidence], *, seed: int = 0, arm: 
         "model": "m",
         "adapter": None,
         "judges": [{"name": name} for name in judges],
-        "generation": {"max_new_tokens": 8, "batch_tokens": 64},
+        "generation": {"max_new_tokens": 8, "memory_mib": 64},
         "task": {"name": "jsonl", "train": "train.jsonl", "metric": "exact"},
         "seed": seed,
     }

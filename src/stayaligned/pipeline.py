@@ -121,9 +121,7 @@ class Run:
         named = {"harmful_prompts": e.harmful_prompts, "benign_prompts": e.benign_prompts}
         prompts = {key: p.identity() if isinstance(p, Prompts) else p for key, p in named.items()} | {"limit": e.limit}
         tasks = [t and t.identity() for t in (e.task, e.skills)]
-        return self._key(
-            "generate", self.weights_key, {"model": e.model}, prompts, tasks, e.generation.model_dump(mode="json")
-        )
+        return self._key("generate", self.weights_key, {"model": e.model}, prompts, tasks, e.generation.identity())
 
     @cached_property
     def degeneration_key(self) -> str:

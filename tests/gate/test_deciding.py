@@ -169,7 +169,7 @@ def test_model_training_and_speed_may_differ(tmp_path: Path) -> None:
         "adapter": "a",
         "defenses": [{"name": "lisa"}],
         "training": {"max_steps": 3},
-        "generation": {"max_new_tokens": 8, "batch_tokens": 1, "seed": 5},
+        "generation": {"max_new_tokens": 8, "memory_mib": 1, "seed": 5},
         "task": {"name": "jsonl", "train": "mine.jsonl", "metric": "exact"},
     }
     both = sides(tmp_path, rows, rows, {"experiment": free, "seed": 9})

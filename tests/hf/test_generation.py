@@ -1,6 +1,7 @@
 """Answers depend on their prompt alone: not on batch, order, the checkpoint's sampling settings, or markers."""
 
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from pydantic import ValidationError
 from transformers import GenerationConfig
 
 from stayaligned.errors import StayalignedError
+from stayaligned.hf import memory
 from stayaligned.hf.features import encode_prompt
 from stayaligned.hf.generation import Generation, complete, generate
 from stayaligned.hf.models import attach_lora
@@ -27,28 +29,77 @@ def test_batched_answers_equal_one_at_a_time_without_a_cache(architecture):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("batch_tokens", [1, 150, 10_000])
-def test_answers_do_not_depend_on_batch_size_or_order(temperature, batch_tokens):
-    model, tokenizer, asked = sharp(), byte_tokenizer(), prompts()
+@pytest.mark.parametrize("budget", [1, 1 << 18, 1 << 20, 1 << 30])
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])  # one cache of full attention, one of windows
+def test_answers_do_not_depend_on_the_memory_or_the_order(architecture, budget, temperature):
+    model, tokenizer, asked = sharp(architecture), byte_tokenizer(), prompts()
     settings = Generation(max_new_tokens=12, temperature=temperature, seed=3)
     reference = generate(model, tokenizer, asked, settings)
     order = list(range(len(asked)))
     random.Random(1).shuffle(order)
-    other = settings.model_copy(update={"batch_tokens": batch_tokens})
-    shuffled = generate(model, tokenizer, [asked[i] for i in order], other)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("plan", "rows_at_once"):
+            real = getattr(memory, name)
+            patch.setattr(memory, name, lambda host, _budget, *rest, real=real: real(host, budget, *rest))
+        sizes = watch(model)
+        shuffled = generate(model, tokenizer, [asked[i] for i in order], settings)
     assert shuffled == [reference[i] for i in order]
+    assert (max(rows for rows, _ in sizes[3:]) == 1) == (budget == 1)
 
 
-def test_the_token_budget_bounds_every_batch_and_long_prompts_come_first():
-    model, tokenizer, sizes = sharp(), byte_tokenizer(), []
+def watch(model):
+    """The (rows, width) of whatever the model is asked from now on."""
+    sizes = []
     model.register_forward_pre_hook(
         lambda _module, _args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    generate(model, tokenizer, prompts(), Generation(max_new_tokens=4, batch_tokens=200))
-    prefills = [(rows, width) for rows, width in sizes if width > 1][3:]  # after those that try what padding does
-    assert all(rows * (width + 4) <= 200 for rows, width in prefills)
-    assert sum(rows for rows, _ in prefills) == 24
+    return sizes
+
+
+def test_the_budget_bounds_what_is_read_and_held_at_once_and_long_prompts_come_first():
+    model, tokenizer = sharp(), byte_tokenizer()
+    asked_once = list({prompt[0].content: prompt for prompt in prompts(60)}.values())
+    free = generate(model, tokenizer, asked_once, Generation(max_new_tokens=20))
+    model.generation_config.eos_token_id = [
+        1,
+        Counter(token for each in free for token in each.tokens).most_common()[5][0],
+    ]
+    reference = generate(model, tokenizer, asked_once, Generation(max_new_tokens=20))
+    assert 10 < sum(answer.finished for answer in reference) < 50
+    sizes = watch(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "plan", lambda *_: memory.Plan(slots=9, prefill_tokens=200))
+        assert generate(model, tokenizer, asked_once, Generation(max_new_tokens=20)) == reference
+    asked = sizes[3:]  # after those that try what padding does
+    prefills = [(rows, width) for rows, width in asked if width > 1]
+    assert all(rows * width <= 200 for rows, width in prefills)
+    assert sum(rows for rows, _ in prefills) == len(asked_once)
     assert [width for _, width in prefills] == sorted((width for _, width in prefills), reverse=True)
+    written = [rows for rows, width in asked if width == 1]
+    assert max(written) == 9
+    # Ended answers are not written on, and their slots are given away before all have ended.
+    tokens = sum(min(len(answer.tokens) + answer.finished, 20) - 1 for answer in reference)
+    assert sum(written) == tokens
+    assert len(written) < len(asked_once) / 9 * 19 * 0.95
+
+
+def test_a_plan_holds_what_it_says():
+    model = pico_model()  # 2 layers, 2 heads of keys and values, 8 numbers each, 4 bytes
+    costs = memory.Costs.of(model)
+    assert costs.cached_token == 2 * 2 * 2 * 8 * 4
+    for budget in (1 << 18, 1 << 20, 1 << 24):
+        plan = memory.plan(model, budget, 60, 90)
+        held = plan.slots * costs.written_row(90) + plan.prefill_tokens * costs.read_token(60, scores=False)
+        assert held <= budget
+        assert (plan.slots + 1) * costs.written_row(90) > budget * 3 // 4
+
+
+def test_equal_prompts_are_answered_once():
+    model, tokenizer = sharp(), byte_tokenizer()
+    one = generate(model, tokenizer, prompts(3), Generation(max_new_tokens=4))
+    sizes = watch(model)
+    assert generate(model, tokenizer, prompts(3) * 5, Generation(max_new_tokens=4)) == one * 5
+    assert max(rows for rows, _ in sizes) == 3
 
 
 def test_the_checkpoints_own_sampling_settings_do_not_reach_a_greedy_run():
@@ -118,7 +169,7 @@ def test_samples_follow_the_softmax():
         logits = model(torch.tensor([encode_prompt(tokenizer, prompt)])).logits[0, -1]
     expected = torch.softmax(logits / 0.7, dim=-1)
     n = 4000
-    found = generate(model, tokenizer, [prompt] * n, Generation(max_new_tokens=1, temperature=0.7, batch_tokens=10**6))
+    found = generate(model, tokenizer, [prompt] * n, Generation(max_new_tokens=1, temperature=0.7))
     counts = torch.zeros(261)
     for answer in found:
         counts[answer.tokens[0] if answer.tokens else 1] += 1
@@ -140,9 +191,7 @@ def test_completions_carry_what_judges_and_tasks_need():
         Example(id=f"e{i}", prompt=tuple(p), completion=f"r{i}", category="c") for i, p in enumerate(prompts(5))
     ]
     shares = []
-    rows = complete(
-        model, tokenizer, examples, "benign", Generation(max_new_tokens=6, batch_tokens=60), progress=shares.append
-    )
+    rows = complete(model, tokenizer, examples, "benign", Generation(max_new_tokens=6), progress=shares.append)
     answers = generate(model, tokenizer, prompts(5), Generation(max_new_tokens=6))
     for example, row, answer in zip(examples, rows, answers, strict=True):
         assert (row.id, row.prompt, row.reference, row.category) == (
@@ -176,7 +225,7 @@ def test_a_model_that_can_not_end_an_answer_is_refused():
         generate(model, tokenizer, prompts(1), Generation(max_new_tokens=2))
 
 
-@pytest.mark.parametrize("field", [{"max_new_tokens": 0}, {"batch_tokens": 0}, {"temperature": -1}, {"top_p": 0.9}])
+@pytest.mark.parametrize("field", [{"max_new_tokens": 0}, {"memory_mib": 0}, {"temperature": -1}, {"top_p": 0.9}])
 def test_impossible_settings_are_refused(field):
     with pytest.raises(ValidationError, match=next(iter(field))):
         Generation(**field)

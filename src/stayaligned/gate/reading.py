@@ -10,13 +10,14 @@ from typing import Any
 
 from stayaligned.errors import StayalignedError
 from stayaligned.gate.values import Measure
+from stayaligned.hf.generation import Generation
 from stayaligned.judges import JUDGES
 from stayaligned.records import PromptSet
 from stayaligned.results import Evidence, Result, read_evidence, read_result, result_files
 
 Place = tuple[PromptSet, str]
 
-_FREE_DECODING = frozenset({"batch_tokens", "seed"})
+_FREE_DECODING = Generation.operational | {"seed"}
 """Settings of `generation` that may differ: how fast, and which sample."""
 _TRAINING_PREFIXES = ("train", "held_out")
 """A task's fields that say what is learned; a candidate may have learned something else."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -32,16 +32,23 @@ _PROBE_TOKENS, _PROBE_PADS = 32, 8
 class Generation(BaseModel):
     """How answers are written; greedy unless a temperature is set."""
 
+    operational: ClassVar[frozenset[str]] = frozenset({"memory_mib"})
+    """Settings that change no answer: they are no part of what identifies one."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_new_tokens: int = Field(default=128, ge=1)
     """Tokens after which an answer is cut."""
-    batch_tokens: int = Field(default=16384, ge=1)
-    """Prompts × (longest prompt + max_new_tokens) of one batch: what the key-value cache holds at once."""
+    memory_mib: int = Field(default=4096, ge=1)
+    """Beside the weights: as many answers are written at once as fit; one in any case."""
     temperature: float = Field(default=0.0, ge=0)
     """0 takes the likeliest token; above it, samples."""
     seed: int = Field(default=0, ge=0)
     """Of the samples; without meaning at temperature 0."""
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that an answer depends on."""
+        return self.model_dump(mode="json", exclude=set(self.operational))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,17 +115,20 @@ def generate_after(
     keys = _sampling_keys(prompt_ids, settings.seed)
     end_ids = _end_ids(host, tokenizer)
     pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else end_ids[0]
+    # Without noise, equal prompts have equal answers.
+    same: dict[tuple[int, ...], list[int]] = {}
+    for place, ids in enumerate(prompt_ids):
+        same.setdefault((*ids, place) if settings.temperature else tuple(ids), []).append(place)
+    where = list(same.values())
+    asked = [prompt_ids[places[0]] for places in where]
     answers: list[Generated | None] = [None] * len(prompt_ids)
     done = 0
     with torch.no_grad(), _bare(host, settings, end_ids, pad_id):
-        together = len(prompt_ids) < 2 or _pads_are_ignored(host, min(prompt_ids, key=len)[-_PROBE_TOKENS:], pad_id)
-        if not together:
-            _say_slow(type(host).__name__)
-        for rows in _batches([len(ids) for ids in prompt_ids], settings, together=together):
-            written = _answer_batch(host, [prompt_ids[r] for r in rows], [keys[r] for r in rows], settings, pad_id)
-            for row, tokens in zip(rows, written, strict=True):
-                answers[row] = _cut(tokenizer, tokens, end_ids)
-            done += len(rows)
+        for row, tokens in _written(host, asked, [keys[places[0]] for places in where], settings, end_ids, pad_id):
+            answer = _cut(tokenizer, tokens, end_ids)
+            for place in where[row]:
+                answers[place] = answer
+            done += len(where[row])
             if progress is not None:
                 progress(done / len(prompt_ids))
     return [answer for answer in answers if answer is not None]
@@ -184,29 +194,55 @@ def _bare(host: Any, settings: Generation, end_ids: list[int], pad_id: int) -> G
             module.training = True
 
 
+def _written(
+    host: Any, prompts: Sequence[list[int]], keys: Sequence[str], settings: Generation, end_ids: list[int], pad_id: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Each prompt's number and the tokens written after it, in the order in which they end."""
+    from stayaligned.hf.decoding import decode, has_plain_cache
+
+    together = len(prompts) < 2 or _pads_are_ignored(host, min(prompts, key=len)[-_PROBE_TOKENS:], pad_id)
+    if not together:
+        _say_slow(type(host).__name__)
+    if together and prompts and has_plain_cache(host):
+        noise = _Noise(keys, settings.temperature) if settings.temperature else None
+
+        def choose(rows: Sequence[int], logits: Tensor) -> Tensor:
+            return (logits if noise is None else noise.add(rows, logits)).argmax(dim=-1)
+
+        yield from decode(
+            host,
+            prompts,
+            settings.memory_mib << 20,
+            max_new_tokens=settings.max_new_tokens,
+            end_ids=end_ids,
+            pad_id=pad_id,
+            choose=choose,
+        )
+        return
+    for rows in _batches(host, [len(ids) for ids in prompts], settings, together=together):
+        yield from zip(
+            rows,
+            _answer_batch(host, [prompts[r] for r in rows], [keys[r] for r in rows], settings, pad_id),
+            strict=True,
+        )
+
+
 def _answer_batch(
     host: Any, prompts: Sequence[list[int]], keys: Sequence[str], settings: Generation, pad_id: int
 ) -> list[list[int]]:
     """The tokens written after each prompt, padding included."""
     from transformers import LogitsProcessorList
 
+    from stayaligned.hf.decoding import left_padded
+
     width = max(map(len, prompts))
-    ids, mask = _left_padded(prompts, pad_id, width, host.device)
-    processors = LogitsProcessorList([_GumbelNoise(keys, settings.temperature)] if settings.temperature else [])
+    ids, mask = left_padded(prompts, pad_id, width, host.device)
+    processors = LogitsProcessorList([_Noise(keys, settings.temperature)] if settings.temperature else [])
     output = host.generate(input_ids=ids, attention_mask=mask, logits_processor=processors)
     return output[:, width:].tolist()
 
 
-def _left_padded(prompts: Sequence[list[int]], pad_id: int, width: int, device: Any) -> tuple[Tensor, Tensor]:
-    """(ids, attention mask), both (prompts, width)."""
-    import torch
-
-    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
-    return ids, mask
-
-
-class _GumbelNoise:
+class _Noise:
     """Turns greedy decoding into sampling: argmax(logits/T + g) with g standard Gumbel follows softmax(logits/T).
 
     Every row has its own generator, on the CPU, so a sample depends neither on the batch nor on the device.
@@ -219,23 +255,31 @@ class _GumbelNoise:
         seeds = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") for key in keys]
         self._generators = [torch.Generator().manual_seed(seed >> 1) for seed in seeds]
 
-    def __call__(self, _input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(batch, vocabulary) logits to perturbed logits."""
+    def add(self, rows: Sequence[int], logits: Tensor) -> Tensor:
+        """(rows, vocabulary) logits of these of the keys, perturbed."""
         import torch
 
         # Minus the logarithm of an exponential variate is a standard Gumbel one.
-        drawn = torch.stack([torch.empty(scores.shape[-1]).exponential_(generator=g) for g in self._generators])
+        drawn = torch.stack(
+            [torch.empty(logits.shape[-1]).exponential_(generator=self._generators[row]) for row in rows]
+        )
         noise = -drawn.clamp(min=torch.finfo(torch.float32).tiny).log()
-        return scores.float() / self._temperature + noise.to(scores.device)
+        return logits.float() / self._temperature + noise.to(logits.device)
+
+    def __call__(self, _input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`add` to all rows, as transformers calls a processor."""
+        return self.add(range(len(scores)), scores)
 
 
-def _batches(lengths: Sequence[int], settings: Generation, *, together: bool) -> Iterator[list[int]]:
-    """Row numbers in batches within the token budget, the longest prompts first: if memory is short, at once."""
+def _batches(host: Any, lengths: Sequence[int], settings: Generation, *, together: bool) -> Iterator[list[int]]:
+    """Row numbers in batches within the budget, the longest prompts first: if memory is short, at once."""
+    from stayaligned.hf.memory import rows_at_once
+
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     while order:
-        fits = max(1, settings.batch_tokens // (lengths[order[0]] + settings.max_new_tokens)) if together else 1
-        yield order[:fits]
-        order = order[fits:]
+        fits = rows_at_once(host, settings.memory_mib << 20, lengths[order[0]], settings.max_new_tokens)
+        yield order[: fits if together else 1]
+        order = order[fits if together else 1 :]
 
 
 def _pads_are_ignored(host: Any, prompt: list[int], pad_id: int) -> bool:
@@ -247,7 +291,9 @@ def _pads_are_ignored(host: Any, prompt: list[int], pad_id: int) -> bool:
     """
     import torch
 
-    padded, mask = _left_padded([prompt], pad_id, len(prompt) + _PROBE_PADS, host.device)
+    from stayaligned.hf.decoding import left_padded
+
+    padded, mask = left_padded([prompt], pad_id, len(prompt) + _PROBE_PADS, host.device)
     embedded: list[Tensor] = []
 
     def follow(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
