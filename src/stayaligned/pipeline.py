@@ -14,13 +14,14 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from stayaligned import notes
+from stayaligned.answering import Ask, answer_all
 from stayaligned.data import read_examples
 from stayaligned.defenses import ModelPair, TrainingSetup
 from stayaligned.degeneration import Degenerate, Degeneration, signs
@@ -43,6 +44,7 @@ from stayaligned.records import (
     write_jsonl,
 )
 from stayaligned.results import PatchRecord, Provenance, Result, commit, evidence_text, versions, write_result
+from stayaligned.served import complete_over_endpoint
 from stayaligned.store import Store, identify, stage_key
 
 Progress = Callable[[str, float], None]
@@ -189,7 +191,7 @@ class Run:
             return self._train(directory)
 
     def _train(self, directory: Path) -> Mapping[str, Any]:
-        from stayaligned.hf import finetuning, models, watching
+        from stayaligned.hf import finetuning, models, templates, watching
         from stayaligned.hf.features import template_hash
 
         e = self.resolved
@@ -220,6 +222,7 @@ class Run:
         finetuning.save_trained(trainer, directory / self.product)
         if e.lora is None:
             tokenizer.save_pretrained(directory / "model")
+        templates.write_template(tokenizer, directory / self.product)
         write_text(directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
         return {"template_hash": template_hash(tokenizer), "examples": len(examples)}
 
@@ -261,31 +264,63 @@ class Run:
         """The answers of the final model to every prompt set."""
 
         def fill(directory: Path) -> Mapping[str, Any]:
+            if self.experiment.generation.backend == "endpoint":
+                return self._generate(directory, self._ask_endpoint, "server")
             with self._host_libraries():
-                return self._generate(directory)
+                from stayaligned.hf.features import template_hash
 
-        return read_jsonl(self.store.compute("generate", self.generate_key, fill) / "completions.jsonl", Completion)
+                model, tokenizer = self._final_model()
+                ask = functools.partial(self._ask_model, model, tokenizer)
+                return self._generate(directory, ask, template_hash(tokenizer))
 
-    def _generate(self, directory: Path) -> Mapping[str, Any]:
-        from stayaligned.hf import generation
-        from stayaligned.hf.features import template_hash
+        stage = self.store.compute("generate", self.generate_key, fill)
+        self._answers.unlink(missing_ok=True)  # not before the stage stands
+        return read_jsonl(stage / "completions.jsonl", Completion)
 
-        e = self.resolved
-        model, tokenizer = self._final_model()
-        rows: list[Completion] = []
-        for prompt_set, examples in self._prompt_sets().items():
-            say = functools.partial(self.progress, f"generate {prompt_set}")
-            rows += generation.complete(model, tokenizer, examples, prompt_set, e.generation, progress=say)
+    @property
+    def _answers(self) -> Path:
+        """The journal of answers: beside the stage, under a fixed name that a rerun finds."""
+        return self.store.root / "stages" / f".generate-{self.generate_key[:20]}.answers"
+
+    def _generate(self, directory: Path, ask: Ask, template: str) -> Mapping[str, Any]:
+        rows = answer_all(self._answers, self._prompt_sets(), ask, self.progress)
         write_jsonl(directory / "completions.jsonl", rows)
-        return {"template_hash": template_hash(tokenizer), "completions": len(rows)}
+        return {"template_hash": template, "completions": len(rows)}
+
+    def _ask_model(
+        self, model: Any, tokenizer: Any, prompt_set: PromptSet, examples: Sequence[Example], known: frozenset[int]
+    ) -> Iterator[tuple[int, Completion]]:
+        from stayaligned.hf.generation import complete_each
+
+        return complete_each(model, tokenizer, examples, prompt_set, self.resolved.generation, without=known)
+
+    def _ask_endpoint(
+        self, prompt_set: PromptSet, examples: Sequence[Example], known: frozenset[int]
+    ) -> Iterator[tuple[int, Completion]]:
+        settings = self.resolved.generation
+        if settings.endpoint is None:
+            raise StayalignedError("generation.endpoint: names no server", hint="Set its `base_url` and `model`.")
+        places = [index for index in range(len(examples)) if index not in known]
+        for index, completion in complete_over_endpoint(
+            settings.endpoint,
+            [examples[place] for place in places],
+            prompt_set,
+            max_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=settings.seed if settings.temperature else None,
+        ):
+            yield places[index], completion
 
     def _final_model(self) -> tuple[Any, Any]:
         """The model that is judged, and its tokenizer."""
-        from stayaligned.hf import models
+        from stayaligned.hf import models, templates
 
         e, finetuned = self.resolved, self.finetuned()
         whole = finetuned is not None and self.product == "model"
         tokenizer = models.load_tokenizer(e.model)
+        for place in () if e.other_template else (Path(e.model), finetuned):
+            if place is not None:
+                templates.refuse_other_template(place, tokenizer)
         model = models.load_finetuned(finetuned if whole and finetuned else e.model, None if whole else finetuned)
         return model, tokenizer
 

@@ -17,8 +17,8 @@ from stayaligned.results import Evidence, Result, read_evidence, read_result, re
 
 Place = tuple[PromptSet, str]
 
-_FREE_DECODING = Generation.operational | {"seed"}
-"""Settings of `generation` that may differ: how fast, and which sample."""
+_FREE_DECODING = Generation.operational | {"seed", "endpoint"}
+"""Settings of `generation` that may differ: how fast, which sample, and which model of which server."""
 _TRAINING_PREFIXES = ("train", "held_out")
 """A task's fields that say what is learned; a candidate may have learned something else."""
 

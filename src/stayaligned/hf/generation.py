@@ -10,10 +10,11 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from stayaligned.endpoint import Endpoint
 from stayaligned.errors import StayalignedError
 from stayaligned.hf.features import encode_prompt
 from stayaligned.records import Completion, Example, Message, PromptSet
@@ -39,6 +40,10 @@ class Generation(BaseModel):
 
     max_new_tokens: int = Field(default=128, ge=1)
     """Tokens after which an answer is cut."""
+    backend: Literal["transformers", "endpoint"] = "transformers"
+    """Who writes: the model in this process, or a server that holds it."""
+    endpoint: Endpoint | None = None
+    """The server, for that backend."""
     memory_mib: int = Field(default=4096, ge=1)
     """Beside the weights: as many answers are written at once as fit; one in any case."""
     temperature: float = Field(default=0.0, ge=0)
@@ -48,7 +53,16 @@ class Generation(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """The settings that an answer depends on."""
-        return self.model_dump(mode="json", exclude=set(self.operational))
+        kept = self.model_dump(mode="json", exclude={*self.operational, "backend", "endpoint"})
+        if self.endpoint is not None:
+            kept["endpoint"] = self.endpoint.model_dump(mode="json", include={"model"})
+        return kept
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Generation:
+        if (self.backend == "endpoint") != (self.endpoint is not None):
+            raise ValueError("`backend: endpoint` and the settings `endpoint:` need each other: give both or neither")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +122,23 @@ def generate_after(
     Raises:
         StayalignedError: as `generate`.
     """
+    answers: list[Generated | None] = [None] * len(prompt_ids)
+    for done, (place, answer) in enumerate(_each(model, tokenizer, prompt_ids, settings), start=1):
+        answers[place] = answer
+        if progress is not None:
+            progress(done / len(prompt_ids))
+    return [answer for answer in answers if answer is not None]
+
+
+def _each(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[list[int]],
+    settings: Generation,
+    *,
+    without: frozenset[int] = frozenset(),
+) -> Iterator[tuple[int, Generated]]:
+    """Each prompt's number and answer, as they end; without some, whose answers are known."""
     import torch
 
     host = _host(model)
@@ -118,20 +149,16 @@ def generate_after(
     # Without noise, equal prompts have equal answers.
     same: dict[tuple[int, ...], list[int]] = {}
     for place, ids in enumerate(prompt_ids):
+        if place in without:
+            continue
         same.setdefault((*ids, place) if settings.temperature else tuple(ids), []).append(place)
     where = list(same.values())
     asked = [prompt_ids[places[0]] for places in where]
-    answers: list[Generated | None] = [None] * len(prompt_ids)
-    done = 0
     with torch.no_grad(), _bare(host, settings, end_ids, pad_id):
         for row, tokens in _written(host, asked, [keys[places[0]] for places in where], settings, end_ids, pad_id):
             answer = _cut(tokenizer, tokens, end_ids)
             for place in where[row]:
-                answers[place] = answer
-            done += len(where[row])
-            if progress is not None:
-                progress(done / len(prompt_ids))
-    return [answer for answer in answers if answer is not None]
+                yield place, answer
 
 
 def complete(
@@ -144,19 +171,42 @@ def complete(
     progress: Callable[[float], None] | None = None,
 ) -> list[Completion]:
     """The model's answer to each example's prompt, as the rows that judges and tasks read; see `generate`."""
-    answers = generate(model, tokenizer, [example.prompt for example in examples], settings, progress=progress)
-    return [
-        Completion(
-            id=example.id,
-            prompt_set=prompt_set,
-            prompt=example.prompt,
-            text=answer.text,
-            reference=example.completion,
-            category=example.category,
-            finished=answer.finished,
+    found: dict[int, Completion] = {}
+    for index, completion in complete_each(model, tokenizer, examples, prompt_set, settings):
+        found[index] = completion
+        if progress is not None:
+            progress(len(found) / len(examples))
+    return [found[index] for index in range(len(examples))]
+
+
+def complete_each(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    prompt_set: PromptSet,
+    settings: Generation,
+    *,
+    without: frozenset[int] = frozenset(),
+) -> Iterator[tuple[int, Completion]]:
+    """Each example's number with its completion, as they end; without some, whose completions are known.
+
+    Those left out count where samples of equal prompts are told apart: the others are as if none were left out.
+    """
+    prompt_ids = [encode_prompt(tokenizer, example.prompt) for example in examples]
+    for index, answer in _each(model, tokenizer, prompt_ids, settings, without=without):
+        example = examples[index]
+        yield (
+            index,
+            Completion(
+                id=example.id,
+                prompt_set=prompt_set,
+                prompt=example.prompt,
+                text=answer.text,
+                reference=example.completion,
+                category=example.category,
+                finished=answer.finished,
+            ),
         )
-        for example, answer in zip(examples, answers, strict=True)
-    ]
 
 
 @cache

@@ -8,6 +8,8 @@ from typing import Any
 
 _READING_SHARE = 4
 """1 in so many bytes is for the prompts that are being read; the rest is for the answers that are being written."""
+_ALLOCATOR_SHARE = 8
+"""1 in so many bytes is left to the allocator, which does not give back all that it took."""
 _MOST_READ = 2048
 """Tokens that are read at once at most: more of them make it no faster."""
 
@@ -90,6 +92,7 @@ def plan(host: Any, budget: int, width: int, columns: int) -> Plan:
         columns: tokens of a row of the cache.
     """
     costs = Costs.of(host)
+    budget -= budget // _ALLOCATOR_SHARE
     reading = budget // _READING_SHARE
     tokens = reading // costs.read_token(width, scores=_keeps_scores(host))
     return Plan(max(1, (budget - reading) // costs.written_row(columns)), max(1, min(tokens, _MOST_READ)))
@@ -98,6 +101,7 @@ def plan(host: Any, budget: int, width: int, columns: int) -> Plan:
 def rows_at_once(host: Any, budget: int, width: int, max_new_tokens: int) -> int:
     """Rows that transformers' own loop may be given: it reads all of them at once, and grows its cache by copying."""
     costs = Costs.of(host)
+    budget -= budget // _ALLOCATOR_SHARE
     read = width * (costs.read_token(width, scores=_keeps_scores(host)) - costs.cached_token)
     return max(1, budget // (read + costs.written_row(width + max_new_tokens)))
 
