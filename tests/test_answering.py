@@ -78,7 +78,11 @@ def test_a_server_answers_in_place_of_the_model_and_only_what_is_lacking(tmp_pat
         served = {"base_url": asked.url, "model": "served", "attempts": 1, "backoff_seconds": 0, "concurrency": 1}
         changes = {
             "generation": {"max_new_tokens": 7, "backend": "endpoint", "endpoint": served},
-            "training": None, "task": None, "attack": None, "alignment_data": None, "base_model": None,
+            "training": None,
+            "task": None,
+            "attack": None,
+            "alignment_data": None,
+            "base_model": None,
         }
         run = Run(Experiment.model_validate(experiment(world, **changes)), Store(tmp_path / "out"))
         with pytest.raises(StayalignedError, match="gave no answer to 1 of 6 harmful prompts"):

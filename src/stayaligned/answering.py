@@ -6,11 +6,15 @@ import contextlib
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from stayaligned.endpoint import Endpoint
 from stayaligned.files import writable
+from stayaligned.hf.generation import Generation, complete_each
 from stayaligned.records import Completion, Example, PromptSet
+from stayaligned.served import complete_over_endpoint
 
 Progress = Callable[[str, float], None]
 Ask = Callable[[PromptSet, Sequence[Example], frozenset[int]], Iterator[tuple[int, Completion]]]
@@ -73,6 +77,37 @@ class Journal:
         line = _Line(index=index, completion=completion).model_dump_json().encode() + b"\n"
         while line:  # a disk that fills up may take a part
             line = line[os.write(self._descriptor, line) :]
+
+
+def ask_model(model: Any, tokenizer: Any, settings: Generation) -> Ask:
+    """Asks a model in this process; see `stayaligned.hf.generation.generate`."""
+
+    def ask(
+        prompt_set: PromptSet, examples: Sequence[Example], known: frozenset[int]
+    ) -> Iterator[tuple[int, Completion]]:
+        return complete_each(model, tokenizer, examples, prompt_set, settings, without=known)
+
+    return ask
+
+
+def ask_server(settings: Generation, endpoint: Endpoint) -> Ask:
+    """Asks a model that a server holds; see `stayaligned.served.complete_over_endpoint`."""
+
+    def ask(
+        prompt_set: PromptSet, examples: Sequence[Example], known: frozenset[int]
+    ) -> Iterator[tuple[int, Completion]]:
+        places = [index for index in range(len(examples)) if index not in known]
+        for index, completion in complete_over_endpoint(
+            endpoint,
+            [examples[place] for place in places],
+            prompt_set,
+            max_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=settings.seed if settings.temperature else None,
+        ):
+            yield places[index], completion
+
+    return ask
 
 
 def answer_all(

@@ -14,14 +14,14 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from stayaligned import notes
-from stayaligned.answering import Ask, answer_all
+from stayaligned.answering import Ask, answer_all, ask_model, ask_server
 from stayaligned.data import read_examples
 from stayaligned.defenses import ModelPair, TrainingSetup
 from stayaligned.degeneration import Degenerate, Degeneration, signs
@@ -44,7 +44,6 @@ from stayaligned.records import (
     write_jsonl,
 )
 from stayaligned.results import PatchRecord, Provenance, Result, commit, evidence_text, versions, write_result
-from stayaligned.served import complete_over_endpoint
 from stayaligned.store import Store, identify, stage_key
 
 Progress = Callable[[str, float], None]
@@ -264,14 +263,14 @@ class Run:
         """The answers of the final model to every prompt set."""
 
         def fill(directory: Path) -> Mapping[str, Any]:
-            if self.experiment.generation.backend == "endpoint":
-                return self._generate(directory, self._ask_endpoint, "server")
+            settings = self.resolved.generation
+            if settings.endpoint is not None:
+                return self._generate(directory, ask_server(settings, settings.endpoint), "server")
             with self._host_libraries():
                 from stayaligned.hf.features import template_hash
 
                 model, tokenizer = self._final_model()
-                ask = functools.partial(self._ask_model, model, tokenizer)
-                return self._generate(directory, ask, template_hash(tokenizer))
+                return self._generate(directory, ask_model(model, tokenizer, settings), template_hash(tokenizer))
 
         stage = self.store.compute("generate", self.generate_key, fill)
         self._answers.unlink(missing_ok=True)  # not before the stage stands
@@ -286,30 +285,6 @@ class Run:
         rows = answer_all(self._answers, self._prompt_sets(), ask, self.progress)
         write_jsonl(directory / "completions.jsonl", rows)
         return {"template_hash": template, "completions": len(rows)}
-
-    def _ask_model(
-        self, model: Any, tokenizer: Any, prompt_set: PromptSet, examples: Sequence[Example], known: frozenset[int]
-    ) -> Iterator[tuple[int, Completion]]:
-        from stayaligned.hf.generation import complete_each
-
-        return complete_each(model, tokenizer, examples, prompt_set, self.resolved.generation, without=known)
-
-    def _ask_endpoint(
-        self, prompt_set: PromptSet, examples: Sequence[Example], known: frozenset[int]
-    ) -> Iterator[tuple[int, Completion]]:
-        settings = self.resolved.generation
-        if settings.endpoint is None:
-            raise StayalignedError("generation.endpoint: names no server", hint="Set its `base_url` and `model`.")
-        places = [index for index in range(len(examples)) if index not in known]
-        for index, completion in complete_over_endpoint(
-            settings.endpoint,
-            [examples[place] for place in places],
-            prompt_set,
-            max_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            seed=settings.seed if settings.temperature else None,
-        ):
-            yield places[index], completion
 
     def _final_model(self) -> tuple[Any, Any]:
         """The model that is judged, and its tokenizer."""
