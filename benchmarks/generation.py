@@ -1,10 +1,10 @@
-"""Answers a second, batched, against one prompt at a time as the papers' code asks; and memory against its budget.
+"""Answers a second: many at once, against one prompt at a time as the papers' code asks; and the memory they take.
 
     python benchmarks/generation.py
 
 The same greedy tokens are asserted. A random Llama of the testbed's size, 200 prompts of unequal length, at most 24 new
-tokens each, about half of the answers ending before, one CPU thread. Both ways in turn, five times, after a warm-up.
-Memory: the growth of the process at its peak, in processes of their own, with a model whose cache is what counts.
+tokens each, about half of the answers ending before, one CPU thread. Runs of both in turn, after a warm-up. Then the
+growth of fresh processes that answer 400 prompts with a larger model under two budgets (Linux).
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,9 +32,10 @@ from stayaligned.records import Message
 from stayaligned.testing import byte_tokenizer, pico_model
 
 PROMPTS = 200
-RUNS = 5
-BUDGETS_MIB = (128, 512, 1024)
 NEW_TOKENS = 24
+RUNS = 5
+BUDGETS = (48, 192)
+"""MiB."""
 FREQUENT_TOKEN = 40
 """Ends answers as well: this model writes it in about half of them."""
 
@@ -60,72 +61,72 @@ def one_at_a_time(
     return answers
 
 
-def model_of(**sizes: int) -> PreTrainedModel:
-    """A random Llama; large weights set the logits apart (rounding can't decide a token) and make the text vary."""
+def model_and_prompts(count: int, **sizes: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[list[Message]]]:
+    """A random Llama whose answers vary and can't be swayed by rounding, and prompts of unequal length."""
+    rng = random.Random(0)
+    # Large weights set the logits apart (rounding can't decide a token) and make the text vary.
     model = pico_model(**sizes, initializer_range=0.1)
+    tokenizer = byte_tokenizer()
     torch.manual_seed(0)
     torch.nn.init.normal_(model.lm_head.weight, std=0.5)
-    return model
-
-
-def random_prompts(n: int, shortest: int, longest: int) -> list[list[Message]]:
-    rng = random.Random(0)
-    texts = ("".join(rng.choices("abcdefgh ", k=rng.randint(shortest, longest))) for _ in range(n))
-    return [[Message(role="user", content=text)] for text in texts]
-
-
-def speed() -> None:
-    model = model_of(hidden_size=128, num_hidden_layers=4, num_attention_heads=8, intermediate_size=256)
-    tokenizer = byte_tokenizer()
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, FREQUENT_TOKEN]
-    prompts = random_prompts(PROMPTS, 10, 80)
+    texts = ("".join(rng.choices("abcdefgh ", k=rng.randint(10, 80))) for _ in range(count))
+    return model, tokenizer, [[Message(role="user", content=text)] for text in texts]
+
+
+def compare() -> None:
+    """Both ways in turn; prints one line each."""
+    sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 256}
+    model, tokenizer, prompts = model_and_prompts(PROMPTS, **sizes)
     settings = Generation(max_new_tokens=NEW_TOKENS)
     one_at_a_time(model, tokenizer, prompts[:3])
     generate(model, tokenizer, prompts[:3], settings)
-    ratios: list[float] = []
+    single: list[float] = []
+    batched: list[float] = []
     for _ in range(RUNS):
         started = time.perf_counter()
         published = one_at_a_time(model, tokenizer, prompts)
-        between = time.perf_counter()
-        batched = [answer.tokens for answer in generate(model, tokenizer, prompts, settings)]
-        ended = time.perf_counter()
-        assert batched == published, "batched and single answers differ"
-        ratios.append((between - started) / (ended - between))
-        print(
-            f"{PROMPTS / (between - started):7.1f} answers/s one at a time, {PROMPTS / (ended - between):7.1f} batched"
-        )
-    early = sum(len(tokens) < NEW_TOKENS for tokens in batched)
-    print(f"{PROMPTS} answers, {early} of which end early: the same tokens both ways")
-    print(f"batched: {statistics.median(ratios):.1f} x ({min(ratios):.1f} to {max(ratios):.1f})")
+        single.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        answers = [answer.tokens for answer in generate(model, tokenizer, prompts, settings)]
+        batched.append(time.perf_counter() - started)
+        assert answers == published, "batched and single answers differ"
+    early = sum(len(tokens) < NEW_TOKENS for tokens in answers)
+    ratios = sorted(one / many for one, many in zip(single, batched, strict=True))
+    print(f"{PROMPTS} answers, {early} of which end early: the same tokens both ways, {RUNS} runs")
+    print(f"one prompt at a time: {PROMPTS / statistics.median(single):7.1f} answers/s")
+    print(f"batched:              {PROMPTS / statistics.median(batched):7.1f} answers/s")
+    print(f"ratio: {statistics.median(ratios):.1f} (of the runs: {ratios[0]:.1f} to {ratios[-1]:.1f})")
 
 
-def peak_mib(budget: float) -> float:
-    """Growth of this process while it answers, at its peak."""
-    model = model_of(
-        hidden_size=256, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8, intermediate_size=512
-    )
-    tokenizer = byte_tokenizer()
-    generate(model, tokenizer, random_prompts(2, 10, 20), Generation(max_new_tokens=2))
-    prompts = random_prompts(300, 150, 300)
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    generate(model, tokenizer, prompts, Generation(max_new_tokens=32, memory_mib=budget))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before / 2**20
+def peak(memory_mib: int) -> None:
+    """Print the MiB by which the process grew at most while it answered, after a warm-up of one prompt."""
+    sizes = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8}
+    model, tokenizer, prompts = model_and_prompts(400, **sizes, intermediate_size=1024)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    generate(model, tokenizer, prompts[:1], Generation(max_new_tokens=2))
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # begins the peak anew
+    generate(model, tokenizer, prompts, Generation(max_new_tokens=8, memory_mib=memory_mib))
+    print(f"budget {memory_mib:4d} MiB: {resident('VmHWM') - before:6.1f} MiB more than before at the peak")
+
+
+def resident(name: str) -> float:
+    """MiB of this process, now (VmRSS) or at its peak (VmHWM)."""
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) / 1024
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print one line each."""
     torch.set_num_threads(1)
     if len(sys.argv) > 1:
-        print(peak_mib(float(sys.argv[1])))
+        peak(int(sys.argv[1]))
         return
-    speed()
-    for budget in BUDGETS_MIB:
-        done = subprocess.run(
-            [sys.executable, __file__, str(budget)], capture_output=True, text=True, check=True, env=os.environ
-        )
-        peak = float(done.stdout.split()[-1])
-        print(f"memory_mib {budget:4d}: the process grew by {peak:.0f} MiB at its peak")
-        assert peak <= budget
+    compare()
+    for budget in BUDGETS:
+        subprocess.run([sys.executable, __file__, str(budget)], check=True)
 
 
 if __name__ == "__main__":

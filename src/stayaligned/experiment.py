@@ -83,6 +83,8 @@ class Experiment(BaseModel):
     """Its unaligned ancestor, for defenses that compare the two."""
     adapter: str | None = None
     """A finished PEFT adapter to patch and judge, instead of training one."""
+    other_template: bool = False
+    """Ask a fine-tune although its files name another chat template than the model's tokenizer has."""
     task: TaskField | None = None
     """What the user fine-tunes for; `finetune_accuracy` is measured on its test split."""
     attack: AttackField | None = None
@@ -177,6 +179,11 @@ class Experiment(BaseModel):
                 yield f"defenses: {patch.name} patches LoRA adapters, but `lora: null` trains the full weights"
             if patch.needs_base and self.base_model is None:
                 yield f"base_model: {patch.name} compares the model with its unaligned ancestor; name it"
+        if self.generation.backend == "endpoint" and (self.trains or self.adapter or self.patches or self.lm_eval):
+            yield (
+                "generation.backend: a server answers with its own model: nothing can be trained, patched or measured "
+                "by `lm_eval` here (set `training: null`, and let the server load the adapter)"
+            )
         if self.watch is not None and not self.trains:
             yield "watch: measures while a model trains, but this experiment trains none"
         if not (self.task or self.harmful_prompts or self.benign_prompts or self.skills or self.lm_eval):

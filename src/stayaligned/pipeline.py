@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from stayaligned import notes
+from stayaligned.answering import Ask, answer_all, ask_model, ask_server
 from stayaligned.data import read_examples
 from stayaligned.defenses import ModelPair, TrainingSetup
 from stayaligned.degeneration import Degenerate, Degeneration, signs
@@ -29,7 +30,6 @@ from stayaligned.experiment import Experiment, strings_in
 from stayaligned.files import write_text
 from stayaligned.harness import harness_metrics
 from stayaligned.harnessing import HarnessStages
-from stayaligned.journal import Journal
 from stayaligned.judges import Judge
 from stayaligned.judging import stored_verdicts
 from stayaligned.measuring import JUDGED, Place, judge_names, measure
@@ -190,7 +190,7 @@ class Run:
             return self._train(directory)
 
     def _train(self, directory: Path) -> Mapping[str, Any]:
-        from stayaligned.hf import finetuning, models, watching
+        from stayaligned.hf import finetuning, models, templates, watching
         from stayaligned.hf.features import template_hash
 
         e = self.resolved
@@ -221,6 +221,7 @@ class Run:
         finetuning.save_trained(trainer, directory / self.product)
         if e.lora is None:
             tokenizer.save_pretrained(directory / "model")
+        templates.write_template(tokenizer, directory / self.product)
         write_text(directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
         return {"template_hash": template_hash(tokenizer), "examples": len(examples)}
 
@@ -262,47 +263,39 @@ class Run:
         """The answers of the final model to every prompt set."""
 
         def fill(directory: Path) -> Mapping[str, Any]:
+            settings = self.resolved.generation
+            if settings.endpoint is not None:
+                return self._generate(directory, ask_server(settings, settings.endpoint), "server")
             with self._host_libraries():
-                return self._generate(directory)
+                from stayaligned.hf.features import template_hash
+
+                model, tokenizer = self._final_model()
+                return self._generate(directory, ask_model(model, tokenizer, settings), template_hash(tokenizer))
 
         stage = self.store.compute("generate", self.generate_key, fill)
-        self._answers.unlink(missing_ok=True)
+        self._answers.unlink(missing_ok=True)  # not before the stage stands
         return read_jsonl(stage / "completions.jsonl", Completion)
 
     @property
     def _answers(self) -> Path:
-        """The journal of answers, beside the stage, under a fixed name that a rerun finds."""
+        """The journal of answers: beside the stage, under a fixed name that a rerun finds."""
         return self.store.root / "stages" / f".generate-{self.generate_key[:20]}.answers"
 
-    def _generate(self, directory: Path) -> Mapping[str, Any]:
-        from stayaligned.hf import generation
-        from stayaligned.hf.features import template_hash
-
-        e = self.resolved
-        model, tokenizer = self._final_model()
-        rows: list[Completion] = []
-        with Journal.open(self._answers, Completion) as journal:
-            for prompt_set, examples in self._prompt_sets().items():
-                rows += generation.complete(
-                    model,
-                    tokenizer,
-                    examples,
-                    prompt_set,
-                    e.generation,
-                    known={row.id: row for row in journal.rows if row.prompt_set == prompt_set},
-                    keep=journal.add,
-                    progress=functools.partial(self.progress, f"generate {prompt_set}"),
-                )
+    def _generate(self, directory: Path, ask: Ask, template: str) -> Mapping[str, Any]:
+        rows = answer_all(self._answers, self._prompt_sets(), ask, self.progress)
         write_jsonl(directory / "completions.jsonl", rows)
-        return {"template_hash": template_hash(tokenizer), "completions": len(rows)}
+        return {"template_hash": template, "completions": len(rows)}
 
     def _final_model(self) -> tuple[Any, Any]:
         """The model that is judged, and its tokenizer."""
-        from stayaligned.hf import models
+        from stayaligned.hf import models, templates
 
         e, finetuned = self.resolved, self.finetuned()
         whole = finetuned is not None and self.product == "model"
         tokenizer = models.load_tokenizer(e.model)
+        for place in () if e.other_template else (Path(e.model), finetuned):
+            if place is not None:
+                templates.refuse_other_template(place, tokenizer)
         model = models.load_finetuned(finetuned if whole and finetuned else e.model, None if whole else finetuned)
         return model, tokenizer
 

@@ -1,6 +1,5 @@
 """Answers depend on their prompt alone: not on batch, order, the checkpoint's sampling settings, or markers."""
 
-import inspect
 import random
 from collections import Counter
 
@@ -10,8 +9,7 @@ from pydantic import ValidationError
 from transformers import GenerationConfig
 
 from stayaligned.errors import StayalignedError
-from stayaligned.hf import decoding
-from stayaligned.hf.decoding import Manner, manner_of, needs_of
+from stayaligned.hf import memory
 from stayaligned.hf.features import encode_prompt
 from stayaligned.hf.generation import Generation, complete, generate
 from stayaligned.hf.models import attach_lora
@@ -31,19 +29,26 @@ def test_batched_answers_equal_one_at_a_time_without_a_cache(architecture):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("memory_mib", [1e-6, 64.2, 100])
-def test_answers_do_not_depend_on_batch_size_or_order(temperature, memory_mib):
-    model, tokenizer, asked = sharp(), byte_tokenizer(), prompts()
+@pytest.mark.parametrize("budget", [1, 1 << 18, 1 << 20, 1 << 30])
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])  # one cache of full attention, one of windows
+def test_answers_do_not_depend_on_the_memory_or_the_order(architecture, budget, temperature):
+    model, tokenizer, asked = sharp(architecture), byte_tokenizer(), prompts()
     settings = Generation(max_new_tokens=12, temperature=temperature, seed=3)
     reference = generate(model, tokenizer, asked, settings)
     order = list(range(len(asked)))
     random.Random(1).shuffle(order)
-    other = settings.model_copy(update={"memory_mib": memory_mib})
-    shuffled = generate(model, tokenizer, [asked[i] for i in order], other)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("plan", "rows_at_once"):
+            real = getattr(memory, name)
+            patch.setattr(memory, name, lambda host, _budget, *rest, real=real: real(host, budget, *rest))
+        sizes = watch(model)
+        shuffled = generate(model, tokenizer, [asked[i] for i in order], settings)
     assert shuffled == [reference[i] for i in order]
+    assert (max(rows for rows, _ in sizes[3:]) == 1) == (budget == 1)
 
 
-def seen_by(model):
+def watch(model):
+    """The (rows, width) of whatever the model is asked from now on."""
     sizes = []
     model.register_forward_pre_hook(
         lambda _module, _args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
@@ -51,92 +56,50 @@ def seen_by(model):
     return sizes
 
 
-def test_the_budget_of_memory_bounds_every_batch_and_long_prompts_come_first():
+def test_the_budget_bounds_what_is_read_and_held_at_once_and_long_prompts_come_first():
     model, tokenizer = sharp(), byte_tokenizer()
-    generate(model, tokenizer, prompts(), Generation(max_new_tokens=4))  # and tries what the model can do
-    sizes, needs = seen_by(model), needs_of(model)
-    once = decoding.FIXED_BYTES + 2048 * needs.activations
-    memory = 120_000
-    generate(model, tokenizer, prompts(), Generation(max_new_tokens=4, memory_mib=(memory + once) / 2**20))
-    prefills = [(rows, width) for rows, width in sizes if width > 1]
-    assert len(prefills) > 3
-    assert all(rows * ((width + 4) * needs.cache + width**2 + needs.logits) <= memory for rows, width in prefills)
-    assert sum(rows for rows, _ in prefills) == 24
+    asked_once = list({prompt[0].content: prompt for prompt in prompts(60)}.values())
+    free = generate(model, tokenizer, asked_once, Generation(max_new_tokens=20))
+    model.generation_config.eos_token_id = [
+        1,
+        Counter(token for each in free for token in each.tokens).most_common()[5][0],
+    ]
+    reference = generate(model, tokenizer, asked_once, Generation(max_new_tokens=20))
+    assert 10 < sum(answer.finished for answer in reference) < 50
+    sizes = watch(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "plan", lambda *_: memory.Plan(slots=9, prefill_tokens=200))
+        assert generate(model, tokenizer, asked_once, Generation(max_new_tokens=20)) == reference
+    asked = sizes[3:]  # after those that try what padding does
+    prefills = [(rows, width) for rows, width in asked if width > 1]
+    assert all(rows * width <= 200 for rows, width in prefills)
+    assert sum(rows for rows, _ in prefills) == len(asked_once)
     assert [width for _, width in prefills] == sorted((width for _, width in prefills), reverse=True)
+    written = [rows for rows, width in asked if width == 1]
+    assert max(written) == 9
+    # Ended answers are not written on, and their slots are given away before all have ended.
+    tokens = sum(min(len(answer.tokens) + answer.finished, 20) - 1 for answer in reference)
+    assert sum(written) == tokens
+    assert len(written) < len(asked_once) / 9 * 19 * 0.95
 
 
-def test_a_prefill_goes_in_pieces_and_rows_that_have_ended_leave_the_batch(monkeypatch):
+def test_a_plan_holds_what_it_says():
+    model = pico_model()  # 2 layers, 2 heads of keys and values, 8 numbers each, 4 bytes
+    costs = memory.Costs.of(model)
+    assert costs.cached_token == 2 * 2 * 2 * 8 * 4
+    for budget in (1 << 18, 1 << 20, 1 << 24):
+        plan = memory.plan(model, budget, 60, 90)
+        held = plan.slots * costs.written_row(90) + plan.prefill_tokens * costs.read_token(60, scores=False)
+        assert held <= budget
+        assert (plan.slots + 1) * costs.written_row(90) > budget * 7 // 8 * 3 // 4
+
+
+def test_equal_prompts_are_answered_once():
     model, tokenizer = sharp(), byte_tokenizer()
-    monkeypatch.setattr(decoding, "_PREFILL_TOKENS", 128)
-    generate(model, tokenizer, prompts(2), Generation(max_new_tokens=2))
-    free = [greedy_reference(model, tokenizer, prompt, 40).tokens for prompt in prompts()]
-    end = Counter(token for tokens in free for token in set(tokens[:30]) if token not in free[0]).most_common(1)[0][0]
-    model.generation_config.eos_token_id = [1, end]
-    sizes = seen_by(model)
-    found = [answer.tokens for answer in generate(model, tokenizer, prompts(), Generation(max_new_tokens=40))]
-    assert found == [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in free]
-    prefills = [(rows, width) for rows, width in sizes if width > 1]
-    assert len(prefills) > 3
-    assert all(rows * width <= 128 or rows == 1 for rows, width in prefills)
-    steps = [rows for rows, width in sizes if width == 1]
-    assert len(steps) == 39, "one batch"
-    assert steps[0] > steps[-1] > 0
-    assert steps == sorted(steps, reverse=True)
-
-
-def test_equal_greedy_prompts_are_answered_once_and_sampled_ones_each():
-    model, tokenizer = sharp(), byte_tokenizer()
-    asked = [*prompts(3), *prompts(3), *prompts(3)]
-    for temperature, rows in ((0.0, 3), (1.0, 9)):
-        settings = Generation(max_new_tokens=3, temperature=temperature)
-        sizes = seen_by(model)
-        generate(model, tokenizer, asked, settings)
-        assert max(n for n, width in sizes if width > 1 or n > 1) == rows
-
-
-def test_answers_that_are_known_are_not_written_again_and_change_no_other():
-    model, tokenizer = sharp(), byte_tokenizer()
-    examples = [Example(id=str(i), prompt=tuple(prompt)) for i, prompt in enumerate([*prompts(8), *prompts(8)])]
-    for temperature in (0.0, 1.0):
-        settings = Generation(max_new_tokens=6, temperature=temperature)
-        whole = complete(model, tokenizer, examples, "benign", settings)
-        known = {row.id: row for row in whole[3:11]}
-        kept = []
-        assert complete(model, tokenizer, examples, "benign", settings, known=known, keep=kept.append) == whole
-        assert sorted(row.id for row in kept) == sorted({e.id for e in examples} - known.keys())
-
-
-@pytest.mark.parametrize(
-    ("architecture", "manner"),
-    [("llama", Manner.LOOP), ("deepseek_v3", Manner.LOOP), ("gpt_oss", Manner.HOST), ("jamba", Manner.HOST)],
-)
-def test_only_plain_keys_and_values_are_decoded_by_our_own_loop(architecture, manner):
-    model, tokenizer = sharp(architecture), byte_tokenizer()
-    found = generate(model, tokenizer, prompts(6), Generation(max_new_tokens=6))
-    assert manner_of(model, [], 0) is manner
-    assert found == [generate(model, tokenizer, [p], Generation(max_new_tokens=6))[0] for p in prompts(6)]
-
-
-def test_a_model_whose_steps_differ_from_its_generate_is_left_to_generate():
-    model, tokenizer = sharp(), byte_tokenizer()
-    forward = model.forward
-
-    def other(*args, logits_to_keep=0, **kwargs):
-        found = forward(*args, logits_to_keep=logits_to_keep, **kwargs)
-        if logits_to_keep == 1:
-            found.logits = found.logits + 1
-        return found
-
-    other.__signature__ = inspect.signature(forward)
-    generated = model.generate
-    model.generate = lambda **kwargs: (
-        setattr(model, "forward", forward),
-        generated(**kwargs),
-        setattr(model, "forward", other),
-    )[1]
-    model.forward = other
-    generate(model, tokenizer, prompts(4), Generation(max_new_tokens=2))
-    assert manner_of(model, [], 0) is Manner.HOST
+    one = generate(model, tokenizer, prompts(3), Generation(max_new_tokens=4))
+    sizes = watch(model)
+    assert generate(model, tokenizer, prompts(3) * 5, Generation(max_new_tokens=4)) == one * 5
+    assert max(rows for rows, _ in sizes) == 3
 
 
 def test_the_checkpoints_own_sampling_settings_do_not_reach_a_greedy_run():
@@ -228,9 +191,7 @@ def test_completions_carry_what_judges_and_tasks_need():
         Example(id=f"e{i}", prompt=tuple(p), completion=f"r{i}", category="c") for i, p in enumerate(prompts(5))
     ]
     shares = []
-    rows = complete(
-        model, tokenizer, examples, "benign", Generation(max_new_tokens=6, memory_mib=0.5), progress=shares.append
-    )
+    rows = complete(model, tokenizer, examples, "benign", Generation(max_new_tokens=6), progress=shares.append)
     answers = generate(model, tokenizer, prompts(5), Generation(max_new_tokens=6))
     for example, row, answer in zip(examples, rows, answers, strict=True):
         assert (row.id, row.prompt, row.reference, row.category) == (

@@ -10,14 +10,15 @@ from typing import Any
 
 from stayaligned.errors import StayalignedError
 from stayaligned.gate.values import Measure
+from stayaligned.hf.generation import Generation
 from stayaligned.judges import JUDGES
 from stayaligned.records import PromptSet
 from stayaligned.results import Evidence, Result, read_evidence, read_result, result_files
 
 Place = tuple[PromptSet, str]
 
-_FREE_DECODING = frozenset({"memory_mib", "seed"})
-"""Settings of `generation` that may differ: how fast, and which sample."""
+_FREE_DECODING = Generation.operational | {"seed", "endpoint"}
+"""Settings of `generation` that may differ: how fast, which sample, and which model of which server."""
 _TRAINING_PREFIXES = ("train", "held_out")
 """A task's fields that say what is learned; a candidate may have learned something else."""
 

@@ -3,40 +3,66 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import logging
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from stayaligned.endpoint import Endpoint
 from stayaligned.errors import StayalignedError
-from stayaligned.hf.decoding import Limits, answers
 from stayaligned.hf.features import encode_prompt
 from stayaligned.records import Completion, Example, Message, PromptSet
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+_log = logging.getLogger(__name__)
+
+_PROBE_TOKENS, _PROBE_PADS = 32, 8
+"""Tokens of a prompt, and of padding before them, with which a model is tried."""
 
 
 class Generation(BaseModel):
     """How answers are written; greedy unless a temperature is set."""
 
+    operational: ClassVar[frozenset[str]] = frozenset({"memory_mib"})
+    """Settings that change no answer: they are no part of what identifies one."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_new_tokens: int = Field(default=128, ge=1)
     """Tokens after which an answer is cut."""
-    memory_mib: float = Field(default=4096, gt=0)
-    """What a batch may take beside the weights: cache, activations and logits. One prompt alone is always asked."""
+    backend: Literal["transformers", "endpoint"] = "transformers"
+    """Who writes: the model in this process, or a server that holds it."""
+    endpoint: Endpoint | None = None
+    """The server, for that backend."""
+    memory_mib: int = Field(default=4096, ge=1)
+    """Beside the weights: as many answers are written at once as fit; one in any case."""
     temperature: float = Field(default=0.0, ge=0)
     """0 takes the likeliest token; above it, samples."""
     seed: int = Field(default=0, ge=0)
     """Of the samples; without meaning at temperature 0."""
 
     def identity(self) -> dict[str, Any]:
-        """What the answers depend on: all but the memory that they may take."""
-        return self.model_dump(mode="json", exclude={"memory_mib"})
+        """The settings that an answer depends on."""
+        kept = self.model_dump(mode="json", exclude={*self.operational, "backend", "endpoint"})
+        if self.endpoint is not None:
+            kept["endpoint"] = self.endpoint.model_dump(mode="json", include={"model"})
+        return kept
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Generation:
+        if (self.backend == "endpoint") != (self.endpoint is not None):
+            raise ValueError("`backend: endpoint` and the settings `endpoint:` need each other: give both or neither")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,58 +122,43 @@ def generate_after(
     Raises:
         StayalignedError: as `generate`.
     """
-    found = dict(iter_generated(model, tokenizer, prompt_ids, settings, progress=progress))
-    return [found[row] for row in range(len(prompt_ids))]
+    answers: list[Generated | None] = [None] * len(prompt_ids)
+    for done, (place, answer) in enumerate(_each(model, tokenizer, prompt_ids, settings), start=1):
+        answers[place] = answer
+        if progress is not None:
+            progress(done / len(prompt_ids))
+    return [answer for answer in answers if answer is not None]
 
 
-def iter_generated(
+def _each(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: Sequence[list[int]],
     settings: Generation,
     *,
-    rows: Sequence[int] | None = None,
-    progress: Callable[[float], None] | None = None,
+    without: frozenset[int] = frozenset(),
 ) -> Iterator[tuple[int, Generated]]:
-    """Row and answer of each prompt, in the order in which they end; equal greedy prompts are answered once.
+    """Each prompt's number and answer, as they end; without some, whose answers are known."""
+    import torch
 
-    Args:
-        model: as `generate`.
-        tokenizer: as `generate`.
-        prompt_ids: as `generate_after`.
-        settings: as `generate`.
-        rows: the prompts to answer; all if not given. The others still count for what samples depend on.
-        progress: called with the share of them that is done.
-
-    Raises:
-        StayalignedError: as `generate`.
-    """
     host = _host(model)
     _refuse_too_long(host, prompt_ids, settings.max_new_tokens)
     keys = _sampling_keys(prompt_ids, settings.seed)
     end_ids = _end_ids(host, tokenizer)
     pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else end_ids[0]
-    limits = Limits(
-        max_new_tokens=settings.max_new_tokens,
-        end_ids=tuple(end_ids),
-        pad_id=pad_id,
-        temperature=settings.temperature,
-        memory_bytes=int(settings.memory_mib * 2**20),
-    )
-    asked: dict[object, list[int]] = {}
-    for row in range(len(prompt_ids)) if rows is None else rows:
-        asked.setdefault(row if settings.temperature else tuple(prompt_ids[row]), []).append(row)
-    same = list(asked.values())
-    done = 0
-    with _bare(host, settings, end_ids, pad_id):
-        first = [group[0] for group in same]
-        for place, tokens in answers(host, [prompt_ids[r] for r in first], [keys[r] for r in first], limits):
+    # Without noise, equal prompts have equal answers.
+    same: dict[tuple[int, ...], list[int]] = {}
+    for place, ids in enumerate(prompt_ids):
+        if place in without:
+            continue
+        same.setdefault((*ids, place) if settings.temperature else tuple(ids), []).append(place)
+    where = list(same.values())
+    asked = [prompt_ids[places[0]] for places in where]
+    with torch.no_grad(), _bare(host, settings, end_ids, pad_id):
+        for row, tokens in _written(host, asked, [keys[places[0]] for places in where], settings, end_ids, pad_id):
             answer = _cut(tokenizer, tokens, end_ids)
-            for row in same[place]:
-                yield row, answer
-            done += len(same[place])
-            if progress is not None:
-                progress(done / sum(map(len, same)))
+            for place in where[row]:
+                yield place, answer
 
 
 def complete(
@@ -157,38 +168,50 @@ def complete(
     prompt_set: PromptSet,
     settings: Generation,
     *,
-    known: Mapping[str, Completion] | None = None,
-    keep: Callable[[Completion], None] = lambda _completion: None,
     progress: Callable[[float], None] | None = None,
 ) -> list[Completion]:
-    """The model's answer to each example's prompt, as the rows that judges and tasks read; see `generate`.
+    """The model's answer to each example's prompt, as the rows that judges and tasks read; see `generate`."""
+    found: dict[int, Completion] = {}
+    for index, completion in complete_each(model, tokenizer, examples, prompt_set, settings):
+        found[index] = completion
+        if progress is not None:
+            progress(len(found) / len(examples))
+    return [found[index] for index in range(len(examples))]
 
-    Args:
-        model: as `generate`.
-        tokenizer: as `generate`.
-        examples: with ids that differ.
-        prompt_set: what the prompts ask about.
-        settings: as `generate`.
-        known: answers that are there already, by the example's id; these are not written again.
-        keep: called with each new answer as soon as it has ended.
-        progress: called with the share that is done.
+
+def complete_each(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    prompt_set: PromptSet,
+    settings: Generation,
+    *,
+    without: frozenset[int] = frozenset(),
+) -> Iterator[tuple[int, Completion]]:
+    """Each example's number with its completion, as they end; without some, whose completions are known.
+
+    Those left out count where samples of equal prompts are told apart: the others are as if none were left out.
     """
-    found = dict(known or {})
     prompt_ids = [encode_prompt(tokenizer, example.prompt) for example in examples]
-    rows = [row for row, example in enumerate(examples) if example.id not in found]
-    for row, answer in iter_generated(model, tokenizer, prompt_ids, settings, rows=rows, progress=progress):
-        example = examples[row]
-        found[example.id] = Completion(
-            id=example.id,
-            prompt_set=prompt_set,
-            prompt=example.prompt,
-            text=answer.text,
-            reference=example.completion,
-            category=example.category,
-            finished=answer.finished,
+    for index, answer in _each(model, tokenizer, prompt_ids, settings, without=without):
+        example = examples[index]
+        yield (
+            index,
+            Completion(
+                id=example.id,
+                prompt_set=prompt_set,
+                prompt=example.prompt,
+                text=answer.text,
+                reference=example.completion,
+                category=example.category,
+                finished=answer.finished,
+            ),
         )
-        keep(found[example.id])
-    return [found[example.id] for example in examples]
+
+
+@cache
+def _say_slow(kind: str) -> None:
+    _log.warning("%s takes padding for text: it answers one prompt at a time", kind)
 
 
 def _host(model: Any) -> Any:
@@ -219,6 +242,137 @@ def _bare(host: Any, settings: Generation, end_ids: list[int], pad_id: int) -> G
         host.generation_config = own
         for module in training:
             module.training = True
+
+
+def _written(
+    host: Any, prompts: Sequence[list[int]], keys: Sequence[str], settings: Generation, end_ids: list[int], pad_id: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Each prompt's number and the tokens written after it, in the order in which they end."""
+    from stayaligned.hf.decoding import decode, has_plain_cache
+
+    together = len(prompts) < 2 or _pads_are_ignored(host, min(prompts, key=len)[-_PROBE_TOKENS:], pad_id)
+    if not together:
+        _say_slow(type(host).__name__)
+    if together and prompts and has_plain_cache(host):
+        noise = _Noise(keys, settings.temperature) if settings.temperature else None
+
+        def choose(rows: Sequence[int], logits: Tensor) -> Tensor:
+            return (logits if noise is None else noise.add(rows, logits)).argmax(dim=-1)
+
+        yield from decode(
+            host,
+            prompts,
+            settings.memory_mib << 20,
+            max_new_tokens=settings.max_new_tokens,
+            end_ids=end_ids,
+            pad_id=pad_id,
+            choose=choose,
+        )
+        return
+    for rows in _batches(host, [len(ids) for ids in prompts], settings, together=together):
+        yield from zip(
+            rows,
+            _answer_batch(host, [prompts[r] for r in rows], [keys[r] for r in rows], settings, pad_id),
+            strict=True,
+        )
+
+
+def _answer_batch(
+    host: Any, prompts: Sequence[list[int]], keys: Sequence[str], settings: Generation, pad_id: int
+) -> list[list[int]]:
+    """The tokens written after each prompt, padding included."""
+    from transformers import LogitsProcessorList
+
+    from stayaligned.hf.decoding import left_padded
+
+    width = max(map(len, prompts))
+    ids, mask = left_padded(prompts, pad_id, width, host.device)
+    processors = LogitsProcessorList([_Noise(keys, settings.temperature)] if settings.temperature else [])
+    output = host.generate(input_ids=ids, attention_mask=mask, logits_processor=processors)
+    return output[:, width:].tolist()
+
+
+class _Noise:
+    """Turns greedy decoding into sampling: argmax(logits/T + g) with g standard Gumbel follows softmax(logits/T).
+
+    Every row has its own generator, on the CPU, so a sample depends neither on the batch nor on the device.
+    """
+
+    def __init__(self, keys: Sequence[str], temperature: float) -> None:
+        import torch
+
+        self._temperature = temperature
+        seeds = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") for key in keys]
+        self._generators = [torch.Generator().manual_seed(seed >> 1) for seed in seeds]
+
+    def add(self, rows: Sequence[int], logits: Tensor) -> Tensor:
+        """(rows, vocabulary) logits of these of the keys, perturbed."""
+        import torch
+
+        # Minus the logarithm of an exponential variate is a standard Gumbel one.
+        drawn = torch.stack(
+            [torch.empty(logits.shape[-1]).exponential_(generator=self._generators[row]) for row in rows]
+        )
+        noise = -drawn.clamp(min=torch.finfo(torch.float32).tiny).log()
+        return logits.float() / self._temperature + noise.to(logits.device)
+
+    def __call__(self, _input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`add` to all rows, as transformers calls a processor."""
+        return self.add(range(len(scores)), scores)
+
+
+def _batches(host: Any, lengths: Sequence[int], settings: Generation, *, together: bool) -> Iterator[list[int]]:
+    """Row numbers in batches within the budget, the longest prompts first: if memory is short, at once."""
+    from stayaligned.hf.memory import rows_at_once
+
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    while order:
+        fits = rows_at_once(host, settings.memory_mib << 20, lengths[order[0]], settings.max_new_tokens)
+        yield order[: fits if together else 1]
+        order = order[fits if together else 1 :]
+
+
+def _pads_are_ignored(host: Any, prompt: list[int], pad_id: int) -> bool:
+    """Whether the next token is the same with padding before the prompt; a short prompt feels it most.
+
+    No gradient may reach the embeddings of the padding (exactly none: what is masked is multiplied by 0), and the
+    logits must agree with those of the prompt alone, up to half of their digits. The first finds a state that takes
+    the padding in, however little; the second one that starts from something else, such as a bias.
+    """
+    import torch
+
+    from stayaligned.hf.decoding import left_padded
+
+    padded, mask = left_padded([prompt], pad_id, len(prompt) + _PROBE_PADS, host.device)
+    embedded: list[Tensor] = []
+
+    def follow(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    hook = host.get_input_embeddings().register_forward_hook(follow)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            logits = host(input_ids=padded, attention_mask=mask, use_cache=False).logits[0, -1].float()
+            reached = torch.autograd.grad(logits.square().sum(), embedded)[0][0].abs().amax(dim=-1)
+    except RuntimeError:  # what can't be differentiated, or takes too much memory for it, can't be vouched for
+        return False
+    finally:
+        hook.remove()
+    if reached[:_PROBE_PADS].ne(0).any() or reached[_PROBE_PADS:].eq(0).all():
+        return False
+    alone, beside = (
+        host.generate(
+            input_ids=padded[:, start:],
+            attention_mask=mask[:, start:],
+            max_new_tokens=1,
+            return_dict_in_generate=True,
+            output_logits=True,
+        ).logits[0]
+        for start in (_PROBE_PADS, 0)
+    )
+    rounding = torch.finfo(host.dtype).eps ** 0.5 * alone.abs().max()
+    return bool((alone - beside).abs().max() <= rounding)
 
 
 def _sampling_keys(prompts: Sequence[Sequence[int]], seed: int) -> list[str]:
