@@ -108,11 +108,15 @@ def demo(
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(help="What `run` or `bench` wrote.", show_default=False)],
+    directories: Annotated[list[Path], typer.Argument(help="What `run`, `evaluate`, `judge` or `bench` wrote.")],
     out_dir: Annotated[Path | None, typer.Option("--out", help="Where to write; by default that directory.")] = None,
+    reference: Annotated[str | None, typer.Option(help="The arm that the others are compared with.")] = None,
+    title: Annotated[str | None, typer.Option(help="The report's heading.")] = None,
 ) -> None:
-    """Write report.html, report.md and results.csv, and print the table."""
-    print_report([directory], out_dir or directory)
+    """Write report.html, report.md and results.csv of any runs, and print the table."""
+    if out_dir is None and len(directories) > 1:
+        raise StayalignedError("several directories are named, and no place for their report", hint="Give --out DIR.")
+    print_report(directories, out_dir or directories[0], reference=reference, title=title)
 
 
 app.command()(evaluate)

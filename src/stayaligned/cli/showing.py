@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from stayaligned.cli.console import err, out
 
 if TYPE_CHECKING:
     from stayaligned.experiment import Experiment
+    from stayaligned.results import Evidence, Result
 
 
 def run_and_show(experiment: Experiment, directory: Path) -> None:
@@ -31,25 +33,50 @@ def run_and_show(experiment: Experiment, directory: Path) -> None:
             out.print(f"{product}  {directory / product}", soft_wrap=True)
 
 
-def print_report(sources: list[Path], directory: Path) -> None:
-    """Write the report of all results below `sources` into `directory`, and print its table."""
+def print_report(
+    sources: Sequence[Path], directory: Path, *, reference: str | None = None, title: str | None = None
+) -> None:
+    """Write the report of all results below `sources` into `directory`, and print its table.
+
+    Raises:
+        StayalignedError: if a result or its evidence is missing or was edited, or `reference` is no arm.
+    """
     from stayaligned.benchmark import INDEX_FILE, read_index
     from stayaligned.report import build_report, terminal_table, write_report
-    from stayaligned.results import find_results
 
     index: Mapping[str, Any] = {}
     for source in sources:
         if (source / INDEX_FILE).is_file():
             index = read_index(source)
-    found = find_results(sources)
-    reference = index.get("reference") or None
-    if reference is not None and reference not in {result.arm for result in found}:
-        err.print(f"note: the reference arm {reference!r} has no result, so nothing is compared with it")
-        reference = None
+    found, evidence = _read(sources)
+    if reference is None:
+        reference = index.get("reference") or None
+        if reference is not None and reference not in {result.arm for result in found}:
+            err.print(f"note: the reference arm {reference!r} has no result, so nothing is compared with it")
+            reference = None
     arms = list(dict.fromkeys(result.arm for result in found))
-    heading = index.get("title") or (arms[0] if len(arms) == 1 else "Comparison")
-    built = build_report(found, title=heading, reference=reference)
+    heading = title or index.get("title") or (arms[0] if len(arms) == 1 else "Comparison")
+    built = build_report(found, title=heading, reference=reference, evidence=evidence)
     paths = write_report(built, directory)
     out.print(terminal_table(built))
     for path in paths:
         out.print(f"wrote  {path}", soft_wrap=True)
+
+
+def _read(sources: Sequence[Path]) -> tuple[list[Result], dict[str, Sequence[Evidence]]]:
+    """All results in the order of their grids, and their evidence; arms of equal name are told apart by directory."""
+    from stayaligned.results import read_evidence, read_result, result_files
+
+    read = [(source, path.parent, read_result(path)) for source in sources for path in result_files(source)]
+    counts = Counter((result.arm, result.seed) for _, _, result in read)
+    evidence: dict[str, Sequence[Evidence]] = {}
+    results: list[Result] = []
+    for source, place, result in read:
+        twice = counts[result.arm, result.seed] > 1
+        # Two directories may hold the same experiment; its evidence is then the same, but its arm is another.
+        own = result.model_copy(
+            update={"arm": f"{source.name}: {result.arm}", "id": f"{source.name}-{result.id}"} if twice else {}
+        )
+        evidence[own.id] = read_evidence(place, result)
+        results.append(own)
+    return sorted(results, key=lambda result: (result.position, result.seed)), evidence

@@ -7,22 +7,21 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
 from stayaligned.errors import StayalignedError
-from stayaligned.metrics import PairedDifference, across_seeds, exact_interval, paired_difference
+from stayaligned.metrics import across_seeds, exact_interval
 from stayaligned.records import Metric, PromptSet
 from stayaligned.report.background import collect_facts, collect_notes, collect_questions, collect_times
+from stayaligned.report.comparing import ROUNDING, compare
 from stayaligned.report.texts import listed
 from stayaligned.report.training import collect_trainings
 from stayaligned.report.values import (
     KNOWN_METRICS,
     Arm,
     CategoryRate,
-    Difference,
     Estimate,
     EvidenceRow,
     JudgePair,
@@ -62,6 +61,8 @@ def build_report(
     estimates = {name: _estimates(runs, measured) for name, runs in groups.items()}
     comparable = {name for name, runs in groups.items() if _threat_of(runs[0]) == threat}
     front = _front({name: estimates[name] for name in groups if name in comparable})
+    rows = {name: [(evidence or {}).get(run.id, ()) for run in runs] for name, runs in groups.items()}
+    differences = compare(estimates, rows, reference)
     arms = tuple(
         Arm(
             name=name,
@@ -70,9 +71,7 @@ def build_report(
             control=_is_control(runs[0].experiment),
             on_front=name in front,
             estimates=estimates[name],
-            differences=_differences(estimates[name], estimates[reference])
-            if reference is not None and name != reference
-            else {},
+            differences=differences.get(name, {}),
             other_judges=tuple(_other_judges(runs)),
             agreements=tuple(_agreements(runs)),
             categories=tuple(_categories(runs)),
@@ -214,7 +213,7 @@ def _estimates(runs: Sequence[Result], measured: Sequence[MetricKind]) -> dict[s
 
 
 def _estimate(name: str, judge: str, by_seed: Mapping[int, Metric]) -> Estimate:
-    """The mean over seeds with Student's interval, clipped to [0, 1].
+    """The mean over seeds with Student's interval, clipped to the metric's scale.
 
     One scored seed has its own interval, of its prompts. So have seeds that agree exactly: their spread of zero
     would make the interval a point, which the number of prompts does not support.
@@ -222,52 +221,14 @@ def _estimate(name: str, judge: str, by_seed: Mapping[int, Metric]) -> Estimate:
     pooled = across_seeds(list(by_seed.values()))
     scored = [metric for metric in by_seed.values() if metric.value is not None]
     low, high = pooled.low, pooled.high
-    if low is not None and high is not None and high - low > _ROUNDING:
-        return Estimate(name, judge, by_seed, pooled.value, max(0.0, low), min(1.0, high), "seeds")
+    least, greatest = pooled.scale
+    if low is not None and high is not None and high - low > ROUNDING:
+        return Estimate(name, judge, by_seed, pooled.value, max(least, low), min(greatest, high), "seeds")
     # Seeds that agree may have asked different numbers of prompts: the widest interval is the cautious one.
     widest = max(scored, key=lambda m: (m.high or 0.0) - (m.low or 0.0), default=None)
     if widest is None or widest.low is None or widest.high is None:
         return Estimate(name, judge, by_seed, pooled.value, None, None, "none")
     return Estimate(name, judge, by_seed, pooled.value, widest.low, widest.high, "prompts")
-
-
-_ROUNDING = 1e-9
-
-
-def _differences(arm: Mapping[str, Estimate], reference: Mapping[str, Estimate]) -> dict[str, Difference]:
-    differences: dict[str, Difference] = {}
-    for name in arm.keys() & reference.keys():
-        ours, theirs = arm[name], reference[name]
-        paired = paired_difference(
-            {seed: metric.value for seed, metric in ours.by_seed.items()},
-            {seed: metric.value for seed, metric in theirs.by_seed.items()},
-        )
-        differences[name] = Difference(_clipped(paired), _resolved(paired.low, paired.high, ours, theirs))
-    return differences
-
-
-def _clipped(paired: PairedDifference) -> PairedDifference:
-    """The difference with its interval cut to what shares can differ by.
-
-    Equal differences in every seed (both arms at 0 %, say) have no spread, and so no interval: a width of zero would
-    claim a certainty that the prompts do not give.
-    """
-    if paired.low is None or paired.high is None:
-        return paired
-    if paired.high - paired.low <= _ROUNDING:
-        return replace(paired, low=None, high=None)
-    return replace(paired, low=max(-1.0, paired.low), high=min(1.0, paired.high))
-
-
-def _resolved(low: float | None, high: float | None, ours: Estimate, theirs: Estimate) -> bool:
-    if low is None or high is None:
-        return False
-    if high - low > _ROUNDING:
-        return low > 0 or high < 0
-    # Equal differences in every seed have no spread to judge by; the prompts' own noise must tell the arms apart.
-    if ours.low is None or ours.high is None or theirs.low is None or theirs.high is None:
-        return False
-    return ours.high < theirs.low or theirs.high < ours.low
 
 
 # ---- judges and patches --------------------------------------------------------------------------------------------

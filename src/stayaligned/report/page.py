@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stayaligned.records import PromptSet
+from stayaligned.records import Outcome, PromptSet
 from stayaligned.report import texts
 from stayaligned.report.prose import INTERVALS
 from stayaligned.report.training import NO_LOSSES
-from stayaligned.report.values import Arm, CategoryRate, MetricKind, PatchSummary, Question, Report
+from stayaligned.report.values import Answer, Arm, CategoryRate, MetricKind, PatchSummary, Question, Report
 from stayaligned.report.words import NEVER_CLAIMED
 from stayaligned.results import Evidence
 
@@ -171,10 +171,17 @@ def _every_answer(report: Report) -> dict[str, Any] | None:
 def _disputed(report: Report) -> list[Question]:
     """Questions with the answers on which judges differ, as far as the results kept them."""
     found = [
-        replace(question, answers=tuple(a for a in question.answers if len({*a.outcomes.values()} - {None}) > 1))
-        for question in report.questions
+        replace(question, answers=tuple(a for a in question.answers if _differ(a))) for question in report.questions
     ]
     return [question for question in found if question.answers]
+
+
+def _differ(answer: Answer) -> bool:
+    """Whether two judges read an answer differently; one that can't tell a refusal is asked about harm alone."""
+    said = {outcome for outcome in answer.outcomes.values() if outcome is not None}
+    if Outcome.SAFE in said:
+        return Outcome.HARM in said
+    return len(said) > 1
 
 
 def _category_columns(report: Report) -> list[tuple[PromptSet, str, str]]:

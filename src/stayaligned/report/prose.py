@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from stayaligned.report.texts import bounds, markdown, percent, sample_size, seeds_below, unscored
+from stayaligned.report.texts import bounds, markdown, p_value, percent, sample_size, seeds_below, unscored
 from stayaligned.report.values import Arm, Estimate, Report
 from stayaligned.report.words import NEVER_CLAIMED
 
@@ -90,11 +90,11 @@ def _estimate(estimate: Estimate | None) -> str:
         return f"n/a ({unscored(estimate)})"
     dagger = "†" if estimate.interval == "prompts" else ""
     details = [
-        f"{bounds(estimate.low, estimate.high)}{dagger}",
+        f"{bounds(estimate.low, estimate.high, scale=estimate.scale)}{dagger}",
         sample_size(estimate),
         *([unscored(estimate)] if estimate.n_unscored else []),
     ]
-    return f"**{percent(estimate.mean)}** ({'; '.join(part for part in details if part)})"
+    return f"**{percent(estimate.mean, scale=estimate.scale)}** ({'; '.join(part for part in details if part)})"
 
 
 def _difference_table(report: Report) -> Iterator[str]:
@@ -104,9 +104,11 @@ def _difference_table(report: Report) -> Iterator[str]:
         difference = arm.differences.get(name)
         if difference is None or difference.paired.mean is None:
             return "n/a"
-        interval = bounds(difference.paired.low, difference.paired.high, signed=True)
-        mean = percent(difference.paired.mean, signed=True)
-        details = "; ".join(part for part in (interval, seeds_below(difference)) if part)
+        scale = arm.estimates[name].scale
+        interval = bounds(difference.paired.low, difference.paired.high, signed=True, scale=scale)
+        mean = percent(difference.paired.mean, signed=True, scale=scale)
+        p = "" if difference.p_value is None else f"p {p_value(difference.p_value)}"
+        details = "; ".join(part for part in (interval, seeds_below(difference), p) if part)
         return f"{f'**{mean}**' if difference.resolved else mean} ({details})"
 
     yield from _table(
@@ -114,7 +116,10 @@ def _difference_table(report: Report) -> Iterator[str]:
         ([markdown(arm.name), *(cell(arm, k.name) for k in kinds)] for arm in report.arms if arm.differences),
     )
     yield ""
-    yield "In percentage points, paired by seed. Bold: beyond the 95 % interval."
+    yield (
+        "In percentage points, paired by seed (of one seed: by prompt). Bold: p below 0.05, corrected after Holm over "
+        "this table."
+    )
 
 
 def _seed_table(report: Report) -> Iterator[str]:
@@ -132,7 +137,7 @@ def _seed_table(report: Report) -> Iterator[str]:
 
 def _of_seed(estimate: Estimate | None, seed: int) -> str:
     metric = None if estimate is None else estimate.by_seed.get(seed)
-    return "–" if metric is None else percent(metric.value)
+    return "–" if metric is None else percent(metric.value, scale=metric.scale)
 
 
 def _agreement_table(report: Report) -> Iterator[str]:

@@ -19,7 +19,11 @@ _SHORT_TITLES = {
     "over_refusal": "over-\nrefusal",
     "finetune_accuracy": "accuracy",
     "skills_kept": "skills",
+    "degeneration": "degen-\nerate",
 }
+
+_BESIDE_DEGENERATION = ("refusal_rate", "other_rate")
+"""How else harmful prompts were met: left to the report where 80 columns must hold the four sides."""
 
 _CSV_COLUMNS = (
     "arm",
@@ -32,6 +36,8 @@ _CSV_COLUMNS = (
     "high",
     "n",
     "n_unscored",
+    "scale_low",
+    "scale_high",
     "higher_is_better",
 )
 
@@ -46,6 +52,8 @@ def terminal_table(report: Report) -> Table:
     from rich.text import Text
 
     kinds = [kind for kind in report.metrics if kind.name in _SHORT_TITLES]
+    if any(kind.name == "degeneration" for kind in kinds):
+        kinds = [kind for kind in kinds if kind.name not in _BESIDE_DEGENERATION]
     kinds.sort(key=lambda kind: list(_SHORT_TITLES).index(kind.name))
     # Titles and names go in as Text: rich would read square brackets as markup.
     table = Table(
@@ -101,14 +109,14 @@ def _caption(report: Report) -> str:
     if any(arm.comparable for arm in report.arms) and not all(arm.comparable for arm in report.arms):
         text += " Dim: not fine-tuned on the same task and attack."
     if any(d.resolved for arm in report.arms for d in arm.differences.values()):
-        text += " ≠: beyond the interval of the difference."
+        text += " ≠: p below 0.05 after Holm."
     if any(e.n_unscored and e.mean is not None for arm in report.arms for e in arm.estimates.values()):
         text += " *: some answers unscored."
     return text
 
 
 def csv_text(report: Report) -> str:
-    """One row for each arm, seed, metric and judge; a share from 0 to 1, empty where nothing could be scored."""
+    """One row for each arm, seed, metric and judge; on the scale that is named, empty where nothing was scored."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(_CSV_COLUMNS)
@@ -127,6 +135,7 @@ def csv_text(report: Report) -> str:
                         *("" if x is None else repr(x) for x in (metric.value, metric.low, metric.high)),
                         metric.n,
                         metric.n_unscored,
+                        *metric.scale,
                         int(better.get(metric.name, metric.higher_is_better)),
                     )
                 )

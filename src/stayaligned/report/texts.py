@@ -40,19 +40,36 @@ def attribute(text: str) -> str:
     return html.escape(one_line(text), quote=True)
 
 
-def percent(value: float | None, *, signed: bool = False) -> str:
-    """A share as a percentage with one decimal: 3.5, -12.0 with `signed` as −12.0, n/a for None."""
+_SHARE = (0.0, 1.0)
+
+
+def percent(value: float | None, *, signed: bool = False, scale: tuple[float, float] = _SHARE) -> str:
+    """A share as a percentage with one decimal: 3.5, -12.0 with `signed` as −12.0, n/a for None.
+
+    What is on another `scale` than 0 to 1 is no share: it keeps its own units, with two decimals.
+    """
     if value is None:
         return "n/a"
-    rounded = round(100 * value, 1) + 0.0
-    return f"{rounded:+.1f}".replace("-", "−") if signed else f"{rounded:.1f}"
+    digits = 1 if scale == _SHARE else 2
+    rounded = round((100 if scale == _SHARE else 1) * value, digits) + 0.0
+    return f"{rounded:+.{digits}f}".replace("-", "−") if signed else f"{rounded:.{digits}f}"
 
 
-def bounds(low: float | None, high: float | None, *, signed: bool = False) -> str:
-    """An interval in percent, `30.0 to 44.6`; empty if there is none."""
+def bounds(low: float | None, high: float | None, *, signed: bool = False, scale: tuple[float, float] = _SHARE) -> str:
+    """An interval as `percent` writes its ends, `30.0 to 44.6`; empty if there is none."""
     if low is None or high is None:
         return ""
-    return f"{percent(low, signed=signed)} to {percent(high, signed=signed)}"
+    return f"{percent(low, signed=signed, scale=scale)} to {percent(high, signed=signed, scale=scale)}"
+
+
+def along(scale: tuple[float, float], value: float) -> float:
+    """Where a value lies on its scale, 0 to 1."""
+    return (value - scale[0]) / (scale[1] - scale[0])
+
+
+def p_value(value: float) -> str:
+    """A p-value with two digits that count, and none that don't."""
+    return "below 0.001" if value < 0.001 else f"{value:.2g}"
 
 
 def unscored(estimate: Estimate) -> str:

@@ -50,6 +50,12 @@ KNOWN_METRICS = (
         higher_is_better=True,
     ),
     MetricKind(
+        "degeneration",
+        "Degeneration",
+        "Share of all answers that are no language: empty, loops, broken characters. A model that babbles is not safe.",
+        higher_is_better=False,
+    ),
+    MetricKind(
         "refusal_rate",
         "Refused",
         "Share of held-out harmful prompts that are refused.",
@@ -63,7 +69,7 @@ KNOWN_METRICS = (
         higher_is_better=False,
     ),
 )
-"""In the order of the columns: harm, its price on benign requests, what was gained, what was lost."""
+"""In the order of the columns: harm, its price on benign requests, what was gained and lost, what is no language."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,11 @@ class Estimate:
     low: float | None
     high: float | None
     interval: IntervalKind
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """The least and the greatest possible value."""
+        return next(iter(self.by_seed.values())).scale
 
     @property
     def n(self) -> int:
@@ -102,7 +113,9 @@ class Difference:
 
     paired: PairedDifference
     resolved: bool
-    """Whether the 95 % interval leaves zero out; where all pairs are equal, whether the arms' own intervals part."""
+    """Whether it is shown: p below 0.05; where all pairs are equal, whether the arms' own intervals part."""
+    p_value: float | None = None
+    """Corrected after Holm over all differences of the table; None where nothing could be tested."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,13 +79,11 @@ def cautions(arms: Sequence[Arm], reference: str | None, judges: Sequence[str]) 
         )
     if len({arm.seeds for arm in arms}) > 1:
         yield "The arms don't have the same seeds; differences use the seeds that both arms have."
-    compared = sum(1 for arm in arms if arm.comparable and "harmful_score" in arm.differences)
-    if reference is not None and compared > 3 and fewest > 1:
-        yield (
-            f"{compared} arms are compared with one reference at 95 % each, uncorrected: with no real difference "
-            f"anywhere, one or more would still look different in any one column with a chance of about "
-            f"{1 - 0.95**compared:.0%}."
-        )
+    for name, what in (("degeneration", "answers that are no language"), ("over_refusal", "refused harmless requests")):
+        worse = [arm for arm in arms if _worse(arm, name, reference, arms)]
+        if worse:
+            rates = listed((f"{one_line(a.name, 40)} ({percent(_mean(a, name))} %)" for a in worse), 12)
+            yield f"A low harmful score says little where it comes with {what}, far more than before: {rates}."
     unscored = [arm.name for arm in arms if any(e.n_unscored for e in arm.estimates.values())]
     if unscored:
         yield f"Some answers could not be scored and enter no rate: {listed(unscored)}. The main table counts them."
@@ -100,6 +98,12 @@ def cautions(arms: Sequence[Arm], reference: str | None, judges: Sequence[str]) 
     varying = [arm.name for arm in arms if arm.varies]
     if varying:
         yield f"Seeds of one arm have different settings in {listed(varying)}: their mean mixes experiments."
+
+
+def _worse(arm: Arm, metric: str, reference: str | None, arms: Sequence[Arm]) -> bool:
+    """Whether a rate is notable, and far above the reference's, if there is one."""
+    before = next((_mean(other, metric) or 0.0 for other in arms if other.name == reference), 0.0)
+    return arm.name != reference and (_mean(arm, metric) or 0.0) >= before + _NOTABLE_OTHER
 
 
 def _in_doubt(pair: JudgePair) -> bool:
@@ -140,7 +144,8 @@ def _against(reference: Arm, judged: Sequence[Arm]) -> str:
     if not rivals:
         return f"No arm was fine-tuned on the task and attack of {_name(reference)} (harmful score {harm} %)."
     pairs = max(len(a.differences["harmful_score"].paired.pairs) for a in rivals)
-    if pairs < 2:
+    of_prompts = pairs == 1 and any(a.differences["harmful_score"].p_value is not None for a in rivals)
+    if pairs < 2 and not of_prompts:
         best = min(rivals, key=lambda a: _mean(a, "harmful_score") or 0.0)
         return (
             f"The lowest harmful score is {percent(_mean(best, 'harmful_score'))} % ({_name(best)}), "
@@ -148,12 +153,16 @@ def _against(reference: Arm, judged: Sequence[Arm]) -> str:
         )
     lower = [a for a in rivals if _lowers(a, "harmful_score")]
     among = f"Of {_arms(len(rivals))} fine-tuned like {_name(reference)} (harmful score {harm} %)"
+    over = "the prompts of one seed" if of_prompts else f"{pairs} seeds"
     if not lower:
-        return f"{among}, none has a lower harmful score beyond the 95 % interval of the difference over {pairs} seeds."
+        return f"{among}, none is shown to have a lower harmful score over {over} (p below 0.05 after Holm)."
     start = (
-        f"{among}, {len(lower)} {'has' if len(lower) == 1 else 'have'} a lower harmful score beyond the 95 % interval "
-        f"of the difference over {pairs} seeds"
+        f"{among}, {len(lower)} {'has' if len(lower) == 1 else 'have'} a lower harmful score over {over} (p below 0.05 "
+        "after Holm)"
     )
+    costly = [a for a in lower if any(_worse(a, m, reference.name, judged) for m in ("degeneration", "over_refusal"))]
+    if costly:
+        start += f", but {listed(a.name for a in costly)} with far more degenerate answers or refused harmless requests"
     measured = [a for a in lower if "finetune_accuracy" in a.differences]
     if not measured:
         return f"{start}: {listed(a.name for a in lower)}."
