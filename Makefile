@@ -37,6 +37,7 @@ bench: $(STAMP)  ## the measured claims of the README
 	$(BIN)/python benchmarks/convergence.py
 	$(BIN)/python benchmarks/gate_statistics.py
 	$(BIN)/python benchmarks/endpoint.py
+	$(BIN)/python benchmarks/report.py  # needs chromium
 
 clean:
 	rm -rf $(VENV) demo build dist

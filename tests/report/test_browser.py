@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import time
 from importlib.resources import files
 
 import pytest
@@ -250,22 +249,15 @@ def test_every_answer_is_paged_sorted_and_filtered_without_a_mouse(page):
     assert page.complaints == []
 
 
-def test_ten_thousand_rows_open_and_sort_at_once(browser, grid_results, tmp_path):
-    """The stated 2 s and 1 s, with room for a busy machine; `benchmarks/report.py` measures."""
+def test_ten_thousand_rows_are_all_there(browser, grid_results, tmp_path):
+    """How fast: `benchmarks/report.py`."""
     result = grid_results[0]
     write_report(build_report([result], title="Many", evidence={result.id: rows(10_000)}), tmp_path)
     page = browser.new_page()
-    started = time.perf_counter()
     page.goto((tmp_path / "report.html").as_uri())
-    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-    opened = time.perf_counter() - started
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    button = page.locator("#every-answer-table thead button").nth(3)
-    started = time.perf_counter()
-    button.click()
-    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-    ordered = time.perf_counter() - started
-    size = (tmp_path / "report.html").stat().st_size / 2**20
-    print(f"opened in {opened:.2f} s, sorted in {ordered:.2f} s, {size:.1f} MiB")
-    assert "of 10000" in page.locator("#every-answer-table").inner_text()
+    place = page.locator("#every-answer-table")
+    place.locator("thead button").first.click()
+    assert "Rows 1 to 100 of 10000" in place.inner_text()
+    assert place.locator("tbody tr").count() == 100
     page.close()
