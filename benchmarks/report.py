@@ -2,7 +2,7 @@
 
     python benchmarks/report.py
 
-10 000 rows of evidence of one run. Opening: from navigation to the second painted frame, a new page each time, five times.
+10 000 rows of evidence of one run. Opening: from navigation to the second painted frame, a new page each time, 5 times.
 Needs Chromium (Debian's package `chromium`) and playwright.
 """
 
