@@ -108,6 +108,7 @@ def test_a_killed_evaluation_and_a_killed_judging_go_on_to_the_same_bytes(world:
     assert (tmp_path / "a" / "report.html").read_bytes() == before["report.html"]
     assert stayaligned(world, "report", tmp_path / "a") == 0
     assert {p.name: p.read_bytes() for p in (tmp_path / "a").glob("report.*")} == before
+    assert not list((tmp_path / "a").glob(".*.partial"))
 
 
 def test_a_full_disk_costs_no_verdict_that_was_kept(world: Path, tmp_path: Path) -> None:

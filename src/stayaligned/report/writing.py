@@ -18,5 +18,7 @@ def write_report(report: Report, directory: Path) -> list[Path]:
     """
     texts = {"report.html": html_text(report), "report.md": markdown_text(report), "results.csv": csv_text(report)}
     for name, text in texts.items():
+        for leftover in directory.glob(f".{name}.*.partial"):  # of a report that was killed
+            leftover.unlink(missing_ok=True)
         write_text(directory / name, text)
     return [directory / name for name in texts]
