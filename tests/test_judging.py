@@ -161,6 +161,14 @@ def test_a_damaged_ledger_is_one_clear_error(tmp_path: Path) -> None:
     assert not (tmp_path / "copy.sqlite").exists()
 
 
+def test_a_verdict_that_was_edited_is_refused(ledger: Ledger) -> None:
+    judge_completions(Scribe(), [completion(1, "harm")], ledger)
+    for text in ('{"outcome": "fine"}', "[]", "no JSON", '{"outcome": "harm", "extra": 1}'):
+        ledger._connection.execute("UPDATE verdicts SET verdict = ?", (text,))
+        with pytest.raises(StayalignedError, match="no verdict"):
+            judge_completions(Scribe(), [completion(1, "harm")], ledger)
+
+
 def test_another_ledgers_verdicts_are_taken_over_once(tmp_path: Path) -> None:
     with Ledger.open(tmp_path / "a.sqlite") as first:
         first.keep("k", "{}")

@@ -150,7 +150,7 @@ def judge_completions(
     identity = stage_key(("verdict", judge.identity()), seed)
     keys = [_content_key(identity, completion) for completion in completions]
     kept = ledger.find(dict.fromkeys(keys))
-    verdicts = {key: Verdict(id="", prompt_set="harmful", judge=judge.name, **json.loads(v)) for key, v in kept.items()}
+    verdicts = {key: _kept_verdict(judge, text) for key, text in kept.items()}
     asked = {key: c for key, c in zip(keys, completions, strict=True) if key not in verdicts}
     if asked:
         _ask(judge, asked, verdicts, ledger, progress, announce, len(set(keys)))
@@ -158,6 +158,16 @@ def judge_completions(
         verdicts[key].model_copy(update={"id": c.id, "prompt_set": c.prompt_set, "judge": judge.name})
         for key, c in zip(keys, completions, strict=True)
     ]
+
+
+def _kept_verdict(judge: Judge, text: str) -> Verdict:
+    try:
+        return Verdict.model_validate({**json.loads(text), "id": "", "prompt_set": "harmful", "judge": judge.name})
+    except (ValueError, TypeError):
+        raise StayalignedError(
+            f"{LEDGER_FILE}: holds what is no verdict: {text[:80]!r}",
+            hint="It was edited or damaged; delete it, at the cost of asking again.",
+        ) from None
 
 
 def _ask(

@@ -51,7 +51,8 @@ class Store:
             for leftover in stages.glob(".*.partial"):
                 shutil.rmtree(leftover, ignore_errors=True)
             for leftover in self.root.glob(".*.partial"):
-                leftover.unlink(missing_ok=True)
+                if not leftover.is_dir():
+                    leftover.unlink(missing_ok=True)
             yield
 
     def compute(self, stage: StageName, key: str, fill: Callable[[Path], Mapping[str, Any] | None]) -> Path:
