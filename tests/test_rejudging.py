@@ -139,6 +139,12 @@ def test_a_directory_of_other_completions_or_other_files_is_refused(run: Path, t
         rejudge(tmp_path / "nowhere", [Keyword()], tmp_path / "other")
 
 
+def test_one_judge_named_twice_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(StayalignedError, match="named twice"):
+        rejudge(run, [Keyword(), Keyword()], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_completions_without_a_request_to_judge_and_ids_that_stand_twice_are_refused(run: Path, tmp_path: Path) -> None:
     (path,) = run.glob("stages/generate-*/completions.jsonl")
     lines = path.read_text().splitlines(keepends=True)

@@ -163,6 +163,8 @@ class Experiment(BaseModel):
         return self
 
     def _problems(self) -> Iterator[str]:
+        if len(set(self.judges)) < len(self.judges):
+            yield "judges: the same judge stands there twice, with the same settings"
         trainers = [d.name for d in self.defenses if isinstance(d, TrainingDefense)]
         if len(trainers) > 1:
             yield f"defenses: {' and '.join(trainers)} both train; name one"

@@ -87,6 +87,8 @@ def rejudge(
         StayalignedError: if `source` holds no completions or others than its result was made of, if `out` belongs to
             something else, or a judge can't work.
     """
+    if len(set(judges)) < len(judges):
+        raise StayalignedError("the same judge is named twice, with the same settings", hint="Name each once.")
     found = _find(source)
     store = Store(out)
     refuse_foreign(out, JUDGING_FILE)
@@ -197,8 +199,9 @@ def _write(
     provenance = before.provenance.model_copy(
         update={
             "inputs": _inputs(before, [judge.spec() for judge in verdicts]),
-            "versions": versions(),
-            "commit": commit(),
+            # Of what made the answers, where that is known.
+            "versions": before.provenance.versions or versions(),
+            "commit": before.provenance.commit if answered.result else commit(),
             "stages": {**kept, **own},
             "seconds": {**before.provenance.seconds, **seconds},
         }

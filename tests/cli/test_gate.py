@@ -172,3 +172,8 @@ def test_the_same_decision_is_written_to_the_byte(command, runs) -> None:
         )  # fmt: skip
         made.append([path.read_bytes() for path in files])
     assert made[0] == made[1]
+
+
+def test_a_run_is_not_compared_with_itself(command, runs) -> None:
+    code, shown = command("gate", "--baseline", runs / "base", "--candidate", runs / "base", *LIMIT)
+    assert (code, "are the same run" in shown) == (2, True)

@@ -218,7 +218,7 @@ def test_the_answer_names_only_arms_whose_numbers_support_it(make_result):
     assert report.answer.startswith("Of 3 arms fine-tuned like attacked (harmful score 94.0 %), 2 have a lower")
     assert "of these, good (" in report.answer
     assert report.answer.endswith(
-        "shows no loss of fine-tune accuracy beyond its interval, which does not exclude one."
+        "is not shown to lose fine-tune accuracy after that correction, which does not exclude it."
     )
     assert any("loss of fine-tune accuracy beyond its interval: costly" in line for line in report.findings)
 

@@ -64,12 +64,16 @@ def gate(
         raise _wrong_limits(error) from None
     files = [path for path in (json_file, junit_file, markdown_file) if path is not None]
     _refuse_unwritable(files)
-    decision = decide(
-        read_side("baseline", baseline, baseline_arm),
-        read_side("candidate", candidate, candidate_arm),
-        limits,
-        judge=judge,
-    )
+    before, after = read_side("baseline", baseline, baseline_arm), read_side("candidate", candidate, candidate_arm)
+    if {run.directory.resolve() for run in before.runs} & {run.directory.resolve() for run in after.runs}:
+        raise StayalignedError("baseline and candidate are the same run", hint="Name two evaluations, or two arms.")
+    try:
+        decision = decide(before, after, limits, judge=judge)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        # Never exit code 1, which says that the candidate failed: what came here was edited, or a plug-in's mistake.
+        raise StayalignedError(
+            f"these runs can't be compared: {error}", hint="A result was edited, or a plug-in gave what it must not."
+        ) from error
     _print(decision)
     texts = zip((json_file, junit_file, markdown_file), (to_json, to_junit, to_markdown), strict=True)
     _write({path: make(decision) for path, make in texts if path is not None})

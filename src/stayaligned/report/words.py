@@ -170,8 +170,8 @@ def _against(reference: Arm, judged: Sequence[Arm]) -> str:
     if not kept:
         return f"{start}, and every one of these also has a lower fine-tune accuracy."
     return (
-        f"{start}; of these, {listed(kept)} {'shows' if len(kept) == 1 else 'show'} no loss of fine-tune accuracy "
-        "beyond its interval, which does not exclude one."
+        f"{start}; of these, {listed(kept)} {'is' if len(kept) == 1 else 'are'} not shown to lose fine-tune accuracy "
+        "after that correction, which does not exclude it."
     )
 
 
