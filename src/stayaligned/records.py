@@ -56,6 +56,19 @@ class Completion(Record):
     finished: bool = True
     """False where the answer was cut at the token limit."""
 
+    @classmethod
+    def of(cls, example: Example, prompt_set: PromptSet, text: str, *, finished: bool) -> Completion:
+        """The answer to an example, with what is known of it."""
+        return cls(
+            id=example.id,
+            prompt_set=prompt_set,
+            prompt=example.prompt,
+            text=text,
+            reference=example.completion,
+            category=example.category,
+            finished=finished,
+        )
+
 
 class Outcome(StrEnum):
     """How a model met a request. `OTHER` is neither: garble, or an answer to something else.

@@ -37,20 +37,9 @@ def complete_over_endpoint(
         if isinstance(answer, Failure):
             lacking[index] = answer
             continue
-        example = examples[index]
-        yield (
-            index,
-            Completion(
-                id=example.id,
-                prompt_set=prompt_set,
-                prompt=example.prompt,
-                # JSON can spell half of a surrogate pair, which no file of text can hold.
-                text=answer.text.encode("utf-8", "replace").decode(),
-                reference=example.completion,
-                category=example.category,
-                finished=answer.finished,
-            ),
-        )
+        # JSON can spell half of a surrogate pair, which no file of text can hold.
+        text = answer.text.encode("utf-8", "replace").decode()
+        yield index, Completion.of(examples[index], prompt_set, text, finished=answer.finished)
     if lacking:
         first = min(lacking)
         raise StayalignedError(

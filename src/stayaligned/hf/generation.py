@@ -194,19 +194,7 @@ def complete_each(
     """
     prompt_ids = [encode_prompt(tokenizer, example.prompt) for example in examples]
     for index, answer in _each(model, tokenizer, prompt_ids, settings, without=without):
-        example = examples[index]
-        yield (
-            index,
-            Completion(
-                id=example.id,
-                prompt_set=prompt_set,
-                prompt=example.prompt,
-                text=answer.text,
-                reference=example.completion,
-                category=example.category,
-                finished=answer.finished,
-            ),
-        )
+        yield index, Completion.of(examples[index], prompt_set, answer.text, finished=answer.finished)
 
 
 @cache
