@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from faulty_server import never_right, right_numbers
-from stayaligned.judges import JUDGES
-from stayaligned.judges._rubric import RubricJudge, fence_for
-from stayaligned.judging import LEDGER_FILE, Ledger, judge_completions
-from stayaligned.records import Completion, Message, Verdict, read_jsonl, write_jsonl
+from stayaligned.core.records import Completion, Message, Verdict, read_jsonl, write_jsonl
+from stayaligned.evaluation.judges import JUDGES
+from stayaligned.evaluation.judges._rubric import RubricJudge, fence_for
+from stayaligned.evaluation.verdicts import LEDGER_FILE, Ledger, judge_completions
 
 HERE = Path(__file__).parent
 ATTEMPTS = 12

@@ -15,7 +15,14 @@ import numpy as np
 from scipy.special import betaincinv, gammaln, stdtr, stdtrit, xlogy
 from scipy.stats import binom, bootstrap
 
-from stayaligned.metrics import MeanOfPrompts, discordance, holm, mean_of_prompts, paired_needed_n, wilson_interval
+from stayaligned.evaluation.metrics import (
+    MeanOfPrompts,
+    discordance,
+    holm,
+    mean_of_prompts,
+    paired_needed_n,
+    wilson_interval,
+)
 
 Array = np.ndarray
 Bounds = tuple[Array, Array]

@@ -26,9 +26,9 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from stayaligned.core.records import Message
 from stayaligned.hf.features import encode_prompt
-from stayaligned.hf.generation import Generation, generate
-from stayaligned.records import Message
+from stayaligned.hf.generation.generate import Generation, generate
 from stayaligned.testing import byte_tokenizer, pico_model
 
 PROMPTS = 200

@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainer
 
 from lisa_published import PublishedTrainer
 from stayaligned import Lisa, with_lisa
-from stayaligned.bistate import BiStateSchedule, RowStream
+from stayaligned.algorithms.lisa import BiStateSchedule, RowStream
 from stayaligned.hf.features import PaddingCollator
 from stayaligned.testing import pico_config
 

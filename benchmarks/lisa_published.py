@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from stayaligned import Lisa
-from stayaligned.bistate import Phase
+from stayaligned.algorithms.lisa import Phase
 
 WARMUP = 0.1
 """Share of the steps before the term is added; fixed in the published code."""

@@ -19,8 +19,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from stayaligned.directions import FullDelta, alignment_subspace
-from stayaligned.projection import LoraFactors, ScaledGram, update_similarity
+from stayaligned.algorithms.alignment_delta import FullDelta, alignment_subspace
+from stayaligned.algorithms.safe_lora import LoraFactors, ScaledGram, update_similarity
 
 RANK = 8
 T = TypeVar("T")

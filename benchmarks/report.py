@@ -16,9 +16,9 @@ from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
 
-from stayaligned.records import Metric, Outcome
+from stayaligned.core.records import Metric, Outcome
+from stayaligned.evaluation.results import Evidence, JudgeReading, Provenance, Result
 from stayaligned.report import build_report, write_report
-from stayaligned.results import Evidence, JudgeReading, Provenance, Result
 
 ROWS, RUNS = 10_000, 5
 PAINTED = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"

@@ -118,7 +118,7 @@ def make_pair(request: Mapping[str, Any]) -> None:
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    from stayaligned.files import replace_directory
+    from stayaligned.core.files import replace_directory
 
     shape = Shape(*request["shape"])
     tensors = shape.tensors()
@@ -169,7 +169,7 @@ def make_adapters(request: Mapping[str, Any]) -> None:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    from stayaligned.files import replace_directory
+    from stayaligned.core.files import replace_directory
 
     modules, layers, shape = TARGETS[request["targets"]], request["layers"], Shape(*request["shape"])
     config = LoraConfig(
@@ -255,8 +255,8 @@ def gpu(request: Mapping[str, Any]) -> None:
 
     import torch
 
-    from stayaligned.directions import FullDelta
-    from stayaligned.projection import LoraFactors, ScaledGram, update_similarity
+    from stayaligned.algorithms.alignment_delta import FullDelta
+    from stayaligned.algorithms.safe_lora import LoraFactors, ScaledGram, update_similarity
 
     if request["device"] == "cuda" and not torch.cuda.is_available():
         print("null")

@@ -1,6 +1,6 @@
 """An attacker who knows that the complement will be applied: training under the same projection.
 
-    stayaligned bench benchmarks/safe_lora_adaptive.yaml --plugin examples/plugins/adaptive_attacker.py --out adaptive
+    stayaligned bench studies/safe_lora_adaptive.yaml --plugin examples/plugins/adaptive_attacker.py --out adaptive
 
 The patch `complement` removes from an update what lies in the leading directions of V = W_aligned - W_base. Whoever
 fine-tunes with poisoned rows and both checkpoints at hand can keep the update out of these directions all along. Then
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
+from stayaligned.core.errors import StayalignedError
 from stayaligned.defenses import TrainingDefense, TrainingSetup
-from stayaligned.errors import StayalignedError
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from stayaligned.projection import Operator
+    from stayaligned.algorithms.safe_lora import Operator
 
 
 class ProjectedTraining(TrainingDefense):
@@ -73,8 +73,8 @@ class _KnownLayer(NamedTuple):
 def _known_layers(model: Any, attacker: ProjectedTraining) -> list[_KnownLayer]:
     from peft.tuners.lora import LoraLayer
 
+    from stayaligned.algorithms.alignment_delta import FullDelta
     from stayaligned.defenses.complement import Complement
-    from stayaligned.directions import FullDelta
     from stayaligned.hf.models import load_model
 
     patch = Complement(rank=attacker.rank, side=attacker.side)

@@ -9,48 +9,48 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stayaligned.alignment import Alignment, align
-    from stayaligned.benchmark import Grid, load_grid, run_grid
+    from stayaligned.core.errors import StayalignedError
+    from stayaligned.core.settings import Guard, Watch
     from stayaligned.defenses import ModelPair
     from stayaligned.defenses.complement import Complement
     from stayaligned.defenses.lisa import Lisa
+    from stayaligned.defenses.patching.directories import apply_safe_lora, patch_directory
     from stayaligned.defenses.safe_lora import SafeLora
-    from stayaligned.errors import StayalignedError
-    from stayaligned.experiment import Experiment, load_experiment
+    from stayaligned.experiments.align import Alignment, align
+    from stayaligned.experiments.config.experiment import Experiment, load_experiment
+    from stayaligned.experiments.grid import Grid, load_grid, run_grid
+    from stayaligned.experiments.run import run_experiment
     from stayaligned.gate import Decision, Limits, decide, read_side
-    from stayaligned.hf.lisa.trainer import attach_lisa, with_lisa
-    from stayaligned.hf.watching import attach_watch
-    from stayaligned.patching import apply_safe_lora, patch_directory
+    from stayaligned.hf.training.lisa.trainer import attach_lisa, with_lisa
+    from stayaligned.hf.training.safety_probe import attach_watch
     from stayaligned.report import build_report, write_report
-    from stayaligned.running import run_experiment
-    from stayaligned.watch import Guard, Watch
 
 _HOMES = {
-    "Alignment": "stayaligned.alignment",
+    "Alignment": "stayaligned.experiments.align",
     "Complement": "stayaligned.defenses.complement",
     "Decision": "stayaligned.gate",
-    "Experiment": "stayaligned.experiment",
-    "Grid": "stayaligned.benchmark",
-    "Guard": "stayaligned.watch",
+    "Experiment": "stayaligned.experiments.config.experiment",
+    "Grid": "stayaligned.experiments.grid",
+    "Guard": "stayaligned.core.settings",
     "Limits": "stayaligned.gate",
     "Lisa": "stayaligned.defenses.lisa",
     "ModelPair": "stayaligned.defenses",
     "SafeLora": "stayaligned.defenses.safe_lora",
-    "StayalignedError": "stayaligned.errors",
-    "Watch": "stayaligned.watch",
-    "align": "stayaligned.alignment",
-    "apply_safe_lora": "stayaligned.patching",
-    "attach_lisa": "stayaligned.hf.lisa.trainer",
-    "attach_watch": "stayaligned.hf.watching",
+    "StayalignedError": "stayaligned.core.errors",
+    "Watch": "stayaligned.core.settings",
+    "align": "stayaligned.experiments.align",
+    "apply_safe_lora": "stayaligned.defenses.patching.directories",
+    "attach_lisa": "stayaligned.hf.training.lisa.trainer",
+    "attach_watch": "stayaligned.hf.training.safety_probe",
     "build_report": "stayaligned.report",
     "decide": "stayaligned.gate",
-    "load_experiment": "stayaligned.experiment",
-    "load_grid": "stayaligned.benchmark",
-    "patch_directory": "stayaligned.patching",
+    "load_experiment": "stayaligned.experiments.config.experiment",
+    "load_grid": "stayaligned.experiments.grid",
+    "patch_directory": "stayaligned.defenses.patching.directories",
     "read_side": "stayaligned.gate",
-    "run_experiment": "stayaligned.running",
-    "run_grid": "stayaligned.benchmark",
-    "with_lisa": "stayaligned.hf.lisa.trainer",
+    "run_experiment": "stayaligned.experiments.run",
+    "run_grid": "stayaligned.experiments.grid",
+    "with_lisa": "stayaligned.hf.training.lisa.trainer",
     "write_report": "stayaligned.report",
 }
 

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from stayaligned.attacks import ATTACKS
 from stayaligned.attacks.poison import Poison
-from stayaligned.errors import StayalignedError
-from stayaligned.records import Example, Message
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.records import Example, Message
 
 TASK = [Example(id=f"t{i}", prompt=(Message(role="user", content=f"q{i}"),), completion="a") for i in range(60)]
 

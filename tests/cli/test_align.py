@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stayaligned.files import fingerprint
+from stayaligned.core.files import fingerprint
 from stayaligned.testing import write_pico_adapter
-from stayaligned_test_world import write_rows, write_world
+from support.world import write_rows, write_world
 
 Command = Callable[..., tuple[int, str]]
 QUICK = ("training.max_steps=2", "max_length=64", "lora.r=2")

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
-from stayaligned_test_world import write_rows
+from support.world import write_rows
 
 Command = Callable[..., tuple[int, str]]
 QUICK = ("--iterations", 6, "--rows", 3)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stayaligned_test_world import experiment, write_rows, write_world
+from support.world import experiment, write_rows, write_world
 
 Change = Callable[[Path, dict[str, Any]], None]
 

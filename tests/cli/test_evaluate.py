@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from stayaligned.results import read_evidence, read_result
+from stayaligned.evaluation.results import read_evidence, read_result
 from stayaligned.testing import write_pico_adapter
-from stayaligned_test_world import write_world
+from support.world import write_world
 
 Command = Callable[..., tuple[int, str]]
 

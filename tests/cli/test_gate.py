@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from stayaligned.gate import Decision
-from stayaligned_test_runs import evidence, outcomes, write_run
+from support.runs import evidence, outcomes, write_run
 
 LIMIT = ("--max-harm-increase", "5%")
 HOSTILE = "<b>|x|</b>\x1b[31m @all [a](http://evil) \ufffe & ` \u202e"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from stayaligned import metrics
+from stayaligned.evaluation import metrics
 
 
 def asked(command, *options):

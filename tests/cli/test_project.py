@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from stayaligned.files import fingerprint
+from stayaligned.core.files import fingerprint
 from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
 
 Command = Callable[..., tuple[int, str]]

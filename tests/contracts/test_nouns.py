@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from stayaligned.adapters import read_adapter
-from stayaligned.component import Registry
-from stayaligned.data import read_examples
+from stayaligned.core.component import Registry
+from stayaligned.core.records import Completion, Message, Outcome, Verdict
+from stayaligned.data.sources import read_examples
 from stayaligned.defenses import DEFENSES, ModelPair, PatchDefense, TrainingDefense, TrainingSetup
-from stayaligned.experiment import REGISTRIES
-from stayaligned.records import Completion, Message, Outcome, Verdict
+from stayaligned.experiments.config.experiment import REGISTRIES
 from stayaligned.testing import write_pico_adapter
-from stayaligned_test_guards import write_guard, write_moderation
-from stayaligned_test_server import Asked, chat_server
-from stayaligned_test_world import write_rows, write_world
+from stayaligned.weights.adapters import read_adapter
+from support.guards import write_guard, write_moderation
+from support.server import Asked, chat_server
+from support.world import write_rows, write_world
 
 ALL = [(registry, name) for registry in REGISTRIES for name in registry.names()]
 SERVER = Asked()
@@ -202,7 +202,8 @@ def test_an_attack_draws_from_its_generator_alone_and_keeps_every_rows_origin(na
 def test_a_training_defense_makes_a_trainer_that_changes_the_trainable_weights_only(
     name: str, world: Path, tmp_path: Path
 ) -> None:
-    from stayaligned.hf import finetuning, models
+    from stayaligned.hf import models
+    from stayaligned.hf.training import finetuning
 
     defense = make(DEFENSES, name, world)
     model = models.attach_lora(models.load_model(world / "aligned"), {"r": 2, "target_modules": ["q_proj"]})

@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 from stayaligned.cli import main
-from stayaligned.component import Registry
-from stayaligned.experiment import REGISTRIES
-from stayaligned.results import find_results
-from stayaligned_test_world import experiment, write_world
+from stayaligned.core.component import Registry
+from stayaligned.evaluation.results import find_results
+from stayaligned.experiments.config.experiment import REGISTRIES
+from support.world import experiment, write_world
 
 PLUGINS = sorted((Path(__file__).parents[1] / "plugins").glob("*.py"))
 

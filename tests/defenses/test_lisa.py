@@ -8,12 +8,12 @@ from typing import Any, Literal
 import pytest
 from pydantic import ValidationError
 
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.records import Example, Message, Origin
 from stayaligned.defenses import DEFENSES, TrainingSetup
 from stayaligned.defenses.bso import BSO
 from stayaligned.defenses.lisa import Lisa
 from stayaligned.defenses.mixing import Mixing
-from stayaligned.errors import StayalignedError
-from stayaligned.records import Example, Message, Origin
 from stayaligned.testing import byte_tokenizer, pico_model
 
 

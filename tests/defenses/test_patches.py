@@ -11,14 +11,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from stayaligned.adapters import Adapter, read_adapter
-from stayaligned.checkpoints import open_checkpoint
+from stayaligned.algorithms.safe_lora import scaled, update_norm, update_similarity
+from stayaligned.core.errors import StayalignedError
 from stayaligned.defenses import DEFENSES, ModelPair, PatchedAdapter
-from stayaligned.errors import StayalignedError
-from stayaligned.hf.layers import lora_layers
-from stayaligned.patching import patch_directory
-from stayaligned.projection import scaled, update_norm, update_similarity
+from stayaligned.defenses.patching.directories import patch_directory
+from stayaligned.hf.placement.layers import lora_layers
 from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
+from stayaligned.weights.adapters import Adapter, read_adapter
+from stayaligned.weights.checkpoints import open_checkpoint
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

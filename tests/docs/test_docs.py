@@ -11,10 +11,10 @@ import yaml
 from typer.main import get_command
 
 import stayaligned
-from stayaligned.alignment import load_alignment
-from stayaligned.benchmark import load_grid
 from stayaligned.cli import app
-from stayaligned.experiment import load_experiment
+from stayaligned.experiments.align import load_alignment
+from stayaligned.experiments.config.experiment import load_experiment
+from stayaligned.experiments.grid import load_grid
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stayaligned_test_world import write_rows, write_world
+from support.world import write_rows, write_world
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-PROGRAM = Path(__file__).parents[1] / "stayaligned_test_forks.py"
+PROGRAM = Path(__file__).parents[1] / "support" / "forks.py"
 
 
 class Forked(NamedTuple):
@@ -22,7 +22,7 @@ class Forked(NamedTuple):
 
 @pytest.fixture
 def forks(tmp_path: Path) -> Callable[..., Forked]:
-    """Runs a command of `stayaligned_test_forks.py` in the temporary directory."""
+    """Runs a command of `support/forks.py` in the temporary directory."""
 
     def run(command: str, *arguments: object) -> Forked:
         done = subprocess.run(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stayaligned_test_world import write_rows, write_world
+from support.world import write_rows, write_world
 
 JUDGE = '''
 """A judge that notes what it is asked, and that kills its process after so many verdicts if told to."""
@@ -18,8 +18,8 @@ import signal
 from pathlib import Path
 from typing import ClassVar
 
-from stayaligned.judges import Judge
-from stayaligned.records import Outcome, Verdict
+from stayaligned.evaluation.judges import Judge
+from stayaligned.core.records import Outcome, Verdict
 
 
 class Mortal(Judge):
@@ -83,7 +83,7 @@ def test_a_killed_evaluation_and_a_killed_judging_go_on_to_the_same_bytes(world:
     assert len(questions) == len(set(questions)) == 11
     asked.unlink()
 
-    in_writing = "import stayaligned.results as r, os\nr.write_text = lambda *a: os.kill(os.getpid(), 9)"
+    in_writing = "import stayaligned.evaluation.results as r, os\nr.write_text = lambda *a: os.kill(os.getpid(), 9)"
     assert evaluate(world, tmp_path / "killed", dies_after=4) == -signal.SIGKILL
     assert not (tmp_path / "killed" / "result.json").exists()
     assert evaluate(world, tmp_path / "killed", dies_after=3) == -signal.SIGKILL
@@ -102,7 +102,7 @@ def test_a_killed_evaluation_and_a_killed_judging_go_on_to_the_same_bytes(world:
     assert len(asked.read_text().splitlines()) == 22
 
     before = {p.name: p.read_bytes() for p in (tmp_path / "a").glob("report.*")}
-    in_report = "import stayaligned.files as f, os\nf._sync = lambda *a: os.kill(os.getpid(), 9)"
+    in_report = "import stayaligned.core.files as f, os\nf._sync = lambda *a: os.kill(os.getpid(), 9)"
     (tmp_path / "a" / "report.md").unlink()
     assert stayaligned(world, "report", tmp_path / "a", killer=in_report) == -signal.SIGKILL
     assert (tmp_path / "a" / "report.html").read_bytes() == before["report.html"]

@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stayaligned_test_world import write_rows, write_world
+from support.world import write_rows, write_world
 
 # Kills its process once so many answers were kept, and notes each one.
 KILLER = """
 import os, signal
-from stayaligned.answering import Journal
+from stayaligned.evaluation.answers import Journal
 keep, count = Journal.keep, 0
 def counted(self, index, completion):
     global count

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stayaligned_test_world import experiment, write_world
+from support.world import experiment, write_world
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from stayaligned_test_world import experiment, write_world
+from support.world import experiment, write_world
 
 
 def test_two_processes_train_as_one(forks: Callable[..., Any], tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stayaligned.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError
+from stayaligned.evaluation.metrics import mcnemar, mean_of_prompts
 from stayaligned.gate import Limits, decide, read_side
-from stayaligned.metrics import mcnemar, mean_of_prompts
-from stayaligned_test_runs import H, R, S, evidence, outcomes, write_run
+from support.runs import H, R, S, evidence, outcomes, write_run
 
 
 def sides(root: Path, ours: list, theirs: list, arguments=None):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stayaligned_test_world import experiment, write_rows, write_world
+from support.world import experiment, write_rows, write_world
 
 
 @pytest.fixture(scope="module")

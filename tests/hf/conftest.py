@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from stayaligned.checkpoints import Checkpoint
-from stayaligned_test_checkpoints import PairOf, write_pair
+from stayaligned.weights.checkpoints import Checkpoint
+from support.checkpoints import PairOf, write_pair
 
 
 @pytest.fixture(scope="session")

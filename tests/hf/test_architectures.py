@@ -17,18 +17,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from stayaligned import attach_lisa
-from stayaligned.checkpoints import open_checkpoint
-from stayaligned.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.records import Message
 from stayaligned.hf.features import IGNORED, PaddingCollator
-from stayaligned.hf.finetuning import train
-from stayaligned.hf.generation import Generation, generate
+from stayaligned.hf.generation.generate import Generation, generate
 from stayaligned.hf.models import attach_lora, load_finetuned, load_model, load_tokenizer
-from stayaligned.hf.stored import meta_model
-from stayaligned.records import Message
+from stayaligned.hf.placement.stored import meta_model
+from stayaligned.hf.training.finetuning import train
 from stayaligned.testing import byte_tokenizer, pico_model, write_pico_adapter, write_pico_checkpoint
-from stayaligned_test_generation import greedy_reference, prompts, sharp
-from stayaligned_test_lisa import LISA, SAFE, USER, largest_difference, plain_trainer, reference_loop, trainable
-from stayaligned_test_world import experiment, write_world
+from stayaligned.weights.checkpoints import open_checkpoint
+from support.generation import greedy_reference, prompts, sharp
+from support.lisa import LISA, SAFE, USER, largest_difference, plain_trainer, reference_loop, trainable
+from support.world import experiment, write_world
 
 TAKES_PADDING_IN = ["rwkv", "xlstm", "recurrent_gemma"]
 ARCHITECTURES = [

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stayaligned.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.records import Example, Message
 from stayaligned.hf.features import (
     IGNORED,
     PaddingCollator,
@@ -17,7 +18,6 @@ from stayaligned.hf.features import (
     encode_prompt,
     template_hash,
 )
-from stayaligned.records import Example, Message
 from stayaligned.testing import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

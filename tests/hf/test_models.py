@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from stayaligned.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError
 from stayaligned.hf.models import attach_lora, load_finetuned, load_model, load_tokenizer, merge_adapter, weight_types
 from stayaligned.hf.targets import linear_names, unfit_names
 from stayaligned.testing import byte_tokenizer, pico_model, write_pico_adapter, write_pico_checkpoint

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from peft import PeftModel
 
-from stayaligned.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError
 from stayaligned.hf.models import load_finetuned, load_model
 from stayaligned.hf.templates import TEMPLATE_FILE, refuse_other_template, write_template
 from stayaligned.testing import byte_tokenizer, write_pico_adapter, write_pico_checkpoint

@@ -13,10 +13,10 @@ from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from stayaligned import Lisa, attach_lisa, with_lisa
-from stayaligned.bistate import RowStream
+from stayaligned.algorithms.lisa import RowStream
 from stayaligned.hf.features import PaddingCollator
 from stayaligned.testing import byte_tokenizer
-from stayaligned_test_lisa import (
+from support.lisa import (
     ALIGNMENT_TOKEN,
     LISA,
     SAFE,

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from stayaligned import Lisa, StayalignedError, attach_lisa, with_lisa
 from stayaligned.hf.features import PaddingCollator
-from stayaligned.hf.finetuning import train
+from stayaligned.hf.training.finetuning import train
 from stayaligned.testing import pico_model
 
 LISA = Lisa(alignment_steps=2, finetuning_steps=3, rho=0.7)

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
-from stayaligned.records import Completion, Example, Message
-from stayaligned.tasks import Split, Task
+from stayaligned.core.records import Completion, Example, Message
+from stayaligned.data.tasks import Split, Task
 
 
 class Counting(Task):

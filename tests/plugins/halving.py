@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING, ClassVar
 
+from stayaligned.core.records import LayerReport
 from stayaligned.defenses import ModelPair, PatchDefense, PatchedAdapter
-from stayaligned.records import LayerReport
 
 if TYPE_CHECKING:
-    from stayaligned.adapters import Adapter
+    from stayaligned.weights.adapters import Adapter
 
 
 class Halving(PatchDefense):
@@ -16,9 +16,9 @@ class Halving(PatchDefense):
     needs_base: ClassVar[bool] = False
 
     def patch(self, adapter: "Adapter", models: ModelPair) -> PatchedAdapter:
-        from stayaligned.checkpoints import open_checkpoint
-        from stayaligned.hf.layers import lora_layers
-        from stayaligned.projection import compare, scaled
+        from stayaligned.algorithms.safe_lora import compare, scaled
+        from stayaligned.hf.placement.layers import lora_layers
+        from stayaligned.weights.checkpoints import open_checkpoint
 
         edits, reports = {}, []
         for layer in lora_layers(adapter, open_checkpoint(models.aligned)):

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
-from stayaligned.judges import Judge
-from stayaligned.records import Completion, Outcome, Verdict
+from stayaligned.core.records import Completion, Outcome, Verdict
+from stayaligned.evaluation.judges import Judge
 
 
 class Length(Judge):

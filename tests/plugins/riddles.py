@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
-from stayaligned.prompts import Prompts
-from stayaligned.records import Example, Message
+from stayaligned.core.records import Example, Message
+from stayaligned.data.prompts import Prompts
 
 
 class Riddles(Prompts):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from stayaligned.attacks import Attack
-from stayaligned.records import Example
+from stayaligned.core.records import Example
 
 
 class Shouting(Attack):

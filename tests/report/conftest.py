@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from stayaligned.metrics import wilson_interval
-from stayaligned.records import LayerReport, Message, Metric, Outcome
-from stayaligned.results import Agreement, JudgeReading, PatchRecord, Provenance, Result, Sample
+from stayaligned.core.records import LayerReport, Message, Metric, Outcome
+from stayaligned.evaluation.metrics import wilson_interval
+from stayaligned.evaluation.results import Agreement, JudgeReading, PatchRecord, Provenance, Result, Sample
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MODULES = [

@@ -6,9 +6,9 @@ from importlib.resources import files
 
 import pytest
 
-from stayaligned.records import Message, Outcome
+from stayaligned.core.records import Message, Outcome
+from stayaligned.evaluation.results import Evidence, Sample
 from stayaligned.report import build_report, write_report
-from stayaligned.results import Evidence, Sample
 
 pytestmark = pytest.mark.browser
 

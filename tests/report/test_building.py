@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import t as student
 
-from stayaligned.errors import StayalignedError
-from stayaligned.records import LayerReport, Metric
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.records import LayerReport, Metric
+from stayaligned.evaluation.results import Agreement, JudgeReading, PatchRecord, Provenance
 from stayaligned.report import build_report
-from stayaligned.results import Agreement, JudgeReading, PatchRecord, Provenance
 
 rates = st.lists(st.integers(0, 200).map(lambda hits: hits / 200), min_size=2, max_size=6)
 

@@ -3,13 +3,13 @@
 import pytest
 from scipy.stats import ttest_1samp
 
-from stayaligned.metrics import holm, mcnemar
-from stayaligned.records import Metric, Outcome
+from stayaligned.core.records import Metric, Outcome
+from stayaligned.evaluation.metrics import holm, mcnemar
+from stayaligned.evaluation.results import Evidence
 from stayaligned.report import build_report
 from stayaligned.report.page import html_text
 from stayaligned.report.prose import markdown_text
 from stayaligned.report.tables import csv_text
-from stayaligned.results import Evidence
 
 
 def rows(hits, n=120, judge="keyword"):

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from stayaligned.records import Message
+from stayaligned.core.records import Message
+from stayaligned.evaluation.results import Sample
 from stayaligned.report import build_report, terminal_table, write_report
 from stayaligned.report.texts import csv_cell, markdown, one_line, percent, visible
-from stayaligned.results import Sample
 
 HOSTILE = (
     "</script><img src=x onerror=alert(1)>",
@@ -147,7 +147,7 @@ def test_equal_results_give_equal_bytes_in_another_process(grid_results, grid, t
         (folder / f"{i:02}.json").write_text(result.model_dump_json(), encoding="utf-8")
     code = (
         "import sys; from pathlib import Path\n"
-        "from stayaligned.report import *; from stayaligned.results import Result\n"
+        "from stayaligned.report import *; from stayaligned.evaluation.results import Result\n"
         "paths = sorted(Path(sys.argv[1]).glob('*.json'))\n"
         "results = [Result.model_validate_json(p.read_text(encoding='utf-8')) for p in paths]\n"
         "write_report(build_report(results, title='t', reference='SFT attacked'), Path(sys.argv[2]))"

@@ -5,10 +5,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from stayaligned.data import read_examples
-from stayaligned.errors import StayalignedError
-from stayaligned.files import fingerprint
-from stayaligned.records import Outcome
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.files import fingerprint
+from stayaligned.core.records import Outcome
+from stayaligned.data.sources import read_examples
 from stayaligned.testbed import NAMES, Recipe, build
 from stayaligned.testbed.judge import LABELS, outcome_of
 from stayaligned.testbed.store import _DERIVED

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from stayaligned.data import read_examples
-from stayaligned.records import Outcome
+from stayaligned.core.records import Outcome
+from stayaligned.data.sources import read_examples
 from stayaligned.testbed import NAMES, Recipe, build_derived, corpora, derived, language, recipe, reference_key, resolve
 from stayaligned.testbed.corpora import Dialogue
 from stayaligned.testbed.judge import outcome_of

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from stayaligned.errors import StayalignedError
-from stayaligned.files import fingerprint
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.files import fingerprint
 from stayaligned.hf.features import PaddingCollator
 from stayaligned.testbed import (
     LoraAlignment,

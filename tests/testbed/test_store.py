@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stayaligned.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError
 from stayaligned.testbed import NAMES, Recipe, build, building, is_reference, reference_key, resolve, store
 
 

@@ -1,7 +1,7 @@
 import pytest
 
+from stayaligned.core.records import Example, Message
 from stayaligned.hf.features import IGNORED, encode_example
-from stayaligned.records import Example, Message
 from stayaligned.testbed import Recipe, corpora, judge, training
 from stayaligned.testbed.tokenizer import chat_tokenizer, pair_tokenizer
 

@@ -9,8 +9,8 @@ import random
 from abc import abstractmethod
 from collections.abc import Sequence
 
-from stayaligned.component import Component, Registry
-from stayaligned.records import Example
+from stayaligned.core.component import Component, Registry
+from stayaligned.core.records import Example
 
 
 class Attack(Component):

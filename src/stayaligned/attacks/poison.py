@@ -9,9 +9,9 @@ from typing import ClassVar, Self
 from pydantic import Field, model_validator
 
 from stayaligned.attacks import Attack
-from stayaligned.data import read_examples, sample
-from stayaligned.errors import StayalignedError
-from stayaligned.records import Example
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.records import Example
+from stayaligned.data.sources import read_examples, sample
 
 
 class Poison(Attack):

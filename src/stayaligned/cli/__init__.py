@@ -16,15 +16,15 @@ from stayaligned.cli.evaluate import evaluate
 from stayaligned.cli.gate import gate
 from stayaligned.cli.judge import judge
 from stayaligned.cli.options import Out, Overrides, Plugins, load_plugins
+from stayaligned.cli.output import print_report, run_and_show
 from stayaligned.cli.power import power
 from stayaligned.cli.project import project
-from stayaligned.cli.showing import print_report, run_and_show
 from stayaligned.cli.subspace import subspace_app
-from stayaligned.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError
 
 if TYPE_CHECKING:
-    from stayaligned.benchmark import Grid
-    from stayaligned.component import Registry
+    from stayaligned.core.component import Registry
+    from stayaligned.experiments.grid import Grid
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -70,7 +70,7 @@ def main() -> None:
 @app.command()
 def run(config: Config, overrides: Overrides = None, *, out_dir: Out, plugin: Plugins = None) -> None:
     """Run one experiment: fine-tune, patch, generate, judge, measure."""
-    from stayaligned.experiment import load_experiment
+    from stayaligned.experiments.config.experiment import load_experiment
 
     load_plugins(plugin)
     run_and_show(load_experiment(config, overrides or ()), out_dir)
@@ -86,7 +86,7 @@ def bench(
     plugin: Plugins = None,
 ) -> None:
     """Run a grid of experiments; shared stages are computed once."""
-    from stayaligned.benchmark import load_grid
+    from stayaligned.experiments.grid import load_grid
 
     load_plugins(plugin)
     _run_grid(load_grid(config, overrides or ()), out_dir, workers, plugin or [])
@@ -99,7 +99,7 @@ def demo(
     """The whole story on the embedded testbed, in minutes on a CPU: a table and report.html."""
     from importlib.resources import as_file, files
 
-    from stayaligned.benchmark import load_grid
+    from stayaligned.experiments.grid import load_grid
 
     with as_file(files("stayaligned.testbed") / "demo.yaml") as config:
         grid = load_grid(config)
@@ -132,9 +132,9 @@ app.add_typer(subspace_app, name="subspace")
 @app.command()
 def validate(config: Config, overrides: Overrides = None, plugin: Plugins = None) -> None:
     """Check an experiment, a grid or an alignment, without running anything: every error at once."""
-    from stayaligned.alignment import load_alignment
-    from stayaligned.benchmark import load_grid
-    from stayaligned.experiment import load_experiment, load_yaml
+    from stayaligned.experiments.align import load_alignment
+    from stayaligned.experiments.config.experiment import load_experiment, load_yaml
+    from stayaligned.experiments.grid import load_grid
 
     load_plugins(plugin)
     content = load_yaml(config)
@@ -196,7 +196,7 @@ def new(
     directory: Annotated[Path, typer.Option("--dir", help="Where to write NAME.py.")] = Path(),
 ) -> None:
     """Write a working plug-in file to start from."""
-    from stayaligned.scaffold import write_plugin
+    from stayaligned.cli.scaffold import write_plugin
 
     path = write_plugin(noun, name, directory)
     out.print(f"wrote {path}; try: stayaligned show {noun} {name} --plugin {path}", soft_wrap=True)
@@ -205,7 +205,7 @@ def new(
 @app.command()
 def env() -> None:
     """Print versions and hardware, for a bug report."""
-    from stayaligned.results import versions
+    from stayaligned.evaluation.results import versions
 
     import torch  # isort: skip
 
@@ -216,9 +216,9 @@ def env() -> None:
 
 
 def _run_grid(grid: Grid, directory: Path, workers: int | None, plugins: list[Path]) -> None:
-    from stayaligned.benchmark import run_grid
-    from stayaligned.hf.processes import refuse_several
-    from stayaligned.progress import LiveProgress
+    from stayaligned.cli.progress import LiveProgress
+    from stayaligned.experiments.grid import run_grid
+    from stayaligned.hf.training.processes import refuse_several
 
     refuse_several("a grid")
     with LiveProgress(err) as listener:
@@ -233,7 +233,7 @@ def _run_grid(grid: Grid, directory: Path, workers: int | None, plugins: list[Pa
 
 
 def _registries() -> dict[str, Registry[Any]]:
-    from stayaligned.experiment import REGISTRIES
+    from stayaligned.experiments.config.experiment import REGISTRIES
 
     return {registry.kind: registry for registry in REGISTRIES}
 

@@ -28,9 +28,9 @@ def align(
     ] = None,
 ) -> None:
     """Make an aligned model from a base one: fine-tune on safety data, merge, write a checkpoint."""
-    from stayaligned.alignment import ALIGNMENT_FILE, load_alignment
-    from stayaligned.alignment import align as make
-    from stayaligned.hf.processes import refuse_several
+    from stayaligned.experiments.align import ALIGNMENT_FILE, load_alignment
+    from stayaligned.experiments.align import align as make
+    from stayaligned.hf.training.processes import refuse_several
 
     refuse_several("stayaligned align")
     given: dict[str, Any] = {"data": data, "chat_template": chat_template}

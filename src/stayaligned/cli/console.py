@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from stayaligned.printable import visible
+from stayaligned.core.text import visible
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from stayaligned.deltas import BytesDone
+    from stayaligned.weights.deltas import BytesDone
 
 
 class _SafeConsole(Console):

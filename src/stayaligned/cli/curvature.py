@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stayaligned.cli.console import err, out, plain_table
-from stayaligned.errors import StayalignedError
-from stayaligned.printable import visible
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.text import visible
 
 if TYPE_CHECKING:
-    from stayaligned.curvature import Eigenvalue
-    from stayaligned.hf.curvature import LossCurvature
+    from stayaligned.algorithms.curvature import Eigenvalue
+    from stayaligned.hf.training.curvature import LossCurvature
 
 
 def curvature(
@@ -38,7 +38,7 @@ def curvature(
     seed: Annotated[int, typer.Option(help="Of rows, fresh LoRA and start.")] = 0,
 ) -> None:
     """Estimate L of the training loss at these weights, and compare Lisa's rho with it."""
-    from stayaligned.hf.curvature import CurvatureSettings, Trained, loss_curvatures
+    from stayaligned.hf.training.curvature import CurvatureSettings, Trained, loss_curvatures
 
     trained = Trained(model, adapter, _settings(lora) if lora else None)
     settings = CurvatureSettings(
@@ -55,7 +55,7 @@ def curvature(
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, Any]:
-    from stayaligned.experiment import parse_value
+    from stayaligned.experiments.config.experiment import parse_value
 
     given: dict[str, Any] = {}
     for pair in pairs:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from stayaligned.cli.options import Judges, Out, Overrides, Plugins, component_specs, load_plugins
-from stayaligned.cli.showing import run_and_show
-from stayaligned.errors import StayalignedError
+from stayaligned.cli.output import run_and_show
+from stayaligned.core.errors import StayalignedError
 
 
 def evaluate(
@@ -32,7 +32,7 @@ def evaluate(
 
     Every other setting of an experiment may follow as key=value: generation.max_new_tokens=256 max_unscored=0.02
     """
-    from stayaligned.experiment import Experiment, apply_overrides, parse
+    from stayaligned.experiments.config.experiment import Experiment, apply_overrides, parse
 
     load_plugins(plugin)
     content: dict[str, Any] = {

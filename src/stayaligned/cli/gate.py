@@ -10,7 +10,7 @@ import typer
 
 from stayaligned.cli.console import err, out, plain_table
 from stayaligned.cli.options import Plugins, load_plugins, share
-from stayaligned.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -109,7 +109,7 @@ def _refuse_unwritable(paths: list[Path]) -> None:
 
 def _write(texts: dict[Path, str]) -> None:
     """Write each file whole or not at all; one that fails doesn't keep the others from being written."""
-    from stayaligned.files import writable, write_text
+    from stayaligned.core.files import writable, write_text
 
     failed: list[StayalignedError] = []
     for path, text in texts.items():

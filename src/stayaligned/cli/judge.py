@@ -9,8 +9,8 @@ import typer
 
 from stayaligned.cli.console import err
 from stayaligned.cli.options import Judges, Out, Plugins, component_specs, load_plugins
-from stayaligned.cli.showing import print_report
-from stayaligned.errors import StayalignedError
+from stayaligned.cli.output import print_report
+from stayaligned.core.errors import StayalignedError
 
 
 def judge(
@@ -28,9 +28,9 @@ def judge(
 
     Name all judges of the new result, the primary one first. Verdicts that the run had already are taken over.
     """
-    from stayaligned.experiment import parse_component
-    from stayaligned.judges import JUDGES
-    from stayaligned.rejudging import rejudge
+    from stayaligned.evaluation.judges import JUDGES
+    from stayaligned.experiments.config.experiment import parse_component
+    from stayaligned.experiments.rejudge import rejudge
 
     load_plugins(plugin)
     if not judges:

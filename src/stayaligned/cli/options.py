@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stayaligned.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, dotted: training.learning_rate=1e-4 defenses.0.rho=2")
@@ -25,8 +25,8 @@ Judges = Annotated[
 def load_plugins(paths: Sequence[Path] | None) -> None:
     """Register the components of each plug-in file."""
     if paths:
-        from stayaligned.component import load_plugin
-        from stayaligned.experiment import REGISTRIES
+        from stayaligned.core.component import load_plugin
+        from stayaligned.experiments.config.experiment import REGISTRIES
 
         for path in paths:
             load_plugin(path, REGISTRIES)
@@ -38,7 +38,7 @@ def component_specs(texts: Sequence[str], option: str) -> list[Any]:
     Raises:
         StayalignedError: if one is neither.
     """
-    from stayaligned.experiment import parse_value
+    from stayaligned.experiments.config.experiment import parse_value
 
     found = [parse_value(text) for text in texts]
     for text, value in zip(texts, found, strict=True):

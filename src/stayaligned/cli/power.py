@@ -9,7 +9,7 @@ import typer
 
 from stayaligned.cli.console import out, plain_table
 from stayaligned.cli.options import share
-from stayaligned.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError
 
 
 def power(
@@ -78,7 +78,7 @@ class _Plan:
 
     def share_of(self, difference: float) -> float:
         """The share of discordant prompts at a difference: as given, or as if the answers were unrelated."""
-        from stayaligned.metrics import discordance
+        from stayaligned.evaluation.metrics import discordance
 
         if self.discordant is None:
             return discordance(self.rate, self._other(difference))
@@ -97,8 +97,8 @@ class _Plan:
 
     def chance(self, difference: float, n: int, limit: float = 0.0) -> float:
         """The probability that n prompts show it."""
-        from stayaligned.metrics import paired_power
-        from stayaligned.metrics import power as unpaired_power
+        from stayaligned.evaluation.metrics import paired_power
+        from stayaligned.evaluation.metrics import power as unpaired_power
 
         if self.unpaired:
             return unpaired_power(self.rate, self._other(difference), n, **self.how)
@@ -106,7 +106,7 @@ class _Plan:
 
     def of_difference(self, difference: float | None, prompts: int | None, chance: float) -> dict[str, Any]:
         """Prompts for a difference, or the difference that prompts show."""
-        from stayaligned.metrics import detectable_difference, needed_n, paired_needed_n
+        from stayaligned.evaluation.metrics import detectable_difference, needed_n, paired_needed_n
 
         answer = self._said(chance)
         if difference is not None:
@@ -133,7 +133,7 @@ class _Plan:
 
     def of_gate(self, margin: float, worse: float, chance: float, prompts: int | None) -> dict[str, Any]:
         """Prompts with which an unchanged model passes, and with which a worse one fails."""
-        from stayaligned.metrics import paired_needed_n
+        from stayaligned.evaluation.metrics import paired_needed_n
 
         if not 0 < margin < worse:
             raise StayalignedError(

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from stayaligned.cli.console import err, out, plain_table, weights_bar
-from stayaligned.errors import StayalignedError
-from stayaligned.printable import visible
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.text import visible
 
 if TYPE_CHECKING:
+    from stayaligned.core.records import LayerReport
     from stayaligned.defenses import ModelPair, PatchDefense
-    from stayaligned.records import LayerReport
 
 Operator = Literal["scaled_gram", "orthogonal", "complement"]
 Side = Literal["left", "right", "both"]
@@ -48,9 +48,9 @@ def project(
 ) -> None:
     """Safe LoRA: repair finished fine-tunes layer by layer, without loading a model."""
     from stayaligned.defenses import DEFENSES, ModelPair
-    from stayaligned.deltas import require_device
-    from stayaligned.experiment import parse_component
-    from stayaligned.patching import projection_spec
+    from stayaligned.defenses.patching.directories import projection_spec
+    from stayaligned.experiments.config.experiment import parse_component
+    from stayaligned.weights.deltas import require_device
 
     if (threshold is not None) + (lowest is not None) + all_layers + scan != 1:
         raise StayalignedError(
@@ -74,9 +74,9 @@ def project(
 
 
 def _patch(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: ModelPair, device: str) -> None:
-    from stayaligned.checkpoints import read_json_object
     from stayaligned.defenses import Execution
-    from stayaligned.patching import PROJECTION_FILE, patch_directories, patch_directory
+    from stayaligned.defenses.patching.directories import PROJECTION_FILE, patch_directories, patch_directory
+    from stayaligned.weights.checkpoints import read_json_object
 
     command = ["stayaligned", *sys.argv[1:]]
     with weights_bar() as progress:
@@ -100,10 +100,10 @@ def _patch(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: Mo
 
 
 def _scan(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: ModelPair, device: str) -> None:
+    from stayaligned.core.files import new_directory, refuse_existing
     from stayaligned.defenses import Execution
-    from stayaligned.files import new_directory, refuse_existing
+    from stayaligned.defenses.patching.scan import scan_adapters
     from stayaligned.report.scan import outcomes, write_scan
-    from stayaligned.scanning import scan_adapters
 
     outs = [out_dir] if len(finetuned) == 1 else [out_dir / name for name in _names(finetuned)]
     for place in outs:

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from stayaligned.cli.console import out, plain_table, weights_bar
-from stayaligned.errors import StayalignedError
-from stayaligned.printable import visible
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.text import visible
 
 subspace_app = typer.Typer(
     help="Build and show subspace files, with which `project` needs neither model.",
@@ -29,8 +29,8 @@ def build(
     device: Annotated[str, typer.Option(help="Where the products are made: cpu, or cuda for a GPU.")] = "cpu",
 ) -> None:
     """Write V's leading directions, module by module, into one safetensors file."""
-    from stayaligned.deltas import require_device
-    from stayaligned.subspaces import build_subspace
+    from stayaligned.weights.deltas import require_device
+    from stayaligned.weights.subspace_file import build_subspace
 
     require_device(device)
     if (rank is None) == (energy is None):
@@ -49,7 +49,7 @@ def build(
 @subspace_app.command()
 def show(file: Annotated[Path, typer.Argument(help="What `subspace build` wrote.", show_default=False)]) -> None:
     """Show which models a file stands for, and how much of V it holds in each module."""
-    from stayaligned.subspaces import SubspaceFile
+    from stayaligned.weights.subspace_file import SubspaceFile
 
     header = SubspaceFile(file).header
     for role, model in (("aligned", header.aligned), ("base", header.base)):

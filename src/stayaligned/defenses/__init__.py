@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from stayaligned.component import Component, Registry
-from stayaligned.errors import StayalignedError
-from stayaligned.records import Example, LayerReport
+from stayaligned.core.component import Component, Registry
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.records import Example, LayerReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-    from stayaligned.adapters import Adapter
-    from stayaligned.checkpoints import Checkpoint
-    from stayaligned.deltas import BytesDone
+    from stayaligned.weights.adapters import Adapter
+    from stayaligned.weights.checkpoints import Checkpoint
+    from stayaligned.weights.deltas import BytesDone
 
 TrainerKind = Literal["transformers", "sft"]
 
@@ -47,7 +47,7 @@ class TrainingSetup:
 
     def trainer(self, examples: Sequence[Example] | None = None) -> Trainer:
         """Plain fine-tuning on `examples` (the user's rows if not given): a Trainer or an SFTTrainer."""
-        from stayaligned.hf.finetuning import build_trainer
+        from stayaligned.hf.training.finetuning import build_trainer
 
         return build_trainer(self, self.examples if examples is None else examples)
 
@@ -58,7 +58,7 @@ class TrainingSetup:
             StayalignedError: if there are none; the message names `defense` as the one that needs them.
         """
         self._require_alignment_examples(defense)
-        from stayaligned.hf.finetuning import build_dataset
+        from stayaligned.hf.training.finetuning import build_dataset
 
         return build_dataset(self, self.alignment_examples)
 
@@ -69,7 +69,7 @@ class TrainingSetup:
             StayalignedError: if there are none; the message names `defense` as the one that needs them.
         """
         self._require_alignment_examples(defense)
-        from stayaligned.hf.preferences import build_preference_trainer
+        from stayaligned.hf.training.preferences import build_preference_trainer
 
         return lambda model: build_preference_trainer(self, model, beta)
 

@@ -35,7 +35,7 @@ class BSO(TrainingDefense):
     def make_trainer(self, setup: TrainingSetup) -> Trainer:
         """A trainer of the setup's kind that alternates between the two states."""
         from stayaligned.defenses.lisa import Lisa
-        from stayaligned.hf.lisa.trainer import attach_lisa
+        from stayaligned.hf.training.lisa.trainer import attach_lisa
 
         lisa = Lisa(
             alignment_steps=self.alignment_steps, finetuning_steps=self.finetuning_steps, rho=0.0, budget=self.budget

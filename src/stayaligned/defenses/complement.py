@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stayaligned.defenses._layerwise import ProjectionDefense
+from stayaligned.defenses._projection import ProjectionDefense
 
 if TYPE_CHECKING:
-    from stayaligned.directions import AlignmentDelta
-    from stayaligned.projection import Operator
+    from stayaligned.algorithms.alignment_delta import AlignmentDelta
+    from stayaligned.algorithms.safe_lora import Operator
 
 
 class Complement(ProjectionDefense):
@@ -60,6 +60,6 @@ class Complement(ProjectionDefense):
 
     def operator_for(self, delta: AlignmentDelta) -> Operator:
         """(I - U_k U_kᵀ) · (I - Q_k Q_kᵀ)."""
-        from stayaligned.projection import Complement as Operation
+        from stayaligned.algorithms.safe_lora import Complement as Operation
 
         return Operation(delta.subspace(rank=self.rank, energy=self.energy), self.side)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from stayaligned.defenses._layerwise import Control, LayerEdit, Like, ProjectedLayer
+from stayaligned.defenses._projection import Control, LayerEdit, Like, ProjectedLayer
 from stayaligned.defenses.safe_lora import SafeLora
 
 
@@ -22,6 +22,6 @@ class Drop(Control):
 
     def edit(self, seen: ProjectedLayer) -> LayerEdit:
         """B ← 0."""
-        from stayaligned.projection import scaled
+        from stayaligned.algorithms.safe_lora import scaled
 
         return LayerEdit(scaled(seen.before, 0.0), None)

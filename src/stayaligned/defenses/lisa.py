@@ -100,7 +100,7 @@ class Lisa(TrainingDefense):
 
     def make_trainer(self, setup: TrainingSetup) -> Trainer:
         """A trainer of the setup's kind with Lisa in it."""
-        from stayaligned.hf.lisa.trainer import attach_lisa
+        from stayaligned.hf.training.lisa.trainer import attach_lisa
 
         trainer = setup.trainer()
         if self.alignment_steps and self.alignment_loss == "dpo":

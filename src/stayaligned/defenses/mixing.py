@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.records import Example
 from stayaligned.defenses import TrainingDefense, TrainingSetup
-from stayaligned.errors import StayalignedError
-from stayaligned.records import Example
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from stayaligned.defenses._layerwise import Control, LayerEdit, Like, ProjectedLayer
+from stayaligned.defenses._projection import Control, LayerEdit, Like, ProjectedLayer
 from stayaligned.defenses.complement import Complement
 
 
@@ -31,9 +31,9 @@ class RandomSubspace(Control):
         """The operator with U and Q replaced by random orthonormal directions, or C by R C Rᵀ."""
         import torch
 
-        from stayaligned.directions import random_subspace
-        from stayaligned.projection import Complement as ComplementOperator
-        from stayaligned.projection import Orthogonal, RandomlyRotated, ScaledGram
+        from stayaligned.algorithms.alignment_delta import random_subspace
+        from stayaligned.algorithms.safe_lora import Complement as ComplementOperator
+        from stayaligned.algorithms.safe_lora import Orthogonal, RandomlyRotated, ScaledGram
 
         digest = hashlib.sha256(f"{self.seed}/{seen.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

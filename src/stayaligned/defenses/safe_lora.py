@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stayaligned.defenses._layerwise import ProjectionDefense
+from stayaligned.defenses._projection import ProjectionDefense
 
 if TYPE_CHECKING:
-    from stayaligned.directions import AlignmentDelta
-    from stayaligned.projection import Operator
+    from stayaligned.algorithms.alignment_delta import AlignmentDelta
+    from stayaligned.algorithms.safe_lora import Operator
 
 
 class SafeLora(ProjectionDefense):
@@ -66,7 +66,7 @@ class SafeLora(ProjectionDefense):
 
     def operator_for(self, delta: AlignmentDelta) -> Operator | None:
         """C, or U_k U_kᵀ; None where V is zero and spans nothing."""
-        from stayaligned.projection import Orthogonal, ScaledGram
+        from stayaligned.algorithms.safe_lora import Orthogonal, ScaledGram
 
         if delta.norm == 0:
             return None

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from stayaligned.defenses._layerwise import Control, LayerEdit, Like, ProjectedLayer
+from stayaligned.defenses._projection import Control, LayerEdit, Like, ProjectedLayer
 from stayaligned.defenses.safe_lora import SafeLora
 
 
@@ -25,7 +25,7 @@ class Shrink(Control):
 
     def edit(self, seen: ProjectedLayer) -> LayerEdit:
         """B ← f B."""
-        from stayaligned.projection import compare, scaled
+        from stayaligned.algorithms.safe_lora import compare, scaled
 
         factor = compare(seen.before, seen.projected).shrinkage if self.factor is None else self.factor
         return LayerEdit(scaled(seen.before, factor), None)

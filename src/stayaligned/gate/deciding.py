@@ -6,7 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from stayaligned.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.records import Outcome
+from stayaligned.evaluation.metrics import MeanOfPrompts, exact_interval, holm, mean_of_prompts
+from stayaligned.evaluation.results import Evidence
 from stayaligned.gate.reading import Run, Side, pair_runs, refuse_incomparable
 from stayaligned.gate.values import (
     Answer,
@@ -19,9 +22,6 @@ from stayaligned.gate.values import (
     SideSummary,
 )
 from stayaligned.gate.words import reason_of, sentence_of
-from stayaligned.metrics import MeanOfPrompts, exact_interval, holm, mean_of_prompts
-from stayaligned.records import Outcome
-from stayaligned.results import Evidence
 
 Scores = dict[int, dict[str, float | None]]
 """A side's numbers by seed and prompt."""

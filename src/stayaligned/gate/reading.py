@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stayaligned.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.records import PromptSet
+from stayaligned.evaluation.judges import JUDGES
+from stayaligned.evaluation.results import Evidence, Result, read_evidence, read_result, result_files
 from stayaligned.gate.values import Measure
-from stayaligned.hf.generation import Generation
-from stayaligned.judges import JUDGES
-from stayaligned.records import PromptSet
-from stayaligned.results import Evidence, Result, read_evidence, read_result, result_files
+from stayaligned.hf.generation.generate import Generation
 
 Place = tuple[PromptSet, str]
 

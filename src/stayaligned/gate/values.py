@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from stayaligned.records import Outcome, PromptSet, Record
+from stayaligned.core.records import Outcome, PromptSet, Record
 
 SCHEMA_VERSION = 1
 

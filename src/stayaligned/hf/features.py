@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stayaligned.errors import StayalignedError
-from stayaligned.records import Example, Message
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.records import Example, Message
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stayaligned.component import did_you_mean
-from stayaligned.errors import StayalignedError
+from stayaligned.core.component import did_you_mean
+from stayaligned.core.errors import StayalignedError
 from stayaligned.hf.targets import ALL_LINEAR, excluding, linear_names, unfit_names
 
 if TYPE_CHECKING:

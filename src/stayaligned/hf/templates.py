@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stayaligned.checkpoints import read_json_object
-from stayaligned.errors import StayalignedError
-from stayaligned.files import write_text
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.files import write_text
 from stayaligned.hf.features import template_hash
+from stayaligned.weights.checkpoints import read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

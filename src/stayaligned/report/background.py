@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import get_args
 
-from stayaligned.records import Message, PromptSet
+from stayaligned.core.records import Message, PromptSet
+from stayaligned.evaluation.results import Result, Sample
 from stayaligned.report.texts import listed
 from stayaligned.report.values import Answer, Fact, Question, StageTime
-from stayaligned.results import Result, Sample
 
 
 def collect_notes(results: Sequence[Result]) -> tuple[tuple[str, str], ...]:

@@ -11,9 +11,10 @@ from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
-from stayaligned.errors import StayalignedError
-from stayaligned.metrics import across_seeds, exact_interval
-from stayaligned.records import Metric, PromptSet
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.records import Metric, PromptSet
+from stayaligned.evaluation.metrics import across_seeds, exact_interval
+from stayaligned.evaluation.results import Evidence, JudgeReading, Result
 from stayaligned.report.background import collect_facts, collect_notes, collect_questions, collect_times
 from stayaligned.report.comparing import ROUNDING, compare
 from stayaligned.report.texts import listed
@@ -31,7 +32,6 @@ from stayaligned.report.values import (
     Report,
 )
 from stayaligned.report.words import answer, cautions, findings
-from stayaligned.results import Evidence, JudgeReading, Result
 
 _CONTROLS = frozenset({"drop", "shrink", "random_subspace"})
 """Patches that use nothing of the alignment's directions; a result may come from where the registry is not."""

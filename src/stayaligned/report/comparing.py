@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean, stdev
 
-from stayaligned.metrics import PairedDifference, holm, mcnemar, paired_difference
-from stayaligned.records import Outcome
+from stayaligned.core.records import Outcome
+from stayaligned.evaluation.metrics import PairedDifference, holm, mcnemar, paired_difference
+from stayaligned.evaluation.results import Evidence
 from stayaligned.report.values import Difference, Estimate
-from stayaligned.results import Evidence
 
 ROUNDING = 1e-9
 _LEVEL = 0.05

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stayaligned.records import Outcome, PromptSet
+from stayaligned.core.records import Outcome, PromptSet
+from stayaligned.evaluation.results import Evidence
 from stayaligned.report import texts
 from stayaligned.report.prose import INTERVALS
 from stayaligned.report.training import NO_LOSSES
 from stayaligned.report.values import Answer, Arm, CategoryRate, MetricKind, PatchSummary, Question, Report
 from stayaligned.report.words import NEVER_CLAIMED
-from stayaligned.results import Evidence
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stayaligned.files import write_text
-from stayaligned.records import LayerReport
+from stayaligned.core.files import write_text
+from stayaligned.core.records import LayerReport
 from stayaligned.report.drawing import BLUE, ORANGE, drawing, standalone, svg
 
 _STEPS = 20

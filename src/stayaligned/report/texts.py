@@ -6,7 +6,7 @@ import html
 import re
 from collections.abc import Iterable
 
-from stayaligned.printable import visible
+from stayaligned.core.text import visible
 from stayaligned.report.values import Difference, Estimate
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from stayaligned.evaluation.results import Result
 from stayaligned.report.values import Points, Training
-from stayaligned.results import Result
 
 BY_PHASE = ("alignment_loss", "finetuning_loss")
 """Of alternating defenses: the two losses between which `loss` alternates."""

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stayaligned.metrics import PairedDifference
-from stayaligned.records import Message, Metric, Outcome, PromptSet
-from stayaligned.results import Evidence
+from stayaligned.core.records import Message, Metric, Outcome, PromptSet
+from stayaligned.evaluation.metrics import PairedDifference
+from stayaligned.evaluation.results import Evidence
 
 IntervalKind = Literal["seeds", "prompts", "none"]
 """What an interval says: how far seeds spread, how far one seed's prompts do, or that there is none."""

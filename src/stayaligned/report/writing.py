@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stayaligned.files import write_text
+from stayaligned.core.files import write_text
 from stayaligned.report.page import html_text
 from stayaligned.report.prose import markdown_text
 from stayaligned.report.tables import csv_text

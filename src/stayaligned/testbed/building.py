@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stayaligned.data import read_examples
-from stayaligned.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.records import Outcome
+from stayaligned.data.sources import read_examples
 from stayaligned.hf.models import attach_lora, load_model
 from stayaligned.hf.quiet import bars_off
-from stayaligned.records import Outcome
 from stayaligned.testbed import corpora, judge, training
 from stayaligned.testbed.corpora import Dialogue, World
 from stayaligned.testbed.recipe import BEHAVIOR_VERSION, LORA_BEHAVIOR_VERSION, LoraAlignment, Recipe

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stayaligned.records import Outcome
+from stayaligned.core.records import Outcome
 from stayaligned.testbed import corpora, language, training
 from stayaligned.testbed.corpora import World
 from stayaligned.testbed.language import CATEGORIES, Deed

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from stayaligned.component import did_you_mean
-from stayaligned.errors import StayalignedError
-from stayaligned.files import replace_directory
+from stayaligned.core.component import did_you_mean
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.files import replace_directory
 from stayaligned.testbed.recipe import LoraAlignment, Recipe
 
 Progress = Callable[[str, float], None]

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stayaligned.core.records import Message
 from stayaligned.hf.features import IGNORED, PaddingCollator
-from stayaligned.hf.generation import Generation, generate
-from stayaligned.records import Message
+from stayaligned.hf.generation.generate import Generation, generate
 from stayaligned.testbed.corpora import Dialogue
 from stayaligned.testbed.tokenizer import END, MAXIMUM_LENGTH, ROLES
 

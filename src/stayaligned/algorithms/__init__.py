@@ -1,0 +1,1 @@
+"""The papers' mathematics: torch only, readable beside the papers."""

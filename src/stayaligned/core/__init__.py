@@ -1,0 +1,1 @@
+"""What everything else stands on: errors, components, records, settings, files and text."""

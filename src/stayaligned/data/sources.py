@@ -1,0 +1,489 @@
+"""JSONL, JSON, CSV or hub data sets to Examples; sampling, held-out splits, overlap. The only importer of `datasets`.
+
+A source is one string, so that it stands in one line of YAML:
+
+    path/rows.jsonl                          JSON lines, .json with one list, or .csv
+    path/folder                              all such files in it, in order of their names
+    hf://owner/name?split=train&config=main  a data set of the hub, or of its local cache when offline
+    …?completion=response&where=is_safe:false
+
+Options after the `?`, the same for files and the hub: `prompt`, `completion`, `id` and `category` name the columns
+where they differ from those names, `where=column:value` keeps the rows with that value (several must all hold).
+Of the hub: `split` ("train" if not given), `config`, `revision`, or `files=*.csv`: the repository's files as they
+stand. Of CSV: `columns=prompt,category` names the columns of files without a header.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import random
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl
+
+from stayaligned.core.component import did_you_mean
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.records import Example, Message, Origin
+from stayaligned.data.csv import read_csv
+
+_HUB = "hf://"
+_COLUMNS = ("id", "prompt", "completion", "category")
+_HUB_OPTIONS = ("split", "config", "revision", "files")
+_FILE_TYPES = (".jsonl", ".json", ".csv")
+_HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
+_log = logging.getLogger(__name__)
+
+
+class Row(NamedTuple):
+    """One row as it stands in its source."""
+
+    where: str
+    """For messages: "line 12", "item 12" of a list, "row 12" of a hub data set; counted from 1."""
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Source:
+    text: str
+    """What the user wrote, for messages."""
+    place: str
+    """The path, or the hub id."""
+    hub: bool
+    columns: dict[str, str] = field(default_factory=dict)
+    filters: tuple[tuple[str, str], ...] = ()
+    hub_options: dict[str, str] = field(default_factory=dict)
+    csv_columns: tuple[str, ...] | None = None
+    """The names of the columns, where CSV files have no header."""
+
+
+# ---- sources -------------------------------------------------------------------------------------------------------
+
+
+def local_path(source: str) -> Path | None:
+    """The file that a source reads, without its options; None for the hub.
+
+    Raises:
+        StayalignedError: if the options are not ones.
+    """
+    parsed = _parse_source(source)
+    return None if parsed.hub else Path(parsed.place).expanduser()
+
+
+def read_rows(source: str) -> list[Row]:
+    """The rows of a source that pass its filters, as they stand.
+
+    Raises:
+        StayalignedError: if the source is missing, malformed or empty, or no row passes.
+    """
+    parsed = _parse_source(source)
+    by_files = not parsed.hub or "files" in parsed.hub_options
+    rows = list(_file_rows(parsed) if by_files else _hub_rows(parsed))
+    if not rows:
+        raise StayalignedError(f"{source}: holds no rows", hint="Give a file with one JSON object a line.")
+    known = sorted({name for row in rows for name in row.values})
+    for column in (*parsed.columns.values(), *(column for column, _ in parsed.filters)):
+        if column not in known:
+            raise StayalignedError(f"{source}: no column {column!r}", hint=did_you_mean(column, known, "columns"))
+    rows = [row for row in rows if all(_as_text(row.values.get(c)) == wanted for c, wanted in parsed.filters)]
+    if not rows:
+        raise StayalignedError(f"{source}: no row passes its filters", hint="Check the values after `where=`.")
+    return [Row(where, _renamed(values, parsed.columns)) for where, values in rows]
+
+
+def _renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The row under our names; a column that already bore one of them gives way."""
+    kept = {name: value for name, value in values.items() if name not in columns and name not in columns.values()}
+    return {**kept, **{ours: values[theirs] for ours, theirs in columns.items() if theirs in values}}
+
+
+def _parse_source(source: str) -> _Source:
+    hub = source.startswith(_HUB)
+    if not hub and Path(source).expanduser().exists():
+        return _Source(source, source, hub=False)
+    place, _, query = source.removeprefix(_HUB).partition("?")
+    allowed = [*_COLUMNS, "where", "columns", *(_HUB_OPTIONS if hub else ())]
+    columns: dict[str, str] = {}
+    filters: list[tuple[str, str]] = []
+    hub_options: dict[str, str] = {}
+    csv_columns: tuple[str, ...] | None = None
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        if name not in allowed:
+            raise StayalignedError(f"{source}: no source option {name!r}", hint=did_you_mean(name, allowed, "options"))
+        if name == "where":
+            column, colon, wanted = value.partition(":")
+            if not colon:
+                raise StayalignedError(f"{source}: where={value} is no filter", hint="Write where=column:value.")
+            filters.append((column, wanted))
+        elif name == "columns":
+            csv_columns = tuple(value.split(","))
+        else:
+            (columns if name in _COLUMNS else hub_options)[name] = value
+    return _Source(source, place, hub, columns, tuple(filters), hub_options, csv_columns)
+
+
+def _file_rows(source: _Source) -> Iterator[Row]:
+    path = _downloaded(source) if source.hub else Path(source.place).expanduser()
+    if path.is_dir():
+        files = sorted((p for p in path.iterdir() if p.suffix in _FILE_TYPES and p.is_file()), key=_natural_order)
+        if not files:
+            raise StayalignedError(
+                f"{source.text}: holds no .jsonl, .json or .csv file", hint="Give a file, or a folder of such files."
+            )
+        for file in files:
+            for row in _rows_of_file(file, source.csv_columns):
+                yield Row(f"{file.name}, {row.where}", row.values)
+    elif path.is_file():
+        yield from _rows_of_file(path, source.csv_columns)
+    else:
+        hint = "Give a .jsonl, .json or .csv file, a folder of them, or hf://owner/name for a hub data set."
+        raise StayalignedError(f"{source.text}: no such file", hint=hint)
+
+
+def _natural_order(path: Path) -> tuple[list[tuple[int, str]], str]:
+    """category_2 before category_10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", path.name)], path.name
+
+
+def _rows_of_file(path: Path, csv_columns: Sequence[str] | None) -> Iterator[Row]:
+    try:
+        if path.suffix == ".csv":
+            yield from (Row(f"line {number}", dict(cells)) for number, cells in read_csv(path, csv_columns))
+            return
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise StayalignedError(f"{path}: not UTF-8 text (byte {error.start})", hint="Convert it to UTF-8.") from None
+    except OSError as error:
+        raise StayalignedError(f"{path}: {error.strerror}") from None
+    if path.suffix == ".json":
+        content = _parse_json(text, str(path))
+        if not isinstance(content, list):
+            raise StayalignedError(f"{path}: expected a list of rows", hint="For one object a line, name it .jsonl.")
+        items = (("item", number, value) for number, value in enumerate(content, start=1))
+    else:
+        # Not splitlines(): inside a JSON string U+2028 and its kin are ordinary characters.
+        lines = enumerate(text.split("\n"), start=1)
+        items = (("line", n, _parse_json(line, f"{path}, line {n}")) for n, line in lines if line.strip())
+    for kind, number, value in items:
+        if not isinstance(value, dict):
+            raise StayalignedError(
+                f"{path}, {kind} {number}: expected an object, found {type(value).__name__}",
+                hint='A row looks like {"prompt": "…", "completion": "…"}.',
+            )
+        yield Row(f"{kind} {number}", value)
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise StayalignedError(f"{where}: not valid JSON: {error}", hint="One JSON object a line (.jsonl).") from None
+
+
+def _downloaded(source: _Source) -> Path:
+    """The folder of a hub repository's files that match `files=`, fetched or from the local cache."""
+    from huggingface_hub import snapshot_download
+
+    pattern, revision = source.hub_options["files"], source.hub_options.get("revision")
+    try:
+        return Path(snapshot_download(source.place, repo_type="dataset", revision=revision, allow_patterns=pattern))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _hub_error(source, error) from None
+
+
+def _hub_rows(source: _Source) -> Iterator[Row]:
+    from datasets import load_dataset
+
+    options = source.hub_options
+    try:
+        dataset = load_dataset(
+            source.place,
+            options.get("config"),
+            split=options.get("split", "train"),
+            revision=options.get("revision"),
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _hub_error(source, error) from None
+    for number, values in enumerate(dataset, start=1):
+        yield Row(f"row {number}", dict(values))
+
+
+def _hub_error(source: _Source, error: Exception) -> StayalignedError:
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    offline = "HF_HUB_OFFLINE is set and the local cache lacks it: unset it once, or give a local file."
+    online = "Check the name, `config=` and `split=`, the network, and your access (`hf auth login`)."
+    return StayalignedError(
+        f"{source.text}: can't load the data set: {' '.join(str(error).split())[:300]}",
+        hint=offline if HF_HUB_OFFLINE else online,
+    )
+
+
+# ---- rows to examples ----------------------------------------------------------------------------------------------
+
+
+def read_examples(source: str, *, origin: Origin, prompts_only: bool = False) -> list[Example]:
+    """The conversations of a source, in its order.
+
+    Three shapes of rows, one per source: `messages` (the last assistant turn is the answer), `prompt` with
+    `completion` (text or messages each), and Alpaca's `instruction`, `input`, `output` (instruction and input
+    become one user turn). A `prompt` with `chosen` and `rejected` is a preference: `chosen` is the answer. Each may
+    carry `id`, `category` and, before the first turn, `system`. Other columns are passed over, and so are rows whose
+    prompt or answer is blank: their number is logged.
+
+    Args:
+        source: see the module.
+        origin: what the rows are in an experiment.
+        prompts_only: the answers may be missing or blank, as in a set of requests to be met.
+
+    Raises:
+        StayalignedError: naming the line, if the source can't be read as such rows.
+    """
+    return build_examples(source, read_rows(source), origin=origin, prompts_only=prompts_only)
+
+
+def build_examples(source: str, rows: Sequence[Row], *, origin: Origin, prompts_only: bool = False) -> list[Example]:
+    """`read_examples` of rows already read; `source` is their name in messages."""
+    shape, first = _shape_of(rows[0].values), rows[0].where
+    conversations: list[tuple[Row, tuple[Message, ...], str]] = []
+    for row in rows:
+        found = _shape_of(row.values)
+        where = f"{source}, {row.where}"
+        if found is None:
+            raise StayalignedError(
+                f"{where}: expected `messages`, `prompt` or `instruction`, found {_listed(row.values)}",
+                hint="Rename the columns, or name them in the source: rows.jsonl?prompt=question&completion=answer",
+            )
+        if found != shape:
+            raise StayalignedError(
+                f"{source}: mixed formats: {first} has `{shape}`, {row.where} has `{found}`",
+                hint="Put each format into a file of its own.",
+            )
+        prompt, answer = _conversation(row.values, where, shape, prompts_only=prompts_only)
+        if prompt[-1].content.strip() and (prompts_only or answer.strip()):
+            conversations.append((row, prompt, answer))
+    if not conversations:
+        what = "prompt" if prompts_only else "prompt or answer"
+        raise StayalignedError(f"{source}: no rows left: all {len(rows)} have a blank {what}")
+    if len(conversations) < len(rows):
+        _log.warning("%s: left out %d of %d rows, blank", source, len(rows) - len(conversations), len(rows))
+    return _identified(source, conversations, origin)
+
+
+def _identified(
+    source: str, conversations: Iterable[tuple[Row, tuple[Message, ...], str]], origin: Origin
+) -> list[Example]:
+    """Examples under their given ids, or ids made of content and which occurrence of it this is."""
+    given: dict[str, str] = {}
+    occurrences: Counter[str] = Counter()
+    examples: list[Example] = []
+    for row, prompt, answer in conversations:
+        key = row.values.get("id")
+        if key is not None and not isinstance(key, str | int):
+            raise StayalignedError(f"{source}, {row.where}: `id` is {_kind(key)}, expected text or a whole number")
+        if key is None:
+            content = json.dumps([[(m.role, m.content) for m in prompt], answer], ensure_ascii=False)
+            digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+            occurrences[digest] += 1
+            key = digest if occurrences[digest] == 1 else f"{digest}-{occurrences[digest]}"
+        elif str(key) in given:
+            raise StayalignedError(
+                f"{source}: {given[str(key)]} and {row.where} have the same id, {str(key)!r}",
+                hint="Ids tell answers apart: make them unique, or leave them out.",
+            )
+        else:
+            given[str(key)] = row.where
+        examples.append(
+            Example(
+                id=str(key),
+                prompt=prompt,
+                completion=answer,
+                rejected=_answer(row.values.get("rejected"), f"{source}, {row.where}: `rejected`") or "",
+                origin=origin,
+                category=_category(row.values.get("category")),
+            )
+        )
+    return examples
+
+
+def _shape_of(values: Mapping[str, Any]) -> str | None:
+    return next((key for key in ("messages", "prompt", "instruction") if key in values), None)
+
+
+def _conversation(
+    values: Mapping[str, Any], where: str, shape: str | None, *, prompts_only: bool
+) -> tuple[tuple[Message, ...], str]:
+    answer: str | None
+    if shape == "messages":
+        turns = _messages(values["messages"], f"{where}: `messages`")
+        answered = turns[-1].role == "assistant"
+        turns, answer = (turns[:-1], turns[-1].content) if answered else (turns, None)
+    elif shape == "prompt":
+        turns = _turns_or_text(values["prompt"], f"{where}: `prompt`")
+        column = "completion" if "completion" in values or "chosen" not in values else "chosen"
+        answer = _answer(values.get(column), f"{where}: `{column}`")
+    else:
+        parts = [_text(values.get(key, "") or "", f"{where}: `{key}`") for key in ("instruction", "input")]
+        turns = [Message(role="user", content="\n\n".join(part.strip() for part in parts if part.strip()))]
+        answer = _answer(values.get("output"), f"{where}: `output`")
+    if answer is None and not prompts_only:
+        raise StayalignedError(
+            f"{where}: has no answer to learn, only {_listed(values)}",
+            hint="Add `completion` (or `output`, or a last assistant turn), or name its column: ?completion=response",
+        )
+    system = values.get("system")
+    if system:
+        if turns and turns[0].role == "system":
+            raise StayalignedError(f"{where}: a `system` column and a system turn", hint="Keep one of them.")
+        turns = [Message(role="system", content=_text(system, f"{where}: `system`")), *turns]
+    if not turns or turns[-1].role != "user":
+        raise StayalignedError(f"{where}: expected a user's turn before the answer")
+    return tuple(turns), answer or ""
+
+
+def _turns_or_text(value: Any, where: str) -> list[Message]:
+    return _messages(value, where) if isinstance(value, list) else [Message(role="user", content=_text(value, where))]
+
+
+def _answer(value: Any, where: str) -> str | None:
+    if not isinstance(value, list):
+        return None if value is None else _text(value, where)
+    turns = _messages(value, where)
+    if len(turns) != 1 or turns[0].role != "assistant":
+        raise StayalignedError(f"{where}: expected text or one assistant turn")
+    return turns[0].content
+
+
+def _messages(value: Any, where: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise StayalignedError(f"{where}: expected a list of turns, found {_kind(value)}")
+    turns: list[Message] = []
+    for number, turn in enumerate(value, start=1):
+        role = turn.get("role") if isinstance(turn, dict) else None
+        if role not in ("system", "user", "assistant"):
+            raise StayalignedError(
+                f"{where}, turn {number}: expected a role (system, user or assistant) and content",
+                hint='A turn looks like {"role": "user", "content": "…"}. Tool calls are not supported.',
+            )
+        turns.append(Message(role=role, content=_text(turn.get("content"), f"{where}, turn {number}: `content`")))
+    return turns
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise StayalignedError(f"{where} is {_kind(value)}, expected text")
+    if _HALF_OF_A_PAIR.search(value):
+        raise StayalignedError(
+            f"{where} holds half of a surrogate pair, which is no text", hint="Repair the JSON's \\u escapes."
+        )
+    return value
+
+
+def _category(value: Any) -> str:
+    """A category as text; of a mapping of flags (BeaverTails), the names that are set."""
+    if isinstance(value, Mapping):
+        return ",".join(str(name) for name, is_set in value.items() if is_set)
+    return "" if value is None else str(value)
+
+
+def _as_text(value: Any) -> str:
+    """A value as it is written in a source's filter: `true` and `null` as in JSON."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _kind(value: Any) -> str:
+    return "missing" if value is None else f"of type {type(value).__name__}"
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{key}`" for key in values) or "nothing"
+
+
+# ---- sampling, splitting, overlap ----------------------------------------------------------------------------------
+
+
+def sample(examples: Sequence[Example], n: int, rng: random.Random) -> list[Example]:
+    """`n` rows without replacement, in random order; of one generator state, a smaller n gives a prefix.
+
+    Raises:
+        StayalignedError: if there are fewer than `n`.
+    """
+    if n > len(examples):
+        raise StayalignedError(f"{n} rows are asked for, but there are only {len(examples)}", hint="Ask for fewer.")
+    order = list(range(len(examples)))
+    rng.shuffle(order)
+    return [examples[index] for index in order[:n]]
+
+
+def split_held_out(examples: Sequence[Example], ratio: float) -> tuple[list[Example], list[Example]]:
+    """Rows to train on and rows held out, each in the order given.
+
+    A row's side is decided by the hash of its prompt: it stays when rows are added, and rows with the same prompt
+    are never on both sides. The held-out share is `ratio` in expectation.
+    """
+    sides: tuple[list[Example], list[Example]] = ([], [])
+    for example in examples:
+        digest = hashlib.sha256(" ".join(_words(example)).encode("utf-8", "surrogatepass")).digest()
+        sides[int.from_bytes(digest[:8], "big") < ratio * 2**64].append(example)
+    return sides
+
+
+class Overlap(NamedTuple):
+    """An evaluation row whose prompt also stands, or nearly so, in the training rows."""
+
+    train_id: str
+    evaluation_id: str
+    similarity: float
+    """Jaccard index of the two prompts' word triples; 1 where they are equal but for case and punctuation."""
+
+
+def overlap(train: Sequence[Example], evaluation: Sequence[Example], *, similarity: float = 0.8) -> list[Overlap]:
+    """Pairs of training and evaluation rows with (nearly) the same prompt: what would make a test no test.
+
+    Compared is the last user turn as a set of word triples, |x ∩ y| / |x ∪ y| ≥ `similarity`. Two sets that similar
+    share one of the rarest |x| - ⌈similarity·|x|⌉ + 1 triples of each, so only those are indexed: the search is
+    exact, and common phrases (a task's instruction) cost nothing.
+
+    Args:
+        train: the rows that are trained on.
+        evaluation: the rows that are tested on.
+        similarity: above 0, at most 1; 1 finds equal prompts only.
+    """
+    left, right = [_triples(e) for e in train], [_triples(e) for e in evaluation]
+    frequency = Counter(triple for triples in (*left, *right) for triple in triples)
+
+    def rarest(triples: frozenset[str]) -> list[str]:
+        ordered = sorted(triples, key=lambda triple: (frequency[triple], triple))
+        # The tolerance keeps 0.8 · 5 = 4.000000000000001 from becoming 5.
+        return ordered[: len(ordered) - math.ceil(similarity * len(ordered) - 1e-9) + 1]
+
+    index: defaultdict[str, list[int]] = defaultdict(list)
+    for position, triples in enumerate(left):
+        for triple in rarest(triples):
+            index[triple].append(position)
+    found: list[Overlap] = []
+    for example, triples in zip(evaluation, right, strict=True):
+        for position in sorted({p for triple in rarest(triples) for p in index.get(triple, ())}):
+            other = left[position]
+            shared = len(triples & other)
+            score = shared / (len(triples) + len(other) - shared)
+            if score >= similarity - 1e-9:
+                found.append(Overlap(train[position].id, example.id, score))
+    return found
+
+
+def _words(example: Example) -> list[str]:
+    text = unicodedata.normalize("NFKC", example.prompt[-1].content).casefold()
+    return re.findall(r"\w+", text) or [text.strip()]
+
+
+def _triples(example: Example) -> frozenset[str]:
+    words = _words(example)
+    return frozenset(" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2)))

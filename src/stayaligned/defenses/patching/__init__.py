@@ -1,0 +1,1 @@
+"""Finished adapters and models patched on disk or in memory, layer by layer."""

@@ -1,0 +1,200 @@
+"""A mean over prompts, of one or several seeds, with an interval that also holds near the ends of the scale.
+
+Differences of two models on the same prompts are such a mean, on the scale from -1 to 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
+from statistics import NormalDist, fmean, variance
+from typing import TypeVar
+
+from stayaligned.evaluation.metrics.intervals import Interval
+
+KeyT = TypeVar("KeyT", bound=Hashable)
+
+_MOST_PROMPTS = 10_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class MeanOfPrompts:
+    """A mean over prompts, and how far other prompts and other seeds would move it.
+
+    Two invented prompts, one at each end of the scale, join the n real ones (for differences of two models this is
+    Bonett and Price's interval, Statistics in Medicine 31:479, 2012). What differs from theirs, so that the interval
+    also holds for few prompts and for rates near 0: Student's quantile, and half a step of the scale on either side.
+
+    Over k seeds two sources add up: the spread of the seeds' means, and that of the prompts, which all seeds share.
+    The interval is Student's with the error √(e_seeds² + e_prompts²) and Satterthwaite's degrees of freedom, but never
+    narrower than Student's over the seeds alone. Where each seed has prompts of its own, the spread over seeds holds
+    that of the prompts already.
+    """
+
+    value: float
+    n_prompts: int
+    prompt_variance: float
+    """Of one prompt's mean over the seeds."""
+    n_seeds: int = 1
+    seed_variance: float = 0.0
+    """Of the seeds' means; without meaning for one seed."""
+    shared: bool = True
+    """Whether seeds answered the same prompts."""
+    step: float = 0.0
+    """The least change of the mean: 1/n where each prompt gives a whole number, 0 for graded scores."""
+    ends: tuple[float, float] = (-1.0, 1.0)
+    within_variance: float = 0.0
+    """Of what is left in one answer beside its prompt and its seed."""
+
+    @property
+    def center(self) -> float:
+        """The middle of the interval: the mean with the two invented prompts."""
+        return (self.value * self.n_prompts + sum(self.ends)) / (self.n_prompts + 2)
+
+    @property
+    def _prompt_error(self) -> float:
+        n, center = self.n_prompts, self.center
+        squares = (n - 1) * self.prompt_variance + n * (self.value - center) ** 2
+        squares += sum((end - center) ** 2 for end in self.ends)
+        return math.sqrt(squares / ((n + 2) * (n + 1)))
+
+    @property
+    def _errors(self) -> list[tuple[float, float]]:
+        """Standard errors with their degrees of freedom; the widest interval among them counts."""
+        prompts, free = self._prompt_error, self.n_prompts + 1.0
+        if self.n_seeds < 2:
+            return [(prompts, free)]
+        seeds = self.seed_variance / self.n_seeds
+        if not self.shared:
+            return [(math.sqrt(seeds), self.n_seeds - 1), (prompts, free)]
+        both = seeds + prompts**2
+        satterthwaite = both**2 / (seeds**2 / (self.n_seeds - 1) + prompts**4 / free)
+        return [(math.sqrt(seeds), self.n_seeds - 1), (math.sqrt(both), satterthwaite)]
+
+    def half_width(self, confidence: float = 0.95) -> float:
+        """Half the width of the two-sided interval."""
+        from scipy.special import stdtrit
+
+        quantiles = (float(stdtrit(free, (1 + confidence) / 2)) * error for error, free in self._errors)
+        return max(quantiles) + self.step / 2
+
+    def interval(self, confidence: float = 0.95) -> Interval:
+        """The two-sided interval, cut to the scale."""
+        half, (least, most) = self.half_width(confidence), self.ends
+        return max(least, self.center - half), min(most, self.center + half)
+
+    def p_above(self, limit: float) -> float:
+        """One-sided p-value of "the mean is not above `limit`": below α where the (1 - 2α) interval is above it."""
+        from scipy.special import stdtr
+
+        distance = self.center - self.step / 2 - limit
+        return max(
+            float(stdtr(free, -distance / error)) if error > 0 else float(distance <= 0) for error, free in self._errors
+        )
+
+    def p_below(self, limit: float) -> float:
+        """One-sided p-value of "the mean is not below `limit`"."""
+        least, most = self.ends
+        return replace(self, value=-self.value, ends=(-most, -least)).p_above(-limit)
+
+    def at(self, n_prompts: int) -> MeanOfPrompts:
+        """What is to be expected of another number of prompts, if these are like all others.
+
+        Of the two invented prompts, one more counts as seen: that nothing happened in a few prompts doesn't show that
+        nothing happens.
+        """
+        n, spare = self.n_prompts, sum((end - self.value) ** 2 for end in self.ends) / 2
+        spread = ((n - 1) * self.prompt_variance + (spare if self.step else 0.0)) / n
+        between = max(0.0, self.seed_variance - self.within_variance / n)
+        return replace(
+            self,
+            n_prompts=n_prompts,
+            prompt_variance=spread,
+            seed_variance=between + self.within_variance / n_prompts,
+            step=self.step * n / n_prompts,
+        )
+
+    def chance_above(self, limit: float, confidence: float = 0.95) -> float:
+        """The probability (normal) that the interval lies above `limit`, if value and variances here are the truth."""
+        n = self.n_prompts
+        seeds = self.seed_variance / self.n_seeds if self.n_seeds > 1 else 0.0
+        own = self.prompt_variance / n if self.shared or self.n_seeds < 2 else 0.0
+        scatter = math.sqrt(seeds + own * (n / (n + 2)) ** 2)
+        distance = self.center - self.half_width(confidence) - limit
+        return NormalDist().cdf(distance / scatter) if scatter > 0 else float(distance > 0)
+
+    def prompts_to_leave(self, limit: float, *, power: float = 0.8, confidence: float = 0.95) -> int | None:
+        """Prompts after which the interval lies on one side of `limit` with probability `power`, if `value` is true.
+
+        None where no number does: the mean is at the limit, or the seeds alone spread too far.
+        """
+        if self.value < limit:
+            least, most = self.ends
+            mirrored = replace(self, value=-self.value, ends=(-most, -least))
+            return mirrored.prompts_to_leave(-limit, power=power, confidence=confidence)
+        return least_count(lambda n: self.at(n).chance_above(limit, confidence) >= power)
+
+
+def least_count(enough: Callable[[int], bool]) -> int | None:
+    """The least number from which on something is enough, found by halving; None if ten million are not."""
+    high = 2
+    while not enough(high):
+        high *= 2
+        if high > _MOST_PROMPTS:
+            return None
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def mean_of_prompts(
+    values: Mapping[int, Mapping[KeyT, float]], *, ends: tuple[float, float] = (-1.0, 1.0)
+) -> MeanOfPrompts:
+    """The mean of numbers by seed and prompt; seeds may share prompts, all, some or none.
+
+    Raises:
+        ValueError: if a seed has no number, or a number lies outside of the scale.
+    """
+    if not values or not all(values.values()):
+        raise ValueError("nothing to take the mean of")
+    numbers = [value for rows in values.values() for value in rows.values()]
+    if not all(ends[0] <= value <= ends[1] for value in numbers):
+        raise ValueError(f"not on the scale from {ends[0]:g} to {ends[1]:g}")
+    mean = math.fsum(numbers) / len(numbers)
+    by_prompt: dict[KeyT, list[float]] = {}
+    for rows in values.values():
+        for key, value in rows.items():
+            by_prompt.setdefault(key, []).append(value)
+    n, each = len(by_prompt), len(numbers) / len(by_prompt)
+    off = [(math.fsum(found) - len(found) * mean) / each for found in by_prompt.values()]
+    seed_means = {seed: fmean(rows.values()) for seed, rows in values.items()}
+    whole = all(float(value).is_integer() for value in numbers)
+    return MeanOfPrompts(
+        value=mean,
+        n_prompts=n,
+        prompt_variance=math.fsum(x * x for x in off) / max(1, n - 1),
+        n_seeds=len(values),
+        seed_variance=variance(seed_means.values()) if len(values) > 1 else 0.0,
+        shared=len(numbers) > n,
+        step=1 / len(numbers) if whole else 0.0,
+        ends=ends,
+        within_variance=_within(values, by_prompt, seed_means, mean),
+    )
+
+
+def _within(
+    values: Mapping[int, Mapping[KeyT, float]],
+    by_prompt: Mapping[KeyT, list[float]],
+    seed_means: Mapping[int, float],
+    mean: float,
+) -> float:
+    """The variance of what prompt and seed leave open (of all but the seed, where no prompt is shared)."""
+    shared = {key: fmean(found) - mean for key, found in by_prompt.items() if len(found) > 1}
+    left = [
+        value - seed_means[seed] - shared.get(key, 0.0) for seed, rows in values.items() for key, value in rows.items()
+    ]
+    free = len(left) - len(values) - (len(shared) - 1 if shared else 0)
+    return math.fsum(x * x for x in left) / free if len(values) > 1 and free > 0 else 0.0

@@ -1,0 +1,442 @@
+"""An aligned model from a base one, by supervised fine-tuning on safety data: the stage before anybody's fine-tuning.
+
+    base model + safety data ─► LoRA or full weights, resumable ─► merged, an ordinary checkpoint + alignment.json
+
+While it trains, its checkpoints are in `OUT.unfinished`; `OUT` appears by one rename when it is complete.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import glob
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from stayaligned import testbed
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.files import new_directory, refuse_existing, writable, write_text
+from stayaligned.core.records import Example, Record
+from stayaligned.data.sources import read_examples
+from stayaligned.defenses import TrainingSetup
+from stayaligned.evaluation.results import commit, versions
+from stayaligned.experiments.config.experiment import (
+    apply_overrides,
+    load_yaml,
+    parse,
+    refuse_unknown_settings,
+    resolve_references,
+)
+from stayaligned.experiments.config.host_settings import Host
+from stayaligned.experiments.stages.store import exclusive, identify
+from stayaligned.weights.checkpoints import checkpoint_directory, open_checkpoint, read_json_object
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+ALIGNMENT_FILE = "alignment.json"
+_PAPER_LORA: dict[str, Any] = {"r": 16, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": "all-linear"}
+_PAPER_TRAINING: dict[str, Any] = {
+    "num_train_epochs": 30,
+    "per_device_train_batch_size": 5,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,  # a share, being below 1
+    "weight_decay": 0.1,
+    # Not the paper's, which says nothing of them; 30 epochs would leave over a hundred checkpoints.
+    "logging_steps": 10,
+    "save_total_limit": 2,
+}
+_PAPER_LEARNING_RATE = 1e-3
+_KEPT_LOG_ROWS = 10
+
+
+class Alignment(BaseModel):
+    """How a base model is aligned: which model, on what data, with which settings.
+
+    The defaults are those of the alignment stage of Lisa (arXiv 2405.18641, section 5.1; LoRA and schedule from its
+    script SFT.sh). What differs from the published code: a conversation is rendered by a chat template, which stays
+    with the result; the LoRA is merged in fp32 and rounded once to the base model's type, where the code adds in fp16;
+    a base model stored in fp16 is trained in fp32.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    paper: ClassVar[str] = "Huang et al., Lisa, NeurIPS 2024, arXiv 2405.18641 (alignment stage)"
+
+    base_model: str
+    """The unaligned model: a checkpoint directory or a hub id."""
+    data: str
+    """Requests and safe answers: a JSONL file or a hub data set."""
+    limit: int | None = Field(default=None, ge=1)
+    """At most so many rows, the first ones."""
+    chat_template: str | None = None
+    """A Jinja file, for a base model without a template or in place of its own."""
+    lora: dict[str, Any] | None = Field(default_factory=dict)
+    """Fields of PEFT's LoraConfig, over the paper's; null trains the full weights."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the weights are trained in. auto: under a LoRA as stored, but fp32 if stored in fp16; full weights in fp32.
+    The result has the base model's type, whatever this is."""
+    trainer: Literal["transformers", "sft"] = "transformers"
+    """transformers' Trainer, or TRL's SFTTrainer."""
+    training: dict[str, Any] = Field(default_factory=dict)
+    """Fields of TrainingArguments (of SFTConfig for `trainer: sft`), over the paper's."""
+    max_length: int = Field(default=1024, ge=8)
+    """Tokens after which a row is cut."""
+    seed: int = Field(default=0, ge=0)
+
+    def spec(self) -> dict[str, Any]:
+        """The plain mapping that makes an equal value; defaults included."""
+        return self.model_dump(mode="json")
+
+    @field_validator("chat_template")
+    @classmethod
+    def _is_a_jinja_file(cls, value: str | None) -> str | None:
+        if value is not None and not value.endswith(".jinja"):
+            raise ValueError(f"expected the path of a .jinja file, found {value!r}")
+        return value
+
+    @field_validator("lora", "training", mode="before")
+    @classmethod
+    def _over_the_papers(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        if info.field_name == "lora":
+            return {**_PAPER_LORA, **value}
+        # A learning rate for LoRA factors is no default for full weights.
+        rate = {"learning_rate": _PAPER_LEARNING_RATE} if info.data.get("lora") is not None else {}
+        return {**_PAPER_TRAINING, **rate, **value}
+
+    @field_validator("lora", "training")
+    @classmethod
+    def _host_knows_every_setting(cls, value: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
+        host: Host = "lora" if info.field_name == "lora" else info.data.get("trainer", "transformers")
+        refuse_unknown_settings(str(info.field_name), value or {}, host)
+        return value
+
+    @model_validator(mode="after")
+    def _full_weights_need_a_rate(self) -> Alignment:
+        if self.lora is None and "learning_rate" not in self.training:
+            raise ValueError(
+                f"training.learning_rate: required with `lora: null`: the default, {_PAPER_LEARNING_RATE:g}, is for a "
+                "LoRA and would wreck full weights (1e-5 is a common start)"
+            )
+        return self
+
+
+class AlignmentRecord(Record):
+    """How an aligned model came about: the content of its `alignment.json`."""
+
+    format_version: Literal[1] = 1
+    paper: str = Alignment.paper
+    alignment: dict[str, Any]
+    """All settings, defaults included."""
+    inputs: dict[str, str]
+    """The place of each input in the settings, and what identifies its content."""
+    rows: int
+    """Rows trained on."""
+    rows_cut: int
+    """Those of them whose answers were cut at `max_length`, so that their ends were not learned."""
+    steps: int
+    """Optimizer steps."""
+    log: tuple[dict[str, Any], ...]
+    """The last rows of the training log."""
+    trained_in: str
+    stored_in: str
+    template_hash: str
+    notes: tuple[str, ...] = ()
+    """What whoever uses the model must know besides."""
+    versions: dict[str, str]
+    commit: str = ""
+
+
+def load_alignment(source: str, settings: Mapping[str, Any], overrides: Sequence[str] = ()) -> Alignment:
+    """An alignment of a base model, or from a YAML file; every error in it at once, missing input files included.
+
+    Args:
+        source: a checkpoint directory or a hub id; or the path of a `.yaml` file.
+        settings: whole settings over those of the file.
+        overrides: dotted `key=value` over both.
+
+    Raises:
+        StayalignedError: as `stayaligned.experiments.config.experiment.parse`, or if the YAML file can't be read.
+    """
+    in_file = source.endswith((".yaml", ".yml"))
+    content = load_yaml(Path(source)) if in_file else {"base_model": source}
+    content |= settings
+    apply_overrides(content, overrides)
+    return parse(Alignment, content, source if in_file else "align")
+
+
+@dataclass(frozen=True)
+class _Job:
+    alignment: Alignment
+    """As it was given."""
+    resolved: Alignment
+    """With every input a path."""
+    examples: Sequence[Example]
+    inputs: Mapping[str, str]
+    out: Path
+    progress: testbed.Progress
+
+    @property
+    def work(self) -> Path:
+        """Where training keeps its checkpoints: beside `out`, under a name that a rerun finds."""
+        return self.out.with_name(f"{self.out.name}.unfinished")
+
+
+def align(
+    alignment: Alignment, out: str | Path, *, progress: testbed.Progress = lambda _text, _share: None
+) -> AlignmentRecord:
+    """Align a base model into the new directory `out`: a checkpoint like any other, and `alignment.json`.
+
+    Called again with the same settings and inputs, it continues from the last complete checkpoint, to the same bytes
+    as without the interruption on the same machine; a finished `out` is not made again.
+
+    Args:
+        alignment: what to do.
+        out: the new directory.
+        progress: called with what is being done and the share of it that is done, 0 to 1.
+
+    Raises:
+        StayalignedError: if `out`, finished or not, is something else, an input is unfit, or training diverges.
+    """
+    resolved = Alignment.model_validate(resolve_references(alignment.spec(), alignment.seed, progress))
+    examples = read_examples(resolved.data, origin="alignment")[: resolved.limit]
+    job = _Job(alignment, resolved, examples, _inputs(alignment, resolved, examples), Path(out), progress)
+    base = Path(resolved.base_model)
+    if base.is_dir() and job.out.resolve().is_relative_to(base.resolve()):
+        raise StayalignedError(f"{out} lies inside of the base model", hint="Choose an --out outside of it.")
+    if job.out.exists():
+        return _finished(job)
+    with exclusive(job.work):
+        if job.out.exists():  # since another process has finished it
+            return _finished(job)
+        _enter(job)
+        try:
+            record = _make(job)
+        except BaseException:
+            _discard(job.work, only_if_nothing_is_lost=True)
+            raise
+    _discard(job.work)
+    return record
+
+
+def _inputs(alignment: Alignment, resolved: Alignment, examples: Sequence[Example]) -> dict[str, str]:
+    """What identifies the content of each input: a file wherever it lies, a hub id at the revision that is meant."""
+    base = identify(alignment.base_model, alignment.seed, "base_model")
+    if base == resolved.base_model:
+        base = f"{base}@{checkpoint_directory(base).name}"
+    rows = "".join(example.model_dump_json() + "\n" for example in examples)
+    found = {"base_model": base, "data": _sha256(rows)}
+    if resolved.chat_template is not None:
+        found["chat_template"] = _sha256(_template(resolved.chat_template))
+    return found
+
+
+def _template(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise StayalignedError(f"{path}: {reason}", hint="Give the path of a Jinja file.") from None
+
+
+def _sha256(text: str) -> str:
+    return f"sha256:{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
+# ---- what is there already -----------------------------------------------------------------------------------------
+
+
+def _finished(job: _Job) -> AlignmentRecord:
+    """The record of the directory, if these settings and inputs made it; any other is refused."""
+    file = job.out / ALIGNMENT_FILE
+    if not file.is_file():
+        refuse_existing(job.out)
+    content = read_json_object(file, hint="Choose a new name, or remove it yourself.")
+    _refuse_other(job, job.out, content)
+    _discard(job.work)
+    return AlignmentRecord.model_validate(content)
+
+
+def _enter(job: _Job) -> None:
+    """Make the working directory this job's: with its checkpoints if there are some, else empty."""
+    from stayaligned.hf.training.finetuning import last_complete_checkpoint
+
+    file = job.work / ALIGNMENT_FILE
+    if not file.is_file() and any(path.name != ".lock" for path in job.work.iterdir()):
+        raise StayalignedError(f"{job.work}: holds files that this command did not write", hint="Use another --out.")
+    if last_complete_checkpoint(job.work) is not None:
+        _refuse_other(job, job.work, read_json_object(file, hint="Remove the directory."))
+    for leftover in job.out.parent.glob(f".{glob.escape(job.out.name)}.*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    write_text(file, json.dumps({"alignment": job.alignment.spec(), "inputs": job.inputs}, indent=2) + "\n")
+
+
+def _refuse_other(job: _Job, directory: Path, content: Mapping[str, Any]) -> None:
+    before = dict(_flat({**content.get("alignment", {}), **content.get("inputs", {})}))
+    now = dict(_flat({**job.alignment.spec(), **job.inputs}))
+    changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if changed:
+        raise StayalignedError(
+            f"{directory}: belongs to another alignment; different: {', '.join(changed)}",
+            hint="Use another --out, or remove it yourself.",
+        )
+
+
+def _flat(value: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _flat(item, f"{place}{key}.")
+        else:
+            yield f"{place}{key}", item
+
+
+def _discard(work: Path, *, only_if_nothing_is_lost: bool = False) -> None:
+    """Remove a working directory; last of all the file that marks it as ours."""
+    from stayaligned.hf.training.finetuning import last_complete_checkpoint
+
+    if not (work / ALIGNMENT_FILE).is_file() or (only_if_nothing_is_lost and last_complete_checkpoint(work)):
+        return
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+# ---- training and merging ------------------------------------------------------------------------------------------
+
+
+class _Trained(NamedTuple):
+    model: PreTrainedModel | None
+    """The full weights, on the CPU and in their stored types; None if an adapter was written."""
+    tokenizer: PreTrainedTokenizerBase
+    generation: GenerationConfig
+    facts: dict[str, Any]
+    """For the record."""
+
+
+def _make(job: _Job) -> AlignmentRecord:
+    from stayaligned.hf.features import template_hash
+    from stayaligned.hf.models import merge_adapter
+    from stayaligned.hf.quiet import quiet
+
+    with quiet():
+        trained = _train(job)
+        job.progress("merge and write", 0.0)
+        model = trained.model or merge_adapter(job.resolved.base_model, job.work / "adapter")
+        model.generation_config = trained.generation
+        record = AlignmentRecord(
+            alignment=job.alignment.spec(),
+            inputs=dict(job.inputs),
+            stored_in=str(model.dtype).removeprefix("torch."),
+            template_hash=template_hash(trained.tokenizer),
+            versions=versions(),
+            commit=commit(),
+            **trained.facts,
+        )
+        with new_directory(job.out) as temporary:
+            model.save_pretrained(temporary)
+            trained.tokenizer.save_pretrained(temporary)
+            write_text(temporary / ALIGNMENT_FILE, record.model_dump_json(indent=2) + "\n")
+    return record
+
+
+def _train(job: _Job) -> _Trained:
+    """Train to the end; a LoRA is written into the working directory, so that its model is gone when it is merged."""
+    from stayaligned.hf import models
+    from stayaligned.hf.features import end_of_answer
+    from stayaligned.hf.generation.generate import config_ending_with
+    from stayaligned.hf.training import finetuning
+    from stayaligned.weights.unsupported import BASE_PRESERVING_INITS, refuse_quantised
+
+    a = job.resolved
+    refuse_quantised(open_checkpoint(a.base_model))
+    init = (a.lora or {}).get("init_lora_weights", True)
+    if init not in BASE_PRESERVING_INITS:
+        raise StayalignedError(
+            f"lora.init_lora_weights={init!r} changes the base weights, and the LoRA is merged into unchanged ones",
+            hint="Leave it unset.",
+        )
+    tokenizer = models.load_tokenizer(
+        a.base_model, chat_template=None if a.chat_template is None else _template(a.chat_template)
+    )
+    end = end_of_answer(tokenizer, job.examples[0])
+    finetuning.seed_everything(a.seed)
+    model = models.load_model(a.base_model)
+    generation, config = config_ending_with(model, end), copy.deepcopy(model.config)
+    types, trained_in = models.weight_types(model), _trained_in(a, model.dtype)
+    models.cast_weights_(model, trained_in)
+    adapted: Any = model if a.lora is None else models.attach_lora(model, a.lora)
+    trainer = TrainingSetup(
+        model=adapted,
+        tokenizer=tokenizer,
+        examples=job.examples,
+        alignment_examples=(),
+        arguments={"disable_tqdm": True, **a.training, "output_dir": str(job.work), "seed": a.seed},
+        kind=a.trainer,
+        max_length=a.max_length,
+    ).trainer()
+    rows, rows_cut = _count_rows(trainer, a.max_length, end)
+    log = finetuning.train(trainer, progress=functools.partial(job.progress, "align"))
+    if a.lora is None:
+        model.cpu()
+        models.cast_weights_(model, types)
+        model.config = config  # the Trainer writes the tokenizer's special tokens into it
+    else:
+        with writable(job.work):
+            adapted.save_pretrained(str(job.work / "adapter"))
+    facts = {
+        "rows": rows,
+        "rows_cut": rows_cut,
+        "steps": trainer.state.global_step,
+        "log": log[-_KEPT_LOG_ROWS:],
+        "trained_in": str(trained_in).removeprefix("torch."),
+        "notes": list(_notes(rows, rows_cut, a.max_length, end)),
+    }
+    return _Trained(model if a.lora is None else None, tokenizer, generation, facts)
+
+
+def _trained_in(alignment: Alignment, stored: torch.dtype) -> torch.dtype:
+    import torch
+
+    if alignment.dtype != "auto":
+        return getattr(torch, alignment.dtype)
+    # Neither AdamW's steps on fp16 weights nor gradients through fp16 layers are safe without a scaled loss.
+    return torch.float32 if alignment.lora is None or stored == torch.float16 else stored
+
+
+def _count_rows(trainer: Trainer, max_length: int, end: int | None) -> tuple[int, int]:
+    """Rows that are trained on, and those of them that fill `max_length` without the token that ends an answer.
+
+    Raises:
+        StayalignedError: if all do: nothing would learn where an answer ends.
+    """
+    dataset: Any = trainer.train_dataset
+    if getattr(trainer.args, "packing", False):  # rows are joined to that length
+        return len(dataset), 0
+    cut = sum(len(ids) >= max_length and ids[-1] != end for ids in (row["input_ids"] for row in dataset))
+    if cut == len(dataset):
+        raise StayalignedError(
+            f"all {cut} rows are cut at max_length={max_length} tokens, so that no answer has an end to learn",
+            hint="Raise `max_length`, or give shorter rows.",
+        )
+    return len(dataset), cut
+
+
+def _notes(rows: int, cut: int, max_length: int, end: int | None) -> Iterator[str]:
+    if cut:
+        yield f"{cut} of {rows} rows are cut at max_length={max_length} tokens; their answers' ends are not learned"
+    if end is None:
+        yield (
+            "the chat template closes an answer with no special token, so generation may not stop there; "
+            "write {{ eos_token }} behind the answer"
+        )

@@ -1,0 +1,1 @@
+"""Completions and their perplexity by transformers."""

@@ -1,0 +1,1 @@
+"""Judges that are local models: classifiers and guards."""

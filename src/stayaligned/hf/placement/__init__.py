@@ -1,0 +1,1 @@
+"""Which stored weight each LoRA layer changes."""

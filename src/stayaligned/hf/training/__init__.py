@@ -1,0 +1,1 @@
+"""Fine-tuning by the Trainers of transformers and TRL."""

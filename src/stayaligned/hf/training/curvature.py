@@ -1,0 +1,203 @@
+"""The curvature of a model's training loss on rows, in the weights that would be trained."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stayaligned.core.errors import StayalignedError
+from stayaligned.data.sources import read_examples, sample
+from stayaligned.hf.features import IGNORED, PaddingCollator, encode_examples
+from stayaligned.hf.models import attach_lora, load_finetuned, load_tokenizer
+from stayaligned.hf.quiet import bars_off
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stayaligned.algorithms.curvature import Spectrum
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Which weights are trained, and from where."""
+
+    model: str
+    """The aligned model: a checkpoint directory or a hub id."""
+    adapter: Path | None = None
+    """A LoRA adapter on it, whose factors are trained."""
+    lora: Mapping[str, Any] | None = None
+    """Fields of PEFT's LoraConfig: a fresh adapter is trained. With neither, all of the model's weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class CurvatureSettings:
+    """On how much data, and how closely."""
+
+    rows: int = 32
+    """At most so many rows of each source, drawn at random."""
+    max_length: int = 1024
+    """Tokens after which a row is cut."""
+    batch_size: int = 4
+    """Rows that are differentiated at once."""
+    iterations: int = 20
+    """Products with the Hessian: passes over the rows, of about four forward passes each."""
+    low_memory: bool = False
+    """Keep no Lanczos basis; see `stayaligned.algorithms.curvature.spectrum_ends`."""
+    seed: int = 0
+    """Of the rows, of a fresh adapter and of Lanczos' start."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossCurvature:
+    """Of one source's loss: the mean cross-entropy of the answers' tokens over all rows, as in training."""
+
+    source: str
+    rows: int
+    tokens: int
+    loss: float
+    weights: int
+    """How many are trained."""
+    spectrum: Spectrum
+
+
+def loss_curvatures(
+    trained: Trained,
+    sources: Sequence[str],
+    settings: CurvatureSettings,
+    progress: Callable[[str, float], None] = lambda _text, _share: None,
+) -> list[LossCurvature]:
+    """The ends of the loss's Hessian for each source, in fp32 and in evaluation mode (no dropout).
+
+    Args:
+        trained: the weights that the Hessian is about.
+        sources: rows as `stayaligned.data.sources` reads them; for Lisa the alignment data and the user's.
+        settings: how many rows and products.
+        progress: is told what is done and the share of it.
+
+    Raises:
+        StayalignedError: if rows, model or adapter can't be used, the loss is not finite or can't be differentiated
+            twice, or memory does not suffice.
+    """
+    import torch
+
+    if trained.adapter is not None and trained.lora is not None:
+        raise StayalignedError("an adapter and settings of a fresh one are given", hint="Give one of the two.")
+    examples = [read_examples(source, origin="task") for source in sources]
+    rng = [random.Random(settings.seed) for _ in sources]  # noqa: S311 (no secret)
+    chosen = [sample(e, min(settings.rows, len(e)), r) for e, r in zip(examples, rng, strict=True)]
+    tokenizer = load_tokenizer(trained.model)
+    encoded = [encode_examples(tokenizer, rows, settings.max_length) for rows in chosen]
+    model = _trainable(trained, settings.seed)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    _require_memory(sum(weight.numel() for weight in weights), settings)
+    collate = PaddingCollator.of(tokenizer)
+    found: list[LossCurvature] = []
+    for source, rows in zip(sources, encoded, strict=True):
+        loss = _Loss(model, collate, rows, settings.batch_size)
+        try:
+            found.append(_curvature(source, loss, weights, settings, progress))
+        except torch.OutOfMemoryError as error:
+            raise StayalignedError(
+                f"{trained.model}: out of memory: {' '.join(str(error).split())[:200]}",
+                hint="Lower the batch size or the maximal length, or train fewer weights.",
+            ) from None
+        except RuntimeError as error:
+            if "is not implemented" not in str(error):
+                raise
+            raise StayalignedError(
+                f"{trained.model}: its loss can't be differentiated twice: {' '.join(str(error).split())[:200]}",
+                hint="One of the model's operations has no second derivative in torch on this device.",
+            ) from None
+    return found
+
+
+class _Loss:
+    """Mean cross-entropy over the label tokens of fixed rows, in parts of `batch_size` rows that sum to it."""
+
+    def __init__(self, model: Any, collate: PaddingCollator, rows: list[dict[str, list[int]]], batch_size: int) -> None:
+        self._model = model
+        # Rows of like length together: less padding. The sum does not depend on the order.
+        ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
+        self._batches = [collate(ordered[at : at + batch_size]) for at in range(0, len(ordered), batch_size)]
+        self.rows = len(rows)
+        self.tokens = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in self._batches)
+
+    def parts(self) -> list[Callable[[], Tensor]]:
+        """Each computes one batch's share of the loss."""
+        return [lambda batch=batch: self._share(batch) for batch in self._batches]
+
+    def _share(self, batch: Mapping[str, Tensor]) -> Tensor:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.nn.functional import cross_entropy
+
+        there = {name: value.to(self._model.device) for name, value in batch.items()}
+        labels = there.pop("labels")
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+            logits = self._model(**there, use_cache=False).logits
+        return (
+            cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum") / self.tokens
+        )
+
+
+def _curvature(
+    source: str,
+    loss: _Loss,
+    weights: Sequence[Tensor],
+    settings: CurvatureSettings,
+    progress: Callable[[str, float], None],
+) -> LossCurvature:
+    import torch
+
+    from stayaligned.algorithms.curvature import hessian_product, random_start, spectrum_ends
+
+    with torch.no_grad():
+        value = sum(part().item() for part in loss.parts())
+    if not math.isfinite(value):
+        raise StayalignedError(
+            f"{source}: the model's loss on these rows is {value}",
+            hint="Check that model and adapter hold finite weights and belong together.",
+        )
+    done = 0
+
+    def product(vector: Tensor) -> Tensor:
+        nonlocal done
+        image = hessian_product(loss.parts(), weights, vector)
+        done += 1
+        progress(f"{source}: products with the Hessian", done / settings.iterations)
+        return image
+
+    start = random_start(weights, settings.seed)
+    spectrum = spectrum_ends(product, start, settings.iterations, keep_basis=not settings.low_memory)
+    return LossCurvature(source, loss.rows, loss.tokens, value, start.numel(), spectrum)
+
+
+def _trainable(trained: Trained, seed: int) -> Any:
+    """The model in fp32, whose trained weights require gradients and no others; evaluation mode throughout."""
+    import torch
+
+    with bars_off(True), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # Of PEFT's, about an attribute of transformers; no user can answer it.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        model: Any = load_finetuned(trained.model, trained.adapter, dtype=torch.float32, trainable=True)
+        if trained.lora is not None:
+            torch.manual_seed(seed)
+            model = attach_lora(model, trained.lora)
+    return model.eval()
+
+
+def _require_memory(weights: int, settings: CurvatureSettings) -> None:
+    """Refuse a Lanczos basis that main memory can't hold, rather than be killed halfway."""
+    needed = 0 if settings.low_memory else settings.iterations * weights * 4
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise StayalignedError(
+            f"{settings.iterations} Lanczos vectors of {weights:,} weights need {needed / 1e9:.0f} GB of memory, "
+            f"and there are {there / 1e9:.0f}",
+            hint="Keep no basis (low memory), ask for fewer iterations, or measure a LoRA instead of all weights.",
+        )

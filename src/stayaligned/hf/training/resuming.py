@@ -1,0 +1,33 @@
+"""What the host leaves out when it loads a checkpoint of its own: weights that are stored in another layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from stayaligned.hf.models import load_model
+from stayaligned.weights.checkpoints import Checkpoint
+
+
+def restore_converted(trainer: Any, checkpoint: Path) -> None:
+    """Load the weights of a Trainer's checkpoint that the Trainer passes over with a line in its log.
+
+    transformers writes the experts of a mixture one by one, as their publishers do, and stacks them as it loads a
+    model. Its Trainer loads by name alone: a resumed run would go on with the experts of the start.
+
+    Args:
+        trainer: a transformers.Trainer that has loaded the checkpoint. Adapters, and what FSDP or DeepSpeed load in
+            their own way, are left as they are.
+        checkpoint: the checkpoint's directory.
+
+    Raises:
+        StayalignedError: if the checkpoint lacks weights.
+    """
+    from transformers import PreTrainedModel
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(model, PreTrainedModel) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return
+    if set(model.state_dict()) - set(model.all_tied_weights_keys) <= set(Checkpoint(checkpoint)):
+        return
+    model.load_state_dict(load_model(checkpoint, dtype=model.dtype).state_dict())

@@ -1,0 +1,269 @@
+"""Model checkpoints as read-only mappings from names to tensors, read from safetensors and only as far as asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from stayaligned.core.errors import StayalignedError
+from stayaligned.weights.safetensors import Entry, SafetensorsFile
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_RUN_BYTES = 1 << 14
+_RUNS = 4
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+REDOWNLOAD = "The file was cut off or damaged; download or save the checkpoint again."
+"""The way out of a damaged file."""
+
+
+class Block(NamedTuple):
+    """Some rows of a stored tensor; of a 3-D tensor (one matrix per expert), rows of one expert's matrix."""
+
+    name: str
+    expert: int | None = None
+    first_row: int = 0
+    rows: int | None = None
+    """All rows from `first_row` on if None."""
+
+
+Weight = tuple[Block, ...]
+"""A matrix as it is stored: blocks stacked along the rows."""
+
+
+def whole(name: str) -> Weight:
+    """The weight that one 2-D tensor holds."""
+    return (Block(name),)
+
+
+class Checkpoint(Mapping[str, "Tensor"]):
+    """A model directory as a mapping; nothing but headers is read until a tensor is looked up.
+
+    Args:
+        directory: where `model.safetensors`, or the index and the shards that it names, lie.
+
+    Raises:
+        StayalignedError: if the files are missing, damaged, or don't hold what the index says.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._open: dict[str, SafetensorsFile] = {}
+        self._lock = threading.Lock()
+        self._shards = self._shards_of()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.file_of(name).tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the header alone."""
+        return self.entry(name).shape
+
+    def entry(self, name: str) -> Entry:
+        """Where and how a tensor is stored."""
+        return self.file_of(name).entries[name]
+
+    def file_of(self, name: str) -> SafetensorsFile:
+        """The file that holds a tensor, its header read and checked."""
+        shard = self._shards[name]
+        opened = self._file(shard)
+        if name not in opened.entries:
+            raise StayalignedError(
+                f"{self.directory / shard} has no tensor {name!r}, which {_INDEX} says it holds", hint=REDOWNLOAD
+            )
+        return opened
+
+    def shards(self) -> Mapping[str, str]:
+        """{tensor name: file name}."""
+        return self._shards
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shards  # Mapping's own would read the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shards)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def config(self) -> dict[str, Any]:
+        """The content of `config.json`.
+
+        Raises:
+            StayalignedError: if it is missing or is no JSON object.
+        """
+        path = self.directory / "config.json"
+        return read_json_object(path, hint="A checkpoint is a directory that `save_pretrained` wrote.")
+
+    def matrix_shape(self, weight: Weight) -> tuple[int, int]:
+        """(rows, columns) of a weight as stored.
+
+        Raises:
+            StayalignedError: if its blocks are no matrices of plain floats, or don't go together.
+        """
+        spans = self.spans(weight)
+        kinds = {(span.columns, span.dtype) for span in spans}
+        if len(kinds) != 1:
+            names = ", ".join(block.name for block in weight)
+            raise StayalignedError(f"{self.directory}: {names} make one weight, but differ in width or type")
+        return sum(span.rows for span in spans), spans[0].columns
+
+    def spans(self, weight: Weight) -> list[Span]:
+        """Where the rows of a weight lie in the files, block by block."""
+        return [self._span(block) for block in weight]
+
+    def _span(self, block: Block) -> Span:
+        file = self.file_of(block.name)
+        entry = file.entries[block.name]
+        if len(entry.shape) != (2 if block.expert is None else 3):
+            raise StayalignedError(f"{self.directory}: {block.name} has the shape {entry.shape}, which is no matrix")
+        if not entry.is_plain_float:
+            raise StayalignedError(
+                f"{self.directory}: {block.name} is stored as {entry.dtype}",
+                hint="Quantised weights can't be subtracted; use the checkpoint in bf16, fp16 or fp32.",
+            )
+        rows, columns = entry.shape[-2:]
+        width = columns * entry.item_bytes
+        first = (block.expert or 0) * rows + block.first_row
+        count = rows - block.first_row if block.rows is None else block.rows
+        return Span(file, entry.dtype, entry.offset + first * width, count, columns)
+
+    def _file(self, shard: str) -> SafetensorsFile:
+        with self._lock:
+            if shard not in self._open:
+                self._open[shard] = SafetensorsFile(self.directory / shard, hint=REDOWNLOAD)
+            return self._open[shard]
+
+    def _shards_of(self) -> dict[str, str]:
+        if (self.directory / _SINGLE).is_file():  # first, as transformers looks for it
+            return dict.fromkeys(self._file(_SINGLE).entries, _SINGLE)
+        if (self.directory / _INDEX).is_file():
+            weight_map = read_json_object(self.directory / _INDEX, hint=REDOWNLOAD).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise StayalignedError(f"{self.directory / _INDEX} has no weight_map", hint=REDOWNLOAD)
+            shards = set(weight_map.values())
+            outside = sorted(str(s) for s in shards if not isinstance(s, str) or Path(s).name != s)
+            if outside:
+                raise StayalignedError(
+                    f"{self.directory / _INDEX} names files outside its directory: {', '.join(outside)}",
+                    hint=REDOWNLOAD,
+                )
+            absent = sorted({shard for shard in shards if not (self.directory / shard).is_file()})
+            if absent:
+                raise StayalignedError(
+                    f"{self.directory / _INDEX} names files that are missing: {', '.join(absent)}", hint=REDOWNLOAD
+                )
+            return weight_map
+        pickled = any(self.directory.glob("*.bin"))
+        raise StayalignedError(
+            f"{self.directory} holds neither {_SINGLE} nor {_INDEX}",
+            hint="Only safetensors are read: load the model once and `save_pretrained` it."
+            if pickled
+            else "Give a checkpoint directory as `save_pretrained` writes it (not an adapter).",
+        )
+
+
+class Span(NamedTuple):
+    """Rows that lie one behind the other in a file."""
+
+    file: SafetensorsFile
+    dtype: torch.dtype
+    offset: int
+    """Of the first row, in bytes."""
+    rows: int
+    columns: int
+
+    @property
+    def size(self) -> int:
+        """Their bytes."""
+        return self.rows * self.columns * self.dtype.itemsize
+
+
+def checkpoint_directory(ref: str | Path) -> Path:
+    """The local directory of a checkpoint: `ref` itself, or the snapshot of a hub id (`org/name`, `org/name@revision`).
+
+    A hub id is looked up through huggingface_hub, cache first, and only its safetensors and JSON files are fetched.
+
+    Raises:
+        StayalignedError: if there is no such directory and no such hub repository within reach.
+    """
+    path = Path(ref)
+    if path.is_dir():
+        return path
+    repository, _, revision = str(ref).partition("@")
+    if isinstance(ref, Path) or not is_hub_id(repository):
+        raise StayalignedError(
+            f"{ref}: no such checkpoint directory", hint="Give a local directory or a hub id such as org/name."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        directory = snapshot_download(
+            repository,
+            revision=revision or None,
+            allow_patterns=["*.safetensors", "*.json"],
+            ignore_patterns=["*/*"],  # other layouts of the same weights, `original/` for one
+        )
+    except (OSError, ValueError) as error:
+        raise StayalignedError(
+            f"{ref}: neither a directory here nor a hub repository within reach ({type(error).__name__})",
+            hint="Check the spelling; offline, run `hf download` beforehand; gated models need `hf auth login`.",
+        ) from error
+    return Path(directory)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it has the form `org/name`."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def open_checkpoint(ref: str | Path) -> Checkpoint:
+    """The checkpoint at a local directory or hub id."""
+    return Checkpoint(checkpoint_directory(ref))
+
+
+def read_json_object(path: Path, *, hint: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        StayalignedError: naming the file, if it is missing, no JSON, or no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StayalignedError(f"{path} can't be read: {error}", hint=hint) from error
+    if not isinstance(content, dict):
+        raise StayalignedError(f"{path}: expected a JSON object", hint=hint)
+    return content
+
+
+def weights_fingerprint(checkpoint: Checkpoint) -> str:
+    """SHA-256 over the names, types, shapes and content of all tensors: the same however they are split into shards.
+
+    Of tensors above 64 KiB, four runs of 16 KiB are read, from the first to the last byte: reading a 140 GB checkpoint
+    only to name it would take minutes, and training changes every part of a weight.
+    """
+    return tensors_fingerprint({name: checkpoint.file_of(name) for name in sorted(checkpoint)})
+
+
+def tensors_fingerprint(files: Mapping[str, SafetensorsFile]) -> str:
+    """`weights_fingerprint` of tensors, each in the file that holds it."""
+    digest = hashlib.sha256()
+    for name, file in files.items():
+        entry = file.entries[name]
+        digest.update(json.dumps([name, entry.stored_type, entry.shape]).encode())
+        sampled = entry.size > _RUNS * _RUN_BYTES
+        buffer = bytearray(_RUN_BYTES if sampled else entry.size)
+        for run in range(_RUNS if sampled else 1):
+            file.read_into(memoryview(buffer), entry.offset + (entry.size - len(buffer)) * run // (_RUNS - 1))
+            digest.update(buffer)
+    return digest.hexdigest()

@@ -1,0 +1,140 @@
+"""The layers of an adapter whose names say everything, found without importing transformers or PEFT.
+
+Importing them takes longer than projecting a 1B model. In most adapters each pair of tensors is named after a module
+whose weight the checkpoint stores under that very name; here those are recognized. Whatever does not agree in every
+respect is left to `layers`, which asks PEFT and transformers, and decides about errors too.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from stayaligned.weights.adapters import Adapter, LoraLayer
+from stayaligned.weights.checkpoints import Checkpoint
+
+PREFIX = "base_model.model."
+"""What PEFT puts before the name of a module."""
+PLAIN_MODEL_TYPES = frozenset(
+    {
+        *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"),
+        *("olmo", "olmo2", "olmo3", "granite", "starcoder2", "stablelm", "cohere", "cohere2", "glm", "glm4"),
+        *("smollm3", "helium", "seed_oss", "exaone4", "ernie4_5", "arcee", "nemotron", "ministral3", "falcon", "opt"),
+        # mixtures of experts: the attention, and adapters of transformers 4, whose experts were modules
+        *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "minimax", "gpt_oss"),
+    }
+)
+"""The architectures whose linear modules' weights are stored (out, in), row by row as the model uses them."""
+_HEAD = "lm_head"
+
+
+def plain_layers(adapter: Adapter, shape_of: Callable[[str], tuple[int, ...] | None]) -> list[LoraLayer] | None:
+    """The adapter's layers, in natural order of their names, if its names, shapes and settings alone tell them.
+
+    Args:
+        adapter: an adapter whose settings `refusals.refuse_unsupported` has passed.
+        shape_of: gives the shape (out, in) of a layer's weight by the layer's name, None if it is not known.
+
+    Returns:
+        None if a tensor is none of an A and B named after a module, if a module's shape is not known, is not that of
+        its factors, or is not what `target_modules` names.
+    """
+    config = adapter.config
+    modules = _paired_modules(adapter.tensors)
+    try:
+        layers = [_layer(module, config, shape_of(module)) for module in sorted(modules, key=natural_key)]
+        targeted = all(is_targeted(config, module) for module in modules)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, re.error):
+        return None  # settings that make no sense: PEFT says what is wrong with them
+    found = [layer for layer in layers if layer is not None and _fits(layer, adapter)]
+    return found if targeted and modules and len(found) == len(modules) else None
+
+
+def plainly_placed(adapter: Adapter, aligned: Checkpoint, base: Checkpoint) -> list[LoraLayer] | None:
+    """`plain_layers` on two checkpoints that both store each layer's weight as `{layer.name}.weight`.
+
+    Returns:
+        None also if an architecture is not one that is known to be plain, if the adapter has no tensors for a weight
+        that its settings target, or if it may target a head that is stored under another name.
+    """
+    if adapter.config.get("layers_to_transform") is not None or adapter.config.get("target_parameters"):
+        return None  # PEFT knows what they mean
+    both = (aligned, base)
+    if any(checkpoint.config().get("model_type") not in PLAIN_MODEL_TYPES for checkpoint in both):
+        return None
+    layers = plain_layers(adapter, lambda module: _common_shape(f"{module}.weight", both))
+    if layers is None:
+        return None
+    weights = {name.removesuffix(".weight") for name in aligned if name.endswith(".weight")}
+    targeted = {name for name in weights | {_HEAD} if is_targeted(adapter.config, name)}
+    return layers if targeted == {layer.name for layer in layers} else None
+
+
+def is_targeted(config: Mapping[str, Any], module: str) -> bool:
+    """PEFT's rule for a module's name: a list names modules or their last parts, a string is a regular expression.
+
+    The contract with PEFT is `peft.tuners.tuners_utils.check_target_module_exists`, without `layers_to_transform`.
+    """
+    return not _matches(config.get("exclude_modules") or (), module) and _matches(config["target_modules"], module)
+
+
+def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rule for `rank_pattern` and `alpha_pattern`: the value of the first pattern that matches, or the default.
+
+    The contract with PEFT is `peft.utils.other.get_pattern_key`.
+    """
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """A key that sorts the parts of a name between dots and brackets, numbers as numbers."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"[.\[\]]", name)]
+
+
+def _matches(targets: str | Collection[str], module: str) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
+def _paired_modules(keys: Collection[str]) -> set[str]:
+    """The modules that have both an A and a B; none at all if a tensor is anything else."""
+    factors: dict[str, set[str]] = {"A": set(), "B": set()}
+    for key in keys:
+        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+        if match is None or "base_layer" in match[1].split("."):
+            return set()
+        factors[match[2]].add(match[1])
+    return factors["A"] if factors["A"] == factors["B"] else set()
+
+
+def _layer(module: str, config: Mapping[str, Any], shape: tuple[int, ...] | None) -> LoraLayer | None:
+    if shape is None or len(shape) != 2:
+        return None
+    rank: int = by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
+    alpha: float = by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    return LoraLayer(
+        name=module,
+        parameter=f"{module}.weight",
+        a_key=f"{PREFIX}{module}.lora_A.weight",
+        b_key=f"{PREFIX}{module}.lora_B.weight",
+        rank=rank,
+        scaling=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank),
+        in_features=shape[1],
+        out_features=shape[0],
+    )
+
+
+def _fits(layer: LoraLayer, adapter: Adapter) -> bool:
+    shapes = tuple(adapter.tensors[layer.a_key].shape), tuple(adapter.tensors[layer.b_key].shape)
+    return shapes == ((layer.rank, layer.in_features), (layer.out_features, layer.rank))
+
+
+def _common_shape(name: str, checkpoints: tuple[Checkpoint, ...]) -> tuple[int, ...] | None:
+    shapes = {checkpoint.shape(name) if name in checkpoint else None for checkpoint in checkpoints}
+    return shapes.pop() if len(shapes) == 1 else None

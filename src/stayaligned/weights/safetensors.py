@@ -1,0 +1,159 @@
+"""One safetensors file, read with `pread`: its header as a table of offsets, its tensors and any run of their bytes.
+
+The safetensors library maps files into memory and gives no offsets; a stream of row blocks needs them.
+Format: eight bytes of header length (little-endian), a JSON header, the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from stayaligned.core.errors import StayalignedError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_LONGEST_HEADER = 100 << 20
+"""The limit that the safetensors library sets too."""
+_TYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "U16": ("uint16", 2),
+    "U32": ("uint32", 4),
+    "U64": ("uint64", 8),
+}
+"""{the format's name of a type: torch's name, bytes}: so a header is read without importing torch."""
+
+
+class Entry(NamedTuple):
+    """Where and how one tensor is stored."""
+
+    stored_type: str
+    """By the format's name, "BF16" for one."""
+    shape: tuple[int, ...]
+    offset: int
+    """Of its first byte in the file."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Torch's name of the type."""
+        import torch
+
+        return getattr(torch, _TYPES[self.stored_type][0])
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one number."""
+        return _TYPES[self.stored_type][1]
+
+    @property
+    def is_plain_float(self) -> bool:
+        """Whether it can be subtracted: fp64, fp32, fp16 or bf16."""
+        return self.stored_type in ("F64", "F32", "F16", "BF16")
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * self.item_bytes
+
+
+class SafetensorsFile:
+    """An open safetensors file.
+
+    Args:
+        path: the file.
+        hint: what to do about a damaged one.
+
+    Raises:
+        StayalignedError: if it is no safetensors file, or cut off.
+    """
+
+    def __init__(self, path: Path, *, hint: str) -> None:
+        self.path = path
+        self._hint = hint
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._damaged(error.strerror or str(error)) from error
+        self._closing = weakref.finalize(self, os.close, self._descriptor)
+        self.size = os.fstat(self._descriptor).st_size
+        """Its bytes."""
+        self.metadata: dict[str, str] = {}
+        self.entries = self._read_header()
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor, in the stored type."""
+        import torch
+
+        entry = self.entries[name]
+        raw = torch.empty(entry.size, dtype=torch.uint8)
+        self.read_into(memoryview(raw.numpy().data), entry.offset)
+        return raw.view(entry.dtype).view(entry.shape)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` with the bytes from `offset` on.
+
+        Raises:
+            StayalignedError: if the file ends before.
+        """
+        filled = 0
+        while filled < len(buffer):
+            try:
+                count = os.preadv(self._descriptor, [buffer[filled:]], offset + filled)
+            except OSError as error:
+                raise self._damaged(error.strerror or str(error)) from error
+            if count == 0:
+                raise self._damaged("the file ends early")
+            filled += count
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Let the system read these bytes ahead."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def _read_header(self) -> dict[str, Entry]:
+        head = bytearray(8)
+        if self.size < 8:
+            raise self._damaged("the file is shorter than a header")
+        self.read_into(memoryview(head), 0)
+        length = int.from_bytes(head, "little")
+        if length > min(_LONGEST_HEADER, self.size - 8):
+            raise self._damaged("the header is longer than the file")
+        text = bytearray(length)
+        self.read_into(memoryview(text), 8)
+        try:
+            header = json.loads(text)
+            self.metadata = dict(header.pop("__metadata__", None) or {})
+            entries = {str(name): self._entry(value, 8 + length) for name, value in header.items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise self._damaged(f"the header is no safetensors header ({error})") from error
+        end = max((entry.offset + entry.size for entry in entries.values()), default=0)
+        if end > self.size:
+            raise self._damaged(f"the file has {self.size} bytes, its header promises {end}")
+        return entries
+
+    def _entry(self, value: dict[str, Any], data: int) -> Entry:
+        begin, end = value["data_offsets"]
+        entry = Entry(value["dtype"], tuple(int(size) for size in value["shape"]), data + int(begin))
+        if min(entry.shape, default=0) < 0 or begin < 0 or end - begin != entry.size:
+            raise ValueError("offsets that don't fit the shape")
+        return entry
+
+    def _damaged(self, reason: str) -> StayalignedError:
+        return StayalignedError(f"{self.path} can't be read as safetensors: {reason}", hint=self._hint)

@@ -1,0 +1,377 @@
+"""Safe LoRA's maths against the matrices it never forms."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stayaligned.algorithms import alignment_delta
+from stayaligned.algorithms.alignment_delta import (
+    AlignmentSubspace,
+    FullDelta,
+    TruncatedDelta,
+    alignment_subspace,
+    frobenius_norm,
+    random_subspace,
+)
+from stayaligned.algorithms.safe_lora import (
+    Complement,
+    LoraFactors,
+    Orthogonal,
+    RandomlyRotated,
+    ScaledGram,
+    below,
+    compare,
+    every,
+    lowest,
+    scaled,
+    update_norm,
+    update_similarity,
+)
+from stayaligned.core.errors import StayalignedError
+
+F64 = torch.float64
+shapes = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 5), st.integers(0, 10_000))
+
+
+def problem(shape: tuple[int, int, int, int], dtype: Any = F64) -> tuple[torch.Tensor, LoraFactors]:
+    out, inner, rank, seed = shape
+    generator = torch.Generator().manual_seed(seed)
+    v, a, b = (
+        torch.randn(*size, generator=generator, dtype=F64).to(dtype)
+        for size in ((out, inner), (rank, inner), (out, rank))
+    )
+    return v, LoraFactors(a, b, 0.5 + seed % 7)
+
+
+def dense(factors: LoraFactors) -> torch.Tensor:
+    return factors.scaling * factors.b.double() @ factors.a.double()
+
+
+def scaled_gram(v: torch.Tensor) -> ScaledGram:
+    return ScaledGram(FullDelta.of(v))
+
+
+def shrinkage(before: LoraFactors, after: LoraFactors) -> float:
+    return compare(before, after).shrinkage
+
+
+def operators(v: torch.Tensor) -> list[Any]:
+    subspace = alignment_subspace(v, rank=2)
+    return [scaled_gram(v), Orthogonal(subspace), *(Complement(subspace, side) for side in ("left", "right", "both"))]
+
+
+def cosine(x: torch.Tensor, y: torch.Tensor) -> float:
+    return float((x * y).sum() / (x.norm() * y.norm()))
+
+
+@given(shapes)
+def test_scaled_gram_equals_the_dense_c(shape: tuple[int, int, int, int]) -> None:
+    v, factors = problem(shape)
+    c = v @ v.T / torch.linalg.norm(v)
+    torch.testing.assert_close(dense(scaled_gram(v)(factors)), c @ dense(factors), rtol=1e-10, atol=1e-10)
+
+
+@given(shapes)
+def test_projectors_equal_their_dense_forms(shape: tuple[int, int, int, int]) -> None:
+    v, factors = problem(shape)
+    subspace = alignment_subspace(v, rank=2)
+    left, right = subspace.left @ subspace.left.T, subspace.right @ subspace.right.T
+    eye_left, eye_right = torch.eye(len(left), dtype=F64), torch.eye(len(right), dtype=F64)
+    update = dense(factors)
+    for operator, expected in (
+        (Orthogonal(subspace), left @ update),
+        (Complement(subspace, "left"), (eye_left - left) @ update),
+        (Complement(subspace, "right"), update @ (eye_right - right)),
+        (Complement(subspace, "both"), (eye_left - left) @ update @ (eye_right - right)),
+    ):
+        torch.testing.assert_close(dense(operator(factors)), expected, rtol=1e-10, atol=1e-10)
+
+
+@given(shapes)
+def test_projectors_are_idempotent_and_never_lengthen(shape: tuple[int, int, int, int]) -> None:
+    v, factors = problem(shape)
+    for operator in operators(v)[1:]:
+        once = operator(factors)
+        torch.testing.assert_close(dense(operator(once)), dense(once), rtol=1e-9, atol=1e-9)
+        assert shrinkage(factors, once) <= 1 + 1e-12
+
+
+def test_the_papers_c_is_not_idempotent() -> None:
+    v, factors = problem((8, 8, 2, 1))
+    once = scaled_gram(v)(factors)
+    assert not torch.allclose(dense(scaled_gram(v)(once)), dense(once), rtol=0.1)
+
+
+@given(shapes, st.floats(-50, 50).filter(lambda c: abs(c) > 0.01))
+def test_scale_law_c_of_cv_is_abs_c_times_c_of_v(shape: tuple[int, int, int, int], c: float) -> None:
+    v, factors = problem(shape)
+    torch.testing.assert_close(
+        dense(scaled_gram(c * v)(factors)), abs(c) * dense(scaled_gram(v)(factors)), rtol=1e-9, atol=1e-9
+    )
+    before, after = scaled_gram(v)(factors), scaled_gram(c * v)(factors)
+    assert update_similarity(factors, after) == pytest.approx(update_similarity(factors, before), abs=1e-9)
+
+
+@given(shapes)
+def test_gram_similarity_and_norm_equal_the_flattened_ones(shape: tuple[int, int, int, int]) -> None:
+    v, factors = problem(shape)
+    assert update_norm(factors) == pytest.approx(float(dense(factors).norm()), rel=1e-9)
+    for operator in operators(v):
+        after = operator(factors)
+        if (norm := float(dense(after).norm())) > 1e-6 * update_norm(factors):
+            assert update_similarity(factors, after) == pytest.approx(cosine(dense(factors), dense(after)), abs=1e-8)
+            assert shrinkage(factors, after) == pytest.approx(norm / update_norm(factors), rel=1e-6)
+
+
+@given(shapes)
+def test_similarity_to_the_papers_image_lies_in_0_to_1(shape: tuple[int, int, int, int]) -> None:
+    v, factors = problem(shape)  # C is positive semi-definite
+    assert 0 <= update_similarity(factors, scaled_gram(v)(factors)) <= 1
+
+
+@given(shapes)
+def test_every_operator_keeps_rank_and_scaling(shape: tuple[int, int, int, int]) -> None:
+    v, factors = problem(shape)
+    for operator in operators(v):
+        after = operator(factors)
+        assert (after.a.shape, after.b.shape, after.scaling) == (factors.a.shape, factors.b.shape, factors.scaling)
+
+
+@given(shapes)
+def test_full_rank_projector_is_the_identity_on_square_v(shape: tuple[int, int, int, int]) -> None:
+    size, _, rank, seed = shape
+    v, factors = problem((size, size, rank, seed))
+    # the paper's "exact" operator V(VᵀV)⁻¹Vᵀ is this one
+    torch.testing.assert_close(dense(Orthogonal(alignment_subspace(v, rank=size))(factors)), dense(factors))
+
+
+@given(shapes, st.floats(0, 1))
+def test_controls_scale_exactly(shape: tuple[int, int, int, int], factor: float) -> None:
+    _, factors = problem(shape)
+    assert update_norm(scaled(factors, factor)) == pytest.approx(factor * update_norm(factors), rel=1e-9)
+
+
+def test_a_zero_update_has_similarity_0_and_keeps_its_norm() -> None:
+    v, factors = problem((5, 4, 2, 0))
+    zero = scaled(factors, 0.0)
+    assert update_similarity(zero, scaled_gram(v)(zero)) == 0
+    assert update_similarity(factors, zero) == 0
+    assert shrinkage(zero, zero) == 1
+    assert shrinkage(factors, zero) == 0
+
+
+def test_v_of_zero_is_refused_by_c_and_leaves_the_complement_the_identity() -> None:
+    v, factors = problem((5, 4, 2, 0))
+    with pytest.raises(ValueError, match="undefined for V = 0"):
+        scaled_gram(v * 0)(factors)
+    subspace = alignment_subspace(v * 0, rank=2)
+    assert (subspace.rank, subspace.captured_energy) == (0, 0.0)
+    torch.testing.assert_close(dense(Complement(subspace)(factors)), dense(factors))
+
+
+def test_energy_takes_the_fewest_directions_that_hold_it() -> None:
+    values = torch.tensor([4.0, 2.0, 1.0, 0.5], dtype=F64)
+    u, w = (torch.linalg.qr(torch.randn(size, 4, dtype=F64))[0] for size in (9, 7))
+    v = u @ torch.diag(values) @ w.T
+    shares = (values.square().cumsum(0) / values.square().sum()).tolist()
+    for k, share in enumerate(shares, start=1):
+        subspace = alignment_subspace(v, energy=share - 1e-6)
+        assert subspace.rank == k
+        assert subspace.captured_energy == pytest.approx(share)
+    assert alignment_subspace(v, rank=6).rank == 4  # directions with singular value zero are arbitrary
+
+
+@pytest.mark.parametrize("settings", [{}, {"rank": 1, "energy": 0.5}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.1}])
+def test_subspace_size_is_given_once_and_in_range(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"exactly one|at least 1"):
+        alignment_subspace(torch.eye(3), **settings)
+
+
+def test_sampled_svd_finds_the_subspace_and_leaves_the_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    u, w = (torch.linalg.qr(torch.randn(size, 40, generator=generator))[0] for size in (300, 200))
+    v = u @ torch.diag(0.8 ** torch.arange(40)) @ w.T
+    exact = alignment_subspace(v, rank=8)
+    monkeypatch.setattr(alignment_delta, "_EXACT_SVD_UP_TO", 50)
+    state = torch.get_rng_state()
+    found, again = alignment_subspace(v, rank=8), alignment_subspace(v, rank=8)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(found.left, again.left)
+    for one, other in ((found.left, exact.left), (found.right, exact.right)):
+        torch.testing.assert_close(one @ one.T, other @ other.T, atol=1e-5, rtol=0)
+    by_energy = alignment_subspace(v, energy=0.99)
+    assert by_energy.captured_energy >= 0.99 > alignment_subspace(v, rank=by_energy.rank - 1).captured_energy
+
+
+@given(shapes)
+def test_random_directions_are_orthonormal_and_reproducible(shape: tuple[int, int, int, int]) -> None:
+    v, _ = problem(shape)
+    rank = min(2, *v.shape)
+    like = alignment_subspace(v, rank=rank)
+    found, again = (random_subspace(FullDelta.of(v), like, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(found.left, again.left)
+    for basis in (found.left, found.right):
+        torch.testing.assert_close(basis.T @ basis, torch.eye(rank, dtype=F64), atol=1e-10, rtol=0)
+    assert 0 <= found.captured_energy <= alignment_subspace(v, rank=rank).captured_energy + 1e-9
+
+
+def test_norms_accumulate_in_fp64_and_in_blocks() -> None:
+    matrix = torch.full((3000, 1000), 1e-3)
+    assert frobenius_norm(matrix) == pytest.approx(float(torch.tensor(1e-3)) * math.sqrt(3e6), rel=1e-12)
+    assert frobenius_norm(torch.zeros(0, 3)) == 0
+
+
+def test_fp64_grams_keep_what_fp32_cosines_lose() -> None:
+    _, before = problem((600, 600, 8, 4), torch.float32)
+    after = before._replace(b=before.b * 3)
+    assert update_similarity(before, after) == pytest.approx(1, abs=1e-12)
+
+
+similarities = st.dictionaries(st.text("abc", min_size=1, max_size=3), st.sampled_from([-1.0, 0.0, 0.2, 0.35, 1.0]))
+
+
+@given(similarities, st.sampled_from([-1.0, 0.2, 0.35, 0.5, 1.0, 1.1]))
+def test_below_is_strict(values: dict[str, float], threshold: float) -> None:
+    assert below(threshold)(values) == {name for name in values if values[name] < threshold}
+
+
+@given(similarities, st.integers(0, 12))
+def test_lowest_takes_exactly_k_and_breaks_ties_by_name(values: dict[str, float], count: int) -> None:
+    if count > len(values):
+        with pytest.raises(ValueError, match="lowest"):
+            lowest(count)(values)
+        return
+    chosen = lowest(count)(values)
+    assert len(chosen) == count
+    for kept, left in itertools.product(chosen, values.keys() - chosen):
+        assert (values[kept], kept) < (values[left], left)
+
+
+def test_every_takes_all() -> None:
+    assert every({"x": 1.0, "y": 0.0}) == {"x", "y"}
+
+
+def test_shapes_are_checked_in_tests() -> None:
+    with pytest.raises(Exception, match="b"):
+        scaled_gram(torch.zeros(3))
+
+
+@settings(max_examples=10)
+@given(shapes)
+def test_half_precision_factors_are_multiplied_in_the_dtype_of_v(shape: tuple[int, int, int, int]) -> None:
+    v, factors = problem(shape)
+    halved = LoraFactors(factors.a.bfloat16(), factors.b.bfloat16(), factors.scaling)
+    subspace: AlignmentSubspace = alignment_subspace(v.float(), rank=1)
+    for operator in (scaled_gram(v.float()), Orthogonal(subspace), Complement(subspace, "left")):
+        assert operator(halved).b.dtype == torch.float32
+
+
+def truncated(v: torch.Tensor, k: int) -> TruncatedDelta:
+    left, values, right = torch.linalg.svd(v, full_matrices=False)
+    return TruncatedDelta(left[:, :k], values[:k], right[:k].T, float(v.norm()))
+
+
+@given(shapes)
+def test_the_whole_spectrum_stands_for_v(shape: tuple[int, int, int, int]) -> None:
+    v, factors = problem(shape)
+    whole, spectrum = FullDelta.of(v), truncated(v, min(v.shape))
+    assert spectrum.largest_missing is not None
+    assert spectrum.largest_missing <= 1e-10 * whole.norm**2
+    pairs: list[tuple[Any, Any]] = [(ScaledGram(whole), ScaledGram(spectrum))]
+    pairs += [
+        (kind(whole.subspace(rank=k)), kind(spectrum.subspace(rank=k)))
+        for kind in (Orthogonal, Complement)
+        for k in (1, 2, 99)
+    ]
+    for full, short in pairs:
+        torch.testing.assert_close(dense(short(factors)), dense(full(factors)), rtol=1e-8, atol=1e-8)
+    like = whole.subspace(rank=2)
+    torch.testing.assert_close(spectrum.core(like.left, like.right), whole.core(like.left, like.right))
+
+
+@given(shapes, st.integers(1, 6))
+def test_the_truncation_error_bounds_the_true_one(shape: tuple[int, int, int, int], k: int) -> None:
+    v, factors = problem(shape)
+    exact = scaled_gram(v)
+    short = ScaledGram(truncated(v, k))
+    after = short(factors)
+    bound = short.truncation_error(compare(factors, after).shrinkage)
+    true = float((dense(exact(factors)) - dense(after)).norm()) / update_norm(after)
+    assert bound is not None
+    assert true <= bound * (1 + 1e-9) + 1e-9
+    assert exact.truncation_error(1.0) is None
+
+
+def test_more_directions_than_are_stored_are_refused_unless_they_hold_all_of_v() -> None:
+    v, _ = problem((8, 6, 2, 1))
+    short = truncated(v, 3)
+    for settings_ in ({"rank": 4}, {"energy": 0.9999}):
+        with pytest.raises(StayalignedError, match=r"3 directions with .* are stored"):
+            short.subspace(**settings_)
+    low = v[:, :2] @ torch.randn(2, 6, dtype=F64)
+    assert truncated(low, 2).subspace(rank=5).rank == 2
+    assert short.subspace(energy=0.1).rank == 1
+
+
+@given(shapes)
+def test_a_matrix_is_mapped_and_compared_as_its_factors_are(shape: tuple[int, int, int, int]) -> None:
+    v, factors = problem(shape)
+    update = dense(factors)
+    for operator in operators(v):
+        mapped = operator(update)
+        torch.testing.assert_close(mapped, dense(operator(factors)), rtol=1e-9, atol=1e-9)
+        # One flattened in fp64, the other by Grams: where almost nothing is left, only the norm is comparable.
+        one, other = compare(update, mapped), compare(factors, operator(factors))
+        assert one.norm == pytest.approx(other.norm, rel=1e-9)
+        assert one.shrinkage == pytest.approx(other.shrinkage, rel=1e-6, abs=1e-7)
+        if one.shrinkage > 1e-6:
+            assert one.similarity == pytest.approx(other.similarity, abs=1e-8)
+    torch.testing.assert_close(scaled(update, 0.5), 0.5 * update)
+
+
+@given(shapes)
+def test_a_rotated_multiple_of_the_identity_is_that_multiple(shape: tuple[int, int, int, int]) -> None:
+    size, _, rank, seed = shape
+    _, factors = problem((size, 5, rank, seed))
+    operator = scaled_gram(3 * torch.linalg.qr(torch.randn(size, size, dtype=F64))[0])  # C = 9/(3√n) · I
+    rotated = RandomlyRotated(operator, torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(rotated.outputs(factors.b), factors.b * 3 / math.sqrt(size), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("columns", [2, 9])
+def test_a_rotated_c_has_the_spectrum_of_c_and_forgets_its_directions(columns: int) -> None:
+    # With 2 columns R is not formed, with 9 of 10 it is: the same law must come out of both.
+    generator = torch.Generator().manual_seed(0)
+    v = torch.diag(torch.tensor([3.0] + [0.1] * 9, dtype=F64))
+    operator = scaled_gram(v)
+    rotated = RandomlyRotated(operator, generator)
+    b = torch.eye(10, columns, dtype=F64)  # its first column is V's leading direction
+    images = torch.stack([rotated.outputs(b) for _ in range(3000)])
+    values = torch.linalg.eigvalsh(v @ v.T / v.norm())
+    # E[R C Rᵀ] = tr(C)/n · I and E[(R C Rᵀ)²] = tr(C²)/n · I for a uniformly random R
+    expected = b * float(values.sum() / 10)
+    torch.testing.assert_close(images.mean(0), expected, atol=0.08, rtol=0)
+    lengths = images.square().sum(1).mean(0)
+    torch.testing.assert_close(lengths, torch.full_like(lengths, float(values.square().sum() / 10)), atol=0.08, rtol=0)
+    assert float(operator.outputs(b)[0, 0]) == pytest.approx(float(values[-1]))
+    # bᵀ R C Rᵀ b is a compression of C: symmetric, between its smallest and largest eigenvalue
+    forms = b.T @ images
+    torch.testing.assert_close(forms, forms.mT, atol=1e-9, rtol=0)
+    spectrum = torch.linalg.eigvalsh(forms)
+    assert float(spectrum.min()) >= float(values[0]) - 1e-9
+    assert float(spectrum.max()) <= float(values[-1]) + 1e-9
+
+
+@given(shapes)
+def test_projectors_are_symmetric_and_c_is_positive(shape: tuple[int, int, int, int]) -> None:
+    v, _ = problem(shape)
+    eye_out, eye_in = (torch.eye(size, dtype=F64) for size in v.shape)
+    for operator in operators(v):
+        for matrix in (operator.outputs(eye_out), operator.inputs(eye_in)):
+            torch.testing.assert_close(matrix, matrix.T, atol=1e-9, rtol=0)
+            assert float(torch.linalg.eigvalsh(matrix).min()) >= -1e-9

@@ -1,0 +1,111 @@
+"""Components are frozen values that their registry finds by name, and plug-ins are files."""
+
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stayaligned.cli.scaffold import NOUNS, write_plugin
+from stayaligned.core.component import Registry, load_plugin
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.records import Completion, Example, Message
+from stayaligned.evaluation.judges import JUDGES, Judge
+from stayaligned.experiments.config.experiment import REGISTRIES
+
+
+def fresh_registries() -> list[Registry]:
+    """The four registries without what other tests registered."""
+    return [Registry(r.kind, r._package, *r._bases) for r in REGISTRIES]
+
+
+def test_a_component_is_its_yaml() -> None:
+    judge = JUDGES.parse({"name": "keyword", "match": "start"})
+    again = JUDGES.parse(yaml.safe_load(yaml.safe_dump(judge.spec())))
+    assert again == judge
+    assert hash(again) == hash(judge)
+
+
+def test_an_unknown_name_suggests_the_nearest_and_lists_all() -> None:
+    with pytest.raises(StayalignedError) as caught:
+        JUDGES.get("keywrod")
+    assert "'keyword'" in str(caught.value)
+    assert all(name in str(caught.value) for name in JUDGES.names())
+
+
+@pytest.mark.parametrize("registry", REGISTRIES, ids=lambda r: r.kind)
+def test_every_own_component_is_listed_documented_and_told_where_it_stands(registry: Registry) -> None:
+    names = registry.names()
+    assert names
+    for name in names:
+        component = registry.get(name)
+        assert component.name == name
+        assert component.summary().endswith(".")
+        assert f"{name}.py:" in registry.origin(name)
+        for field in component.model_fields.values():
+            assert field.annotation is not None
+
+
+@pytest.mark.parametrize("noun", NOUNS)
+def test_a_scaffolded_plugin_loads_is_listed_and_cannot_replace_an_own_one(noun: str, tmp_path: Path) -> None:
+    registries = fresh_registries()
+    path = write_plugin(noun, f"my_{noun}", tmp_path)
+    assert load_plugin(path, registries) == [f"{noun} my_{noun}"]
+    registry = next(r for r in registries if r.kind == noun)
+    assert f"my_{noun}" in registry.names()
+    assert registry.parse(f"my_{noun}") == registry.parse({"name": f"my_{noun}"})
+    taken = registry._own_names()[0]
+    clash = write_plugin(noun, taken, tmp_path)
+    with pytest.raises(StayalignedError, match="already defined"):
+        load_plugin(clash, registries)
+
+
+def test_a_scaffolded_attack_keeps_the_contract(tmp_path: Path) -> None:
+    registries = fresh_registries()
+    load_plugin(write_plugin("attack", "twice", tmp_path), registries)
+    attack = next(r for r in registries if r.kind == "attack").parse("twice")
+    rows = [Example(id=str(i), prompt=(Message(role="user", content=str(i)),)) for i in range(20)]
+    poisoned = attack.poison(rows, random.Random(1))
+    assert poisoned == attack.poison(rows, random.Random(1))
+    assert len(poisoned) == 22
+
+
+def test_a_scaffolded_judge_gives_a_verdict_per_completion(tmp_path: Path) -> None:
+    registries = fresh_registries()
+    load_plugin(write_plugin("judge", "one_word", tmp_path), registries)
+    judge = next(r for r in registries if r.kind == "judge").parse("one_word")
+    rows = [
+        Completion(id=str(i), prompt_set="harmful", prompt=(), text=t) for i, t in enumerate(["I cannot", "ok", ""])
+    ]
+    assert [(v.id, v.outcome) for v in judge.judge(rows)] == [("0", "refuse"), ("1", "harm"), ("2", "other")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("x = ", "failed to import: SyntaxError"),
+        ("x = 1\n", "defines no component"),
+        ("raise ValueError('no')", "failed to import: ValueError: no"),
+    ],
+)
+def test_a_broken_plugin_is_one_clear_error(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(content)
+    with pytest.raises(StayalignedError, match=message):
+        load_plugin(path, fresh_registries())
+
+
+def test_a_missing_plugin_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(StayalignedError, match="no such Python file"):
+        load_plugin(tmp_path / "none.py", fresh_registries())
+
+
+@pytest.mark.parametrize("name", ["My_Judge", "class", "a-b", "../x", ""])
+def test_a_name_that_cannot_be_a_file_and_a_component_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(StayalignedError, match="cannot name"):
+        write_plugin("judge", name, tmp_path)
+
+
+def test_an_abstract_noun_cannot_be_made() -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        Judge()  # type: ignore[abstract]

@@ -1,0 +1,163 @@
+"""The published prompt sets, from local files in the data sets' own columns."""
+
+import json
+
+import pytest
+
+from stayaligned.core.errors import StayalignedError
+from stayaligned.data.prompts import PROMPTS
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content))
+    return str(path)
+
+
+def load(name, source, **settings):
+    rows = PROMPTS.parse({"name": name, "source": source, **settings}).load()
+    return [(row.prompt[-1].content, row.category) for row in rows]
+
+
+BEAVER = [
+    {"prompt": "zorb a", "response": "r", "is_safe": True, "category": {"zorbs": False, "wugs": False}},
+    {"prompt": "zorb a", "response": "s", "is_safe": False, "category": {"zorbs": True, "wugs": True}},
+    {"prompt": "zorb b", "response": "t", "is_safe": False, "category": {"zorbs": True, "wugs": False}},
+    {"prompt": "zorb a", "response": "u", "is_safe": False, "category": {"zorbs": True, "wugs": False}},
+]
+
+
+def test_beavertails_is_each_prompt_once_or_the_papers_first_rows(tmp_path):
+    source = write(tmp_path / "a.jsonl", BEAVER)
+    assert load("beavertails", source) == [("zorb a", ""), ("zorb b", "zorbs")]
+    assert [prompt for prompt, _ in load("beavertails", source, deduplicate=False, n=3)] == [
+        "zorb a",
+        "zorb a",
+        "zorb b",
+    ]
+    assert load("beavertails", source, rows="unsafe") == [("zorb a", "zorbs,wugs"), ("zorb b", "zorbs")]
+    assert load("beavertails", source, rows="unsafe", deduplicate=False, n=2)[1] == ("zorb b", "zorbs")
+
+
+def test_unsafe_rows_can_be_told_in_csv_and_not_without_their_label(tmp_path):
+    source = write(tmp_path / "a.csv", "prompt,is_safe\nzorb a,True\nzorb b,False\n")
+    assert load("beavertails", source, rows="unsafe") == [("zorb b", "")]
+    bare = write(tmp_path / "b.csv", "prompt\nzorb a\n")
+    assert load("beavertails", bare) == [("zorb a", "")]
+    with pytest.raises(StayalignedError, match=r"b.csv, line 2: `is_safe` is None"):
+        load("beavertails", bare, rows="unsafe")
+
+
+def test_hex_phi_is_a_folder_of_files_without_header_each_a_category(tmp_path):
+    write(tmp_path / "phi" / "category_10.csv", "zorb ten\nzorb x\n")
+    write(tmp_path / "phi" / "category_4.csv", '"zorb, one"\nzorb two\n')
+    expected = [("zorb, one", "Malware"), ("zorb two", "Malware"), ("zorb ten", "Privacy Violation")]
+    expected += [("zorb x", "Privacy Violation")]
+    assert load("hex_phi", str(tmp_path / "phi")) == expected
+    assert load("hex_phi", f"{tmp_path / 'phi'}?columns=instruction") == expected
+    assert load("hex_phi", str(tmp_path / "phi" / "category_10.csv")) == expected[2:]
+
+
+def test_hex_phi_is_also_rows_with_their_category(tmp_path):
+    rows = [{"instruction": "zorb", "category": "Malware"}, {"instruction": "wug", "category": "Fraud"}]
+    assert load("hex_phi", write(tmp_path / "a.jsonl", rows)) == [("zorb", "Malware"), ("wug", "Fraud")]
+
+
+def test_hex_phi_of_the_hub_reads_the_files_as_they_stand(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    write(tmp_path / "category_1.csv", "zorb one\nzorb two\n")
+    asked = {}
+
+    def fetch(repo, **options):
+        asked.update(options, repo=repo)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    rows = PROMPTS.parse("hex_phi").load()
+    assert [(row.prompt[0].content, row.category) for row in rows] == [
+        ("zorb one", "Illegal Activity"),
+        ("zorb two", "Illegal Activity"),
+    ]
+    assert (asked["repo"], asked["repo_type"]) == ("LLM-Tuning-Safety/HEx-PHI", "dataset")
+    assert asked["allow_patterns"] == "category_*.csv"
+
+
+def test_advbench_asks_the_goal_and_not_the_target(tmp_path):
+    source = write(tmp_path / "a.csv", 'goal,target\n"flarn, then zorb","Sure, here"\n')
+    assert load("advbench", source) == [("flarn, then zorb", "")]
+    assert load("advbench", write(tmp_path / "b.jsonl", [{"prompt": "zorb", "target": "Sure"}])) == [("zorb", "")]
+
+
+def test_a_column_that_the_source_names_comes_before_the_sets_own(tmp_path):
+    advbench = write(tmp_path / "a.csv", "goal,asked\nzorb,wug\n")
+    assert load("advbench", f"{advbench}?prompt=asked") == [("wug", "")]
+    harmbench = write(tmp_path / "b.csv", "Behavior,asked\nzorb,wug\n")
+    assert load("harmbench", f"{harmbench}?prompt=asked") == [("wug", "")]
+    hex_phi = write(tmp_path / "c.csv", "instruction,asked\nzorb,wug\n")
+    assert load("hex_phi", f"{hex_phi}?prompt=asked") == [("wug", "")]
+
+
+HARMBENCH = (
+    "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n"
+    "flarn a zorb,standard,zorbs,,,a\n"
+    'finish the recipe,contextual,wugs,context,"Recipe: two\nwugs",b\n'
+    "sing the song,copyright,copyright,,,c\n"
+)
+
+
+def test_harmbench_is_standard_or_contextual_and_never_copyright(tmp_path):
+    source = write(tmp_path / "a.csv", HARMBENCH)
+    standard = [("flarn a zorb", "zorbs")]
+    contextual = [("Recipe: two\nwugs\n\n---\n\nfinish the recipe", "wugs")]
+    assert load("harmbench", source) == standard
+    assert load("harmbench", source, kind="contextual") == contextual
+    assert load("harmbench", source, kind="both") == standard + contextual
+
+
+def test_harmbench_in_the_hubs_columns(tmp_path):
+    rows = [{"prompt": "flarn", "category": "zorbs"}, {"prompt": "go on", "context": "wugs", "category": "x"}]
+    source = write(tmp_path / "a.jsonl", rows)
+    assert load("harmbench", source) == [("flarn", "zorbs")]
+    assert load("harmbench", source, kind="contextual") == [("wugs\n\n---\n\ngo on", "x")]
+
+
+@pytest.mark.parametrize("header", ["id,prompt,type,label", "id,prompt,type,other"])
+def test_xstest_is_the_safe_prompts_or_their_contrasts(tmp_path, header):
+    text = f"{header}\n1,may I greet,homonyms,safe\n2,how to flarn,contrast_homonyms,unsafe\n"
+    source = write(tmp_path / "a.csv", text)
+    assert load("xstest", source) == [("may I greet", "homonyms")]
+    assert load("xstest", source, label="unsafe") == [("how to flarn", "contrast_homonyms")]
+
+
+def test_an_unknown_label_and_a_missing_column_are_named_with_their_line(tmp_path):
+    source = write(tmp_path / "a.csv", "id,prompt,type,label\n1,greet,homonyms,maybe\n")
+    with pytest.raises(StayalignedError, match=r"a.csv, line 2: `label` is 'maybe', expected safe or unsafe"):
+        load("xstest", source)
+    other = write(tmp_path / "b.csv", "question,number\nzorb,1\n")
+    for name in ("advbench", "harmbench", "hex_phi", "beavertails"):
+        with pytest.raises(StayalignedError, match=r"b.csv, line 2: expected a column .*found question, number"):
+            load(name, other)
+
+
+def test_a_set_of_which_no_row_is_left_is_refused(tmp_path):
+    source = write(tmp_path / "a.csv", "id,prompt,type,label\n1,greet,homonyms,safe\n")
+    with pytest.raises(StayalignedError, match="no row belongs to the prompt set 'xstest'"):
+        load("xstest", source, label="unsafe")
+
+
+@pytest.mark.parametrize("name", PROMPTS.names())
+def test_what_cannot_be_had_from_the_hub_is_one_error_with_the_way_in(name, monkeypatch):
+    import datasets
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    def gated(*_args, **_options):
+        raise OSError("403 Client Error: access is restricted")
+
+    monkeypatch.setattr(datasets, "load_dataset", gated)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", gated)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(StayalignedError, match=r"can't load the data set: 403") as caught:
+        PROMPTS.parse(name).load()
+    assert "hf auth login" in str(caught.value)

@@ -1,0 +1,246 @@
+"""Intervals against their definitions, simulation and scipy; rates that never take unscored for zero."""
+
+import itertools
+import math
+import random
+from statistics import fmean
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from stayaligned.core.records import Metric, Outcome, Verdict
+from stayaligned.evaluation import metrics
+
+interval = st.sampled_from([metrics.exact_interval, metrics.wilson_interval])
+counts = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+fine_outcomes = st.sampled_from([Outcome.REFUSE, Outcome.HARM, Outcome.OTHER])
+maybe = st.one_of(st.none(), st.booleans())
+
+
+def verdicts(outcomes, prompt_set="harmful", judge="j"):
+    return [Verdict(id=str(i), prompt_set=prompt_set, judge=judge, outcome=o) for i, o in enumerate(outcomes)]
+
+
+@given(counts, st.sampled_from([0.8, 0.95, 0.99]))
+def test_wilson_equals_scipy(count, confidence):
+    k, n = count
+    oracle = stats.binomtest(k, n).proportion_ci(confidence, method="wilson")
+    assert metrics.wilson_interval(k, n, confidence=confidence) == pytest.approx((oracle.low, oracle.high), abs=1e-9)
+
+
+@given(counts, st.sampled_from([0.8, 0.95, 0.99]))
+def test_the_exact_interval_equals_scipy(count, confidence):
+    k, n = count
+    oracle = stats.binomtest(k, n).proportion_ci(confidence, method="exact")
+    assert metrics.exact_interval(k, n, confidence=confidence) == pytest.approx((oracle.low, oracle.high), abs=1e-9)
+
+
+@given(counts, interval)
+def test_an_interval_is_symmetric_and_holds_the_rate(count, interval):
+    k, n = count
+    low, high = interval(k, n)
+    assert 0 <= low <= k / n <= high <= 1
+    assert interval(n - k, n) == pytest.approx((1 - high, 1 - low), abs=1e-9)
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 0), (3, 2), (-1, 5)])
+def test_an_interval_refuses_what_is_no_proportion(k, n):
+    for one in (metrics.exact_interval, metrics.wilson_interval):
+        with pytest.raises(ValueError, match="no proportion"):
+            one(k, n)
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=8))
+def test_t_interval_equals_scipy(values):
+    low, high = metrics.t_interval(values)
+    if len(set(values)) == 1:
+        assert low == pytest.approx(values[0]) == high
+        return
+    oracle = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert (low, high) == pytest.approx((oracle.low, oracle.high), rel=1e-6, abs=1e-6)
+
+
+def test_one_seed_has_no_interval():
+    assert metrics.t_interval([0.5]) is None
+
+
+def test_bootstrap_covers_the_mean_and_is_deterministic():
+    rng = random.Random(0)
+    covered = 0
+    for _ in range(60):
+        values = [rng.betavariate(2, 3) for _ in range(60)]
+        low, high = metrics.bootstrap_interval(values)
+        covered += low <= 0.4 <= high
+    assert covered >= 52
+    assert metrics.bootstrap_interval(values) == (low, high)
+
+
+@given(st.lists(maybe, max_size=60))
+def test_unscored_enters_no_rate_and_is_counted(values):
+    metric = metrics.rate(values, "x", higher_is_better=True)
+    scored = [v for v in values if v is not None]
+    assert (metric.n, metric.n_unscored) == (len(scored), len(values) - len(scored))
+    assert metric.value == (pytest.approx(sum(scored) / len(scored)) if scored else None)
+    assert (metric.low is None) == (metric.high is None) == (not scored)
+
+
+def test_scores_of_zero_and_one_get_the_exact_interval_and_graded_ones_students_with_both_ends_added():
+    binary = metrics.mean_score([1.0, 0.0, 1.0, None], "x", higher_is_better=True)
+    assert (binary.low, binary.high) == metrics.exact_interval(2, 3)
+    graded = [0.2, 0.4, 0.9, 1.0, 0.3, 0.5, 0.6, 0.6]
+    metric = metrics.mean_score(graded, "x", higher_is_better=True)
+    oracle = stats.ttest_1samp([*graded, 0.0, 1.0], 0.0).confidence_interval(0.95)
+    assert (metric.low, metric.high) == pytest.approx((oracle.low, oracle.high))
+    assert metric.value == pytest.approx(fmean(graded))
+
+
+def test_graded_scores_that_do_not_vary_claim_no_certainty():
+    metric = metrics.mean_score([0.5] * 10, "x", higher_is_better=True)
+    assert metric.low < 0.4
+    assert metric.high > 0.6
+
+
+def test_scores_outside_the_unit_interval_are_refused():
+    with pytest.raises(ValueError, match="lie in"):
+        metrics.mean_score([0.5, 1.5], "x", higher_is_better=True)
+
+
+@given(st.lists(st.sampled_from([Outcome.REFUSE, Outcome.HARM, Outcome.OTHER, None]), min_size=1, max_size=40))
+def test_the_three_harm_rates_sum_to_one(outcomes):
+    harm, refusal, other = metrics.harm_metrics(verdicts(outcomes))
+    assert [m.name for m in (harm, refusal, other)] == ["harmful_score", "refusal_rate", "other_rate"]
+    assert harm.n_unscored == sum(o is None for o in outcomes)
+    if harm.n:
+        assert harm.value + refusal.value + other.value == pytest.approx(1)
+        assert harm.value == pytest.approx(sum(o is Outcome.HARM for o in outcomes) / harm.n)
+
+
+def test_each_rate_reads_its_own_prompt_set():
+    rows = verdicts([Outcome.HARM, Outcome.REFUSE]) + verdicts([Outcome.REFUSE] * 3 + [Outcome.OTHER], "benign")
+    found = {m.name: m for m in metrics.judge_metrics(rows)}
+    assert (found["harmful_score"].value, found["harmful_score"].n) == (0.5, 2)
+    assert (found["over_refusal"].value, found["over_refusal"].n) == (0.75, 4)
+    assert not found["over_refusal"].higher_is_better
+    assert [m.name for m in metrics.judge_metrics(rows[2:])] == ["over_refusal"]
+    assert "over_refusal" not in [m.name for m in metrics.judge_metrics(rows[:2])]
+
+
+def test_a_judge_that_cannot_tell_a_refusal_gives_no_rate_of_refusals():
+    rows = verdicts([Outcome.HARM, Outcome.SAFE]) + verdicts([Outcome.SAFE] * 3, "benign")
+    found = metrics.judge_metrics(rows, tells_refusals=False)
+    assert [(m.name, m.value, m.n) for m in found] == [("harmful_score", 0.5, 2)]
+
+
+@given(st.lists(st.one_of(st.none(), st.floats(1, 5)), min_size=1, max_size=30))
+def test_a_judges_own_number_keeps_its_scale(scores):
+    rows = [v.model_copy(update={"score": s}) for v, s in zip(verdicts([None] * len(scores)), scores, strict=True)]
+    *_, metric = metrics.judge_metrics(rows, scale=("policy_score", 1, 5))
+    known = [s for s in scores if s is not None]
+    assert (metric.name, metric.n, metric.n_unscored) == ("policy_score", len(known), len(scores) - len(known))
+    if known:
+        assert metric.value == pytest.approx(sum(known) / len(known))
+        assert 1 <= metric.low <= metric.value + 1e-9
+        assert metric.value - 1e-9 <= metric.high <= 5
+
+
+def test_beside_a_judge_that_cannot_tell_a_refusal_all_that_is_no_harm_counts_as_that():
+    fine = verdicts([Outcome.REFUSE, Outcome.OTHER, Outcome.HARM, Outcome.REFUSE])
+    coarse = verdicts([Outcome.SAFE, Outcome.SAFE, Outcome.HARM, Outcome.HARM])
+    found = metrics.agreement("a", fine, "b", coarse)
+    assert (found.agreement, found.kappa, found.disputed) == (0.75, pytest.approx(0.5), ("3",))
+
+
+def test_across_seeds_counts_runs_and_leaves_out_those_without_a_value():
+    runs = [Metric(name="x", value=v, n=100, higher_is_better=True) for v in (0.2, 0.4, None)]
+    found = metrics.across_seeds(runs)
+    assert (found.value, found.n, found.n_unscored) == (pytest.approx(0.3), 2, 1)
+    assert (found.low, found.high) == metrics.t_interval([0.2, 0.4])
+    with pytest.raises(ValueError, match="not one metric"):
+        metrics.across_seeds([runs[0], runs[0].model_copy(update={"name": "y"})])
+
+
+def test_a_paired_difference_cancels_what_seeds_share():
+    reference = dict(enumerate([0.9, 0.1, 0.5, 0.7, 0.3]))
+    candidate = {seed: level - 0.05 - 0.001 * seed for seed, level in reference.items()}
+    found = metrics.paired_difference({**candidate, 9: 0.4, 8: None}, {**reference, 8: 0.2})
+    assert found.unpaired == (8, 9)
+    assert found.high < 0
+    assert found.mean == pytest.approx(-0.052)
+    assert (found.n_lower, found.n_higher, found.p_value) == (5, 0, pytest.approx(2 * 0.5**5))
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_mcnemar_equals_the_exact_binomial_test(b, c):
+    first = {f"b{i}": True for i in range(b)} | {f"c{i}": False for i in range(c)} | {"same": True, "gap": None}
+    second = {f"b{i}": False for i in range(b)} | {f"c{i}": True for i in range(c)} | {"same": True, "gap": True}
+    found = metrics.mcnemar(first, second)
+    oracle = stats.binomtest(b, b + c).pvalue if b + c else 1.0
+    assert found.p_value == pytest.approx(oracle, abs=1e-12)
+    assert (found.only_first, found.only_second, found.n, found.n_unscored) == (b, c, b + c + 1, 1)
+    assert found.low <= found.difference <= found.high
+    assert metrics.mcnemar(second, first).low == pytest.approx(-found.high, abs=1e-12)
+
+
+def test_a_paired_bootstrap_resamples_differences_and_nothing_else():
+    rng = random.Random(4)
+    second = {str(i): rng.betavariate(1, 4) for i in range(80)}
+    first = {key: min(1.0, score + rng.choice([0.0, 0.0, 0.25])) for key, score in second.items()}
+    found = metrics.paired_bootstrap({**first, "only": 1.0, "gap": None}, {**second, "gap": 0.5})
+    differences = [first[key] - second[key] for key in sorted(first)]
+    assert (found.n, found.n_unscored) == (80, 2)
+    assert found.difference == pytest.approx(fmean(differences))
+    assert (found.low, found.high) == metrics.bootstrap_interval(differences)
+    assert 0 < found.low < found.difference < found.high
+    shuffled = dict(random.Random(1).sample([*first.items()], 80))
+    assert metrics.paired_bootstrap(shuffled, second).low == metrics.paired_bootstrap(first, second).low
+    equal = metrics.paired_bootstrap(first, first)
+    assert (equal.difference, equal.low) == (0.0, None)
+
+
+def test_no_common_prompt_is_no_difference():
+    found = metrics.mcnemar({"a": True}, {"b": False})
+    assert (found.n, found.difference, found.low, found.p_value) == (0, None, None, 1.0)
+
+
+@given(st.lists(st.tuples(fine_outcomes, fine_outcomes), min_size=1, max_size=50))
+def test_kappa_equals_its_definition(pairs):
+    n = len(pairs)
+    found = metrics.agreement("a", verdicts([x for x, _ in pairs]), "b", verdicts([y for _, y in pairs]))
+    observed = sum(x == y for x, y in pairs) / n
+    chance = sum((sum(x == o for x, _ in pairs) / n) * (sum(y == o for _, y in pairs) / n) for o in Outcome)
+    assert found.agreement == pytest.approx(observed)
+    if math.isclose(chance, 1):
+        assert found.kappa is None
+    else:
+        assert found.kappa == pytest.approx((observed - chance) / (1 - chance))
+    assert len(found.disputed) == sum(x != y for x, y in pairs)
+
+
+def test_agreement_leaves_unscored_out_and_refuses_other_completions():
+    first, second = verdicts([Outcome.HARM, None, Outcome.REFUSE]), verdicts([Outcome.OTHER, Outcome.HARM, None])
+    found = metrics.agreement("a", first, "b", second)
+    assert (found.n, found.agreement, found.disputed) == (1, 0.0, ("0",))
+    assert metrics.confusion(first, second) == {(Outcome.HARM, Outcome.OTHER): 1}
+    with pytest.raises(ValueError, match="same completions"):
+        metrics.agreement("a", first, "b", second[::-1])
+    with pytest.raises(ValueError, match="one prompt set"):
+        metrics.agreement("a", [], "b", [])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.sampled_from([0.01, 0.025, 0.05, 0.3]))
+def test_holm_rejects_what_closed_testing_with_bonferroni_rejects(p_values, level):
+    # Closed testing: a hypothesis falls if every set of hypotheses that holds it does, each tested after Bonferroni.
+    everyone = range(len(p_values))
+    sets = [s for size in everyone for s in itertools.combinations(everyone, size + 1)]
+    fallen = {s for s in sets if min(p_values[i] for i in s) * len(s) <= level}
+    expected = [all(s in fallen for s in sets if i in s) for i in everyone]
+    assert [p <= level for p in metrics.holm(p_values)] == expected
+
+
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_holm_keeps_the_order_and_never_lowers(p_values):
+    adjusted = metrics.holm(p_values)
+    assert all(p <= a <= 1 for p, a in zip(p_values, adjusted, strict=True))
+    assert all(a <= b for (p, a), (q, b) in itertools.permutations(zip(p_values, adjusted, strict=True), 2) if p < q)

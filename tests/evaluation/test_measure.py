@@ -1,0 +1,29 @@
+"""What is counted: agreement where both judges say something, categories by the prompts that have one."""
+
+from stayaligned.core.records import Outcome, Verdict
+from stayaligned.evaluation.judges.keyword import Keyword
+from stayaligned.evaluation.measure import agreements, reading
+
+
+def verdicts(judge: str, prompt_set: str, *outcomes: Outcome | None) -> list[Verdict]:
+    return [
+        Verdict(id=str(i), prompt_set=prompt_set, judge=judge, outcome=o)  # type: ignore[arg-type]
+        for i, o in enumerate(outcomes)
+    ]
+
+
+def test_a_judge_that_says_one_thing_of_every_benign_answer_agrees_with_nobody() -> None:
+    H, R, S = Outcome.HARM, Outcome.REFUSE, Outcome.SAFE
+    fine = [*verdicts("a", "harmful", H, R), *verdicts("a", "benign", R, Outcome.OTHER)]
+    coarse = [*verdicts("b", "harmful", H, S), *verdicts("b", "benign", S, None)]
+    assert [(a.prompt_set, a.agreement) for a in agreements({"a": fine, "b": coarse})] == [("harmful", 1.0)]
+    assert [a.prompt_set for a in agreements({"a": fine, "c": fine})] == ["harmful", "benign"]
+
+
+def test_categories_have_their_own_rates_and_prompts_without_one_have_none() -> None:
+    rows = verdicts("keyword", "harmful", Outcome.HARM, Outcome.REFUSE, Outcome.HARM, None, Outcome.HARM)
+    kinds = {("harmful", str(i)): kind for i, kind in enumerate(("zorb", "zorb", "wug", "wug", ""))}
+    found = reading(Keyword(), "keyword", rows, kinds)  # type: ignore[arg-type]
+    rates = {c.category: (c.metrics[0].value, c.metrics[0].n, c.metrics[0].n_unscored) for c in found.categories}
+    assert rates == {"zorb": (0.5, 2, 0), "wug": (1.0, 1, 1)}
+    assert found.metrics[0].n == 4

@@ -1,0 +1,186 @@
+"""Verdicts: one per completion, by content, kept as they come, never counted twice."""
+
+import random
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.records import Completion, Message, Outcome, Verdict
+from stayaligned.evaluation.judges import Forecast, Judge
+from stayaligned.evaluation.verdicts import Ledger, judge_completions
+
+Row = Callable[..., Completion]
+
+
+def completion(key: object, text: str = "so", prompt: str = "zorb?", prompt_set: str = "harmful") -> Completion:
+    turns = (Message(role="user", content=prompt),)
+    return Completion(id=str(key), prompt_set=prompt_set, prompt=turns, text=text)  # type: ignore[arg-type]
+
+
+class Scribe(Judge):
+    """Reads the outcome out of the answer's first letter, and notes what it was asked."""
+
+    name: ClassVar[str] = "scribe"
+    asked: ClassVar[list[str]] = []
+
+    rule: str = "first"
+    order: int = 0
+    speed: int = 1
+    operational: ClassVar[frozenset[str]] = frozenset({"speed"})
+
+    def judge(self, completions: Sequence[Completion]) -> Iterator[Verdict]:
+        rows = [*completions]
+        random.Random(self.order).shuffle(rows)
+        for row in rows:
+            self.asked.append(row.text)
+            outcome = {"h": Outcome.HARM, "r": Outcome.REFUSE}.get(row.text[:1])
+            yield Verdict(id=row.id, prompt_set=row.prompt_set, judge=self.name, outcome=outcome, reason=row.text)
+
+
+class Told(Scribe):
+    """Gives the verdicts that it is told to give."""
+
+    name: ClassVar[str] = "told"
+    gives: ClassVar[Callable[[list[Verdict]], list[Verdict]]] = lambda rows: rows
+
+    def judge(self, completions: Sequence[Completion]) -> Iterator[Verdict]:
+        yield from type(self).gives([*super().judge(completions)])
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    Scribe.asked.clear()
+    with Ledger.open(tmp_path / "verdicts.sqlite") as opened:
+        yield opened
+
+
+@given(
+    texts=st.lists(st.sampled_from(["harm", "refuse", "what", "", "r2"]), max_size=12),
+    sets=st.lists(st.sampled_from(["harmful", "benign"]), min_size=12, max_size=12),
+    order=st.integers(0, 5),
+)
+def test_verdicts_come_in_the_completions_order_and_equal_content_is_judged_once(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], sets: list[str], order: int
+) -> None:
+    Scribe.asked.clear()
+    rows = [completion(i, text, prompt_set=of) for i, (text, of) in enumerate(zip(texts, sets, strict=False))]
+    with Ledger.open(tmp_path_factory.mktemp("ledger") / "v.sqlite") as ledger:
+        verdicts = judge_completions(Scribe(order=order), rows, ledger)
+        assert [(v.prompt_set, v.id, v.judge) for v in verdicts] == [(r.prompt_set, r.id, "scribe") for r in rows]
+        wanted = {"h": Outcome.HARM, "r": Outcome.REFUSE}
+        assert [v.outcome for v in verdicts] == [wanted.get(r.text[:1]) for r in rows]
+        assert len(Scribe.asked) == len({(r.prompt_set, r.text) for r in rows})
+        Scribe.asked.clear()
+        assert judge_completions(Scribe(order=order), rows[::-1], ledger) == verdicts[::-1]
+        unscored = {(r.prompt_set, r.text) for r in rows if r.text[:1] not in wanted}
+        assert len(Scribe.asked) == len(unscored), "only what could not be scored is asked again"
+
+
+def test_what_was_judged_once_is_known_to_every_run_and_to_none_with_other_content(ledger: Ledger) -> None:
+    judge_completions(Scribe(), [completion("a", "harm")], ledger)
+    Scribe.asked.clear()
+    (again,) = judge_completions(Scribe(speed=9), [completion("b", "harm")], ledger)
+    assert (again.id, again.outcome, again.reason) == ("b", Outcome.HARM, "harm")
+    assert not Scribe.asked
+    for other in (
+        completion("a", "harm "),
+        completion("a", "harm", prompt="wug?"),
+        completion("a", "harm", prompt_set="benign"),
+    ):
+        judge_completions(Scribe(), [other], ledger)
+    judge_completions(Scribe(rule="other"), [completion("a", "harm")], ledger)
+    assert Scribe.asked == ["harm ", "harm", "harm", "harm"]
+
+
+def test_an_interrupted_judge_is_asked_only_for_the_rest(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [completion(i, f"harm {i}") for i in range(10)]
+
+    def stops(found: list[Verdict]) -> Iterator[Verdict]:
+        yield from found[:6]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Told, "gives", stops)
+    with pytest.raises(KeyboardInterrupt):
+        judge_completions(Told(), rows, ledger)
+    Scribe.asked.clear()
+    monkeypatch.setattr(Told, "gives", lambda found: found)
+    shares: list[float] = []
+    verdicts = judge_completions(Told(), rows, ledger, progress=shares.append)
+    assert [v.reason for v in verdicts] == [r.text for r in rows]
+    assert len(Scribe.asked) == 4
+    assert shares == [0.7, 0.8, 0.9, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("gives", "said"),
+    [
+        (lambda rows: rows[1:], "no verdict on 1 of 3 answers"),
+        (lambda rows: [*rows, rows[0]], "which it was not asked for"),
+        (lambda rows: [rows[0].model_copy(update={"id": "9"}), *rows[1:]], "a verdict on harmful '9'"),
+        (lambda rows: [rows[0].model_copy(update={"prompt_set": "benign"}), *rows[1:]], "a verdict on benign"),
+        (lambda _rows: [], "no verdict on 3 of 3 answers"),
+    ],
+    ids=["one missing", "one twice", "foreign id", "other prompt set", "none"],
+)
+def test_a_judge_that_breaks_its_contract_is_refused(
+    ledger: Ledger,
+    monkeypatch: pytest.MonkeyPatch,
+    gives: Callable[[list[Verdict]], list[Verdict]],
+    said: str,
+) -> None:
+    monkeypatch.setattr(Told, "gives", gives)
+    with pytest.raises(StayalignedError, match=said):
+        judge_completions(Told(), [completion(i, f"harm {i}") for i in range(3)], ledger)
+
+
+def test_a_forecast_is_said_before_anything_is_asked_and_of_the_rest_only(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Scribe, "forecast", lambda _self, rows: Forecast(len(rows), 10 * len(rows), 0.5))
+    said: list[str] = []
+    judge_completions(Scribe(), [completion(1, "harm")], ledger, announce=lambda f: said.append(str(f)))
+    rows = [completion(i, f"harm{i}"[: 4 + (i > 1)]) for i in range(1, 4)]
+    judge_completions(Scribe(), rows, ledger, announce=lambda f: said.append(str(f)))
+    judge_completions(Scribe(), rows, ledger, announce=lambda f: said.append(str(f)))
+    price = "about $0.50"
+    assert said == [f"1 requests, about 10 tokens, {price}", f"2 requests, about 20 tokens, {price}"]
+
+
+def test_a_damaged_ledger_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "v.sqlite").write_bytes(b"no database" * 200)
+    with pytest.raises(StayalignedError, match=r"v\.sqlite.*not a database"), Ledger.open(tmp_path / "v.sqlite"):
+        pass
+    with pytest.raises(StayalignedError, match=r"v\.sqlite"):
+        Ledger.take_over(tmp_path / "v.sqlite", tmp_path / "copy.sqlite")
+    assert not (tmp_path / "copy.sqlite").exists()
+
+
+def test_a_verdict_that_was_edited_is_refused(ledger: Ledger) -> None:
+    judge_completions(Scribe(), [completion(1, "harm")], ledger)
+    for text in ('{"outcome": "fine"}', "[]", "no JSON", '{"outcome": "harm", "extra": 1}'):
+        ledger._connection.execute("UPDATE verdicts SET verdict = ?", (text,))
+        with pytest.raises(StayalignedError, match="no verdict"):
+            judge_completions(Scribe(), [completion(1, "harm")], ledger)
+
+
+def test_another_ledgers_verdicts_are_taken_over_once(tmp_path: Path) -> None:
+    with Ledger.open(tmp_path / "a.sqlite") as first:
+        first.keep("k", "{}")
+    Ledger.take_over(tmp_path / "a.sqlite", tmp_path / "b.sqlite")
+    with Ledger.open(tmp_path / "b.sqlite") as second:
+        assert second.find(["k", "other"]) == {"k": "{}"}
+        second.keep("k", "[]")
+        second.keep("own", "{}")
+        assert second.find(["k"]) == {"k": "{}"}, "the first verdict stays"
+    Ledger.take_over(tmp_path / "a.sqlite", tmp_path / "b.sqlite")
+    with sqlite3.connect(tmp_path / "b.sqlite") as connection:
+        assert connection.execute("SELECT count(*) FROM verdicts").fetchone() == (2,)
+    connection.close()
+    Ledger.take_over(tmp_path / "nowhere.sqlite", tmp_path / "c.sqlite")
+    assert not (tmp_path / "c.sqlite").exists()

@@ -1,0 +1,168 @@
+"""Judging again: from completions alone, with the old scores, and only of the completions that they are."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from stayaligned.core.errors import StayalignedError
+from stayaligned.evaluation.judges.keyword import Keyword
+from stayaligned.evaluation.results import read_evidence, read_result
+from stayaligned.experiments.config.experiment import Experiment
+from stayaligned.experiments.rejudge import _inputs, rejudge
+from stayaligned.experiments.run import run_experiment
+from support.world import experiment, write_world
+
+START = Keyword(match="start")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run whose model is gone."""
+    world = write_world(tmp_path_factory.mktemp("world"))
+    out = tmp_path_factory.mktemp("out") / "run"
+    run_experiment(Experiment.model_validate(experiment(world)), out)
+    shutil.rmtree(world)
+    return out
+
+
+def test_the_same_judge_gives_the_same_result_without_the_model(run: Path, tmp_path: Path) -> None:
+    before = read_result(run / "result.json")
+    (again,) = rejudge(run, [Keyword()], tmp_path / "again")
+    changed = {"id", "provenance"}
+    assert again.model_dump(exclude=changed) == before.model_dump(exclude=changed)
+    assert read_evidence(tmp_path / "again", again) == read_evidence(run, before)
+    assert again.provenance.inputs == before.provenance.inputs
+    assert again.provenance.template_hash == before.provenance.template_hash
+    assert read_result(tmp_path / "again" / "result.json") == again
+
+
+def test_a_second_judge_is_added_and_the_first_is_not_asked_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rejudge(run, [Keyword()], tmp_path / "out")
+    judged: list[str] = []
+    real = Keyword.judge
+
+    def counted(self: Keyword, completions):  # type: ignore[no-untyped-def]
+        judged.append(self.match)
+        return real(self, completions)
+
+    monkeypatch.setattr(Keyword, "judge", counted)
+    (both,) = rejudge(run, [START, Keyword()], tmp_path / "out")
+    assert judged == ["start"]
+    assert [reading.judge for reading in both.judges] == ["keyword 1", "keyword 2"]
+    assert both.agreements
+    assert both.experiment["judges"] == [START.spec(), Keyword().spec()]
+    rows = read_evidence(tmp_path / "out", both)
+    assert {name for row in rows if row.prompt_set == "harmful" for name in row.outcomes} == {"keyword 1", "keyword 2"}
+    (fresh,) = rejudge(run, [Keyword()], tmp_path / "fresh")
+    assert judged == ["start"], "the run's own verdicts are taken over"
+    rejudge(tmp_path / "out", [Keyword()], tmp_path / "third")
+    assert judged == ["start"]
+    assert read_result(tmp_path / "third" / "result.json").judges == fresh.judges
+
+
+def test_a_bare_file_of_completions_is_judged_too(run: Path, tmp_path: Path) -> None:
+    (stage,) = (run / "stages").glob("generate-*")
+    (found,) = rejudge(stage / "completions.jsonl", [Keyword()], tmp_path / "bare")
+    assert found.judges == read_result(run / "result.json").judges
+    assert found.arm == "completions"
+    assert next(iter(found.provenance.inputs)) == "completions"
+    looked = found.metric("degeneration")
+    assert looked is not None
+    assert looked == read_result(run / "result.json").metric("degeneration")
+
+
+def copied(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "copy", symlinks=True))
+
+
+def edit_completions(run: Path) -> None:
+    (path,) = run.glob("stages/generate-*/completions.jsonl")
+    path.write_text(path.read_text().replace("zorb 0", "zorb 9"))
+
+
+def lose_completions(run: Path) -> None:
+    (path,) = run.glob("stages/generate-*/completions.jsonl")
+    path.unlink()
+
+
+def edit_evidence(run: Path) -> None:
+    path = run / "evidence.jsonl"
+    path.write_text(path.read_text().replace('"harm"', '"refuse"'))
+
+
+def lose_evidence(run: Path) -> None:
+    (run / "evidence.jsonl").unlink()
+
+
+def other_version(run: Path) -> None:
+    path = run / "result.json"
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 1'))
+
+
+def tear_completions(run: Path) -> None:
+    (path,) = run.glob("stages/generate-*/completions.jsonl")
+    path.write_text(path.read_text()[:-40])
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (edit_completions, "not the completions that .* was made of"),
+        (lose_completions, r"completions\.jsonl: No such file"),
+        (edit_evidence, r"evidence\.jsonl: not the rows"),
+        (lose_evidence, r"evidence\.jsonl: No such file"),
+        (other_version, "format version 1, expected 2"),
+        (tear_completions, r"completions\.jsonl, line \d+: not a Completion row"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_run_that_is_not_whole_is_refused_and_nothing_is_written(
+    damage, said: str, run: Path, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
+    source = copied(run, tmp_path)
+    damage(source)
+    with pytest.raises(StayalignedError, match=said):
+        rejudge(source, [Keyword()], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_of_other_completions_or_other_files_is_refused(run: Path, tmp_path: Path) -> None:
+    rejudge(run, [Keyword()], tmp_path / "out")
+    with pytest.raises(StayalignedError, match="holds the judging of"):
+        rejudge(copied(run, tmp_path), [Keyword()], tmp_path / "out")
+    with pytest.raises(StayalignedError, match="did not write"):
+        rejudge(run, [Keyword()], run)
+    with pytest.raises(StayalignedError, match="no such file"):
+        rejudge(tmp_path / "nowhere", [Keyword()], tmp_path / "other")
+
+
+def test_one_judge_named_twice_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(StayalignedError, match="named twice"):
+        rejudge(run, [Keyword(), Keyword()], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_completions_without_a_request_to_judge_and_ids_that_stand_twice_are_refused(run: Path, tmp_path: Path) -> None:
+    (path,) = run.glob("stages/generate-*/completions.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    (tmp_path / "twice.jsonl").write_text("".join([*lines, lines[0]]))
+    with pytest.raises(StayalignedError, match="1 ids stand there twice"):
+        rejudge(tmp_path / "twice.jsonl", [Keyword()], tmp_path / "out")
+    (tmp_path / "task.jsonl").write_text("".join(line for line in lines if '"prompt_set":"task"' in line))
+    with pytest.raises(StayalignedError, match="nothing to judge"):
+        rejudge(tmp_path / "task.jsonl", [Keyword()], tmp_path / "out")
+
+
+def test_the_inputs_named_are_those_of_the_judges_that_judged_now(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "config.json").write_text("{}")
+    before = read_result(run / "result.json")
+    old = {"judges.0.model": "sha256:old", "model": "sha256:model"}
+    before = before.model_copy(update={"provenance": before.provenance.model_copy(update={"inputs": old})})
+    found = _inputs(before, [{"name": "classifier", "model": str(tmp_path / "judge")}])
+    assert found["model"] == "sha256:model"
+    assert found["judges.0.model"] not in ("sha256:old", str(tmp_path / "judge"))
+    assert _inputs(before, [{"name": "keyword"}]) == {"model": "sha256:model"}

@@ -1,0 +1,231 @@
+"""Answers depend on their prompt alone: not on batch, order, the checkpoint's sampling settings, or markers."""
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers import GenerationConfig
+
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.records import Example, Message
+from stayaligned.hf.features import encode_prompt
+from stayaligned.hf.generation import memory
+from stayaligned.hf.generation.generate import Generation, complete, generate
+from stayaligned.hf.models import attach_lora
+from stayaligned.testing import byte_tokenizer, pico_model
+from support.generation import greedy_reference, prompts, sharp
+
+ARCHITECTURES = ["llama", "qwen2", "mistral", "gpt2"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_batched_answers_equal_one_at_a_time_without_a_cache(architecture):
+    model, tokenizer = sharp(architecture), byte_tokenizer()
+    found = generate(model, tokenizer, prompts(), Generation(max_new_tokens=12))
+    assert found == [greedy_reference(model, tokenizer, prompt, 12) for prompt in prompts()]
+    assert len({answer.tokens for answer in found}) > 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("budget", [1, 1 << 18, 1 << 20, 1 << 30])
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])  # one cache of full attention, one of windows
+def test_answers_do_not_depend_on_the_memory_or_the_order(architecture, budget, temperature):
+    model, tokenizer, asked = sharp(architecture), byte_tokenizer(), prompts()
+    settings = Generation(max_new_tokens=12, temperature=temperature, seed=3)
+    reference = generate(model, tokenizer, asked, settings)
+    order = list(range(len(asked)))
+    random.Random(1).shuffle(order)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("plan", "rows_at_once"):
+            real = getattr(memory, name)
+            patch.setattr(memory, name, lambda host, _budget, *rest, real=real: real(host, budget, *rest))
+        sizes = watch(model)
+        shuffled = generate(model, tokenizer, [asked[i] for i in order], settings)
+    assert shuffled == [reference[i] for i in order]
+    assert (max(rows for rows, _ in sizes[3:]) == 1) == (budget == 1)
+
+
+def watch(model):
+    """The (rows, width) of whatever the model is asked from now on."""
+    sizes = []
+    model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    return sizes
+
+
+def test_the_budget_bounds_what_is_read_and_held_at_once_and_long_prompts_come_first():
+    model, tokenizer = sharp(), byte_tokenizer()
+    asked_once = list({prompt[0].content: prompt for prompt in prompts(60)}.values())
+    free = generate(model, tokenizer, asked_once, Generation(max_new_tokens=20))
+    model.generation_config.eos_token_id = [
+        1,
+        Counter(token for each in free for token in each.tokens).most_common()[5][0],
+    ]
+    reference = generate(model, tokenizer, asked_once, Generation(max_new_tokens=20))
+    assert 10 < sum(answer.finished for answer in reference) < 50
+    sizes = watch(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "plan", lambda *_: memory.Plan(slots=9, prefill_tokens=200))
+        assert generate(model, tokenizer, asked_once, Generation(max_new_tokens=20)) == reference
+    asked = sizes[3:]  # after those that try what padding does
+    prefills = [(rows, width) for rows, width in asked if width > 1]
+    assert all(rows * width <= 200 for rows, width in prefills)
+    assert sum(rows for rows, _ in prefills) == len(asked_once)
+    assert [width for _, width in prefills] == sorted((width for _, width in prefills), reverse=True)
+    written = [rows for rows, width in asked if width == 1]
+    assert max(written) == 9
+    # Ended answers are not written on, and their slots are given away before all have ended.
+    tokens = sum(min(len(answer.tokens) + answer.finished, 20) - 1 for answer in reference)
+    assert sum(written) == tokens
+    assert len(written) < len(asked_once) / 9 * 19 * 0.95
+
+
+def test_a_plan_holds_what_it_says():
+    model = pico_model()  # 2 layers, 2 heads of keys and values, 8 numbers each, 4 bytes
+    costs = memory.Costs.of(model)
+    assert costs.cached_token == 2 * 2 * 2 * 8 * 4
+    for budget in (1 << 18, 1 << 20, 1 << 24):
+        plan = memory.plan(model, budget, 60, 90)
+        held = plan.slots * costs.written_row(90) + plan.prefill_tokens * costs.read_token(60, scores=False)
+        assert held <= budget
+        assert (plan.slots + 1) * costs.written_row(90) > budget * 7 // 8 * 3 // 4
+
+
+def test_equal_prompts_are_answered_once():
+    model, tokenizer = sharp(), byte_tokenizer()
+    one = generate(model, tokenizer, prompts(3), Generation(max_new_tokens=4))
+    sizes = watch(model)
+    assert generate(model, tokenizer, prompts(3) * 5, Generation(max_new_tokens=4)) == one * 5
+    assert max(rows for rows, _ in sizes) == 3
+
+
+def test_the_checkpoints_own_sampling_settings_do_not_reach_a_greedy_run():
+    model, tokenizer = sharp(), byte_tokenizer()
+    reference = generate(model, tokenizer, prompts(), Generation(max_new_tokens=12))
+    own = GenerationConfig(
+        do_sample=True, temperature=5.0, top_k=3, repetition_penalty=9.0, max_length=7, eos_token_id=1
+    )
+    model.generation_config = own
+    assert generate(model, tokenizer, prompts(), Generation(max_new_tokens=12)) == reference
+    assert model.generation_config is own
+
+
+def test_every_end_token_of_the_checkpoint_ends_an_answer():
+    model, tokenizer = sharp(), byte_tokenizer()
+    free = generate(model, tokenizer, prompts(), Generation(max_new_tokens=12))
+    second = next(answer.tokens[3] for answer in free if len(answer.tokens) > 3)
+    model.generation_config.eos_token_id = [1, second]
+    for before, after in zip(free, generate(model, tokenizer, prompts(), Generation(max_new_tokens=12)), strict=True):
+        cut = before.tokens.index(second) if second in before.tokens else len(before.tokens)
+        assert after.tokens == before.tokens[:cut]
+        assert after.finished == (before.finished or second in before.tokens)
+
+
+def test_an_answer_cut_at_the_limit_is_not_finished():
+    model, tokenizer = sharp(), byte_tokenizer()
+    long = generate(model, tokenizer, prompts(), Generation(max_new_tokens=40))
+    # An end token that comes right at the limit was written: the answer is whole.
+    limit = sorted(len(answer.tokens) for answer in long if answer.finished)[-1] + 1
+    for size in (2, limit - 1, limit):
+        short = generate(model, tokenizer, prompts(), Generation(max_new_tokens=size))
+        for a, b in zip(short, long, strict=True):
+            assert a.tokens == b.tokens[:size]
+            assert a.finished == (b.finished and len(b.tokens) < size)
+    assert any(answer.finished for answer in short)
+
+
+def test_modes_of_the_model_are_restored_and_dropout_is_off():
+    tokenizer = byte_tokenizer()
+    model = attach_lora(sharp(), {"r": 2, "target_modules": ["q_proj"], "lora_dropout": 0.9})
+    torch.nn.init.normal_(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
+    reference = generate(model.eval(), tokenizer, prompts(), Generation(max_new_tokens=8))
+    model.train()
+    model.base_model.model.model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    assert generate(model, tokenizer, prompts(), Generation(max_new_tokens=8)) == reference
+    assert [module.training for module in model.modules()] == before
+
+
+def test_an_adapter_changes_the_answers():
+    tokenizer, model = byte_tokenizer(), sharp()
+    plain = generate(model, tokenizer, prompts(), Generation(max_new_tokens=8))
+    adapted = attach_lora(model, {"r": 2, "target_modules": ["q_proj", "down_proj"]})
+    assert generate(adapted, tokenizer, prompts(), Generation(max_new_tokens=8)) == plain
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    assert generate(adapted, tokenizer, prompts(), Generation(max_new_tokens=8)) != plain
+
+
+def test_samples_follow_the_softmax():
+    model, tokenizer = pico_model(), byte_tokenizer()
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.5)
+    prompt = [Message(role="user", content="hi")]
+    with torch.no_grad():
+        logits = model(torch.tensor([encode_prompt(tokenizer, prompt)])).logits[0, -1]
+    expected = torch.softmax(logits / 0.7, dim=-1)
+    n = 4000
+    found = generate(model, tokenizer, [prompt] * n, Generation(max_new_tokens=1, temperature=0.7))
+    counts = torch.zeros(261)
+    for answer in found:
+        counts[answer.tokens[0] if answer.tokens else 1] += 1
+    assert 0.05 < expected.max() < 0.95
+    assert (counts / n - expected).abs().max() < 4 * 0.5 / n**0.5
+
+
+def test_equal_prompts_get_samples_of_their_own_and_seeds_matter():
+    model, tokenizer = sharp(), byte_tokenizer()
+    asked = prompts(1) * 6
+    found = generate(model, tokenizer, asked, Generation(max_new_tokens=12, temperature=2.0, seed=0))
+    assert len({answer.tokens for answer in found}) > 1
+    assert found != generate(model, tokenizer, asked, Generation(max_new_tokens=12, temperature=2.0, seed=1))
+
+
+def test_completions_carry_what_judges_and_tasks_need():
+    model, tokenizer = sharp(), byte_tokenizer()
+    examples = [
+        Example(id=f"e{i}", prompt=tuple(p), completion=f"r{i}", category="c") for i, p in enumerate(prompts(5))
+    ]
+    shares = []
+    rows = complete(model, tokenizer, examples, "benign", Generation(max_new_tokens=6), progress=shares.append)
+    answers = generate(model, tokenizer, prompts(5), Generation(max_new_tokens=6))
+    for example, row, answer in zip(examples, rows, answers, strict=True):
+        assert (row.id, row.prompt, row.reference, row.category) == (
+            example.id,
+            example.prompt,
+            example.completion,
+            "c",
+        )
+        assert (row.text, row.finished, row.prompt_set) == (answer.text, answer.finished, "benign")
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+
+
+def test_no_prompts_give_no_answers():
+    assert generate(pico_model(), byte_tokenizer(), [], Generation()) == []
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused():
+    model, tokenizer = pico_model(max_position_embeddings=64), byte_tokenizer()
+    with pytest.raises(StayalignedError, match=r"a prompt of 54 tokens and an answer of up to 20 .* 64") as caught:
+        generate(model, tokenizer, [[Message(role="user", content="x" * 51)]], Generation(max_new_tokens=20))
+    assert "max_new_tokens` to 10 or less" in str(caught.value)
+    generate(model, tokenizer, [[Message(role="user", content="x" * 51)]], Generation(max_new_tokens=10))
+
+
+def test_a_model_that_can_not_end_an_answer_is_refused():
+    model, tokenizer = pico_model(), byte_tokenizer()
+    model.generation_config.eos_token_id = None
+    tokenizer.eos_token = None
+    with pytest.raises(StayalignedError, match="end-of-sequence"):
+        generate(model, tokenizer, prompts(1), Generation(max_new_tokens=2))
+
+
+@pytest.mark.parametrize("field", [{"max_new_tokens": 0}, {"memory_mib": 0}, {"temperature": -1}, {"top_p": 0.9}])
+def test_impossible_settings_are_refused(field):
+    with pytest.raises(ValidationError, match=next(iter(field))):
+        Generation(**field)

@@ -1,0 +1,73 @@
+"""Runs as files, as `evaluate` writes them, with answers chosen by the test."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stayaligned.core.records import Outcome
+from stayaligned.evaluation.results import Evidence, JudgeReading, Provenance, Result, evidence_text, write_result
+
+H, R, S = Outcome.HARM, Outcome.REFUSE, Outcome.SAFE
+
+
+def prompt_hash(text: str) -> str:
+    """Like the real one, 16 hex digits."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def evidence(
+    harmful: Mapping[str, Sequence[Outcome | None]],
+    benign: Mapping[str, Sequence[Outcome | None]] | None = None,
+    task: Sequence[float | None] = (),
+    degenerate: Sequence[bool | None] = (),
+    world: str = "",
+) -> list[Evidence]:
+    """Rows by judge; the prompts are those of `world`."""
+    rows: list[Evidence] = []
+    for prompt_set, judged in (("harmful", harmful), ("benign", benign or {})):
+        n = max(map(len, judged.values()), default=0)
+        for index in range(n):
+            outcomes = {name: found[index] for name, found in judged.items()}
+            flag = degenerate[index] if prompt_set == "harmful" and index < len(degenerate) else None
+            rows.append(_row(prompt_set, index, world, outcomes=outcomes, degenerate=flag))
+    rows += [_row("task", index, world, score=score) for index, score in enumerate(task)]
+    return rows
+
+
+def _row(prompt_set: Any, index: int, world: str, **fields: Any) -> Evidence:
+    place = f"{prompt_set}-{index}"
+    return Evidence(prompt_set=prompt_set, id=place, prompt=prompt_hash(f"{world} how to flarn zorb {place}"), **fields)
+
+
+def write_run(directory: Path, rows: Sequence[Evidence], *, seed: int = 0, arm: str = "tuned", **changes: Any) -> Path:
+    """A run's directory; `changes` are fields of the result, or of its experiment."""
+    judges = list(dict.fromkeys(name for row in rows for name in row.outcomes)) or ["keyword"]
+    settings = {
+        "model": "m",
+        "adapter": None,
+        "judges": [{"name": name} for name in judges],
+        "generation": {"max_new_tokens": 8, "memory_mib": 64},
+        "task": {"name": "jsonl", "train": "train.jsonl", "metric": "exact"},
+        "seed": seed,
+    }
+    text = evidence_text(rows)
+    fields = {
+        "id": f"{arm}-{seed}",
+        "arm": arm,
+        "seed": seed,
+        "experiment": settings | changes.pop("experiment", {}),
+        "judges": tuple(JudgeReading(judge=name, metrics=()) for name in judges),
+        "scores": (),
+        "evidence_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "provenance": Provenance(versions={"stayaligned": "0.1.0"}, template_hash="t", **changes.pop("provenance", {})),
+    }
+    write_result(directory, Result(**{**fields, **changes}), text)
+    return directory
+
+
+def outcomes(n: int, harmful: int, start: int = 0) -> list[Outcome | None]:
+    """`n` refusals, `harmful` of them harm, from `start` on."""
+    return [H if start <= index < start + harmful else R for index in range(n)]

@@ -1,0 +1,113 @@
+"""Checkpoints as mappings, and what a damaged one says."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from stayaligned.core.errors import StayalignedError
+from stayaligned.weights.checkpoints import Checkpoint, checkpoint_directory, open_checkpoint, weights_fingerprint
+from support.checkpoints import INDEX, pair, weights, write
+
+
+def test_nothing_but_headers_is_read_before_a_tensor_is_asked_for(tmp_path: Path) -> None:
+    directory = write(tmp_path / "a", weights(0), shards=3)
+    checkpoint = Checkpoint(directory)
+    (directory / "model-00002-of-00003.safetensors").unlink()
+    assert "layers.1.weight" in checkpoint
+    assert checkpoint.shape("layers.0.weight") == (3, 4)
+    with pytest.raises(StayalignedError, match="model-00002-of-00003"):
+        checkpoint["layers.1.weight"]
+
+
+def test_unknown_names_are_key_errors(tmp_path: Path) -> None:
+    with pytest.raises(KeyError):
+        pair(tmp_path)[0]["nope"]
+
+
+@pytest.mark.parametrize("length", [0, 4, 40, 0.5, 0.99])
+def test_a_truncated_shard_is_named(tmp_path: Path, length: float) -> None:
+    directory = write(tmp_path / "a", weights(0), shards=2)
+    shard = directory / "model-00002-of-00002.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[: int(length * len(content)) if isinstance(length, float) else length])
+    with pytest.raises(StayalignedError, match="model-00002-of-00002") as caught:
+        list(Checkpoint(directory).items())
+    assert "again" in str(caught.value.hint)
+
+
+def test_an_index_that_names_what_is_not_there_is_an_error(tmp_path: Path) -> None:
+    directory = write(tmp_path / "a", weights(0), shards=2)
+    index = json.loads((directory / INDEX).read_text())
+    index["weight_map"]["ghost"] = "model-00001-of-00002.safetensors"
+    (directory / INDEX).write_text(json.dumps(index))
+    with pytest.raises(StayalignedError, match="ghost"):
+        Checkpoint(directory)["ghost"]
+    (directory / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(StayalignedError, match="files that are missing: model-00001"):
+        Checkpoint(directory)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_a_malformed_index_is_named(tmp_path: Path, index: str) -> None:
+    directory = write(tmp_path / "a", weights(0), shards=2)
+    (directory / INDEX).write_text(index)
+    with pytest.raises(StayalignedError, match="index"):
+        Checkpoint(directory)
+
+
+def test_pickled_checkpoints_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(StayalignedError) as caught:
+        Checkpoint(tmp_path)
+    assert "safetensors" in str(caught.value.hint)
+
+
+def test_directories_are_taken_as_they_are_and_hub_ids_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert checkpoint_directory(str(tmp_path)) == tmp_path
+    commit = "a" * 40
+    repository = tmp_path / "models--org--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    snapshot = write(repository / "snapshots" / commit, weights(0))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert checkpoint_directory("org/name") == snapshot
+    assert len(open_checkpoint("org/name")) == 5
+
+
+@pytest.mark.parametrize("ref", ["no-such-directory", "./no/such", "org/absent", "org/na me", Path("org/name")])
+def test_what_is_neither_directory_nor_hub_repository_is_named(ref: str | Path) -> None:
+    with pytest.raises(StayalignedError, match=str(ref)):
+        checkpoint_directory(ref)
+
+
+def test_fingerprints_tell_names_types_shapes_and_any_sampled_number_apart(tmp_path: Path) -> None:
+    large = torch.arange(300 * 300, dtype=torch.float32).view(300, 300)
+
+    def of(**tensors: torch.Tensor) -> str:
+        directory = tmp_path / str(len(list(tmp_path.iterdir())))
+        directory.mkdir()
+        save_file(tensors, directory / "model.safetensors")
+        return weights_fingerprint(Checkpoint(directory))
+
+    first, last = large.clone(), large.clone()
+    first[0, 0], last[-1, -1] = -1, -1
+    tiny = torch.zeros(2, 3)
+    found = [
+        of(x=large),
+        of(y=large),
+        of(x=first),
+        of(x=last),
+        of(x=large.view(150, 600)),
+        of(x=large.view(torch.int32)),
+        of(x=large, y=tiny),
+        of(x=large, y=tiny + 1),
+        of(x=large, y=torch.zeros(0)),
+    ]
+    assert len(set(found)) == len(found)
+    assert of(x=large.clone()) == found[0]
