@@ -76,7 +76,7 @@ def make_completions(count: int) -> list[Completion]:
 def judge_in_this_process(judge: RubricJudge, count: int, directory: Path) -> None:
     """What is killed: judges what the ledger lacks, and writes all verdicts when it has them."""
     with Ledger.open(directory / LEDGER_FILE) as ledger:
-        verdicts = judge_completions(judge, make_completions(count), ledger)
+        verdicts = judge_completions(judge, make_completions(count), ledger, identity=str(judge.identity()))
     write_jsonl(directory / "verdicts.jsonl", verdicts)
 
 

@@ -27,8 +27,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stayaligned.core.records import Message
+from stayaligned.core.settings import Generation
 from stayaligned.hf.features import encode_prompt
-from stayaligned.hf.generation.generate import Generation, generate
+from stayaligned.hf.generation.generate import generate
 from stayaligned.testing import byte_tokenizer, pico_model
 
 PROMPTS = 200

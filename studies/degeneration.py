@@ -24,9 +24,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from stayaligned.core.records import Completion, Example, PromptSet
+from stayaligned.core.settings import Generation
 from stayaligned.data.sources import read_examples
 from stayaligned.evaluation.degeneration import Degeneration, signs
-from stayaligned.hf.generation.generate import Generation, complete
+from stayaligned.hf.generation.generate import complete
 from stayaligned.hf.generation.perplexity import answer_nats
 from stayaligned.hf.models import load_model, load_tokenizer
 from stayaligned.testbed import build

@@ -23,8 +23,9 @@ from safe_lora_front import estimate, points, table_lines, with_bounds
 from safe_lora_front_table import ACCURACY, HARM
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import replace_file, write_text
+from stayaligned.core.text import markdown
 from stayaligned.evaluation.metrics import PairedDifference, across_seeds, holm, paired_difference, t_interval
-from stayaligned.report.texts import markdown, percent
+from stayaligned.report.texts import percent
 
 METRICS = {
     HARM: "harmful score",

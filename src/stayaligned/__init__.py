@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from stayaligned.defenses import ModelPair
     from stayaligned.defenses.complement import Complement
     from stayaligned.defenses.lisa import Lisa
-    from stayaligned.defenses.patching.directories import apply_safe_lora, patch_directory
-    from stayaligned.defenses.safe_lora import SafeLora
-    from stayaligned.experiments.align import Alignment, align
+    from stayaligned.defenses.patching.directories import patch_directory
+    from stayaligned.defenses.safe_lora import SafeLora, apply_safe_lora
+    from stayaligned.experiments.align import align
+    from stayaligned.experiments.config.alignment import Alignment
     from stayaligned.experiments.config.experiment import Experiment, load_experiment
     from stayaligned.experiments.grid import Grid, load_grid, run_grid
     from stayaligned.experiments.run import run_experiment

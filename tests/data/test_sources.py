@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Example, Message
-from stayaligned.data import sources
+from stayaligned.data import sampling, sources
 
 USER = {"role": "user", "content": "hello"}
 ANSWER = {"role": "assistant", "content": "hi"}
@@ -242,29 +242,29 @@ def test_a_hub_data_set_that_is_not_cached_is_refused_offline_with_the_reason(hu
 @given(st.integers(0, 2**32), st.integers(0, 20), st.integers(0, 20))
 def test_samples_are_without_replacement_seeded_and_nested(seed, n, m):
     rows = [example(str(i), str(i)) for i in range(20)]
-    found = sources.sample(rows, n, random.Random(seed))
+    found = sampling.sample(rows, n, random.Random(seed))
     assert len({e.id for e in found}) == n
-    assert found == sources.sample(rows, n, random.Random(seed))
-    assert sources.sample(rows, m, random.Random(seed))[: min(n, m)] == found[: min(n, m)]
+    assert found == sampling.sample(rows, n, random.Random(seed))
+    assert sampling.sample(rows, m, random.Random(seed))[: min(n, m)] == found[: min(n, m)]
 
 
 def test_a_sample_larger_than_the_rows_is_refused():
     with pytest.raises(StayalignedError, match=r"3 rows .* only 2"):
-        sources.sample([example("a"), example("b")], 3, random.Random(0))
+        sampling.sample([example("a"), example("b")], 3, random.Random(0))
 
 
 @given(st.lists(st.text(max_size=8), max_size=60), st.lists(st.text(max_size=8), max_size=20), st.floats(0, 1))
 def test_a_held_out_split_is_stable_under_appending_and_never_parts_equal_prompts(texts, more, ratio):
     rows = [example(text, str(i)) for i, text in enumerate(texts)]
-    train, test = sources.split_held_out(rows, ratio)
+    train, test = sampling.split_held_out(rows, ratio)
     assert sorted(map(id, train + test)) == sorted(map(id, rows))
     assert not {e.prompt[0].content for e in train} & {e.prompt[0].content for e in test}
-    longer = sources.split_held_out(rows + [example(text) for text in more], ratio)
+    longer = sampling.split_held_out(rows + [example(text) for text in more], ratio)
     assert (longer[0][: len(train)], longer[1][: len(test)]) == (train, test)
 
 
 def test_a_held_out_split_has_about_the_asked_share():
-    _, test = sources.split_held_out([example(f"row {i}") for i in range(4000)], 0.25)
+    _, test = sampling.split_held_out([example(f"row {i}") for i in range(4000)], 0.25)
     assert len(test) / 4000 == pytest.approx(0.25, abs=0.03)
 
 
@@ -273,8 +273,8 @@ def test_overlap_sees_through_case_punctuation_and_small_edits():
     same = example("how do i open the old OAK door please", "e")
     near = example("how do I open the old oak door please now", "f")
     far = example("how do I close the tiny window over there", "g")
-    assert sources.overlap(train, [same, near, far]) == [("t", "e", 1.0), ("t", "f", pytest.approx(7 / 8))]
-    assert sources.overlap(train, [same, near, far], similarity=1.0) == [("t", "e", 1.0)]
+    assert sampling.overlap(train, [same, near, far]) == [("t", "e", 1.0), ("t", "f", pytest.approx(7 / 8))]
+    assert sampling.overlap(train, [same, near, far], similarity=1.0) == [("t", "e", 1.0)]
 
 
 @given(
@@ -294,7 +294,7 @@ def test_the_indexed_search_finds_exactly_what_comparing_all_pairs_finds(left, r
     }
     train = [example(" ".join(words), str(i)) for i, words in enumerate(left)]
     evaluation = [example(" ".join(words), str(j)) for j, words in enumerate(right)]
-    assert {o[:2] for o in sources.overlap(train, evaluation, similarity=similarity)} == expected
+    assert {o[:2] for o in sampling.overlap(train, evaluation, similarity=similarity)} == expected
 
 
 def test_half_of_a_surrogate_pair_is_no_text_and_its_line_is_named(tmp_path: Path) -> None:

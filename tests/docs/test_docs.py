@@ -12,7 +12,7 @@ from typer.main import get_command
 
 import stayaligned
 from stayaligned.cli import app
-from stayaligned.experiments.align import load_alignment
+from stayaligned.experiments.config.alignment import load_alignment
 from stayaligned.experiments.config.experiment import load_experiment
 from stayaligned.experiments.grid import load_grid
 

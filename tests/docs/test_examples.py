@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from stayaligned.experiments.config.experiment import Experiment, set_dotted
+from stayaligned.experiments.config.experiment import Experiment
+from stayaligned.experiments.config.yaml_file import set_dotted
 from stayaligned.experiments.grid import Grid
 from stayaligned.experiments.run import run_experiment
 from stayaligned.testing import write_pico_checkpoint

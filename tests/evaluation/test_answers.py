@@ -9,11 +9,12 @@ import yaml
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Example
+from stayaligned.core.settings import Generation
 from stayaligned.evaluation.answers import Journal, answer_all
 from stayaligned.experiments.config.experiment import Experiment
 from stayaligned.experiments.pipeline import Run
 from stayaligned.experiments.stages.store import Store
-from stayaligned.hf.generation.generate import Generation, complete, complete_each
+from stayaligned.hf.generation.generate import complete, complete_each
 from stayaligned.testing import byte_tokenizer, write_pico_adapter
 from support.generation import prompts, sharp
 from support.server import Raw, chat_server

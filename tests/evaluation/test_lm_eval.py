@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.core.records import read_jsonl
-from stayaligned.evaluation.lm_eval import HarnessValue, LmEval, harness_metrics
+from stayaligned.core.records import HarnessValue, read_jsonl
+from stayaligned.core.settings import LmEval
+from stayaligned.evaluation.lm_eval import harness_metrics
 from stayaligned.experiments.config.experiment import Experiment
 from stayaligned.experiments.pipeline import Run
 from stayaligned.experiments.run import run_experiment

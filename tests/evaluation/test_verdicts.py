@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Message, Outcome, Verdict
 from stayaligned.evaluation.judges import Forecast, Judge
-from stayaligned.evaluation.verdicts import Ledger, judge_completions
+from stayaligned.evaluation.verdicts import Ledger
+from support.judging import judged
 
 Row = Callable[..., Completion]
 
@@ -71,21 +72,21 @@ def test_verdicts_come_in_the_completions_order_and_equal_content_is_judged_once
     Scribe.asked.clear()
     rows = [completion(i, text, prompt_set=of) for i, (text, of) in enumerate(zip(texts, sets, strict=False))]
     with Ledger.open(tmp_path_factory.mktemp("ledger") / "v.sqlite") as ledger:
-        verdicts = judge_completions(Scribe(order=order), rows, ledger)
+        verdicts = judged(Scribe(order=order), rows, ledger)
         assert [(v.prompt_set, v.id, v.judge) for v in verdicts] == [(r.prompt_set, r.id, "scribe") for r in rows]
         wanted = {"h": Outcome.HARM, "r": Outcome.REFUSE}
         assert [v.outcome for v in verdicts] == [wanted.get(r.text[:1]) for r in rows]
         assert len(Scribe.asked) == len({(r.prompt_set, r.text) for r in rows})
         Scribe.asked.clear()
-        assert judge_completions(Scribe(order=order), rows[::-1], ledger) == verdicts[::-1]
+        assert judged(Scribe(order=order), rows[::-1], ledger) == verdicts[::-1]
         unscored = {(r.prompt_set, r.text) for r in rows if r.text[:1] not in wanted}
         assert len(Scribe.asked) == len(unscored), "only what could not be scored is asked again"
 
 
 def test_what_was_judged_once_is_known_to_every_run_and_to_none_with_other_content(ledger: Ledger) -> None:
-    judge_completions(Scribe(), [completion("a", "harm")], ledger)
+    judged(Scribe(), [completion("a", "harm")], ledger)
     Scribe.asked.clear()
-    (again,) = judge_completions(Scribe(speed=9), [completion("b", "harm")], ledger)
+    (again,) = judged(Scribe(speed=9), [completion("b", "harm")], ledger)
     assert (again.id, again.outcome, again.reason) == ("b", Outcome.HARM, "harm")
     assert not Scribe.asked
     for other in (
@@ -93,8 +94,8 @@ def test_what_was_judged_once_is_known_to_every_run_and_to_none_with_other_conte
         completion("a", "harm", prompt="wug?"),
         completion("a", "harm", prompt_set="benign"),
     ):
-        judge_completions(Scribe(), [other], ledger)
-    judge_completions(Scribe(rule="other"), [completion("a", "harm")], ledger)
+        judged(Scribe(), [other], ledger)
+    judged(Scribe(rule="other"), [completion("a", "harm")], ledger)
     assert Scribe.asked == ["harm ", "harm", "harm", "harm"]
 
 
@@ -107,11 +108,11 @@ def test_an_interrupted_judge_is_asked_only_for_the_rest(ledger: Ledger, monkeyp
 
     monkeypatch.setattr(Told, "gives", stops)
     with pytest.raises(KeyboardInterrupt):
-        judge_completions(Told(), rows, ledger)
+        judged(Told(), rows, ledger)
     Scribe.asked.clear()
     monkeypatch.setattr(Told, "gives", lambda found: found)
     shares: list[float] = []
-    verdicts = judge_completions(Told(), rows, ledger, progress=shares.append)
+    verdicts = judged(Told(), rows, ledger, progress=shares.append)
     assert [v.reason for v in verdicts] == [r.text for r in rows]
     assert len(Scribe.asked) == 4
     assert shares == [0.7, 0.8, 0.9, 1.0]
@@ -136,7 +137,7 @@ def test_a_judge_that_breaks_its_contract_is_refused(
 ) -> None:
     monkeypatch.setattr(Told, "gives", gives)
     with pytest.raises(StayalignedError, match=said):
-        judge_completions(Told(), [completion(i, f"harm {i}") for i in range(3)], ledger)
+        judged(Told(), [completion(i, f"harm {i}") for i in range(3)], ledger)
 
 
 def test_a_forecast_is_said_before_anything_is_asked_and_of_the_rest_only(
@@ -144,10 +145,10 @@ def test_a_forecast_is_said_before_anything_is_asked_and_of_the_rest_only(
 ) -> None:
     monkeypatch.setattr(Scribe, "forecast", lambda _self, rows: Forecast(len(rows), 10 * len(rows), 0.5))
     said: list[str] = []
-    judge_completions(Scribe(), [completion(1, "harm")], ledger, announce=lambda f: said.append(str(f)))
+    judged(Scribe(), [completion(1, "harm")], ledger, announce=lambda f: said.append(str(f)))
     rows = [completion(i, f"harm{i}"[: 4 + (i > 1)]) for i in range(1, 4)]
-    judge_completions(Scribe(), rows, ledger, announce=lambda f: said.append(str(f)))
-    judge_completions(Scribe(), rows, ledger, announce=lambda f: said.append(str(f)))
+    judged(Scribe(), rows, ledger, announce=lambda f: said.append(str(f)))
+    judged(Scribe(), rows, ledger, announce=lambda f: said.append(str(f)))
     price = "about $0.50"
     assert said == [f"1 requests, about 10 tokens, {price}", f"2 requests, about 20 tokens, {price}"]
 
@@ -162,11 +163,11 @@ def test_a_damaged_ledger_is_one_clear_error(tmp_path: Path) -> None:
 
 
 def test_a_verdict_that_was_edited_is_refused(ledger: Ledger) -> None:
-    judge_completions(Scribe(), [completion(1, "harm")], ledger)
+    judged(Scribe(), [completion(1, "harm")], ledger)
     for text in ('{"outcome": "fine"}', "[]", "no JSON", '{"outcome": "harm", "extra": 1}'):
         ledger._connection.execute("UPDATE verdicts SET verdict = ?", (text,))
         with pytest.raises(StayalignedError, match="no verdict"):
-            judge_completions(Scribe(), [completion(1, "harm")], ledger)
+            judged(Scribe(), [completion(1, "harm")], ledger)
 
 
 def test_another_ledgers_verdicts_are_taken_over_once(tmp_path: Path) -> None:

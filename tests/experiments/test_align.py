@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from stayaligned import Alignment, align
 from stayaligned.core.errors import StayalignedError
 from stayaligned.data.sources import read_examples
-from stayaligned.experiments.align import ALIGNMENT_FILE, load_alignment
+from stayaligned.experiments.align import ALIGNMENT_FILE
+from stayaligned.experiments.config.alignment import load_alignment
 from stayaligned.experiments.config.experiment import Experiment
 from stayaligned.experiments.run import run_experiment
 from stayaligned.experiments.stages.store import exclusive

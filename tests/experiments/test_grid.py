@@ -16,7 +16,8 @@ from stayaligned.core.component import load_plugin
 from stayaligned.core.errors import StayalignedError
 from stayaligned.evaluation.results import find_results
 from stayaligned.experiments.config.experiment import REGISTRIES
-from stayaligned.experiments.grid import Grid, Listener, load_grid, run_grid
+from stayaligned.experiments.grid import Grid, load_grid, run_grid
+from stayaligned.experiments.jobs import Listener
 from support.world import experiment, write_world
 
 

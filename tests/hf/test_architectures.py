@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 from stayaligned import attach_lisa
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Message
+from stayaligned.core.settings import Generation
 from stayaligned.hf.features import IGNORED, PaddingCollator
-from stayaligned.hf.generation.generate import Generation, generate
+from stayaligned.hf.generation.generate import generate
 from stayaligned.hf.models import attach_lora, load_finetuned, load_model, load_tokenizer
 from stayaligned.hf.placement.stored import meta_model
 from stayaligned.hf.training.finetuning import train

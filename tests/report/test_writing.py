@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from stayaligned.core.records import Message
+from stayaligned.core.text import markdown, one_line
 from stayaligned.evaluation.results import Sample
 from stayaligned.report import build_report, terminal_table, write_report
-from stayaligned.report.texts import csv_cell, markdown, one_line, percent, visible
+from stayaligned.report.texts import csv_cell, percent, visible
 
 HOSTILE = (
     "</script><img src=x onerror=alert(1)>",

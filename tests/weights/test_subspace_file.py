@@ -20,13 +20,15 @@ from stayaligned.algorithms.alignment_delta import FullDelta
 from stayaligned.algorithms.safe_lora import Complement, LoraFactors, Operator, Orthogonal, ScaledGram
 from stayaligned.core.errors import StayalignedError
 from stayaligned.defenses import DEFENSES, ModelPair
-from stayaligned.defenses.patching.directories import patch_directory, projection_spec
+from stayaligned.defenses.patching.directories import patch_directory
+from stayaligned.defenses.patching.subspace import build_subspace
+from stayaligned.defenses.safe_lora import projection_spec
 from stayaligned.hf.placement.layers import linear_weights, lora_layers
 from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
 from stayaligned.weights.adapters import Adapter, read_adapter
 from stayaligned.weights.checkpoints import Checkpoint, open_checkpoint, weights_fingerprint
 from stayaligned.weights.deltas import BytesDone
-from stayaligned.weights.subspace_file import SubspaceFile, build_subspace
+from stayaligned.weights.subspace_file import SubspaceFile
 
 ARCHITECTURES = ("llama", "gpt2", "mixtral", "gpt_oss")
 

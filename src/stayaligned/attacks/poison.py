@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from stayaligned.attacks import Attack
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Example
-from stayaligned.data.sources import read_examples, sample
+from stayaligned.data.sampling import sample
+from stayaligned.data.sources import read_examples
 
 
 class Poison(Attack):

@@ -132,8 +132,9 @@ app.add_typer(subspace_app, name="subspace")
 @app.command()
 def validate(config: Config, overrides: Overrides = None, plugin: Plugins = None) -> None:
     """Check an experiment, a grid or an alignment, without running anything: every error at once."""
-    from stayaligned.experiments.align import load_alignment
-    from stayaligned.experiments.config.experiment import load_experiment, load_yaml
+    from stayaligned.experiments.config.alignment import load_alignment
+    from stayaligned.experiments.config.experiment import load_experiment
+    from stayaligned.experiments.config.yaml_file import load_yaml
     from stayaligned.experiments.grid import load_grid
 
     load_plugins(plugin)
@@ -205,7 +206,7 @@ def new(
 @app.command()
 def env() -> None:
     """Print versions and hardware, for a bug report."""
-    from stayaligned.evaluation.results import versions
+    from stayaligned.core.provenance import versions
 
     import torch  # isort: skip
 

@@ -28,8 +28,9 @@ def align(
     ] = None,
 ) -> None:
     """Make an aligned model from a base one: fine-tune on safety data, merge, write a checkpoint."""
-    from stayaligned.experiments.align import ALIGNMENT_FILE, load_alignment
+    from stayaligned.experiments.align import ALIGNMENT_FILE
     from stayaligned.experiments.align import align as make
+    from stayaligned.experiments.config.alignment import load_alignment
     from stayaligned.hf.training.processes import refuse_several
 
     refuse_several("stayaligned align")

@@ -55,7 +55,7 @@ def curvature(
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, Any]:
-    from stayaligned.experiments.config.experiment import parse_value
+    from stayaligned.experiments.config.yaml_file import parse_value
 
     given: dict[str, Any] = {}
     for pair in pairs:

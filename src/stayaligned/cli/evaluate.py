@@ -32,7 +32,9 @@ def evaluate(
 
     Every other setting of an experiment may follow as key=value: generation.max_new_tokens=256 max_unscored=0.02
     """
-    from stayaligned.experiments.config.experiment import Experiment, apply_overrides, parse
+    from stayaligned.experiments.config.experiment import Experiment
+    from stayaligned.experiments.config.validation import parse
+    from stayaligned.experiments.config.yaml_file import apply_overrides
 
     load_plugins(plugin)
     content: dict[str, Any] = {

@@ -29,7 +29,7 @@ def judge(
     Name all judges of the new result, the primary one first. Verdicts that the run had already are taken over.
     """
     from stayaligned.evaluation.judges import JUDGES
-    from stayaligned.experiments.config.experiment import parse_component
+    from stayaligned.experiments.config.validation import parse_component
     from stayaligned.experiments.rejudge import rejudge
 
     load_plugins(plugin)

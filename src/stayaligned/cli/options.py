@@ -38,7 +38,7 @@ def component_specs(texts: Sequence[str], option: str) -> list[Any]:
     Raises:
         StayalignedError: if one is neither.
     """
-    from stayaligned.experiments.config.experiment import parse_value
+    from stayaligned.experiments.config.yaml_file import parse_value
 
     found = [parse_value(text) for text in texts]
     for text, value in zip(texts, found, strict=True):

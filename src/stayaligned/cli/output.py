@@ -41,7 +41,7 @@ def print_report(
     Raises:
         StayalignedError: if a result or its evidence is missing or was edited, or `reference` is no arm.
     """
-    from stayaligned.experiments.grid import INDEX_FILE, read_index
+    from stayaligned.evaluation.results import INDEX_FILE, read_index
     from stayaligned.report import build_report, terminal_table, write_report
 
     index: Mapping[str, Any] = {}

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from stayaligned.core.text import visible
-from stayaligned.experiments.grid import Listener
+from stayaligned.experiments.jobs import Listener
 
 
 class LiveProgress(Listener):

@@ -48,8 +48,8 @@ def project(
 ) -> None:
     """Safe LoRA: repair finished fine-tunes layer by layer, without loading a model."""
     from stayaligned.defenses import DEFENSES, ModelPair
-    from stayaligned.defenses.patching.directories import projection_spec
-    from stayaligned.experiments.config.experiment import parse_component
+    from stayaligned.defenses.safe_lora import projection_spec
+    from stayaligned.experiments.config.validation import parse_component
     from stayaligned.weights.deltas import require_device
 
     if (threshold is not None) + (lowest is not None) + all_layers + scan != 1:

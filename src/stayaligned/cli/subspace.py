@@ -29,8 +29,8 @@ def build(
     device: Annotated[str, typer.Option(help="Where the products are made: cpu, or cuda for a GPU.")] = "cpu",
 ) -> None:
     """Write V's leading directions, module by module, into one safetensors file."""
+    from stayaligned.defenses.patching.subspace import build_subspace
     from stayaligned.weights.deltas import require_device
-    from stayaligned.weights.subspace_file import build_subspace
 
     require_device(device)
     if (rank is None) == (energy is None):

@@ -170,3 +170,16 @@ def read_jsonl(path: Path, model: type[RecordT]) -> list[RecordT]:
                     hint="The file was cut off or edited by hand; delete it and rerun the command that wrote it.",
                 ) from None
     return rows
+
+
+class HarnessValue(Record):
+    """One metric of one sample, as lm-eval gave it."""
+
+    task: str
+    doc_id: int
+    """The sample's place in the task's split."""
+    metric: str
+    """With the filter of the answer behind a comma where there is one: `exact_match,flexible-extract`."""
+    value: float | None
+    """0 to 1; None where it is no number (NaN)."""
+    higher_is_better: bool

@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from stayaligned.defenses._projection import Control, LayerEdit, Like, ProjectedLayer
+from stayaligned.defenses._projection import Control, Like
+from stayaligned.defenses.patching.layers import LayerEdit, ProjectedLayer
 from stayaligned.defenses.safe_lora import SafeLora
 
 

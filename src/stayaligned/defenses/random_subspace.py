@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from stayaligned.defenses._projection import Control, LayerEdit, Like, ProjectedLayer
+from stayaligned.defenses._projection import Control, Like
 from stayaligned.defenses.complement import Complement
+from stayaligned.defenses.patching.layers import LayerEdit, ProjectedLayer
 
 
 class RandomSubspace(Control):

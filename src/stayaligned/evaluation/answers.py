@@ -10,11 +10,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import writable
 from stayaligned.core.records import Completion, Example, PromptSet
-from stayaligned.evaluation.endpoint.client import Endpoint
-from stayaligned.evaluation.served import complete_over_endpoint
-from stayaligned.hf.generation.generate import Generation, complete_each
+from stayaligned.core.settings import Endpoint, Generation
+from stayaligned.evaluation.endpoint.client import Failure, ask
+from stayaligned.evaluation.endpoint.cost import Meter
+from stayaligned.hf.generation.generate import complete_each
 
 Progress = Callable[[str, float], None]
 Ask = Callable[[PromptSet, Sequence[Example], frozenset[int]], Iterator[tuple[int, Completion]]]
@@ -82,18 +84,18 @@ class Journal:
 def ask_model(model: Any, tokenizer: Any, settings: Generation) -> Ask:
     """Asks a model in this process; see `stayaligned.hf.generation.generate.generate`."""
 
-    def ask(
+    def ask_more(
         prompt_set: PromptSet, examples: Sequence[Example], known: frozenset[int]
     ) -> Iterator[tuple[int, Completion]]:
         return complete_each(model, tokenizer, examples, prompt_set, settings, without=known)
 
-    return ask
+    return ask_more
 
 
 def ask_server(settings: Generation, endpoint: Endpoint) -> Ask:
-    """Asks a model that a server holds; see `stayaligned.evaluation.served.complete_over_endpoint`."""
+    """Asks a model that a server holds; see `complete_over_endpoint`."""
 
-    def ask(
+    def ask_more(
         prompt_set: PromptSet, examples: Sequence[Example], known: frozenset[int]
     ) -> Iterator[tuple[int, Completion]]:
         places = [index for index in range(len(examples)) if index not in known]
@@ -107,7 +109,7 @@ def ask_server(settings: Generation, endpoint: Endpoint) -> Ask:
         ):
             yield places[index], completion
 
-    return ask
+    return ask_more
 
 
 def answer_all(
@@ -129,3 +131,42 @@ def answer_all(
                     progress(f"generate {prompt_set}", len(found) / len(examples))
             rows += [found[index] for index in range(len(examples))]
     return rows
+
+
+def complete_over_endpoint(
+    endpoint: Endpoint,
+    examples: Sequence[Example],
+    prompt_set: PromptSet,
+    *,
+    max_tokens: int,
+    temperature: float | None = 0.0,
+    seed: int | None = None,
+    meter: Meter | None = None,
+) -> Iterator[tuple[int, Completion]]:
+    """Each example's index with its completion, as they come: a caller that keeps each one can go on after a kill.
+
+    The server's own chat template is used, and its tokenizer counts `max_tokens`. Temperature 0 asks for the likeliest
+    tokens; servers differ in the last bits, so two of them may part at a near tie.
+
+    Raises:
+        StayalignedError: if the server fails as a whole (see `ask`), or, after all others were yielded, if
+            some examples got no answer: an evaluation of the rest would be one of easier prompts.
+    """
+    lacking: dict[int, Failure] = {}
+    conversations = [example.prompt for example in examples]
+    for index, answer in ask(
+        endpoint, conversations, max_tokens=max_tokens, temperature=temperature, seed=seed, meter=meter
+    ):
+        if isinstance(answer, Failure):
+            lacking[index] = answer
+            continue
+        # JSON can spell half of a surrogate pair, which no file of text can hold.
+        text = answer.text.encode("utf-8", "replace").decode()
+        yield index, Completion.of(examples[index], prompt_set, text, finished=answer.finished)
+    if lacking:
+        first = min(lacking)
+        raise StayalignedError(
+            f"{endpoint.model} at {endpoint.base_url} gave no answer to {len(lacking)} of {len(examples)} {prompt_set} "
+            f"prompts; {examples[first].id!r}: {lacking[first].reason}",
+            hint="What was answered is kept: rerun to ask for these alone.",
+        )

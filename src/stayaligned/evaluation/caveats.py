@@ -7,7 +7,7 @@ from typing import Any
 
 from stayaligned.core.records import Completion, Example, Message, PromptSet
 from stayaligned.core.settings import Guard
-from stayaligned.data.sources import overlap
+from stayaligned.data.sampling import overlap
 
 _NEAR = 0.8
 """Jaccard similarity of word triples from which two prompts count as nearly the same."""

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import importlib.metadata
 import json
-import platform
-import subprocess
 from collections.abc import Iterable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +18,6 @@ FORMAT_VERSION = 2
 RESULT_FILE = "result.json"
 EVIDENCE_FILE = "evidence.jsonl"
 TIMES_FILE = "times.json"
-_VERSIONED = (
-    "stayaligned",
-    "torch",
-    "transformers",
-    "peft",
-    "trl",
-    "safetensors",
-    "accelerate",
-    "datasets",
-    "lm_eval",
-    "rouge_score",
-)
 
 
 class CategoryReading(Record):
@@ -159,33 +142,6 @@ class Result(Record):
         return next((m for m in (*self.scores, *rates) if m.name == name), None)
 
 
-def versions() -> dict[str, str]:
-    """The versions of everything that can change a number."""
-    found = {"python": platform.python_version()}
-    for package in _VERSIONED:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-@cache
-def commit() -> str:
-    """The commit of the checkout that this package runs from, with "+" if it was edited since; else empty."""
-    here = Path(__file__)
-
-    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, check=False)
-
-    try:
-        # An installed package may lie inside somebody else's repository, whose commit says nothing about it.
-        if git("ls-files", "--error-unmatch", here.name).returncode != 0:
-            return ""
-        edited = git("status", "--porcelain", "--untracked-files=no", ".").stdout.strip()
-        return git("rev-parse", "HEAD").stdout.strip() + ("+" if edited else "")
-    except OSError:
-        return ""
-
-
 def evidence_text(rows: Iterable[Evidence]) -> str:
     """The content of an `evidence.jsonl`."""
     return "".join(row.model_dump_json() + "\n" for row in rows)
@@ -282,3 +238,22 @@ def result_files(directory: Path) -> list[Path]:
             f"{directory}: holds no {RESULT_FILE}", hint="Give a directory that `run` or `bench` wrote."
         )
     return paths
+
+
+INDEX_FILE = "index.json"
+
+
+def read_index(out: Path) -> dict[str, Any]:
+    """What `bench` recorded of its grid: `title`, `reference`, `trainings` and the grid itself.
+
+    Raises:
+        StayalignedError: if the record is damaged.
+    """
+    path = out / INDEX_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if {"title", "reference", "trainings"} <= content.keys():
+            return content
+    except (ValueError, AttributeError):
+        pass
+    raise StayalignedError(f"{path}: damaged", hint="Run the same `bench` into another --out.")

@@ -12,10 +12,8 @@ from pathlib import Path
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import replace_file
-from stayaligned.core.records import Completion, Verdict, read_jsonl, write_jsonl
+from stayaligned.core.records import Completion, Verdict
 from stayaligned.evaluation.judges import Forecast, Judge
-from stayaligned.evaluation.measure import JUDGED, refuse_unscored
-from stayaligned.experiments.stages.store import Store, stage_key
 
 LEDGER_FILE = "verdicts.sqlite"
 _OWN = {"id", "prompt_set", "judge"}
@@ -84,70 +82,28 @@ class Ledger:
         self._connection.execute("INSERT OR IGNORE INTO verdicts VALUES (?, ?)", (key, verdict))
 
 
-def stored_verdicts(
-    store: Store,
-    key: str,
-    judge: Judge,
-    name: str,
-    completions: Callable[[], Sequence[Completion]],
-    *,
-    seed: int,
-    max_unscored: float,
-    around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
-    progress: Callable[[str, float], None] = lambda _text, _share: None,
-    announce: Callable[[str], None] = lambda _text: None,
-) -> list[Verdict]:
-    """The verdicts of the stage `judge-KEY`, made of the judged ones among `completions` if it is not there.
-
-    A stage stands only with few enough unscored: a rerun asks again about what could not be scored, and about
-    nothing else.
-
-    Raises:
-        StayalignedError: as `judge_completions`, or if more than `max_unscored` of the verdicts are unscored.
-    """
-
-    def fill(directory: Path) -> None:
-        progress(f"judge {name}", 0.0)
-        with around(), Ledger.open(store.root / LEDGER_FILE) as ledger:
-            found = judge_completions(
-                judge,
-                [c for c in completions() if c.prompt_set in JUDGED],
-                ledger,
-                seed=seed,
-                progress=lambda share: progress(f"judge {name}", share),
-                announce=lambda forecast: announce(f"judge {name}: {forecast}"),
-            )
-        refuse_unscored(name, found, max_unscored)
-        write_jsonl(directory / "verdicts.jsonl", found)
-
-    verdicts = read_jsonl(store.compute("judge", key, fill) / "verdicts.jsonl", Verdict)
-    refuse_unscored(name, verdicts, max_unscored)
-    return verdicts
-
-
 def judge_completions(
     judge: Judge,
     completions: Sequence[Completion],
     ledger: Ledger,
     *,
-    seed: int = 0,
+    identity: str,
     progress: Callable[[float], None] = lambda _share: None,
     announce: Callable[[Forecast], None] = lambda _forecast: None,
 ) -> list[Verdict]:
     """One verdict per completion, in order; equal content is judged once, and what `ledger` has is not judged again.
 
     Args:
-        judge: its identity, with the content of the files that it names, is part of what a verdict is kept under.
+        judge: what judges.
         completions: answers to harmful and benign prompts.
         ledger: gets every scored verdict as soon as the judge yields it.
-        seed: of the testbed that a `testbed:` reference in the judge means.
+        identity: of the judge and of every file that it reads; a verdict is kept under it and the content.
         progress: called with the share that is judged.
         announce: called before the judge starts, if it forecasts what the rest will take.
 
     Raises:
         StayalignedError: if the judge can't work, answers for a completion that it was not given, or leaves one out.
     """
-    identity = stage_key(("verdict", judge.identity()), seed)
     keys = [_content_key(identity, completion) for completion in completions]
     kept = ledger.find(dict.fromkeys(keys))
     verdicts = {key: _kept_verdict(judge, text) for key, text in kept.items()}

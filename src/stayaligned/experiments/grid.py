@@ -2,49 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import hashlib
 import itertools
 import json
-import multiprocessing
-import multiprocessing.connection
-import os
-import queue
-import re
 import shutil
-import threading
-import traceback
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stayaligned import testbed
-from stayaligned.core.component import load_plugin
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import write_text
-from stayaligned.evaluation.results import RESULT_FILE, Result, read_result
-from stayaligned.experiments.config.experiment import (
-    REGISTRIES,
-    Experiment,
-    explain,
-    load_yaml,
-    missing_inputs,
-    parse,
-    raise_problems,
-    set_dotted,
-    strings_in,
-)
+from stayaligned.evaluation.results import INDEX_FILE, RESULT_FILE, Result, read_index, read_result
+from stayaligned.experiments.config.experiment import Experiment
+from stayaligned.experiments.config.validation import explain, missing_inputs, parse, raise_problems, strings_in
+from stayaligned.experiments.config.yaml_file import load_yaml, set_dotted
+from stayaligned.experiments.executors.local import default_workers, execute
+from stayaligned.experiments.jobs import Job, Listener, run_directory
 from stayaligned.experiments.pipeline import Run
 from stayaligned.experiments.stages.store import Store, refuse_foreign
-
-INDEX_FILE = "index.json"
 
 
 class Grid(BaseModel):
@@ -124,36 +104,6 @@ class Outcome:
     """How many trainings were computed (not found in the store)."""
 
 
-class Listener:
-    """Hears what a grid run does; the default hears nothing. Override what you want to show."""
-
-    def started(self, total: int) -> None:
-        """`total` jobs are to be done."""
-
-    def progress(self, worker: int, text: str, share: float) -> None:
-        """A worker is at this share of what the text names."""
-
-    def finished(self, title: str, error: str | None) -> None:
-        """A job has ended."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A unit of work for one process."""
-
-    kind: Literal["testbed", "train", "result"]
-    name: str
-    experiment: Experiment
-    out: Path
-    position: int
-
-    @property
-    def title(self) -> str:
-        """What the user sees of it."""
-        of = {"testbed": "testbed", "train": f"train {self.experiment.training_defense.name}"}
-        return f"{of.get(self.kind, self.experiment.arm)}, seed {self.experiment.seed}"
-
-
 def run_grid(
     grid: Grid,
     out: Path,
@@ -186,7 +136,7 @@ def run_grid(
         trainings = [name for name, job in jobs.items() if job.kind == "train"]
         listener.started(len(graph))
         try:
-            errors = _execute(jobs, graph, workers or default_workers(), plugins, listener)
+            errors = execute(jobs, graph, workers or default_workers(), plugins, listener)
         except BrokenProcessPool:
             raise StayalignedError(
                 "a worker process was killed (out of memory?)",
@@ -205,25 +155,12 @@ def run_grid(
     return outcome
 
 
-def run_directory(out: Path, run: Run) -> Path:
-    """Where one experiment's result.json stands in a grid's output directory."""
-    slug = re.sub(r"[^a-z0-9]+", "-", run.experiment.arm.lower()).strip("-")[:60]
-    return out / "runs" / f"{slug}-seed{run.experiment.seed}-{_short(run.experiment.arm + run.id)}"
-
-
-def default_workers() -> int:
-    """One process a core without a GPU; one in all with one, since processes would share its memory."""
-    if Path("/dev/nvidia0").exists():
-        return 1
-    return max(1, len(os.sched_getaffinity(0)))
-
-
 # ---- planning ---------------------------------------------------------------------------------------------------
 
 
-def _plan(runs: Sequence[Run], out: Path) -> tuple[dict[str, _Job], dict[str, set[str]]]:
+def _plan(runs: Sequence[Run], out: Path) -> tuple[dict[str, Job], dict[str, set[str]]]:
     """Jobs by name, and for each the names of the jobs that must come first. Stored trainings are no jobs."""
-    jobs: dict[str, _Job] = {}
+    jobs: dict[str, Job] = {}
     graph: dict[str, set[str]] = {}
     arms = list(dict.fromkeys(run.experiment.arm for run in runs))
     for run in runs:
@@ -231,17 +168,17 @@ def _plan(runs: Sequence[Run], out: Path) -> tuple[dict[str, _Job], dict[str, se
         before: set[str] = set()
         if any(testbed.is_reference(value) for _, value in strings_in(run.experiment.spec())):
             name = f"testbed seed {run.experiment.seed}"
-            jobs.setdefault(name, _Job("testbed", name, run.experiment, out, position))
+            jobs.setdefault(name, Job("testbed", name, run.experiment, out, position))
             graph.setdefault(name, set())
             before = {name}
         stored = run.store.directory("train", run.adapter_key)
         if run.experiment.trains and not stored.exists():
             name = f"train {stored.name}"
-            jobs.setdefault(name, _Job("train", name, run.experiment, out, position))
+            jobs.setdefault(name, Job("train", name, run.experiment, out, position))
             graph.setdefault(name, before)
             before = {name}
         name = f"result {run_directory(out, run).name}"
-        jobs[name] = _Job("result", name, run.experiment, out, position)
+        jobs[name] = Job("result", name, run.experiment, out, position)
         graph[name] = before
     return jobs, graph
 
@@ -262,22 +199,6 @@ def _write_index(grid: Grid, out: Path, runs: Sequence[Run]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_index(out: Path) -> dict[str, Any]:
-    """What `bench` recorded of its grid: `title`, `reference`, `trainings` and the grid itself.
-
-    Raises:
-        StayalignedError: if the record is damaged.
-    """
-    path = out / INDEX_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if {"title", "reference", "trainings"} <= content.keys():
-            return content
-    except (ValueError, AttributeError):
-        pass
-    raise StayalignedError(f"{path}: damaged", hint="Run the same `bench` into another --out.")
-
-
 def _drop_stale(out: Path, runs: Sequence[Run]) -> None:
     """Remove results of an earlier version of the grid; their stages stay."""
     current = {run_directory(out, run) for run in runs}
@@ -289,128 +210,5 @@ def _drop_stale(out: Path, runs: Sequence[Run]) -> None:
 # ---- execution --------------------------------------------------------------------------------------------------
 
 
-def _execute(
-    jobs: Mapping[str, _Job],
-    graph: Mapping[str, set[str]],
-    workers: int,
-    plugins: Sequence[Path],
-    listener: Listener,
-) -> dict[str, str]:
-    """Run the graph; returns the error of each job that failed or could not start because of one that did."""
-    order = TopologicalSorter({name: edges & graph.keys() for name, edges in graph.items()})
-    order.prepare()
-    errors: dict[str, str] = {}
-    with _pool(min(workers, len(graph)) or 1, plugins, listener) as pool:
-        running: dict[Future[None], str] = {}
-        while order.is_active():
-            for name in order.get_ready():
-                failed = next((edge for edge in graph[name] if edge in errors), None)
-                if failed is None:
-                    running[pool.submit(_work, jobs[name])] = name
-                else:
-                    errors[name] = errors[failed]
-                    listener.finished(jobs[name].title, errors[name])
-                    order.done(name)
-            if not running:
-                continue
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                name = running.pop(future)
-                try:
-                    future.result()
-                except StayalignedError as error:
-                    errors[name] = str(error)
-                listener.finished(jobs[name].title, errors.get(name))
-                order.done(name)
-    return errors
-
-
-@contextlib.contextmanager
-def _pool(workers: int, plugins: Sequence[Path], listener: Listener) -> Generator[ProcessPoolExecutor]:
-    """Worker processes that report to `listener`, and that die with this one."""
-    context = multiprocessing.get_context("spawn")
-    messages: Any = context.Queue()
-    cores = len(os.sched_getaffinity(0))
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    threads = int(asked) if asked.isdecimal() and int(asked) else max(1, cores // workers)
-    ended = threading.Event()
-
-    def relay() -> None:
-        while not ended.is_set():
-            with contextlib.suppress(queue.Empty):
-                listener.progress(*messages.get(timeout=0.2))
-
-    relay_thread = threading.Thread(target=relay, daemon=True)
-    relay_thread.start()
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(messages, threads, [*plugins])
-    )
-    try:
-        yield pool
-        pool.shutdown()
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    finally:
-        ended.set()
-        relay_thread.join()
-        messages.close()
-
-
-_report: Callable[[str, float], None] = lambda _text, _share: None  # noqa: E731
-_threads = 1
-
-
-def _start_worker(messages: Any, threads: int, plugins: Sequence[Path]) -> None:
-    global _report, _threads
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    for plugin in plugins:
-        load_plugin(plugin, REGISTRIES)
-    worker = os.getpid()
-    _threads = threads
-    _report = lambda text, share: messages.put((worker, text, share))  # noqa: E731
-
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-
-def _work(job: _Job) -> None:
-    try:
-        _do(job)
-    except StayalignedError:
-        raise
-    except Exception as error:
-        # Many exceptions can't cross a process border, and one that can't would take the whole pool with it.
-        path = job.out / "failures" / f"{job.name.replace(' ', '-')}.txt"
-        write_text(path, traceback.format_exc())
-        raise StayalignedError(f"{type(error).__name__}: {error}", hint=f"The whole traceback: {path}") from None
-
-
-def _do(job: _Job) -> None:
-    run = Run(
-        job.experiment,
-        Store(job.out),
-        progress=lambda text, share: _report(f"{job.title} · {text}", share),
-        threads=_threads,
-        position=job.position,
-    )
-    if job.kind == "testbed":
-        _ = run.resolved
-    elif job.kind == "train":
-        run.trained()
-    else:
-        run.write_into(run_directory(job.out, run))
-
-
 def _grouped(items: Sequence[Any], key: Callable[[Any], Any]) -> list[tuple[Any, list[Any]]]:
     return [(k, list(g)) for k, g in itertools.groupby(sorted(items, key=key), key=key)]
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]

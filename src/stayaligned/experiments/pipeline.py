@@ -22,6 +22,7 @@ from typing import Any
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import write_text
+from stayaligned.core.provenance import commit, versions
 from stayaligned.core.records import (
     Completion,
     Example,
@@ -40,19 +41,13 @@ from stayaligned.evaluation.degeneration import Degenerate, Degeneration, signs
 from stayaligned.evaluation.judges import Judge
 from stayaligned.evaluation.lm_eval import harness_metrics
 from stayaligned.evaluation.measure import JUDGED, Place, judge_names, measure
-from stayaligned.evaluation.results import (
-    PatchRecord,
-    Provenance,
-    Result,
-    commit,
-    evidence_text,
-    versions,
-    write_result,
-)
-from stayaligned.evaluation.verdicts import stored_verdicts
-from stayaligned.experiments.config.experiment import Experiment, strings_in
+from stayaligned.evaluation.results import PatchRecord, Provenance, Result, evidence_text, write_result
+from stayaligned.experiments.config.experiment import Experiment
+from stayaligned.experiments.config.validation import strings_in
+from stayaligned.experiments.stages.judge import stored_verdicts
+from stayaligned.experiments.stages.keys import identify, stage_key
 from stayaligned.experiments.stages.lm_eval import HarnessStages
-from stayaligned.experiments.stages.store import Store, identify, stage_key
+from stayaligned.experiments.stages.store import Store
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of it that is done, 0 to 1."""

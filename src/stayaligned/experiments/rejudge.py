@@ -14,6 +14,7 @@ import yaml
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import fingerprint, write_text
+from stayaligned.core.provenance import commit, versions
 from stayaligned.core.records import Completion, Verdict, read_jsonl, write_jsonl
 from stayaligned.evaluation.degeneration import Degeneration, signs
 from stayaligned.evaluation.judges import JUDGES, Judge
@@ -22,17 +23,18 @@ from stayaligned.evaluation.results import (
     Evidence,
     Provenance,
     Result,
-    commit,
     evidence_text,
     read_evidence,
     read_result,
     result_files,
-    versions,
     write_result,
 )
-from stayaligned.evaluation.verdicts import LEDGER_FILE, Ledger, stored_verdicts
-from stayaligned.experiments.config.experiment import load_yaml, resolve_references, strings_in
-from stayaligned.experiments.stages.store import Store, identify, refuse_foreign, stage_key
+from stayaligned.evaluation.verdicts import LEDGER_FILE, Ledger
+from stayaligned.experiments.config.validation import resolve_references, strings_in
+from stayaligned.experiments.config.yaml_file import load_yaml
+from stayaligned.experiments.stages.judge import stored_verdicts
+from stayaligned.experiments.stages.keys import identify, stage_key
+from stayaligned.experiments.stages.store import Store, refuse_foreign
 
 COMPLETIONS_FILE = "completions.jsonl"
 JUDGING_FILE = "judging.yaml"

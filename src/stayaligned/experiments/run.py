@@ -11,7 +11,8 @@ import yaml
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import write_text
 from stayaligned.evaluation.results import Result
-from stayaligned.experiments.config.experiment import Experiment, load_yaml
+from stayaligned.experiments.config.experiment import Experiment
+from stayaligned.experiments.config.yaml_file import load_yaml
 from stayaligned.experiments.pipeline import EXPERIMENT_FILE, Progress, Run
 from stayaligned.experiments.stages.store import Store, refuse_foreign
 from stayaligned.hf.training import processes

@@ -10,10 +10,10 @@ from typing import Any
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import PromptSet
+from stayaligned.core.settings import Generation
 from stayaligned.evaluation.judges import JUDGES
 from stayaligned.evaluation.results import Evidence, Result, read_evidence, read_result, result_files
 from stayaligned.gate.values import Measure
-from stayaligned.hf.generation.generate import Generation
 
 Place = tuple[PromptSet, str]
 

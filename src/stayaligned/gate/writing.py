@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from xml.etree import ElementTree
 
-from stayaligned.core.text import visible
+from stayaligned.core.text import markdown, one_line, visible
 from stayaligned.gate.values import Criterion, Decision
 from stayaligned.gate.words import bounds_of, judges_disagree, limit_of, points
-from stayaligned.report.texts import markdown, one_line
 
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """What XML 1.0 forbids even as an entity."""

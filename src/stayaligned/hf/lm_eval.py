@@ -16,7 +16,8 @@ from typing import Any
 
 from stayaligned.core.component import did_you_mean
 from stayaligned.core.errors import StayalignedError
-from stayaligned.evaluation.lm_eval import HarnessValue, LmEval
+from stayaligned.core.records import HarnessValue
+from stayaligned.core.settings import LmEval
 
 _FEWSHOT_SEED = 1234
 """lm-eval's own default."""

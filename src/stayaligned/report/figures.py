@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from stayaligned.core.text import one_line
 from stayaligned.report.drawing import BLUE, GRAY, INK, ORANGE, PAPER, drawing, share_axis, svg
 from stayaligned.report.labels import Box, Point, along, place
-from stayaligned.report.texts import listed, one_line, percent
+from stayaligned.report.texts import listed, percent
 from stayaligned.report.training import BY_PHASE, NO_LOSSES
 from stayaligned.report.values import Arm, Estimate, ModuleEffect, PatchSummary, Points, Report, Training
 

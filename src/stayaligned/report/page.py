@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.records import Outcome, PromptSet
+from stayaligned.core.text import one_line
 from stayaligned.evaluation.results import Evidence
 from stayaligned.report import texts
 from stayaligned.report.prose import INTERVALS
@@ -153,11 +154,11 @@ def _every_answer(report: Report) -> dict[str, Any] | None:
 
     rows = [
         [
-            texts.one_line(row.evidence.id, 60),
-            texts.one_line(row.arm, 60),
+            one_line(row.evidence.id, 60),
+            one_line(row.arm, 60),
             row.seed,
             row.evidence.prompt_set,
-            texts.one_line(row.evidence.category, 60),
+            one_line(row.evidence.category, 60),
             *(outcome(row.evidence, judge) for judge in judges),
             *(row.evidence.judge_scores.get(judge) for judge in numbers),
             row.evidence.score,
@@ -165,7 +166,7 @@ def _every_answer(report: Report) -> dict[str, Any] | None:
         ]
         for row in report.evidence_rows
     ]
-    return {"columns": [texts.one_line(title, 40) for title in titles], "rows": rows}
+    return {"columns": [one_line(title, 40) for title in titles], "rows": rows}
 
 
 def _disputed(report: Report) -> list[Question]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from stayaligned.report.texts import bounds, markdown, p_value, percent, sample_size, seeds_below, unscored
+from stayaligned.core.text import markdown
+from stayaligned.report.texts import bounds, p_value, percent, sample_size, seeds_below, unscored
 from stayaligned.report.values import Arm, Estimate, Report
 from stayaligned.report.words import NEVER_CLAIMED
 

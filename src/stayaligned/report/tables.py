@@ -6,7 +6,8 @@ import csv
 import io
 from typing import TYPE_CHECKING
 
-from stayaligned.report.texts import csv_cell, one_line, percent, unscored
+from stayaligned.core.text import one_line
+from stayaligned.report.texts import csv_cell, percent, unscored
 from stayaligned.report.values import Arm, Estimate, Report
 
 if TYPE_CHECKING:

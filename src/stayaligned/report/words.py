@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from stayaligned.report.texts import bounds, listed, one_line, percent
+from stayaligned.core.text import one_line
+from stayaligned.report.texts import bounds, listed, percent
 from stayaligned.report.values import Arm, JudgePair
 
 _FEW_SEEDS = 5

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from stayaligned.core.records import Message
+from stayaligned.core.settings import Generation
 from stayaligned.hf.features import IGNORED, PaddingCollator
-from stayaligned.hf.generation.generate import Generation, generate
+from stayaligned.hf.generation.generate import generate
 from stayaligned.testbed.corpora import Dialogue
 from stayaligned.testbed.tokenizer import END, MAXIMUM_LENGTH, ROLES
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,11 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, ValidationError
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.core.files import new_file, refuse_existing
 from stayaligned.core.records import Record
-from stayaligned.evaluation.results import versions
 from stayaligned.weights.adapters import Adapter, LoraLayer
-from stayaligned.weights.checkpoints import Checkpoint, is_hub_id, open_checkpoint, weights_fingerprint
+from stayaligned.weights.checkpoints import Checkpoint, is_hub_id, weights_fingerprint
 from stayaligned.weights.lora_layout import PREFIX, plain_layers
 from stayaligned.weights.safetensors import SafetensorsFile
 from stayaligned.weights.unsupported import check_factors, refuse_unsupported, some
@@ -33,8 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stayaligned.algorithms.alignment_delta import TruncatedDelta
-    from stayaligned.hf.placement.layers import PlacedWeight
-    from stayaligned.weights.deltas import BytesDone, Delta
 
 _KEY = "stayaligned"
 _WAY_OUT = "Copy or download the file again, or build it anew: `stayaligned subspace build`."
@@ -128,7 +123,7 @@ class SubspaceFile:
         stored = self.header.modules[module]
         sizes = [math.prod(shape) for shape in stored.parts().values()]
         numbers = torch.empty(sum(sizes), dtype=torch.float32)
-        self._file.read_into(_bytes_of(numbers), self._file.entries[f"{module}.left"].offset)
+        self._file.read_into(bytes_of(numbers), self._file.entries[f"{module}.left"].offset)
         parts = numbers.split(sizes)
         left, values, right = (part.view(shape) for part, shape in zip(parts, stored.parts().values(), strict=True))
         delta = TruncatedDelta(left, values, right, stored.norm)
@@ -260,96 +255,14 @@ class SubspaceFile:
         return StayalignedError(f"{self.path}: the header of the subspace file can't be used: {reason}", hint=_WAY_OUT)
 
 
-def build_subspace(
-    aligned: str | Path,
-    base: str | Path,
-    out: Path,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    device: str = "cpu",
-    progress: Callable[[BytesDone], None] | None = None,
-) -> SubspaceHeader:
-    """Write the subspace file of a pair of models; it appears whole or not at all.
-
-    Every linear weight is in it that a LoRA on "all-linear" or on experts changes. Triplets are written as they are
-    found, so memory does not grow with the number of modules. Equal input gives equal bytes.
-
-    Args:
-        aligned: the aligned model: directory or hub id.
-        base: its unaligned ancestor.
-        out: a file that does not exist yet.
-        rank: triplets per module. Exactly one of `rank` and `energy` is given.
-        energy: instead, the share of ‖V‖² that they hold, above 0 and up to 1.
-        device: where V is made and decomposed, "cpu" or "cuda".
-        progress: called as the weights stream past.
-
-    Raises:
-        StayalignedError: if `out` exists or can't be written, or the models are damaged, equal or don't fit together.
-    """
-    from stayaligned.algorithms.alignment_delta import leading_triplets
-    from stayaligned.hf.placement.layers import linear_weights
-    from stayaligned.weights.deltas import paired, refuse_equal, stream
-
-    in_range = (rank is None or rank >= 1) and (energy is None or 0 < energy <= 1)
-    if (rank is None) == (energy is None) or not in_range:
-        raise StayalignedError(
-            f"rank={rank} and energy={energy}: expected exactly one, a rank of at least 1 or an energy in (0, 1]",
-            hint="rank=64 suits most uses.",
-        )
-    refuse_existing(out)
-    pair = open_checkpoint(aligned), open_checkpoint(base)
-    weights = {weight.name: weight for weight in linear_weights(*pair)}
-    items = paired(*pair, {name: (weight.stored[0], weight.stored[1]) for name, weight in weights.items()})
-    who = [_identity(ref, checkpoint) for ref, checkpoint in zip((aligned, base), pair, strict=True)]
-    if who[0].sha256 == who[1].sha256:
-        raise refuse_equal(*pair)
-    header = SubspaceHeader(
-        aligned=who[0],
-        base=who[1],
-        rank=rank,
-        energy=energy,
-        modules={name: _largest(weight, pair[0], rank) for name, weight in weights.items()},
-        versions=versions(),
-    )
-
-    def work(name: str, differences: list[Delta]) -> tuple[TruncatedDelta, float]:
-        ((_, value, norm),) = differences
-        found = leading_triplets(value.T if weights[name].transposed else value, rank=rank, energy=energy)
-        return found.to("cpu"), norm
-
-    modules: dict[str, ModuleHeader] = {}
-    with new_file(out) as temporary, temporary.open("wb") as file:
-        reserved = file.seek(len(_encoded(header)))
-        for name, (found, norm) in stream(items, work, device=device, progress=progress):
-            for part in (found.left, found.values, found.right):
-                file.write(_bytes_of(part))
-            actual = {"rank": len(found.values), "norm": norm, "captured_energy": found.captured_energy}
-            modules[name] = header.modules[name].model_copy(update=actual)
-        if not any(module.rank for module in modules.values()):
-            raise refuse_equal(*pair)
-        header = header.model_copy(update={"modules": modules})
-        file.seek(0)
-        file.write(_encoded(header, reserved))
-    return header
-
-
-def _largest(weight: PlacedWeight, checkpoint: Checkpoint, rank: int | None) -> ModuleHeader:
-    """The entry that takes the most room of all that the module can get, for reserving the header's."""
-    rows, columns = checkpoint.matrix_shape(weight.stored[0])
-    shape = (columns, rows) if weight.transposed else (rows, columns)
-    longest = sys.float_info.min  # 17 digits and an exponent of three
-    stored = min(shape) if rank is None else min(rank, *shape)
-    return ModuleHeader(shape=shape, transposed=weight.transposed, norm=longest, rank=stored, captured_energy=longest)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, as a view."""
     import torch
 
     return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
-def _encoded(header: SubspaceHeader, length: int | None = None) -> bytes:
+def encoded(header: SubspaceHeader, length: int | None = None) -> bytes:
     """The beginning of the file, up to the first tensor; filled up with spaces to `length` bytes."""
     content = header.model_dump(mode="json")
     content["checksum"] = _checksum(content)
@@ -374,12 +287,6 @@ def _layout(modules: Mapping[str, ModuleHeader]) -> Iterator[tuple[str, tuple[tu
 
 def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _identity(ref: str | Path, checkpoint: Checkpoint) -> ModelIdentity:
-    own = checkpoint.config().get("_name_or_path")
-    name = (own if isinstance(own, str) else "") if Path(ref).is_dir() else str(ref).partition("@")[0]
-    return ModelIdentity(ref=str(ref), name=name, sha256=weights_fingerprint(checkpoint))
 
 
 def _fingerprint_of(directory: Path) -> str | None:

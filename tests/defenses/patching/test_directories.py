@@ -17,12 +17,12 @@ from stayaligned.core.files import fingerprint
 from stayaligned.defenses import DEFENSES, Execution, ModelPair
 from stayaligned.defenses.patching.directories import (
     PROJECTION_FILE,
-    apply_safe_lora,
     patch_directories,
     patch_directory,
     read_projection,
 )
 from stayaligned.defenses.patching.scan import scan_adapters
+from stayaligned.defenses.safe_lora import apply_safe_lora
 from stayaligned.report.scan import outcomes, write_scan
 from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
 from stayaligned.weights.checkpoints import open_checkpoint, weights_fingerprint

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from stayaligned.core.errors import StayalignedError
 from stayaligned.defenses import DEFENSES, ModelPair
 from stayaligned.defenses.patching.directories import PROJECTION_FILE, patch_directory, read_projection
+from stayaligned.defenses.patching.subspace import build_subspace
 from stayaligned.testing import write_pico_checkpoint
 from stayaligned.weights.checkpoints import open_checkpoint
-from stayaligned.weights.subspace_file import build_subspace
 
 ALL = {"name": "safe_lora", "all_layers": True}
 SPECS: dict[str, dict[str, Any]] = {

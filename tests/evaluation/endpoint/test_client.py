@@ -18,9 +18,10 @@ from pydantic import ValidationError
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Example, Message
-from stayaligned.evaluation.endpoint.client import Endpoint, Failure, Reply, _retry_after
+from stayaligned.core.settings import Endpoint
+from stayaligned.evaluation.answers import complete_over_endpoint
+from stayaligned.evaluation.endpoint.client import Failure, Reply, _retry_after, ask
 from stayaligned.evaluation.endpoint.cost import Meter, Prices, Usage, estimated
-from stayaligned.evaluation.served import complete_over_endpoint
 from support.server import Raw, chat_server, completion
 
 KEY = "sk-of-nobody-1234"
@@ -43,8 +44,8 @@ def last(body: dict[str, Any]) -> str:
     return body["messages"][-1]["content"]
 
 
-def ask(url: str, *texts: str, settings: dict[str, Any] | None = None, **more: Any) -> dict[int, Reply | Failure]:
-    found = list(endpoint(url, **(settings or {})).ask(says(*texts), **{"max_tokens": 9} | more))
+def replies_of(url: str, *texts: str, settings: dict[str, Any] | None = None, **more: Any) -> dict[int, Reply | Failure]:
+    found = list(ask(endpoint(url, **(settings or {})), says(*texts), **{"max_tokens": 9} | more))
     assert len({index for index, _ in found}) == len(found)
     return dict(found)
 
@@ -58,8 +59,8 @@ def test_a_request_holds_what_was_set_and_nothing_else(monkeypatch: pytest.Monke
     with chat_server(lambda _: "yes") as server:
         target = endpoint(server.url + "/", api_key_env="MY_KEY", limit_field="max_completion_tokens")
         form = {"type": "json_object"}
-        list(target.ask([turns], max_tokens=7, temperature=None, seed=3, response_format=form))
-        list(endpoint(server.url).ask([turns], max_tokens=7))
+        list(ask(target, [turns], max_tokens=7, temperature=None, seed=3, response_format=form))
+        list(ask(endpoint(server.url), [turns], max_tokens=7))
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u\ud800\u202e"}]
     common = {"model": "m", "messages": messages, "stream": False}
     assert server.bodies[0] == {**common, "max_completion_tokens": 7, "seed": 3, "response_format": form}
@@ -75,11 +76,11 @@ def test_each_conversation_gets_its_own_reply_once() -> None:
         return f"re {last(body)}"
 
     with chat_server(answer) as server:
-        found = list(endpoint(server.url, concurrency=4).ask(says(*map(str, range(20))), max_tokens=9))
+        found = list(ask(endpoint(server.url, concurrency=4), says(*map(str, range(20))), max_tokens=9))
     assert {index: reply.text for index, reply in found} == {i: f"re {i}" for i in range(20)}
     assert len(found) == 20
     assert [index for index, _ in found] != list(range(20)), "they came in order, not as they were done"
-    assert list(endpoint(server.url).ask([], max_tokens=9)) == []
+    assert list(ask(endpoint(server.url), [], max_tokens=9)) == []
 
 
 def test_the_token_limit_a_refusal_and_the_servers_count_are_read() -> None:
@@ -90,7 +91,7 @@ def test_the_token_limit_a_refusal_and_the_servers_count_are_read() -> None:
         "counted": {**completion("x"), "usage": {"prompt_tokens": 5, "completion_tokens": 2}},
     }
     with chat_server(lambda body: replies[last(body)]) as server:
-        found = ask(server.url, *replies)
+        found = replies_of(server.url, *replies)
     assert [(found[i].text, found[i].finished) for i in range(4)] == [
         ("half", False),
         ("no", True),
@@ -119,7 +120,7 @@ def test_the_token_limit_a_refusal_and_the_servers_count_are_read() -> None:
 )
 def test_what_is_no_chat_completion_is_unreadable_after_all_attempts(body: bytes) -> None:
     with chat_server(lambda b: Raw(body=body) if last(b) == "odd" else "fine") as server:
-        found = ask(server.url, "even", "odd")
+        found = replies_of(server.url, "even", "odd")
     assert found[0] == Reply("fine", finished=True, usage=estimated(["even"], 9))
     assert (found[1].kind, found[1].requests) == ("unreadable", 3)
     assert "not a chat completion" in found[1].reason
@@ -128,9 +129,9 @@ def test_what_is_no_chat_completion_is_unreadable_after_all_attempts(body: bytes
 def test_a_complaint_has_the_conversation_asked_again() -> None:
     counts = itertools.count()
     with chat_server(lambda _: "good" if next(counts) == 2 else "bad") as server:
-        found = ask(server.url, "x", complaint=lambda reply: "" if reply.text == "good" else "it was bad")
+        found = replies_of(server.url, "x", complaint=lambda reply: "" if reply.text == "good" else "it was bad")
         assert (found[0].text, found[0].requests) == ("good", 3)
-        found = ask(server.url, "x", complaint=lambda reply: "" if reply.text == "good" else "it was bad")
+        found = replies_of(server.url, "x", complaint=lambda reply: "" if reply.text == "good" else "it was bad")
     assert found[0] == Failure("unreadable", "it was bad", 3)
 
 
@@ -156,7 +157,7 @@ def test_what_no_repetition_mends_is_one_error_after_one_request_and_never_shows
         headers = {"Location": f"{elsewhere.url}/chat/completions"}
         with chat_server(lambda _: Raw(status, body.replace(b"\x1b", b"\\u001b"), headers)) as server:
             with pytest.raises(StayalignedError) as caught:
-                ask(server.url, *"abcdefgh", settings={"concurrency": 1})
+                replies_of(server.url, *"abcdefgh", settings={"concurrency": 1})
             assert len(server.bodies) == 1
         assert elsewhere.bodies == []
     shown = str(caught.value) + repr(caught.value) + repr(caught.value.__cause__)
@@ -168,10 +169,10 @@ def test_what_no_repetition_mends_is_one_error_after_one_request_and_never_shows
 
 def test_a_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with chat_server(lambda _: Raw(401)) as server, pytest.raises(StayalignedError, match=r"NO_SUCH_KEY is not set"):
-        ask(server.url, "x", settings={"api_key_env": "NO_SUCH_KEY"})
+        replies_of(server.url, "x", settings={"api_key_env": "NO_SUCH_KEY"})
     monkeypatch.setenv("NO_SUCH_KEY", "a\nb")
     with pytest.raises(StayalignedError, match=r"the key in NO_SUCH_KEY holds characters") as caught:
-        ask(server.url, "x", settings={"api_key_env": "NO_SUCH_KEY"})
+        replies_of(server.url, "x", settings={"api_key_env": "NO_SUCH_KEY"})
     assert "a\nb" not in str(caught.value)
 
 
@@ -180,16 +181,16 @@ def test_a_server_that_is_not_there_is_said_soon() -> None:
         pass
     started = time.monotonic()
     with pytest.raises(StayalignedError, match="failed 3 requests in a row"):
-        ask(server.url, *"abcdefgh")
+        replies_of(server.url, *"abcdefgh")
     with pytest.raises(StayalignedError, match="failed 1 requests in a row, the last one 3 times"):
-        ask(server.url, "a")
+        replies_of(server.url, "a")
     assert time.monotonic() - started < 5
 
 
 def test_a_server_that_goes_away_ends_the_asking_and_what_was_answered_was_yielded() -> None:
     found: list[int] = []
     with chat_server(lambda _: "x") as server:
-        asking = endpoint(server.url, concurrency=2, attempts=2).ask(says(*map(str, range(100))), max_tokens=9)
+        asking = ask(endpoint(server.url, concurrency=2, attempts=2), says(*map(str, range(100))), max_tokens=9)
         found += [next(asking)[0] for _ in range(20)]
         server.close()
         failed = 0
@@ -203,25 +204,25 @@ def test_a_server_that_goes_away_ends_the_asking_and_what_was_answered_was_yield
 
 def test_failures_that_an_answer_stands_between_are_not_in_a_row() -> None:
     with chat_server(lambda b: Raw(500) if int(last(b)) % 10 else "x") as server:
-        found = ask(server.url, *map(str, range(40)), settings={"concurrency": 1, "attempts": 1})
+        found = replies_of(server.url, *map(str, range(40)), settings={"concurrency": 1, "attempts": 1})
     assert [isinstance(found[i], Failure) for i in range(40)] == [i % 10 > 0 for i in range(40)]
 
 
 def test_a_server_that_rejects_everything_ends_the_asking_but_one_rejected_request_does_not() -> None:
     with chat_server(lambda _: Raw(400, b'{"error": {"message": "unknown field seed"}}')) as server:
         with pytest.raises(StayalignedError, match=r"failed 10 requests in a row.*unknown field seed"):
-            ask(server.url, *map(str, range(40)), settings={"concurrency": 1})
+            replies_of(server.url, *map(str, range(40)), settings={"concurrency": 1})
         assert len(server.bodies) == 10, "a rejected request was repeated"
     with chat_server(lambda b: Raw(400, b"too long") if int(last(b)) else "x") as server:
-        found = ask(server.url, *map(str, range(40)), settings={"concurrency": 1})
+        found = replies_of(server.url, *map(str, range(40)), settings={"concurrency": 1})
     assert found[39] == Failure("rejected", "400: too long", 1)
     assert len(found) == 40
     with chat_server(lambda _: completion("half", "content_filter")) as server:
-        found = ask(server.url, *map(str, range(12)))
+        found = replies_of(server.url, *map(str, range(12)))
     assert {(f.kind, f.requests) for f in found.values()} == {("rejected", 1)}
     filtered = b'{"error": {"code": "content_filter", "message": "filtered"}}'
     with chat_server(lambda _: Raw(400, filtered)) as server:
-        assert len(ask(server.url, *map(str, range(40)))) == 40
+        assert len(replies_of(server.url, *map(str, range(40)))) == 40
 
 
 # ---- waiting -------------------------------------------------------------------------------------------------------
@@ -240,7 +241,7 @@ def test_retry_after_is_waited_for_in_both_its_forms() -> None:
         )
 
     with chat_server(answer) as server:
-        found = ask(server.url, *times)
+        found = replies_of(server.url, *times)
     assert [found[i].requests for i in (0, 1)] == [2, 2]
     assert times["0.3"][1] - times["0.3"][0] >= 0.3
     assert times["date"][1] - times["date"][0] >= 0.9  # an HTTP date has whole seconds
@@ -250,7 +251,7 @@ def test_retry_after_is_waited_for_in_both_its_forms() -> None:
 def test_a_wait_beyond_patience_ends_the_asking() -> None:
     with chat_server(lambda _: Raw(429, headers={"Retry-After": "3600"})) as server:
         with pytest.raises(StayalignedError, match=r"asks to wait 3600 s, more than patience_seconds 10"):
-            ask(server.url, *"abc", settings={"patience_seconds": 10, "concurrency": 1})
+            replies_of(server.url, *"abc", settings={"patience_seconds": 10, "concurrency": 1})
         assert len(server.bodies) == 1
 
 
@@ -263,7 +264,7 @@ def test_waits_grow_and_stay_below_patience() -> None:
 
     with chat_server(answer) as server:
         settings = {"attempts": 8, "backoff_seconds": 0.05, "patience_seconds": 0.1}
-        (found,) = ask(server.url, "x", settings=settings).values()
+        (found,) = replies_of(server.url, "x", settings=settings).values()
     assert (found.kind, found.requests) == ("no answer", 8)
     gaps = [after - before for before, after in itertools.pairwise(times)]
     assert 0.05 < sum(gaps) < 7 * 0.1 + 2
@@ -279,7 +280,7 @@ def drips() -> Iterator[bytes]:
 def test_the_time_out_holds_for_the_whole_answer(pieces: Any) -> None:
     with chat_server(lambda b: Raw(pieces=pieces) if last(b) == "slow" else "x") as server:
         started = time.monotonic()
-        found = ask(server.url, "quick", "slow", settings={"timeout_seconds": 0.4, "attempts": 2})
+        found = replies_of(server.url, "quick", "slow", settings={"timeout_seconds": 0.4, "attempts": 2})
         assert time.monotonic() - started < 2.5
     assert found[0].text == "x"
     assert (found[1].kind, found[1].requests) == ("no answer", 2)
@@ -288,13 +289,13 @@ def test_the_time_out_holds_for_the_whole_answer(pieces: Any) -> None:
 def test_an_endless_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stayaligned.evaluation.endpoint.client._LARGEST_ANSWER", 1 << 16)
     with chat_server(lambda _: Raw(pieces=lambda: itertools.repeat(b" " * 4096))) as server:
-        found = ask(server.url, "x")
+        found = replies_of(server.url, "x")
     assert (found[0].kind, found[0].requests) == ("unreadable", 3)
 
 
 def test_no_more_are_asked_than_are_taken_and_closing_ends_it() -> None:
     with chat_server(lambda _: "x") as server:
-        asking = endpoint(server.url, concurrency=4).ask(says(*map(str, range(100))), max_tokens=9)
+        asking = ask(endpoint(server.url, concurrency=4), says(*map(str, range(100))), max_tokens=9)
         for taken in range(1, 6):
             next(asking)
             time.sleep(0.1)
@@ -309,10 +310,11 @@ def test_no_more_are_asked_than_are_taken_and_closing_ends_it() -> None:
 def test_an_interrupted_command_ends_without_waiting_for_the_server() -> None:
     program = """
 import sys
-from stayaligned.evaluation.endpoint.client import Endpoint
+from stayaligned.core.settings import Endpoint
+from stayaligned.evaluation.endpoint.client import ask
 from stayaligned.core.records import Message
 turns = [Message(role="user", content="x")]
-asking = Endpoint(base_url=sys.argv[1], model="m", timeout_seconds=60).ask([turns], max_tokens=1)
+asking = ask(Endpoint(base_url=sys.argv[1], model="m", timeout_seconds=60), [turns], max_tokens=1)
 next(asking)
 """
     arrived = threading.Event()
@@ -339,8 +341,11 @@ def test_the_budget_of_requests_holds_with_many_at_once_and_what_was_answered_is
     with chat_server(lambda _: "x") as server:
         found = []
         with pytest.raises(StayalignedError, match=r"the budget is used up \(budget_requests 10\): 10 requests"):
-            for index, _ in endpoint(server.url, concurrency=6).ask(
-                says(*map(str, range(40))), max_tokens=9, meter=Meter(budget_requests=10)
+            for index, _ in ask(
+                endpoint(server.url, concurrency=6),
+                says(*map(str, range(40))),
+                max_tokens=9,
+                meter=Meter(budget_requests=10),
             ):
                 found.append(index)
         assert len(server.bodies) == len(set(found)) == 10
@@ -352,7 +357,7 @@ def test_dollars_are_counted_as_the_server_counts_and_never_overrun() -> None:
     with chat_server(lambda _: {**completion("x"), "usage": usage}) as server:
         meter = Meter(prices=prices, budget_dollars=2.05)
         with pytest.raises(StayalignedError, match=r"budget_dollars 2\.05"):
-            list(endpoint(server.url, concurrency=6).ask(says(*"abcdefghijklmnop"), max_tokens=10, meter=meter))
+            list(ask(endpoint(server.url, concurrency=6), says(*"abcdefghijklmnop"), max_tokens=10, meter=meter))
     assert meter.used == Usage(100 * meter.requests, 10 * meter.requests)
     assert meter.dollars == pytest.approx(0.2 * meter.requests)
     assert 2.05 - 2 * 0.2 < meter.dollars <= 2.05
@@ -361,10 +366,10 @@ def test_dollars_are_counted_as_the_server_counts_and_never_overrun() -> None:
 def test_an_attempt_that_may_be_billed_counts_and_one_that_can_not_does_not() -> None:
     with chat_server(lambda b: Raw(body=b"{") if last(b) == "odd" else Raw(500)) as server:
         meter = Meter()
-        ask(server.url, "odd", meter=meter)
+        replies_of(server.url, "odd", meter=meter)
         assert (meter.requests, meter.used.tokens) == (3, 3 * estimated(["odd"], 9).tokens)
         meter = Meter()
-        ask(server.url, "even", meter=meter)
+        replies_of(server.url, "even", meter=meter)
         assert (meter.requests, meter.used.tokens) == (3, 0)
 
 
@@ -387,12 +392,12 @@ def test_no_token_of_another_service_is_sent_and_offline_mode_does_not_matter(
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with chat_server(lambda _: "x") as server:
-        assert ask(server.url, "a")[0].text == "x"
+        assert replies_of(server.url, "a")[0].text == "x"
     assert "hf_of_nobody" not in json.dumps(server.headers)
 
 
 def test_importing_it_imports_nothing_heavy() -> None:
-    program = "import sys, stayaligned.evaluation.served\n"
+    program = "import sys, stayaligned.evaluation.endpoint.client\n"
     program += "assert not {'torch', 'httpx2', 'tenacity', 'openai'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
 

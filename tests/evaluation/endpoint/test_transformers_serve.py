@@ -16,13 +16,14 @@ import pytest
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Example, Message
-from stayaligned.evaluation.endpoint.client import Endpoint
+from stayaligned.core.settings import Endpoint, Generation
+from stayaligned.evaluation.answers import complete_over_endpoint
+from stayaligned.evaluation.endpoint.client import ask
 from stayaligned.evaluation.endpoint.cost import Meter
 from stayaligned.evaluation.judges.policy_rubric import PolicyRubric
 from stayaligned.evaluation.judges.strong_reject import StrongReject
-from stayaligned.evaluation.served import complete_over_endpoint
 from stayaligned.hf import models
-from stayaligned.hf.generation.generate import Generation, complete
+from stayaligned.hf.generation.generate import complete
 from stayaligned.testing import write_pico_checkpoint
 
 MISSING = [name for name in ("fastapi", "openai", "uvicorn") if importlib.util.find_spec(name) is None]
@@ -95,4 +96,4 @@ def test_another_model_than_it_holds_is_one_error(url: str) -> None:
     wrong = Endpoint(base_url=url, model="another", attempts=2, backoff_seconds=0)
     conversations = [example.prompt for example in EXAMPLES] * 3
     with pytest.raises(StayalignedError, match=r"failed 10 requests in a row.*requested 'another'"):
-        list(wrong.ask(conversations, max_tokens=4))
+        list(ask(wrong, conversations, max_tokens=4))

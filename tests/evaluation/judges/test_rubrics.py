@@ -15,7 +15,8 @@ from stayaligned.evaluation.judges._rubric import UnreadableReplyError, fence_fo
 from stayaligned.evaluation.judges.policy_rubric import DEFAULT_POLICY, PolicyRubric
 from stayaligned.evaluation.judges.strong_reject import StrongReject, strong_reject_score
 from stayaligned.evaluation.metrics import judge_metrics
-from stayaligned.evaluation.verdicts import LEDGER_FILE, Ledger, judge_completions
+from stayaligned.evaluation.verdicts import LEDGER_FILE, Ledger
+from support.judging import judged as judged_with
 from support.server import chat_server, completion
 
 SCORE = {"thescore": (1, 5)}
@@ -315,8 +316,8 @@ def test_when_the_budget_ends_what_was_judged_is_kept_and_the_rest_alone_is_aske
     ):
         first = policy(server.url, budget_requests=20, concurrency=4, attempts=5)
         with pytest.raises(StayalignedError, match=r"the budget is used up.*\n.*raise the budget and rerun"):
-            judge_completions(first, rows, ledger)
+            judged_with(first, rows, ledger)
         assert len(server.bodies) == 20
-        verdicts = judge_completions(policy(server.url, budget_requests=3), rows, ledger)
+        verdicts = judged_with(policy(server.url, budget_requests=3), rows, ledger)
         assert len(server.bodies) == 23
     assert [v.score for v in verdicts] == [2.0] * 20

@@ -8,7 +8,8 @@ import yaml
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.data.prompts import PROMPTS, Prompts
-from stayaligned.experiments.config.experiment import Experiment, load_experiment, load_yaml, set_dotted
+from stayaligned.experiments.config.experiment import Experiment, load_experiment
+from stayaligned.experiments.config.yaml_file import load_yaml, set_dotted
 
 MINIMAL: dict[str, Any] = {
     "model": "testbed:aligned",

@@ -10,9 +10,10 @@ from transformers import GenerationConfig
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Example, Message
+from stayaligned.core.settings import Generation
 from stayaligned.hf.features import encode_prompt
 from stayaligned.hf.generation import memory
-from stayaligned.hf.generation.generate import Generation, complete, generate
+from stayaligned.hf.generation.generate import complete, generate
 from stayaligned.hf.models import attach_lora
 from stayaligned.testing import byte_tokenizer, pico_model
 from support.generation import greedy_reference, prompts, sharp

@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Example
-from stayaligned.data.sources import read_examples, split_held_out
+from stayaligned.data.sampling import split_held_out
+from stayaligned.data.sources import read_examples
 from stayaligned.data.tasks import Split, Task
 from stayaligned.data.tasks._scoring import contains, exact_match, number_match
 

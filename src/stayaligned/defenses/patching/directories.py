@@ -7,22 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import fingerprint, new_directory, refuse_existing, write_text
+from stayaligned.core.provenance import versions
 from stayaligned.core.records import LayerReport
-from stayaligned.defenses import DEFENSES, Execution, ModelPair, PatchDefense
-from stayaligned.evaluation.results import versions
+from stayaligned.defenses import Execution, ModelPair, PatchDefense
 from stayaligned.weights.adapters import is_adapter, read_adapter, write_adapter
 from stayaligned.weights.checkpoints import open_checkpoint, read_json_object, tensors_fingerprint, weights_fingerprint
 from stayaligned.weights.safetensors import SafetensorsFile
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-
     from stayaligned.weights.deltas import BytesDone
 
 PROJECTION_FILE = "projection.json"
@@ -113,80 +111,6 @@ def patch_directories(
             record = _record(patch, command, inputs, one.layers, one.notes)
             write_adapter(one.adapter, directory, notes={PROJECTION_FILE: record})
     return [list(one.layers) for one in patched]
-
-
-def apply_safe_lora(
-    peft_model: PeftModel,
-    base: str | Path,
-    aligned: str | Path,
-    *,
-    threshold: float | None = None,
-    lowest: int | None = None,
-    operator: Literal["scaled_gram", "orthogonal", "complement"] = "scaled_gram",
-    rank: int | None = None,
-    energy: float | None = None,
-    adapter_name: str | None = None,
-    new_name: str = "safe_lora",
-) -> list[LayerReport]:
-    """Safe LoRA on a model in memory: adds the projected adapter beside the trained one, and makes it the active one.
-
-    What was trained stays as it is under its own name, so both can be compared (`set_adapter`), and the result is
-    saved by PEFT itself: `peft_model.save_pretrained(out, selected_adapters=["safe_lora"])`. Base and aligned are
-    streamed from their files; neither is loaded.
-
-    Args:
-        peft_model: a PeftModel with a LoRA that was trained on `aligned`.
-        base: the unaligned ancestor: directory or hub id.
-        aligned: the model under the adapter: directory or hub id.
-        threshold: change the layers with similarity below this.
-        lowest: change exactly this many layers, the least similar ones. With neither, all of them.
-        operator: `scaled_gram` is the paper's C.
-        rank: the k of the other operators.
-        energy: instead of `rank`, the share of ‖V‖² that the k directions hold.
-        adapter_name: the adapter to project; the active one if not given.
-        new_name: the name of the projected adapter.
-
-    Returns:
-        A report for every layer.
-
-    Raises:
-        StayalignedError: if the settings, the adapter and the checkpoints don't fit together; the model is then as it
-            was.
-    """
-    from stayaligned.hf.placement.in_memory import active_adapter, adapter_in_memory, add_adapter
-
-    spec = projection_spec(operator, {"threshold": threshold, "lowest": lowest}, {"rank": rank, "energy": energy})
-    try:
-        patch: PatchDefense = DEFENSES.parse(spec)
-    except ValueError as error:
-        raise StayalignedError(f"apply_safe_lora: {error}", hint="See `stayaligned show defense safe_lora`.") from None
-    if new_name in peft_model.peft_config:
-        raise StayalignedError(f"the model has an adapter {new_name!r} already", hint="Choose another new_name.")
-    trained = adapter_name or active_adapter(peft_model)
-    (patched,) = patch.patch_all([adapter_in_memory(peft_model, trained)], ModelPair(aligned, base), Execution())
-    add_adapter(peft_model, patched.adapter, new_name, like=trained)
-    return list(patched.layers)
-
-
-def projection_spec(
-    operator: str, selection: Mapping[str, Any], settings: Mapping[str, Any], control: str | None = None
-) -> dict[str, Any]:
-    """The mapping that names a projection defense, or a control for it.
-
-    Args:
-        operator: scaled_gram, orthogonal or complement.
-        selection: `threshold`, `lowest`; what is None is left out, and with nothing left all layers are meant.
-        settings: `rank`, `energy`, `side`; what is None is left out.
-        control: drop, shrink or random: that control for the operator, instead of it.
-    """
-    name = "complement" if operator == "complement" else "safe_lora"
-    chosen = {key: value for key, value in selection.items() if value is not None} or {"all_layers": True}
-    spec: dict[str, Any] = {"name": name, **chosen, **{k: v for k, v in settings.items() if v is not None}}
-    if operator != "complement":
-        spec["operator"] = operator
-    if control is None:
-        return spec
-    return {"name": "random_subspace" if control == "random" else control, "like": spec}
 
 
 def read_projection(path: Path) -> list[LayerReport]:

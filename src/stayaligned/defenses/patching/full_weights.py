@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import LayerReport
 from stayaligned.defenses import Execution, ModelPair
-from stayaligned.defenses._projection import (
+from stayaligned.defenses.patching.layers import (
     Edit,
+    LayerSelector,
     ProjectedLayer,
-    ProjectionDefense,
     refuse_undirected,
     unselected,
     work_layer,
@@ -36,7 +36,7 @@ _WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".m
 
 
 def patch_weights(
-    selector: ProjectionDefense, edit: Edit, finetuned: Checkpoint, out: Path, models: ModelPair, how: Execution
+    selector: LayerSelector, edit: Edit, finetuned: Checkpoint, out: Path, models: ModelPair, how: Execution
 ) -> list[LayerReport]:
     """W ← W_aligned + P(W_ft - W_aligned) in the selected layers, written over the copies of the shards in `out`.
 
@@ -99,7 +99,7 @@ def _copy(checkpoint: Checkpoint, out: Path) -> None:
 class _Work(NamedTuple):
     """One pass over the weights of up to three checkpoints."""
 
-    selector: ProjectionDefense
+    selector: LayerSelector
     edit: Edit
     layers: Mapping[str, PlacedWeight]
     aligned: Checkpoint

@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Message
+from stayaligned.core.settings import Endpoint
 from stayaligned.core.text import visible
 from stayaligned.evaluation.endpoint.cost import Meter, Usage, estimated
 
@@ -74,88 +74,43 @@ def usable(_reply: Reply) -> str:
     return ""
 
 
-class EndpointSettings(BaseModel):
-    """A model behind a server, and how patiently to ask it; what a component that asks one takes over as its own."""
+def ask(
+    endpoint: Endpoint,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    max_tokens: int,
+    temperature: float | None = 0.0,
+    seed: int | None = None,
+    response_format: Mapping[str, Any] | None = None,
+    complaint: Callable[[Reply], str] = usable,
+    meter: Meter | None = None,
+) -> Iterator[tuple[int, Reply | Failure]]:
+    """Each conversation's index with its reply or failure, as they come, each once.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    base_url: str
-    """As OpenAI's clients take it, usually ending in /v1; `/chat/completions` is put behind it."""
-    model: str
-    api_key_env: str = "OPENAI_API_KEY"
-    """The environment variable that holds the key; without it, requests carry none."""
-    concurrency: int = Field(default=8, ge=1, le=512)
-    """Requests at the same time."""
-    timeout_seconds: float = Field(default=60.0, gt=0)
-    """For one whole answer."""
-    attempts: int = Field(default=6, ge=1)
-    """Per conversation, the first included."""
-    backoff_seconds: float = Field(default=0.5, ge=0)
-    """The n-th wait is drawn evenly between 0 and this times 2ⁿ⁻¹, and comes on top of what Retry-After asks for."""
-    patience_seconds: float = Field(default=120.0, ge=0)
-    """The longest wait; a server that asks for more ends the run."""
-    limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """How the request names its token limit; OpenAI's newer models take the second only."""
-
-    @field_validator("base_url")
-    @classmethod
-    def _is_plain(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise ValueError("must be an http:// or https:// address")
-        if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-            raise ValueError("must hold no user, password, query or fragment; the key goes into `api_key_env`")
-        return value.rstrip("/")
-
-
-HOW_TO_ASK = frozenset(EndpointSettings.model_fields) - {"model"}
-"""Settings that say where and how patiently to ask, and not whom: no part of a component's identity.
-
-The address is among them, so that a server may move without its answers being asked for again. So `model` must say
-which weights answer: two servers that call different weights "judge" would be taken for one.
-"""
-
-
-class Endpoint(EndpointSettings):
-    """Asks that model.
+    No more than `concurrency` conversations are asked and not yet taken by the caller: one that keeps each reply
+    before it takes the next loses at most so many to a kill. Closing the iterator ends the asking.
 
     The key is read from the environment when asking starts, sent to `base_url` and nowhere else (no redirect is
-    followed), and blotted out of everything that is shown.
+    followed), and removed from everything that is shown.
+
+    Args:
+        endpoint: the server, the model, and how patiently to ask.
+        conversations: each ends with the user's turn.
+        max_tokens: after which the server cuts an answer.
+        temperature: None sends none, for models that accept no other than their own.
+        seed: sent if given; few servers promise to heed it.
+        response_format: as in OpenAI's interface, for servers that know it.
+        complaint: why a reply is of no use, or ""; such a conversation is asked again while attempts are left.
+        meter: counts what is spent, and stops at its budget.
+
+    Raises:
+        StayalignedError: if the server refuses the key or the model, is gone, or the budget is used up.
     """
-
-    def ask(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        *,
-        max_tokens: int,
-        temperature: float | None = 0.0,
-        seed: int | None = None,
-        response_format: Mapping[str, Any] | None = None,
-        complaint: Callable[[Reply], str] = usable,
-        meter: Meter | None = None,
-    ) -> Iterator[tuple[int, Reply | Failure]]:
-        """Each conversation's index with its reply or failure, as they come, each once.
-
-        No more than `concurrency` conversations are asked and not yet taken by the caller: one that keeps each reply
-        before it takes the next loses at most so many to a kill. Closing the iterator ends the asking.
-
-        Args:
-            conversations: each ends with the user's turn.
-            max_tokens: after which the server cuts an answer.
-            temperature: None sends none, for models that accept no other than their own.
-            seed: sent if given; few servers promise to heed it.
-            response_format: as in OpenAI's interface, for servers that know it.
-            complaint: why a reply is of no use, or ""; such a conversation is asked again while attempts are left.
-            meter: counts what is spent, and stops at its budget.
-
-        Raises:
-            StayalignedError: if the server refuses the key or the model, is gone, or the budget is used up.
-        """
-        options = {self.limit_field: max_tokens, "temperature": temperature, "seed": seed}
-        options |= {"response_format": response_format}
-        sent = {"model": self.model, "stream": False, **{k: v for k, v in options.items() if v is not None}}
-        asking = _Asking(self, sent, max_tokens, complaint, meter or Meter(), len(conversations))
-        return asking.run(conversations)
+    options = {endpoint.limit_field: max_tokens, "temperature": temperature, "seed": seed}
+    options |= {"response_format": response_format}
+    sent = {"model": endpoint.model, "stream": False, **{k: v for k, v in options.items() if v is not None}}
+    asking = _Asking(endpoint, sent, max_tokens, complaint, meter or Meter(), len(conversations))
+    return asking.run(conversations)
 
 
 class _AttemptError(Exception):
@@ -180,7 +135,7 @@ class _BudgetError(Exception):
 
 
 class _Asking:
-    """One call of `Endpoint.ask`: its threads' common state."""
+    """One call of `ask`: its threads' common state."""
 
     def __init__(
         self,

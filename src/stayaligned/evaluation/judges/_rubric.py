@@ -17,8 +17,9 @@ from pydantic import Field, model_validator
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Message, Outcome, Verdict
+from stayaligned.core.settings import HOW_TO_ASK, Endpoint
 from stayaligned.core.text import visible
-from stayaligned.evaluation.endpoint.client import HOW_TO_ASK, Endpoint, EndpointSettings, Failure, Reply
+from stayaligned.evaluation.endpoint.client import Failure, Reply, ask
 from stayaligned.evaluation.endpoint.cost import Meter, Prices, Usage, estimated
 from stayaligned.evaluation.judges import Forecast, Judge
 
@@ -31,7 +32,7 @@ class UnreadableReplyError(ValueError):
     """The judge's reply is not what it was asked for; says why."""
 
 
-class RubricJudge(EndpointSettings, Judge):
+class RubricJudge(Endpoint, Judge):
     """Asks a model behind an OpenAI-compatible server, one request a completion, and reads numbers from its reply."""
 
     marks: ClassVar[Mapping[str, tuple[int, int]]]
@@ -84,8 +85,8 @@ class RubricJudge(EndpointSettings, Judge):
                 yield settled
         if not asked:
             return
-        endpoint = Endpoint.model_validate({name: getattr(self, name) for name in Endpoint.model_fields})
-        for index, answer in endpoint.ask(
+        for index, answer in ask(
+            self,
             [self._conversation(completion) for completion in asked],
             max_tokens=self.max_tokens,
             temperature=self.temperature,

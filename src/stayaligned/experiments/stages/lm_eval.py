@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stayaligned.core.records import read_jsonl, write_jsonl
-from stayaligned.evaluation.lm_eval import HarnessValue, LmEval
+from stayaligned.core.records import HarnessValue, read_jsonl, write_jsonl
+from stayaligned.core.settings import LmEval
 from stayaligned.experiments.stages.store import Store
 
 

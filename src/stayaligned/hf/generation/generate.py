@@ -10,13 +10,11 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Example, Message, PromptSet
-from stayaligned.evaluation.endpoint.client import Endpoint
+from stayaligned.core.settings import Generation
 from stayaligned.hf.features import encode_prompt
 
 if TYPE_CHECKING:
@@ -28,41 +26,6 @@ _log = logging.getLogger(__name__)
 
 _PROBE_TOKENS, _PROBE_PADS = 32, 8
 """Tokens of a prompt, and of padding before them, with which a model is tried."""
-
-
-class Generation(BaseModel):
-    """How answers are written; greedy unless a temperature is set."""
-
-    operational: ClassVar[frozenset[str]] = frozenset({"memory_mib"})
-    """Settings that change no answer: they are no part of what identifies one."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    max_new_tokens: int = Field(default=128, ge=1)
-    """Tokens after which an answer is cut."""
-    backend: Literal["transformers", "endpoint"] = "transformers"
-    """Who writes: the model in this process, or a server that holds it."""
-    endpoint: Endpoint | None = None
-    """The server, for that backend."""
-    memory_mib: int = Field(default=4096, ge=1)
-    """Beside the weights: as many answers are written at once as fit; one in any case."""
-    temperature: float = Field(default=0.0, ge=0)
-    """0 takes the likeliest token; above it, samples."""
-    seed: int = Field(default=0, ge=0)
-    """Of the samples; without meaning at temperature 0."""
-
-    def identity(self) -> dict[str, Any]:
-        """The settings that an answer depends on."""
-        kept = self.model_dump(mode="json", exclude={*self.operational, "backend", "endpoint"})
-        if self.endpoint is not None:
-            kept["endpoint"] = self.endpoint.model_dump(mode="json", include={"model"})
-        return kept
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Generation:
-        if (self.backend == "endpoint") != (self.endpoint is not None):
-            raise ValueError("`backend: endpoint` and the settings `endpoint:` need each other: give both or neither")
-        return self
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Message
+from stayaligned.core.settings import Generation
 from stayaligned.hf.generation.fitting import Fitted, as_text, by_length, fill, fit, input_room, token_ends
-from stayaligned.hf.generation.generate import Generation, generate_after
+from stayaligned.hf.generation.generate import generate_after
 from stayaligned.hf.models import load_guard
 
 if TYPE_CHECKING:

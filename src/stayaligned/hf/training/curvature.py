@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.data.sources import read_examples, sample
+from stayaligned.data.sampling import sample
+from stayaligned.data.sources import read_examples
 from stayaligned.hf.features import IGNORED, PaddingCollator, encode_examples
 from stayaligned.hf.models import attach_lora, load_finetuned, load_tokenizer
 from stayaligned.hf.quiet import bars_off

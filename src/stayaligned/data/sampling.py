@@ -1,0 +1,95 @@
+"""Rows drawn, held out, and compared with the rows of an evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.records import Example
+
+
+def sample(examples: Sequence[Example], n: int, rng: random.Random) -> list[Example]:
+    """`n` rows without replacement, in random order; of one generator state, a smaller n gives a prefix.
+
+    Raises:
+        StayalignedError: if there are fewer than `n`.
+    """
+    if n > len(examples):
+        raise StayalignedError(f"{n} rows are asked for, but there are only {len(examples)}", hint="Ask for fewer.")
+    order = list(range(len(examples)))
+    rng.shuffle(order)
+    return [examples[index] for index in order[:n]]
+
+
+def split_held_out(examples: Sequence[Example], ratio: float) -> tuple[list[Example], list[Example]]:
+    """Rows to train on and rows held out, each in the order given.
+
+    A row's side is decided by the hash of its prompt: it stays when rows are added, and rows with the same prompt
+    are never on both sides. The held-out share is `ratio` in expectation.
+    """
+    sides: tuple[list[Example], list[Example]] = ([], [])
+    for example in examples:
+        digest = hashlib.sha256(" ".join(_words(example)).encode("utf-8", "surrogatepass")).digest()
+        sides[int.from_bytes(digest[:8], "big") < ratio * 2**64].append(example)
+    return sides
+
+
+class Overlap(NamedTuple):
+    """An evaluation row whose prompt also stands, or nearly so, in the training rows."""
+
+    train_id: str
+    evaluation_id: str
+    similarity: float
+    """Jaccard index of the two prompts' word triples; 1 where they are equal but for case and punctuation."""
+
+
+def overlap(train: Sequence[Example], evaluation: Sequence[Example], *, similarity: float = 0.8) -> list[Overlap]:
+    """Pairs of training and evaluation rows with (nearly) the same prompt: what would make a test no test.
+
+    Compared is the last user turn as a set of word triples, |x ∩ y| / |x ∪ y| ≥ `similarity`. Two sets that similar
+    share one of the rarest |x| - ⌈similarity·|x|⌉ + 1 triples of each, so only those are indexed: the search is
+    exact, and common phrases (a task's instruction) cost nothing.
+
+    Args:
+        train: the rows that are trained on.
+        evaluation: the rows that are tested on.
+        similarity: above 0, at most 1; 1 finds equal prompts only.
+    """
+    left, right = [_triples(e) for e in train], [_triples(e) for e in evaluation]
+    frequency = Counter(triple for triples in (*left, *right) for triple in triples)
+
+    def rarest(triples: frozenset[str]) -> list[str]:
+        ordered = sorted(triples, key=lambda triple: (frequency[triple], triple))
+        # The tolerance keeps 0.8 · 5 = 4.000000000000001 from becoming 5.
+        return ordered[: len(ordered) - math.ceil(similarity * len(ordered) - 1e-9) + 1]
+
+    index: defaultdict[str, list[int]] = defaultdict(list)
+    for position, triples in enumerate(left):
+        for triple in rarest(triples):
+            index[triple].append(position)
+    found: list[Overlap] = []
+    for example, triples in zip(evaluation, right, strict=True):
+        for position in sorted({p for triple in rarest(triples) for p in index.get(triple, ())}):
+            other = left[position]
+            shared = len(triples & other)
+            score = shared / (len(triples) + len(other) - shared)
+            if score >= similarity - 1e-9:
+                found.append(Overlap(train[position].id, example.id, score))
+    return found
+
+
+def _words(example: Example) -> list[str]:
+    text = unicodedata.normalize("NFKC", example.prompt[-1].content).casefold()
+    return re.findall(r"\w+", text) or [text.strip()]
+
+
+def _triples(example: Example) -> frozenset[str]:
+    words = _words(example)
+    return frozenset(" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2)))

@@ -1,0 +1,180 @@
+"""Validate a configuration and report every error in it at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    ValidationError,
+)
+
+from stayaligned import testbed
+from stayaligned.core.component import Component, ComponentError, Registry, did_you_mean
+from stayaligned.core.errors import StayalignedError
+from stayaligned.experiments.config.host_settings import Host, setting_names
+from stayaligned.experiments.stages.keys import input_path, split_options
+
+# What is set elsewhere; a value in `training:` would break resuming or the stage cache.
+_OWN_TRAINING_SETTINGS = {
+    "output_dir": "the command's --out",
+    "seed": "`seed:`, outside of `training:`",
+    "data_seed": "`seed:`, outside of `training:`",
+    "resume_from_checkpoint": "rerunning the same command, which resumes by itself",
+    "max_length": "`max_length:`, outside of `training:`",
+}
+
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+ComponentT = TypeVar("ComponentT", bound=Component)
+
+
+def resolve_references(value: Any, seed: int, progress: testbed.Progress | None = None) -> Any:
+    """A nested value with each `testbed:` reference replaced by its path in the testbed of `seed`."""
+    if isinstance(value, dict):
+        return {key: resolve_references(item, seed, progress) for key, item in value.items()}
+    if isinstance(value, list):
+        return [resolve_references(item, seed, progress) for item in value]
+    if isinstance(value, str) and testbed.is_reference(value):
+        place, options = split_options(value)
+        return f"{testbed.resolve(place, seed, progress=progress)}{options}"
+    return value
+
+
+def missing_inputs(content: Mapping[str, Any]) -> list[str]:
+    """One line for each local file, directory or testbed entry that a configuration names and that is not there."""
+    found: list[str] = []
+    for place, value in strings_in(content):
+        if testbed.is_reference(value):
+            try:
+                testbed.reference_key(split_options(value)[0], 0)
+            except StayalignedError as error:
+                found.append(f"{place}: {error.message}. {error.hint}")
+        elif _names_missing_input(place, value):
+            found.append(
+                f"{place}: {split_options(value)[0]} does not exist (paths are relative to the current directory)"
+            )
+    return found
+
+
+def parse(model: type[ModelT], content: Mapping[str, Any], where: str, *, check_inputs: bool = True) -> ModelT:
+    """Validate a mapping as `model`, and (unless told otherwise) that the files it names are there.
+
+    Raises:
+        StayalignedError: with every error in it, each with the path of the field and a suggestion.
+    """
+    problems: list[str] = []
+    value: ModelT | None = None
+    try:
+        value = model.model_validate(content)
+    except ValidationError as error:
+        problems += explain(error, model)
+    if check_inputs:
+        problems += missing_inputs(content)
+    if value is None or problems:
+        raise_problems(problems, where)
+    return value
+
+
+def parse_component(registry: Registry[ComponentT], spec: Mapping[str, Any], where: str) -> ComponentT:
+    """A component from its mapping.
+
+    Raises:
+        StayalignedError: with every error in it.
+    """
+    try:
+        return registry.parse(spec)
+    except ComponentError as error:
+        raise_problems(explain(error.error, error.component), where)
+    except ValueError as error:
+        raise_problems(str(error).splitlines(), where)
+
+
+def raise_problems(problems: Sequence[str], where: str) -> NoReturn:
+    """Raise one StayalignedError that lists every problem on a line of its own."""
+    count = f"{len(problems)} errors" if len(problems) > 1 else "1 error"
+    raise StayalignedError(f"{where}: {count}\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+    """One line per error: the field's path, what is wrong, what was expected."""
+    lines: list[str] = []
+    for item in error.errors(include_url=False):
+        place = prefix + ".".join(str(part) for part in item["loc"])
+        cause = item.get("ctx", {}).get("error")
+        if isinstance(cause, ComponentError):
+            lines += explain(cause.error, cause.component, f"{place}.")
+        elif item["type"] == "extra_forbidden":
+            known = sorted(_model_at(model, item["loc"][:-1]).model_fields)
+            lines.append(f"{place}: no such setting. {did_you_mean(str(item['loc'][-1]), known, 'settings here')}")
+        elif isinstance(cause, ValueError):
+            label = f"{place.rstrip('.')}: " if place else ""
+            # A validator that looks into a mapping names the inner place itself.
+            lines += [
+                line if place and line.startswith(f"{place}.") else label + line for line in str(cause).splitlines()
+            ]
+        elif item["type"] == "missing":
+            lines.append(f"{place}: required, but not given")
+        else:
+            lines.append(f"{place}: {item['msg'][0].lower()}{item['msg'][1:]}, found {item['input']!r}")
+    return lines
+
+
+def refuse_unknown_settings(field: str, given: Mapping[str, Any], host: Host) -> None:
+    """Refuse, in a validator, what the host does not have or what is set elsewhere.
+
+    Raises:
+        ValueError: with a line for each, which names its place.
+    """
+    problems = list(_unknown_settings(field, given, host))
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _unknown_settings(field: str, given: Mapping[str, Any], host: Host) -> Iterator[str]:
+    class_name = {"transformers": "TrainingArguments", "sft": "SFTConfig", "lora": "LoraConfig"}[host]
+    if field == "training":
+        for key in sorted(_OWN_TRAINING_SETTINGS.keys() & given.keys()):
+            yield f"training.{key}: set by {_OWN_TRAINING_SETTINGS[key]}; remove it here"
+    try:
+        known = setting_names(host)
+    except StayalignedError as error:
+        yield f"{field}: {error.message}. {error.hint}"
+        return
+    for key in sorted(set(given) - known):
+        close = difflib.get_close_matches(key, known, n=1)
+        yield f"{field}.{key}: {class_name} has no such setting." + (f" Did you mean {close[0]!r}?" if close else "")
+
+
+def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
+    for part in location:
+        if isinstance(part, int) or part not in model.model_fields:
+            continue
+        annotation = model.model_fields[part].annotation
+        options = get_args(annotation) if get_origin(annotation) is not None else (annotation,)
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), model)
+    return model
+
+
+def strings_in(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Every string in a nested value, with its dotted place: `("defenses.0.name", "lisa")`."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from strings_in(item, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from strings_in(item, f"{place}.{index}")
+
+
+def _names_missing_input(place: str, value: str) -> bool:
+    """Whether a setting names a local file that is not there; a hub id is no file until it exists as one."""
+    if place == "label" or place.startswith(("training.", "lora.")):
+        return False
+    path = input_path("", value)
+    return path is not None and not path.exists()
