@@ -12,13 +12,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import writable
+from stayaligned.core.progress import Progress
 from stayaligned.core.records import Completion, Example, PromptSet
 from stayaligned.core.settings import Endpoint, Generation
 from stayaligned.evaluation.endpoint.client import Failure, ask
 from stayaligned.evaluation.endpoint.cost import Meter
 from stayaligned.hf.generation.generate import complete_each
 
-Progress = Callable[[str, float], None]
 Ask = Callable[[PromptSet, Sequence[Example], frozenset[int]], Iterator[tuple[int, Completion]]]
 """Answers to the examples whose numbers are not among those given, each with its number, in any order."""
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stayaligned import testbed
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import new_directory, refuse_existing, writable, write_text
+from stayaligned.core.progress import Progress, silent
 from stayaligned.core.provenance import commit, versions
 from stayaligned.core.records import Example
 from stayaligned.data.sources import read_examples
@@ -48,7 +48,7 @@ class _Job:
     examples: Sequence[Example]
     inputs: Mapping[str, str]
     out: Path
-    progress: testbed.Progress
+    progress: Progress
 
     @property
     def work(self) -> Path:
@@ -56,9 +56,7 @@ class _Job:
         return self.out.with_name(f"{self.out.name}.unfinished")
 
 
-def align(
-    alignment: Alignment, out: str | Path, *, progress: testbed.Progress = lambda _text, _share: None
-) -> AlignmentRecord:
+def align(alignment: Alignment, out: str | Path, *, progress: Progress = silent) -> AlignmentRecord:
     """Align a base model into the new directory `out`: a checkpoint like any other, and `alignment.json`.
 
     Called again with the same settings and inputs, it continues from the last complete checkpoint, to the same bytes

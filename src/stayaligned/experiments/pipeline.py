@@ -22,6 +22,7 @@ from typing import Any
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import write_text
+from stayaligned.core.progress import Progress, silent
 from stayaligned.core.provenance import commit, versions
 from stayaligned.core.records import (
     Completion,
@@ -49,9 +50,6 @@ from stayaligned.experiments.stages.keys import identify, stage_key
 from stayaligned.experiments.stages.lm_eval import HarnessStages
 from stayaligned.experiments.stages.store import Store
 
-Progress = Callable[[str, float], None]
-"""Called with what is being done and the share of it that is done, 0 to 1."""
-
 EXPERIMENT_FILE = "experiment.yaml"
 
 
@@ -61,7 +59,7 @@ class Run:
 
     experiment: Experiment
     store: Store
-    progress: Progress = lambda _text, _share: None
+    progress: Progress = silent
     threads: int | None = None
     """CPU threads for torch; all if not given."""
     position: int = 0

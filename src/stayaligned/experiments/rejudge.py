@@ -14,6 +14,7 @@ import yaml
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import fingerprint, write_text
+from stayaligned.core.progress import Progress, silent
 from stayaligned.core.provenance import commit, versions
 from stayaligned.core.records import Completion, Verdict, read_jsonl, write_jsonl
 from stayaligned.evaluation.degeneration import Degeneration, signs
@@ -38,8 +39,6 @@ from stayaligned.experiments.stages.store import Store, refuse_foreign
 
 COMPLETIONS_FILE = "completions.jsonl"
 JUDGING_FILE = "judging.yaml"
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ def rejudge(
     out: Path,
     *,
     max_unscored: float = 0.1,
-    progress: Progress = lambda _text, _share: None,
+    progress: Progress = silent,
     announce: Callable[[str], None] = lambda _text: None,
 ) -> list[Result]:
     """Judge completions again into `out`: new results, with the old scores of tasks, notes and provenance.

@@ -10,10 +10,11 @@ import yaml
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import write_text
+from stayaligned.core.progress import Progress, silent
 from stayaligned.evaluation.results import Result
 from stayaligned.experiments.config.experiment import Experiment
 from stayaligned.experiments.config.yaml_file import load_yaml
-from stayaligned.experiments.pipeline import EXPERIMENT_FILE, Progress, Run
+from stayaligned.experiments.pipeline import EXPERIMENT_FILE, Run
 from stayaligned.experiments.stages.store import Store, refuse_foreign
 from stayaligned.hf.training import processes
 
@@ -22,7 +23,7 @@ def run_experiment(
     experiment: Experiment,
     out: Path,
     *,
-    progress: Progress = lambda _text, _share: None,
+    progress: Progress = silent,
     announce: Callable[[str], None] = lambda _text: None,
 ) -> Result | None:
     """Run one experiment into `out`: `experiment.yaml`, `result.json`, its stages, and `adapter` if it has one.

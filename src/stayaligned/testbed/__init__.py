@@ -22,7 +22,6 @@ So it measures whether refusals survive for new pairs in new phrasings. It is no
 from stayaligned.testbed.recipe import LoraAlignment, Recipe
 from stayaligned.testbed.store import (
     NAMES,
-    Progress,
     build,
     build_derived,
     build_lora_aligned,
@@ -34,7 +33,6 @@ from stayaligned.testbed.store import (
 __all__ = [
     "NAMES",
     "LoraAlignment",
-    "Progress",
     "Recipe",
     "build",
     "build_derived",

@@ -12,10 +12,8 @@ from filelock import FileLock
 from stayaligned.core.component import did_you_mean
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import replace_directory
+from stayaligned.core.progress import Progress, silent
 from stayaligned.testbed.recipe import LoraAlignment, Recipe
-
-Progress = Callable[[str, float], None]
-"""Takes the name of the stage and the fraction of the whole that is done, 0 to 1."""
 
 _PREFIX = "testbed:"
 _LORA_ALIGNED = "aligned-lora"
@@ -77,7 +75,7 @@ def build(
     def construct(directory: Path) -> None:
         from stayaligned.testbed import building
 
-        building.construct(directory, seed, recipe, progress or _silent)
+        building.construct(directory, seed, recipe, progress or silent)
 
     return _made_once(_cache_root(cache) / "testbed" / recipe.key(seed), construct)
 
@@ -105,7 +103,7 @@ def build_lora_aligned(
     Raises:
         StayalignedError: if a model fails its gate.
     """
-    recipe, lora, progress = recipe or Recipe(), lora or LoraAlignment(), progress or _silent
+    recipe, lora, progress = recipe or Recipe(), lora or LoraAlignment(), progress or silent
     directory = _cache_root(cache) / "testbed" / lora.key(recipe, seed)
     if directory.is_dir():
         return directory
@@ -140,7 +138,7 @@ def build_derived(
         from stayaligned.testbed import derived
 
         derived.construct(directory, seed, recipe)
-        (progress or _silent)("testbed: derived data", 1.0)
+        (progress or silent)("testbed: derived data", 1.0)
 
     return _made_once(directory, construct)
 
@@ -214,7 +212,3 @@ def _cache_root(cache: Path | None) -> Path:
         return cache
     configured = os.environ.get("STAYALIGNED_CACHE")
     return Path(configured) if configured else Path.home() / ".cache" / "stayaligned"
-
-
-def _silent(stage: str, fraction: float) -> None:
-    """Progress that nobody asked for."""

@@ -44,7 +44,9 @@ def last(body: dict[str, Any]) -> str:
     return body["messages"][-1]["content"]
 
 
-def replies_of(url: str, *texts: str, settings: dict[str, Any] | None = None, **more: Any) -> dict[int, Reply | Failure]:
+def replies_of(
+    url: str, *texts: str, settings: dict[str, Any] | None = None, **more: Any
+) -> dict[int, Reply | Failure]:
     found = list(ask(endpoint(url, **(settings or {})), says(*texts), **{"max_tokens": 9} | more))
     assert len({index for index, _ in found}) == len(found)
     return dict(found)

@@ -17,9 +17,9 @@ from pydantic import (
     model_validator,
 )
 
-from stayaligned import testbed
 from stayaligned.attacks import ATTACKS, Attack
 from stayaligned.core.component import Component, Registry
+from stayaligned.core.progress import Progress
 from stayaligned.core.settings import Generation, LmEval, Watch
 from stayaligned.data.prompts import PROMPTS, Prompts, parse_prompts
 from stayaligned.data.tasks import TASKS, Task
@@ -175,7 +175,7 @@ class Experiment(BaseModel):
         if not (self.task or self.harmful_prompts or self.benign_prompts or self.skills or self.lm_eval):
             yield "nothing to measure: name a `task`, `harmful_prompts`, `benign_prompts`, `skills` or `lm_eval`"
 
-    def resolved(self, *, progress: testbed.Progress | None = None) -> Experiment:
+    def resolved(self, *, progress: Progress | None = None) -> Experiment:
         """The same experiment with every `testbed:` reference replaced by its path, built if it is not there yet."""
         return Experiment.model_validate(resolve_references(self.spec(), self.seed, progress))
 

@@ -14,6 +14,7 @@ from pydantic import (
 from stayaligned import testbed
 from stayaligned.core.component import Component, ComponentError, Registry, did_you_mean
 from stayaligned.core.errors import StayalignedError
+from stayaligned.core.progress import Progress
 from stayaligned.experiments.config.host_settings import Host, setting_names
 from stayaligned.experiments.stages.keys import input_path, split_options
 
@@ -33,7 +34,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 ComponentT = TypeVar("ComponentT", bound=Component)
 
 
-def resolve_references(value: Any, seed: int, progress: testbed.Progress | None = None) -> Any:
+def resolve_references(value: Any, seed: int, progress: Progress | None = None) -> Any:
     """A nested value with each `testbed:` reference replaced by its path in the testbed of `seed`."""
     if isinstance(value, dict):
         return {key: resolve_references(item, seed, progress) for key, item in value.items()}

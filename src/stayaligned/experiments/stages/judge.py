@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from stayaligned.core.progress import Progress, silent
 from stayaligned.core.records import Completion, Verdict, read_jsonl, write_jsonl
 from stayaligned.evaluation.judges import Judge
 from stayaligned.evaluation.measure import JUDGED, refuse_unscored
@@ -24,7 +25,7 @@ def stored_verdicts(
     seed: int,
     max_unscored: float,
     around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
-    progress: Callable[[str, float], None] = lambda _text, _share: None,
+    progress: Progress = silent,
     announce: Callable[[str], None] = lambda _text: None,
 ) -> list[Verdict]:
     """The verdicts of the stage `judge-KEY`, made of the judged ones among `completions` if it is not there.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError
+from stayaligned.core.progress import Progress, silent
 from stayaligned.data.sampling import sample
 from stayaligned.data.sources import read_examples
 from stayaligned.hf.features import IGNORED, PaddingCollator, encode_examples
@@ -71,7 +72,7 @@ def loss_curvatures(
     trained: Trained,
     sources: Sequence[str],
     settings: CurvatureSettings,
-    progress: Callable[[str, float], None] = lambda _text, _share: None,
+    progress: Progress = silent,
 ) -> list[LossCurvature]:
     """The ends of the loss's Hessian for each source, in fp32 and in evaluation mode (no dropout).
 
