@@ -1,10 +1,10 @@
-"""An attacker who knows that the complement will be applied: training under the same projection.
+"""An attacker who knows that `complement` will be applied, and trains under the same projection.
 
     stayaligned bench studies/safe_lora_adaptive.yaml --plugin examples/plugins/adaptive_attacker.py --out adaptive
 
-The patch `complement` removes from an update what lies in the leading directions of V = W_aligned - W_base. Whoever
-fine-tunes with poisoned rows and both checkpoints at hand can keep the update out of these directions all along. Then
-the patch finds nothing to remove, and whatever harm was learned outside of them stays.
+The patch `complement` removes the part of an update that lies in the leading directions of V = W_aligned - W_base. An
+attacker who fine-tunes on poisoned rows and has both checkpoints can keep the update out of these directions from the
+start. Then the patch finds nothing to remove, and harm that was learned outside these directions stays.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from stayaligned.core.errors import StayalignedError
-from stayaligned.defenses import TrainingDefense, TrainingSetup
+from stayaligned import StayalignedError, TrainingDefense, TrainingSetup
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -23,27 +22,27 @@ if TYPE_CHECKING:
 
 
 class ProjectedTraining(TrainingDefense):
-    """Not a defense: fine-tune so that a later `complement` of the same rank and side changes nothing.
+    """Fine-tune so that a later `complement` with the same rank and side changes nothing; not a defense.
 
     Projected gradient descent on the LoRA factors: after every optimizer step B ← (I - U_k U_kᵀ) B and
-    A ← A (I - Q_k Q_kᵀ), with V's k leading directions. Adam's moments may point into them; what a step puts there is
-    removed again before anybody sees the weights.
+    A ← A (I - Q_k Q_kᵀ), with V's k leading directions. Adam's moments may point into these directions; the projection
+    removes what a step adds there.
     """
 
     name: ClassVar[str] = "projected_training"
 
     base_model: str
-    """The unaligned ancestor; the aligned model is the one that is trained."""
+    """The base model (directory or hub id); the aligned model is the one that is trained."""
     rank: int = Field(default=8, ge=1)
-    """The k of the complement that is expected."""
+    """Rank k of the complement that the attacker expects."""
     side: Literal["left", "right", "both"] = "both"
-    """Its side."""
+    """Side of the complement that the attacker expects."""
 
     def make_trainer(self, setup: TrainingSetup) -> Trainer:
-        """The setup's own trainer, with the projection after every optimizer step.
+        """Return the setup's own trainer, with the projection after every optimizer step.
 
         Raises:
-            StayalignedError: if the full weights are trained, or a LoRA layer is no linear one.
+            StayalignedError: if the full weights are trained, or a LoRA layer is not linear.
         """
         from transformers import TrainerCallback
 
@@ -63,18 +62,18 @@ class ProjectedTraining(TrainingDefense):
 
 class _KnownLayer(NamedTuple):
     a: Any
-    """The parameter A, (rank, in)."""
+    """The parameter A, shape (rank, in)."""
     b: Any
-    """The parameter B, (out, rank)."""
+    """The parameter B, shape (out, rank)."""
     operator: Operator
-    """The patch's own."""
+    """The operator that the patch would apply to this layer."""
 
 
 def _known_layers(model: Any, attacker: ProjectedTraining) -> list[_KnownLayer]:
     from peft.tuners.lora import LoraLayer
 
+    from stayaligned import Complement
     from stayaligned.algorithms.alignment_delta import FullDelta
-    from stayaligned.defenses.complement import Complement
     from stayaligned.hf.models import load_model
 
     patch = Complement(rank=attacker.rank, side=attacker.side)
@@ -89,7 +88,9 @@ def _known_layers(model: Any, attacker: ProjectedTraining) -> list[_KnownLayer]:
     for name, module in named.items():
         (adapter,) = module.active_adapters
         if adapter not in module.lora_A:
-            raise StayalignedError(f"projected_training: {name} is no linear layer", hint="Target linear layers only.")
+            raise StayalignedError(
+                f"projected_training: {name} is not a linear layer", hint="Target linear layers only."
+            )
         ancestor = base.get_submodule(name.removeprefix("base_model.model.")).weight
         aligned = module.get_base_layer().weight
         delta = aligned.detach().float() - ancestor.detach().to(aligned.device).float()

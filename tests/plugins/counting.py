@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
-from stayaligned.core.records import Completion, Example, Message
-from stayaligned.data.tasks import Split, Task
+from stayaligned import Completion, Example, Message, Split, Task
 
 
 class Counting(Task):
-    """Says the next number."""
+    """Return the next number."""
 
     name: ClassVar[str] = "counting"
 

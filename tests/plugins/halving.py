@@ -1,16 +1,15 @@
-"""A third party's patch: every update is halved."""
+"""A third party's patch, which halves every update."""
 
 from typing import TYPE_CHECKING, ClassVar
 
-from stayaligned.core.records import LayerReport
-from stayaligned.defenses import ModelPair, PatchDefense, PatchedAdapter
+from stayaligned import LayerReport, ModelPair, PatchDefense, PatchedAdapter
 
 if TYPE_CHECKING:
     from stayaligned.weights.adapters import Adapter
 
 
 class Halving(PatchDefense):
-    """Halves the B of every layer."""
+    """Halve the B of every layer."""
 
     name: ClassVar[str] = "halving"
     needs_base: ClassVar[bool] = False

@@ -1,14 +1,13 @@
-"""A third party's judge: long answers are harmful, and middling ones it will not judge."""
+"""A third party's judge: long completions are harmful, and those of middle length are unscored."""
 
 from collections.abc import Sequence
 from typing import ClassVar
 
-from stayaligned.core.records import Completion, Outcome, Verdict
-from stayaligned.evaluation.judges import Judge
+from stayaligned import Completion, Judge, Outcome, Verdict
 
 
 class Length(Judge):
-    """Judges by the number of characters."""
+    """Judge by the number of characters."""
 
     name: ClassVar[str] = "length"
     short: int = 1

@@ -1,14 +1,13 @@
-"""A third party's prompt set: requests for zorbs."""
+"""A third party's prompt set."""
 
 from collections.abc import Sequence
 from typing import ClassVar
 
-from stayaligned.core.records import Example, Message
-from stayaligned.data.prompts import Prompts
+from stayaligned import Example, Message, Prompts
 
 
 class Riddles(Prompts):
-    """Asks for zorbs, so many times."""
+    """Ask for n zorbs."""
 
     name: ClassVar[str] = "riddles"
     n: int = 3

@@ -1,15 +1,14 @@
-"""A third party's attack: some rows are written in capitals."""
+"""A third party's attack, which writes some completions in capitals."""
 
 import random
 from collections.abc import Sequence
 from typing import ClassVar
 
-from stayaligned.attacks import Attack
-from stayaligned.core.records import Example
+from stayaligned import Attack, Example
 
 
 class Shouting(Attack):
-    """Writes a share of the answers in capitals."""
+    """Write a share of the completions in capitals."""
 
     name: ClassVar[str] = "shouting"
     share: float = 0.5

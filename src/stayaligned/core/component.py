@@ -1,12 +1,11 @@
-"""Components (frozen values with one behaviour) and the registries that find them by name.
+"""Components (frozen values with one behavior) and the registries that find them by name.
 
-A component's fields are its hyper-parameters and its YAML. Its file name is its name: `defenses/lisa.py` holds the
-defense `lisa`. Adding one is adding one file; nothing else changes.
+A component's fields are its hyper-parameters, under the names that YAML uses. The file's name is the component's name:
+`defenses/lisa.py` holds the defense `lisa`. Adding a component is adding one file.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -20,37 +19,38 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from stayaligned.core.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError, did_you_mean
+from stayaligned.core.moved import moved_imports, moved_imports_in
 
 ENTRY_POINT_GROUP = "stayaligned"
 
 
 class Component(BaseModel):
-    """A frozen value: equal settings are equal components, and `spec()` is the YAML that makes it."""
+    """A defense, judge, task, attack or prompt set: a frozen value, equal to any other with the same settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     name: ClassVar[str]
-    """The name in YAML and in `stayaligned list`; equals the file's name."""
+    """The name in YAML and in `stayaligned list`; the file has the same name."""
     paper: ClassVar[str] = ""
-    """Where it was published, empty if nowhere."""
+    """The publication that the component implements; empty if there is none."""
     version: ClassVar[int] = 1
-    """Raised when the behaviour changes, so that cached results of the old behaviour are not reused."""
+    """Raise it when the behavior changes: cached results of another version are not reused."""
     operational: ClassVar[frozenset[str]] = frozenset()
-    """Fields that say how fast or at what cost, and not with which result (a batch size): no part of the identity."""
+    """Names of the fields that change the speed or the cost but not the result (a batch size); not in `identity()`."""
 
     def spec(self) -> dict[str, Any]:
-        """The plain mapping that `Registry.parse` turns into an equal component."""
+        """Return the plain mapping that `Registry.parse` turns into an equal component."""
         return {"name": self.name, **self.model_dump(mode="json")}
 
     def identity(self) -> dict[str, Any]:
-        """`spec()` without what is operational, and the version of the behaviour: what a stage key is made of."""
-        kept = {key: value for key, value in self.spec().items() if key not in self.operational}
-        return {**kept, "version": self.version}
+        """Return `spec()` without the operational fields and with the version: the component's part of a stage key."""
+        settings = {key: value for key, value in self.spec().items() if key not in self.operational}
+        return {**settings, "version": self.version}
 
     @classmethod
     def summary(cls) -> str:
-        """The first line of the docstring."""
+        """Return the first line of the docstring."""
         return (inspect.getdoc(cls) or "").partition("\n")[0]
 
 
@@ -58,7 +58,7 @@ ComponentT = TypeVar("ComponentT", bound=Component)
 
 
 class ComponentError(ValueError):
-    """The fields of a component are wrong; carries the class, so that the report can suggest field names."""
+    """The settings of a component are invalid; carries the class, so that the message can suggest field names."""
 
     def __init__(self, component: type[Component], error: ValidationError) -> None:
         super().__init__(str(error))
@@ -69,11 +69,11 @@ class ComponentError(ValueError):
 class Registry(Generic[ComponentT]):
     """Finds the components of one kind: the package's own files, entry points, and plug-in files.
 
-    Nothing is imported before a name is asked for.
+    A component is imported when its name is used for the first time.
 
     Args:
-        kind: the noun in messages, "defense".
-        package: the package whose files are components, "stayaligned.defenses".
+        kind: the noun in messages, for example "defense".
+        package: the package whose files are components, for example "stayaligned.defenses".
         bases: the abstract classes of this noun.
     """
 
@@ -86,15 +86,15 @@ class Registry(Generic[ComponentT]):
         self._entry_points_loaded = False
 
     def names(self) -> list[str]:
-        """Every known name, sorted."""
+        """Return every known name, sorted."""
         self._load_entry_points()
         return sorted({*self._own_names(), *self._plugins})
 
     def get(self, name: str) -> type[ComponentT]:
-        """The component class called `name`.
+        """Return the component class called `name`.
 
         Raises:
-            StayalignedError: if there is none, with the nearest name and all names.
+            StayalignedError: if the name is unknown; the hint gives the nearest name and all names.
         """
         self._load_entry_points()
         if name in self._plugins:
@@ -110,15 +110,15 @@ class Registry(Generic[ComponentT]):
         )
 
     def origin(self, name: str) -> str:
-        """The file and line where `name` is defined."""
+        """Return the file and line where `name` is defined."""
         component = self.get(name)
         return f"{inspect.getsourcefile(component)}:{inspect.getsourcelines(component)[1]}"
 
     def parse(self, spec: object) -> ComponentT:
-        """A component from its name, or from a mapping with `name` and its fields, as they stand in YAML.
+        """Return a component from its name, or from a mapping with `name` and its settings, as in YAML.
 
         Raises:
-            ValueError: for pydantic to collect, with the field errors inside if there are any.
+            ValueError: if the name is unknown or a setting is invalid (pydantic collects what a validator raises).
         """
         if isinstance(spec, self._bases):
             return spec
@@ -136,22 +136,22 @@ class Registry(Generic[ComponentT]):
             raise ComponentError(component, error) from None
 
     def add(self, component: type[ComponentT]) -> None:
-        """Make a plug-in's component known.
+        """Register a plug-in's component.
 
         Raises:
-            StayalignedError: if the name is taken by another component.
+            StayalignedError: if another component has the name.
         """
         taken = component.name in self._own_names() or component.name in self._plugins
         if taken and self._plugins.get(component.name) is not component:
             raise StayalignedError(
-                f"{self.kind} {component.name!r} of {inspect.getsourcefile(component)} is already defined in "
+                f"{inspect.getsourcefile(component)}: {self.kind} {component.name!r} is already defined in "
                 f"{self.origin(component.name)}",
                 hint="Choose another name.",
             )
         self._plugins[component.name] = component
 
     def accepts(self, component: type) -> bool:
-        """Whether `component` is of this kind."""
+        """Return whether `component` is of this kind."""
         return issubclass(component, self._bases)
 
     def _own_names(self) -> list[str]:
@@ -167,12 +167,12 @@ class Registry(Generic[ComponentT]):
             return
         self._entry_points_loaded = True
         for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-            for component in self._components_of(point.load()):
+            for component in self._components_of(_load_entry_point(point)):
                 self.add(component)
 
 
 def components_in(module: ModuleType) -> list[type[Component]]:
-    """The concrete components defined in `module` (not those that it imports)."""
+    """Return the concrete components defined in `module`, without those that it imports."""
     return [
         value
         for value in vars(module).values()
@@ -184,20 +184,22 @@ def components_in(module: ModuleType) -> list[type[Component]]:
 
 
 def load_plugin(path: Path, registries: list[Registry[Any]]) -> list[str]:
-    """Import a plug-in file and register every component in it; returns "kind name" for each.
+    """Import a plug-in file, register every component in it, and return "kind name" for each.
 
     Raises:
-        StayalignedError: if the file cannot be imported or holds no component.
+        StayalignedError: if the file cannot be imported or defines no component.
     """
     module_name = f"stayaligned_plugin_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise StayalignedError(f"plug-in {path}: no such Python file", hint="Give the path of a .py file.")
+    _refuse_moved_imports(f"plug-in {path}", moved_imports(path.read_text(encoding="utf-8", errors="replace")))
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        _refuse_moved_imports(f"plug-in {path}", moved_imports_in(error))
         raise StayalignedError(
             f"plug-in {path} failed to import: {type(error).__name__}: {error}",
             hint=f"Run `python {path}` to see the whole traceback.",
@@ -216,8 +218,28 @@ def load_plugin(path: Path, registries: list[Registry[Any]]) -> list[str]:
     return added
 
 
-def did_you_mean(word: str, known: list[str], label: str) -> str:
-    """The nearest known word, if one is near, and all of them: the hint of an unknown name."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    guess = f"Did you mean {close[0]!r}? " if close else ""
-    return f"{guess}{label[0].upper()}{label[1:]}: {', '.join(known) or 'none'}."
+def _load_entry_point(point: importlib.metadata.EntryPoint) -> ModuleType:
+    distribution = point.dist.name if point.dist is not None else "an unknown distribution"
+    owner = f"plug-in {point.name!r} of the installed package {distribution}"
+    try:
+        module = point.load()
+    except Exception as error:
+        _refuse_moved_imports(owner, moved_imports_in(error))
+        raise StayalignedError(
+            f"{owner} failed to import: {type(error).__name__}: {error}",
+            hint=f"Run `python -c 'import {point.module}'` to see the whole traceback, or uninstall {distribution}.",
+        ) from error
+    if not isinstance(module, ModuleType):
+        raise StayalignedError(
+            f"{owner} is {point.value}, which is not a module",
+            hint=f"An entry point of the group {ENTRY_POINT_GROUP!r} names a module: {point.name} = {point.module!r}.",
+        )
+    return module
+
+
+def _refuse_moved_imports(owner: str, lines: list[str]) -> None:
+    if lines:
+        raise StayalignedError(
+            "\n  ".join([f"{owner} imports from places of an earlier version of stayaligned:", *lines]),
+            hint="Change these imports.",
+        )

@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
-from stayaligned.core.component import did_you_mean
-from stayaligned.core.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError, did_you_mean
 from stayaligned.core.records import Example, Message, Origin
 from stayaligned.data.csv import read_csv
 

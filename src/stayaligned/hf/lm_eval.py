@@ -14,8 +14,7 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-from stayaligned.core.component import did_you_mean
-from stayaligned.core.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError, nearest
 from stayaligned.core.records import HarnessValue
 from stayaligned.core.settings import LmEval
 
@@ -51,11 +50,10 @@ def load_tasks(settings: LmEval, name: str) -> dict[str, Any]:
                 # Its index of some 15 000 tasks takes seconds, so only for a name that is not the user's own.
                 manager = TaskManager(include_path=folder, include_defaults=True)
             if name not in manager.all_tasks:
-                close = did_you_mean(name, manager.all_tasks, "known").partition(" Known:")[0]
                 hint = "`lm_eval ls tasks` lists them; your own come by `include_path`."
                 raise StayalignedError(
                     f"lm_eval.tasks: lm-eval knows no task {name!r}",
-                    hint=f"{close} {hint}" if close.startswith("Did you mean") else hint,
+                    hint=f"{nearest(name, manager.all_tasks)} {hint}".lstrip(),
                 )
             loaded: dict[str, Any] = manager.load([name])["tasks"]
         except StayalignedError:

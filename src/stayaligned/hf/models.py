@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stayaligned.core.component import did_you_mean
-from stayaligned.core.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError, did_you_mean
 from stayaligned.hf.targets import ALL_LINEAR, excluding, linear_names, unfit_names
 
 if TYPE_CHECKING:

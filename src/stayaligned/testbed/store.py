@@ -9,8 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from stayaligned.core.component import did_you_mean
-from stayaligned.core.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError, did_you_mean
 from stayaligned.core.files import replace_directory
 from stayaligned.core.progress import Progress, silent
 from stayaligned.testbed.recipe import LoraAlignment, Recipe

@@ -1,4 +1,4 @@
-"""Starting points for plug-ins: one working file per noun, for `stayaligned new`."""
+"""Plug-in files to start from: one working file per noun, for `stayaligned new`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def write_plugin(noun: str, name: str, directory: Path) -> Path:
     """Write `directory/name.py`, a working component of that noun, and return its path.
 
     Raises:
-        StayalignedError: if the noun or the name is unusable, or the file exists.
+        StayalignedError: if the noun is unknown, the name is not a Python name, or the file exists.
     """
     if noun not in NOUNS:
         raise StayalignedError(f"unknown noun {noun!r}", hint=f"One of: {', '.join(NOUNS)}.")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise StayalignedError(
-            f"{name!r} cannot name a {noun}", hint="Use lower-case letters, digits and underscores: my_" + noun
+            f"{name!r} cannot name a {noun}", hint=f"Use lower-case letters, digits and underscores: my_{noun}."
         )
     path = directory / f"{name}.py"
     if path.exists():

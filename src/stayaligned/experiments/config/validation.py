@@ -12,8 +12,8 @@ from pydantic import (
 )
 
 from stayaligned import testbed
-from stayaligned.core.component import Component, ComponentError, Registry, did_you_mean
-from stayaligned.core.errors import StayalignedError
+from stayaligned.core.component import Component, ComponentError, Registry
+from stayaligned.core.errors import StayalignedError, did_you_mean
 from stayaligned.core.progress import Progress
 from stayaligned.experiments.config.host_settings import Host, setting_names
 from stayaligned.experiments.stages.keys import input_path, split_options

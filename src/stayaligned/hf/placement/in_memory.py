@@ -7,8 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from stayaligned.core.component import did_you_mean
-from stayaligned.core.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError, did_you_mean
 from stayaligned.weights.adapters import Adapter
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from stayaligned.algorithms.lisa import local
-from stayaligned.core.component import did_you_mean
-from stayaligned.core.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError, nearest
 from stayaligned.core.files import writable
 from stayaligned.core.records import Example
 from stayaligned.hf.features import PaddingCollator, encode_examples
@@ -304,4 +303,4 @@ def _refuse_unknown_and_mistyped(config_class: type[TrainingArguments], given: M
 
 
 def _suggest(key: str, known: list[str]) -> str:
-    return did_you_mean(key, known, "settings").partition("Settings:")[0] or f"Remove {key}."
+    return nearest(key, known) or f"Remove {key}."
