@@ -1,13 +1,19 @@
-# Everything a newcomer types. Each target sets up what it needs.
+# The development commands; each target sets up what it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+# The tests of pure functions and small files; the rest of the suite trains or generates.
+QUICK := tests/algorithms tests/attacks tests/core tests/data tests/evaluation/metrics tests/gate tests/docs/test_docs.py \
+	tests/docs/test_doctests.py
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup help demo quick test slow check bench clean
 
-setup: $(STAMP)
+setup: $(STAMP)  ## create .venv with everything for development (the default)
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*##  */\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -16,20 +22,25 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(STAMP)  ## the main job on the embedded testbed: a table and demo/report.html
+demo: $(STAMP)  ## run the comparison on the embedded testbed: a table and demo/report.html
 	$(BIN)/stayaligned demo --out demo
 
-test: $(STAMP)  ## the whole suite
-	$(BIN)/python -m pytest -n 2
+quick: $(STAMP)  ## run the tests of pure functions and small files (under a minute)
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(QUICK)
 
-check: $(STAMP)  ## format, lint, types, import contracts, docs
+test: $(STAMP)  ## run every test that is not marked slow
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+slow: $(STAMP)  ## run the slow tests: killed processes, process groups, servers, whole builds
+	$(BIN)/python -m pytest -n 2 -m slow
+
+check: $(STAMP)  ## check format, lint, types and import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 0 tests/docs
 
-bench: $(STAMP)  ## the measured claims of the README
+bench: $(STAMP)  ## measure the claims of the README
 	$(BIN)/python benchmarks/projection.py
 	$(BIN)/python benchmarks/safe_lora.py  # writes 6.5 GB of checkpoints to the temporary directory, once
 	$(BIN)/python benchmarks/lisa.py
@@ -39,5 +50,5 @@ bench: $(STAMP)  ## the measured claims of the README
 	$(BIN)/python benchmarks/endpoint.py
 	$(BIN)/python benchmarks/report.py  # needs chromium
 
-clean:
+clean:  ## remove .venv, demo, build and dist
 	rm -rf $(VENV) demo build dist

@@ -3,7 +3,7 @@
     python examples/lisa_sft.py --model MODEL --user user.jsonl --safety safety.jsonl --out out/lisa
     torchrun --nproc-per-node 8 examples/lisa_sft.py …        (or `accelerate launch`, also with FSDP2 configured)
 
-Run the same command again after an interruption: it goes on from the last complete checkpoint.
+Run the same command again after an interruption: it continues from the last complete checkpoint.
 """
 
 import argparse

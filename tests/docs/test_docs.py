@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,20 @@ from stayaligned.experiments.config.experiment import load_experiment
 from stayaligned.experiments.grid import load_grid
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])
-EXAMPLES = sorted([*(ROOT / "examples").glob("**/*.yaml"), *(ROOT / "src").glob("**/*.yaml")])
+PAGES = sorted([*ROOT.glob("*.md"), *(page for name in ("docs", "studies") for page in (ROOT / name).glob("**/*.md"))])
+EXAMPLES = sorted(
+    path
+    for name in ("examples", "src", "studies")
+    for path in (ROOT / name).glob("**/*.yaml")
+    if " --plugin " not in path.read_text()  # valid with its plug-in only: tests/studies
+)
 SOURCES = sorted([*(ROOT / "src").glob("**/*.py"), *(ROOT / "benchmarks").glob("**/*.py")])
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 80
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+MAX_PAGE_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 500, 80
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
 def test_the_guards_below_see_something() -> None:
@@ -30,16 +41,34 @@ def test_the_guards_below_see_something() -> None:
     assert sum(len(commands_in(page)) for page in PAGES) >= 8
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_every_relative_link_leads_to_a_file(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_every_relative_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    for target, _, heading in re.findall(r"\]\(([^)#\s]*)(#([^)\s]+))?[^)]*\)", page.read_text()):
         if not target.startswith(("http:", "https:", "mailto:")):
-            assert (page.parent / target).exists(), target
+            linked = page.parent / target if target else page
+            assert linked.exists(), target
+            assert not heading or heading in headings_of(linked), f"{target}#{heading}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def headings_of(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_no_page_of_the_documentation_is_too_long() -> None:
+    lengths = {page.name: len(page.read_text().splitlines()) for page in DOCS}
+    assert {name: length for name, length in lengths.items() if length > MAX_PAGE_LINES} == {}
+
+
+def test_the_index_links_to_every_page() -> None:
+    linked = set(re.findall(r"\]\(([^)#\s]+)", (ROOT / "docs" / "README.md").read_text()))
+    assert {page.name for page in DOCS} - {"README.md"} <= linked
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_every_source_path_that_is_named_exists(page: Path) -> None:
-    for path in re.findall(r"`((?:src|tests|docs|examples|benchmarks)/[\w./-]+)`", page.read_text()):
+    for path in re.findall(r"`((?:src|tests|docs|examples|benchmarks|studies)/[\w./-]+)`", page.read_text()):
         assert (ROOT / path).exists(), path
 
 
@@ -49,7 +78,7 @@ def commands_in(page: Path) -> list[list[str]]:
     return [shlex.split(re.sub(r"\s#.*", "", line.replace("…", "x"))) for line in found]
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if commands_in(p)], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if commands_in(p)], ids=relative)
 def test_every_command_and_option_that_is_named_exists(page: Path) -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
     for _, name, *arguments in commands_in(page):
@@ -63,16 +92,33 @@ def test_every_command_and_option_that_is_named_exists(page: Path) -> None:
         assert named <= options, (name, named - options)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+TARGETS = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+
+
+def make_targets_in(text: str) -> set[str]:
+    return set(re.findall(r"(?:^ {4}|^|`)make (\w+)", text, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_every_make_target_that_is_named_exists(page: Path) -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^(\w+):", makefile, flags=re.MULTILINE))
-    named = set(re.findall(r"(?:^ {4}|`)make (\w+)", page.read_text(), flags=re.MULTILINE))
-    assert named
-    assert named <= targets
+    assert make_targets_in(page.read_text()) <= TARGETS
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
+def test_the_page_for_contributors_names_every_make_target() -> None:
+    assert make_targets_in((ROOT / "CONTRIBUTING.md").read_text()) == TARGETS
+
+
+def test_every_make_target_has_a_help_text() -> None:
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"^  make (\w+) +\S", shown, flags=re.MULTILINE)) == TARGETS
+
+
+def test_ci_runs_the_checks_and_every_test() -> None:
+    assert make_targets_in((ROOT / ".ci" / "run").read_text()) == {"check", "test", "slow"}
+    assert "test" in make_targets_in((ROOT / "README.md").read_text())
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=relative)
 def test_every_example_is_valid_and_says_its_command(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = path.read_text()
     commands = re.findall(r"^#\s+(?:.*: )?(stayaligned (?:run|bench|demo|align) .*)$", text, flags=re.MULTILINE)
@@ -103,13 +149,12 @@ def placeholder_overrides(path: Path) -> list[str]:
 
 
 def test_every_public_name_resolves_and_is_documented() -> None:
-    assert sorted(stayaligned._HOMES) == sorted(stayaligned.__all__)
     for name in stayaligned.__all__:
         value = getattr(stayaligned, name)
         assert inspect.getdoc(value), name
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_files_and_functions_stay_within_their_budget(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= MAX_FILE_LINES
