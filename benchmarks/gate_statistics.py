@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 from scipy.special import betaincinv, gammaln, stdtr, stdtrit, xlogy
-from scipy.stats import binom, bootstrap
+from scipy.stats import binom, binomtest, bootstrap
 
 from stayaligned.evaluation.metrics import (
     MeanOfPrompts,
@@ -21,7 +21,6 @@ from stayaligned.evaluation.metrics import (
     holm,
     mean_of_prompts,
     paired_needed_n,
-    wilson_interval,
 )
 
 Array = np.ndarray
@@ -64,8 +63,8 @@ def exact_bounds(n: int) -> Bounds:
 
 
 def wilson_bounds(n: int) -> Bounds:
-    """Wilson's of every count."""
-    low, high = np.array([wilson_interval(k, n) for k in range(n + 1)]).T
+    """Return Wilson's interval of every count."""
+    low, high = np.array([binomtest(k, n).proportion_ci(method="wilson") for k in range(n + 1)]).T
     return low, high
 
 
@@ -221,7 +220,7 @@ def _three_intervals(row: Array) -> Iterator[tuple[float, float]]:
     if row.min() == row.max():
         yield row[0], row[0]
     else:
-        # 999 resamples, not the 9999 of `paired_bootstrap`: the same interval, in a tenth of the time.
+        # 999 resamples: nearly the interval of 9999, in a tenth of the time.
         found = bootstrap((row,), np.mean, n_resamples=999, method="BCa", rng=np.random.default_rng(0))
         yield found.confidence_interval.low, found.confidence_interval.high
     half = stdtrit(n - 1, 0.975) * row.std(ddof=1) / n**0.5

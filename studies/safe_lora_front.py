@@ -42,7 +42,7 @@ from stayaligned.core.files import replace_file, write_text
 from stayaligned.core.records import Metric
 from stayaligned.core.text import markdown
 from stayaligned.evaluation.metrics import PairedDifference, across_seeds, t_interval
-from stayaligned.report.texts import bounds, listed, percent
+from stayaligned.report.texts import bounds, join_names, percent
 
 METRICS = {
     HARM: "harmful score",
@@ -279,7 +279,7 @@ def front_tables(findings: Findings) -> Iterator[str]:
             low, high = t_interval(values) or (None, None)
             mean = sum(values) / len(values) if values else None
             against = [points(front.against[r]) if r in front.against else "" for r in (*CONTROLS, UNIFORM)]
-            missed = listed((f"{t.family} {t.setting}" for t in front.uncovered), 4)
+            missed = join_names((f"{t.family} {t.setting}" for t in front.uncovered), 4)
             rows.append([markdown(str(cell)), family, with_bounds(mean, low, high), *against, markdown(missed)])
     head = ["cell", "operator", "area", *(f"− {rival}" for rival in (*CONTROLS, UNIFORM)), "not covered"]
     yield from table_lines(head, rows)
@@ -318,7 +318,7 @@ def introduction(table: Table, max_loss: float) -> Iterator[str]:
     yield ""
     short = [key for key, runs in table.readings.items() if len(runs) < len(seeds)]
     if short:
-        named = listed((f"{cell} p = {ratio:g} {' '.join(filter(None, t))}" for cell, ratio, t in short), 6)
+        named = join_names((f"{cell} p = {ratio:g} {' '.join(filter(None, t))}" for cell, ratio, t in short), 6)
         yield f"Not every seed has a result in {len(short)} arms: {markdown(named, 600)}."
         yield ""
 

@@ -1,4 +1,4 @@
-"""Made-up results that look like a grid on the embedded testbed: 13 arms, 3 seeds, 28 LoRA modules."""
+"""Synthetic results like those of a grid on the embedded testbed: 13 arms, 3 seeds, 28 LoRA modules."""
 
 import math
 import random
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from stayaligned.core.records import LayerReport, Message, Metric, Outcome
-from stayaligned.evaluation.metrics import wilson_interval
+from stayaligned.evaluation.metrics import exact_interval
 from stayaligned.evaluation.results import Agreement, JudgeReading, PatchRecord, Provenance, Result, Sample
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -51,7 +51,7 @@ PATCHES = {"safe_lora", "complement", "drop", "shrink", "random_subspace"}
 def share(name: str, value: float, n: int, *, unscored: int = 0, higher_is_better: bool = False) -> Metric:
     """A rate of `n` scored items."""
     hits = round(value * n)
-    low, high = wilson_interval(hits, n)
+    low, high = exact_interval(hits, n)
     return Metric(
         name=name,
         value=hits / n,
@@ -156,7 +156,7 @@ def _samples(arm: str, seed: int, outcome_shares: tuple[float, float], rng: rand
 
 
 def grid_result(arm: str, seed: int, position: int = 0) -> Result:
-    """A plausible result of one arm under one seed."""
+    """Return a plausible result of one arm under one seed."""
     harm, refuse, over, accuracy, skills, spread = ARMS[arm]
     rng = random.Random(zlib.crc32(f"{arm}/{seed}".encode()))
     harm = _clip(rng.gauss(harm, spread))

@@ -1,4 +1,4 @@
-"""The report in a real browser: nothing asked for, nothing run but its own script, usable by keyboard and phone."""
+"""The report in a real browser: no requests, no scripts but its own, usable by keyboard and on a phone."""
 
 import os
 import shutil
@@ -69,7 +69,7 @@ def rows(n):
 
 @pytest.fixture(params=[(1280, "light"), (390, "dark")], ids=str)
 def page(browser, address, request):
-    """The page with everything unfolded; complaints are collected in `page.complaints`."""
+    """The page with all details open; complaints are collected in `page.complaints`."""
     width, scheme = request.param
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page = context.new_page()
@@ -84,7 +84,7 @@ def page(browser, address, request):
     context.close()
 
 
-def test_the_page_asks_for_nothing_and_runs_nothing_foreign(page):
+def test_the_page_makes_no_requests_and_runs_only_its_own_script(page):
     page.wait_for_timeout(200)
     assert page.complaints == []
     assert page.locator("img, iframe, object").count() == 0
@@ -138,7 +138,7 @@ def test_wide_tables_scroll_by_keyboard(page):
     assert region.evaluate("element => element === document.activeElement")
 
 
-def test_text_stands_out_from_its_background(page):
+def test_text_has_enough_contrast(page):
     """WCAG AA: 4.5 to 1 for the text that a reader must see."""
     ratio = page.evaluate(
         """() => {
@@ -160,7 +160,7 @@ def test_text_stands_out_from_its_background(page):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_axe_finds_no_serious_fault(browser, address, width, scheme):
-    """axe-core's own rules. The page's policy forbids foreign scripts, so this context alone goes around it."""
+    """axe-core's own rules. Only this context bypasses the page's policy, which forbids foreign scripts."""
     context = browser.new_context(
         viewport={"width": width, "height": 900}, color_scheme=scheme, bypass_csp=True, reduced_motion="reduce"
     )
@@ -193,8 +193,8 @@ HOSTILE = [
 ]
 
 
-def test_two_hundred_hostile_answers_do_nothing(browser, grid_results, tmp_path):
-    """In answers, ids, categories, judges' names and reasons of arms alike: text, and only text."""
+def test_two_hundred_hostile_completions_do_nothing(browser, grid_results, tmp_path):
+    """Completions, ids, categories, names of judges and arms are shown as text only."""
     samples = tuple(
         Sample(
             id=f"{HOSTILE[i % 10]}{i}",
@@ -227,14 +227,14 @@ def test_two_hundred_hostile_answers_do_nothing(browser, grid_results, tmp_path)
     page.close()
 
 
-def test_every_answer_is_paged_sorted_and_filtered_without_a_mouse(page):
+def test_the_table_of_completions_is_paged_sorted_and_filtered_without_a_mouse(page):
     place = page.locator("#every-answer-table")
     assert place.locator("tbody tr").count() == 100
     assert "Rows 1 to 100 of 300" in place.inner_text()
     place.get_by_role("button", name="Next page").focus()
     page.keyboard.press("Enter")
     assert "Rows 101 to 200 of 300" in place.inner_text()
-    head = place.get_by_role("columnheader", name="rubric: its number")
+    head = place.get_by_role("columnheader", name="rubric: score")
     head.get_by_role("button").focus()
     page.keyboard.press("Enter")
     assert head.get_attribute("aria-sort") == "ascending"
@@ -250,7 +250,7 @@ def test_every_answer_is_paged_sorted_and_filtered_without_a_mouse(page):
 
 
 def test_ten_thousand_rows_are_all_there(browser, grid_results, tmp_path):
-    """How fast: `benchmarks/report.py`."""
+    """`benchmarks/report.py` measures how fast."""
     result = grid_results[0]
     write_report(build_report([result], title="Many", evidence={result.id: rows(10_000)}), tmp_path)
     page = browser.new_page()

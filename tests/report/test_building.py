@@ -16,7 +16,7 @@ rates = st.lists(st.integers(0, 200).map(lambda hits: hits / 200), min_size=2, m
 
 
 @given(values=rates)
-def test_a_mean_over_seeds_has_students_interval_cut_to_shares(make_result, values):
+def test_a_mean_over_seeds_has_students_interval_clipped_to_the_scale(make_result, values):
     report = build_report([make_result("A", seed, harm) for seed, harm in enumerate(values)], title="t")
     found = report.arms[0].estimates["harmful_score"]
     assert found.mean == pytest.approx(fmean(values))
@@ -72,13 +72,13 @@ def test_equal_differences_without_spread_are_not_called_a_difference(make_resul
     results += [make_result("B", s, 0.1) for s in (1, 2)]
     report = build_report(results, title="t", reference="ref")
     assert not report.arm("A").differences["harmful_score"].resolved  # one prompt of 200, twice
-    assert report.arm("B").differences["harmful_score"].resolved  # the prompts themselves tell these apart
+    assert report.arm("B").differences["harmful_score"].resolved  # the intervals over prompts are disjoint
 
 
 def test_one_seed_never_shows_a_difference(make_result):
     report = build_report([make_result("ref", 1, 1.0), make_result("A", 1, 0.0)], title="t", reference="ref")
     assert not report.arm("A").differences["harmful_score"].resolved
-    assert "one seed in common cannot show" in report.answer
+    assert "one common seed cannot show" in report.summary
 
 
 @given(points=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=8))
@@ -102,7 +102,7 @@ def test_arms_of_another_attack_or_without_training_are_not_compared(make_result
     assert [arm.on_front for arm in arms] == [True, True, False, False]
 
 
-def test_controls_are_known_by_their_last_patch(grid_results):
+def test_controls_are_recognized_by_their_last_patch(grid_results):
     report = build_report(grid_results, title="t", reference="SFT attacked")
     assert [arm.name for arm in report.arms if arm.control] == ["Drop", "Shrink", "Random"]
 
@@ -148,7 +148,7 @@ def test_a_shared_stage_counts_its_time_once(make_result):
     assert (time.n_computed, time.total_seconds, time.mean_seconds) == (2, 30.0, 15.0)
 
 
-def test_a_fact_on_which_results_differ_names_whose_it_is(make_result):
+def test_a_fact_on_which_results_differ_names_the_results(make_result):
     results = [
         make_result(arm, seed, provenance=Provenance(versions={"torch": f"2.{seed}"}, commit=arm))
         for arm in "AB"
@@ -165,19 +165,21 @@ def test_notes_come_once_with_their_owners(grid_results):
     )
 
 
-def test_every_arms_answer_stands_under_its_prompt(grid_results):
-    questions = build_report(grid_results, title="t").questions
-    assert [q.id for q in questions] == [f"harmful-{i}" for i in range(4)] + ["task-0"]
-    assert all(len(q.answers) == 13 for q in questions)
+def test_every_arms_completion_is_listed_under_its_prompt(grid_results):
+    prompts = build_report(grid_results, title="t").prompts
+    assert [p.id for p in prompts] == [f"harmful-{i}" for i in range(4)] + ["task-0"]
+    assert all(len(p.completions) == 13 for p in prompts)
 
 
-def test_a_metric_of_a_plug_in_gets_a_column(make_result):
-    own = Metric(name="rhyme_rate", value=0.5, n=10, higher_is_better=True)
-    report = build_report([make_result("A", 1, scores=(own,))], title="t")
-    assert [kind.title for kind in report.metrics] == ["Harmful score", "Rhyme rate"]
+def test_other_metrics_get_a_column_with_a_readable_title(make_result):
+    own = [
+        Metric(name=name, value=0.5, n=10, higher_is_better=True) for name in ("rhyme_rate", "BLEU", "lm_eval/ARC/acc")
+    ]
+    report = build_report([make_result("A", 1, scores=tuple(own))], title="t")
+    assert [kind.title for kind in report.metrics] == ["Harmful score", "Rhyme rate", "BLEU", "ARC acc"]
 
 
-def test_settings_that_differ_between_seeds_are_said(make_result):
+def test_settings_that_differ_between_seeds_are_reported(make_result):
     results = [make_result("A", s, experiment={"seed": s, "max_length": 64 * s}) for s in (1, 2)]
     report = build_report(results, title="t")
     assert report.arms[0].varies == ("max_length",)
@@ -188,11 +190,11 @@ def test_settings_that_differ_between_seeds_are_said(make_result):
     ("results", "reference", "message"),
     [
         ([], None, "at least one result"),
-        ([("A", 1)], "B", "no arm is labelled 'B'; there are A"),
-        ([("A", 1), ("A", 1)], None, "arm 'A': seed 1 is there 2 times"),
+        ([("A", 1)], "B", "no arm is labelled 'B'; the arms are A"),
+        ([("A", 1), ("A", 1)], None, "arm 'A': seed 1 appears 2 times"),
     ],
 )
-def test_what_can_not_be_compared_is_refused(make_result, results, reference, message):
+def test_results_that_cannot_be_compared_are_an_error(make_result, results, reference, message):
     with pytest.raises(StayalignedError, match=message):
         build_report([make_result(*one) for one in results], title="t", reference=reference)
 
@@ -204,7 +206,7 @@ def test_a_report_is_frozen_and_the_same_each_time(grid_results):
         setattr(report, fields(report)[0].name, "other")
 
 
-def test_the_answer_names_only_arms_whose_numbers_support_it(make_result):
+def test_the_summary_names_only_arms_whose_numbers_support_it(make_result):
     def arm(name, harms, gains):
         return [make_result(name, s, h, g) for s, (h, g) in enumerate(zip(harms, gains, strict=True))]
 
@@ -215,26 +217,26 @@ def test_the_answer_names_only_arms_whose_numbers_support_it(make_result):
         *arm("noise", (0.95, 0.2, 0.97), (0.98, 0.95, 0.97)),
     ]
     report = build_report(results, title="t", reference="attacked")
-    assert report.answer.startswith("Of 3 arms fine-tuned like attacked (harmful score 94.0 %), 2 have a lower")
-    assert "of these, good (" in report.answer
-    assert report.answer.endswith(
-        "is not shown to lose fine-tune accuracy after that correction, which does not exclude it."
+    assert report.summary.startswith("Of 3 arms fine-tuned like attacked (harmful score 94.0 %), 2 have a lower")
+    assert "of these, good (" in report.summary
+    assert report.summary.endswith(
+        "shows no significant loss of fine-tune accuracy after the correction, which does not exclude a loss."
     )
-    assert any("loss of fine-tune accuracy beyond its interval: costly" in line for line in report.findings)
+    assert any("their loss of fine-tune accuracy is significant: costly" in line for line in report.findings)
 
 
-def test_without_judged_answers_nothing_is_concluded(make_result):
+def test_without_judged_completions_nothing_is_concluded(make_result):
     report = build_report([make_result("A", 1, judges=())], title="t")
-    assert report.answer.startswith("No harmful score")
+    assert report.summary.startswith("No harmful score")
 
 
 def test_arms_judged_by_different_judges_are_flagged(make_result):
     other = (JudgeReading(judge="other", metrics=make_result("A", 1).judges[0].metrics),)
     report = build_report([make_result("A", 1), make_result("B", 1, judges=other)], title="t")
-    assert any("different judges" in caution for caution in report.cautions)
+    assert any("different primary judges" in caution for caution in report.cautions)
 
 
-def test_a_low_kappa_among_answers_that_are_all_alike_is_no_cause_for_doubt(make_result):
+def test_a_low_kappa_among_nearly_equal_outcomes_is_not_reported(make_result):
     def doubts(agreement, kappa):
         pair = (Agreement(judges=("a", "b"), prompt_set="harmful", n=200, agreement=agreement, kappa=kappa),)
         report = build_report([make_result("A", 1, agreements=pair)], title="t")

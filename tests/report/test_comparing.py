@@ -1,4 +1,4 @@
-"""What is shown of a difference: after correction, on its own scale, and of one seed only by its prompts."""
+"""Differences: corrected for multiple testing, on their own scale, and for one seed compared by prompt."""
 
 import pytest
 from scipy.stats import ttest_1samp
@@ -56,7 +56,7 @@ def test_one_seed_is_compared_by_prompt_and_without_evidence_not_at_all(make_res
     assert (without.resolved, without.p_value) == (False, None)
 
 
-def test_a_number_on_its_own_scale_is_no_percentage_anywhere(make_result):
+def test_a_score_on_its_own_scale_is_never_printed_as_a_percentage(make_result):
     results = []
     for seed, value in enumerate((3.1, 3.4)):
         result = make_result("a", seed, 0.5, 0.9)

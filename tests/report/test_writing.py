@@ -15,6 +15,7 @@ from stayaligned.core.records import Message
 from stayaligned.core.text import markdown, one_line
 from stayaligned.evaluation.results import Sample
 from stayaligned.report import build_report, terminal_table, write_report
+from stayaligned.report.figures import harm_against_accuracy
 from stayaligned.report.texts import csv_cell, percent, visible
 
 HOSTILE = (
@@ -32,7 +33,7 @@ VOID = {"meta", "link", "br", "img", "hr", "input", "col"}
 
 
 class Page(HTMLParser):
-    """Elements, attributes and text of a page; complains of tags that don't nest."""
+    """Elements, attributes and text of a page; fails on tags that do not nest."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -90,7 +91,7 @@ def hostile(make_result, tmp_path_factory):
     return written(results, tmp_path_factory.mktemp("hostile"), title=HOSTILE[0], reference=HOSTILE[0])
 
 
-def test_the_page_is_whole_and_asks_for_nothing(grid):
+def test_the_page_is_complete_and_makes_no_requests(grid):
     page = Page(grid["report.html"])
     assert page.open == []
     policy = next(a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
@@ -124,7 +125,7 @@ def test_every_table_has_a_caption_and_every_picture_a_description(grid):
             assert attributes.get("scope") in {"row", "col"}
 
 
-def test_sections_stand_in_the_order_of_reading(grid):
+def test_sections_are_in_reading_order(grid):
     order = [
         "arms",
         "differences",
@@ -196,7 +197,7 @@ def test_hostile_text_is_inert_in_markdown(hostile):
         assert character not in text
 
 
-def test_hostile_text_is_no_formula_and_no_control_in_csv(hostile):
+def test_hostile_text_is_neither_a_formula_nor_a_control_character_in_csv(hostile):
     rows = list(csv.DictReader(io.StringIO(hostile["results.csv"])))
     assert len(rows) == len(HOSTILE) * 2 * 2
     assert not any((cell or "").startswith(("=", "+", "-", "@", "\t", "\r")) for row in rows for cell in row.values())
@@ -216,14 +217,14 @@ def test_rich_markup_in_names_is_text(make_result):
     assert "[red]x[/red]" in plain(terminal_table(report), 100)
 
 
-def test_a_megabyte_of_answer_is_clipped_and_said_so(make_result, tmp_path):
+def test_a_completion_of_a_megabyte_is_clipped_with_a_note(make_result, tmp_path):
     long = Sample(id="x", prompt_set="harmful", prompt=(Message(role="user", content="p"),), text="wörd " * 200_000)
     page = written([make_result("A", 1, samples=(long,))], tmp_path)["report.html"]
     assert len(page) < 100_000
     assert "980000 more characters" in page
 
 
-# ---- what is missing -----------------------------------------------------------------------------------------------
+# ---- missing parts --------------------------------------------------------------------------------------------------
 
 
 def plain(table, width):
@@ -232,7 +233,7 @@ def plain(table, width):
     return stream.getvalue()
 
 
-def test_unscored_is_said_and_never_zero_in_every_form(make_result, tmp_path):
+def test_unscored_items_are_reported_and_never_zero_in_every_format(make_result, tmp_path):
     results = [make_result("A", 1, None, None)]
     texts = written(results, tmp_path)
     assert "0 of 150 scored" in texts["report.html"]
@@ -256,7 +257,7 @@ def test_unscored_is_said_and_never_zero_in_every_form(make_result, tmp_path):
     ids=str,
 )
 @pytest.mark.parametrize("seeds", [(1,), (1, 2)])
-def test_missing_things_leave_the_rest_standing(make_result, tmp_path, changes, seeds):
+def test_missing_parts_do_not_affect_the_rest(make_result, tmp_path, changes, seeds):
     results = [make_result("A", seed, **changes) for seed in seeds]
     texts = written(results, tmp_path, reference="A")
     assert Page(texts["report.html"]).open == []
@@ -264,14 +265,14 @@ def test_missing_things_leave_the_rest_standing(make_result, tmp_path, changes, 
     assert "A" in plain(terminal_table(build_report(results, title="t")), 80)
 
 
-def test_what_was_watched_is_drawn_beside_the_losses(make_result, tmp_path):
+def test_probes_are_drawn_with_the_losses(make_result, tmp_path):
     watched = {"watch/refusal_margin": 3.25, "watch/alignment_loss": 0.5}
     log = [{"step": step, "loss": 1.0, "drift": 0.25, "alignment_loss": 1.0} for step in (1, 2)]
     log += [{"step": step, **watched} for step in (0, 2)]
     page = written([make_result("A", 1, training_log=tuple(log))], tmp_path)["report.html"]
     for ended in ("refusal margin, nats ends at 3.25", "held-out alignment loss ends at 0.5", "ends at 0.25"):
         assert ended in page
-    # A loss of training is drawn where phases don't alternate, also beside a probe's.
+    # Without alternating phases, the training loss is drawn with the probe's loss.
     plain_log = [{"step": 1, "loss": 1.0}, {"step": 1, "watch/alignment_loss": 0.5}]
     page = written([make_result("A", 1, training_log=tuple(plain_log))], tmp_path / "plain")["report.html"]
     assert "loss ends at 1; held-out alignment loss ends at 0.5" in page
@@ -282,6 +283,15 @@ def test_names_in_any_script_are_drawn(make_result, tmp_path):
     page = written(results, tmp_path)["report.html"]
     assert "微调" in page
     assert len(page) < 200_000
+
+
+def test_every_arm_has_a_mark_and_a_name_in_the_plot(grid_results, make_result):
+    picture = harm_against_accuracy(build_report(grid_results, title="t", reference="SFT attacked"))
+    names = re.findall(r"<text[^>]*>(?:◆ )?([^<]+)</text>", picture)
+    arms = list(dict.fromkeys(result.arm for result in grid_results))
+    assert [name for name in names if name in arms] == arms
+    crowd = build_report([make_result(f"arm {i}", 1, 0.5, 0.5) for i in range(40)], title="t")
+    assert all(f"arm {i}<" in harm_against_accuracy(crowd) for i in range(40))
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------------
@@ -312,6 +322,6 @@ def test_the_terminal_table_fits_eighty_columns(grid_results):
     assert "−" in lisa
 
 
-def test_negative_zero_and_none_read_well():
+def test_negative_zero_and_none_are_formatted_well():
     assert (percent(-0.0001), percent(None), percent(-0.25, signed=True)) == ("0.0", "n/a", "−25.0")
     assert percent(0.0, signed=True) == "+0.0"

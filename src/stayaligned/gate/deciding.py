@@ -232,7 +232,7 @@ def _judged(one: _Found, p_fail: float, limits: Limits, n_criteria: int) -> Crit
     mean = one.mean
     needed = None
     if answer == "undecided" and mean is not None and not one.too_many_unscored and not hides:
-        needed = mean.prompts_to_leave(one.limit, confidence=limits.confidence)
+        needed = mean.prompts_to_decide(one.limit, confidence=limits.confidence)
     found = Criterion(
         name=one.name,
         title=one.measure.title,

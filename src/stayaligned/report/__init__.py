@@ -1,9 +1,9 @@
-"""Results to a report that can be passed on: one self-contained HTML page, Markdown, CSV, a terminal table.
+"""Reports of results: one self-contained HTML page, Markdown, CSV, and a terminal table.
 
     report = build_report(find_results([directory]), title="Comparison", reference="SFT attacked")
     write_report(report, directory)
 
-`building` works everything out once, as the frozen `values`; the writers only print them.
+`building` computes the frozen `values` once; the writers only print them.
 """
 
 from stayaligned.report.building import build_report

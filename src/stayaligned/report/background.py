@@ -1,4 +1,4 @@
-"""What stands behind the numbers: notes, kept answers, and what it takes to run the comparison again."""
+"""Notes, sample completions, provenance and times of the results of a report."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import get_args
 
 from stayaligned.core.records import Message, PromptSet
 from stayaligned.evaluation.results import Result, Sample
-from stayaligned.report.texts import listed
-from stayaligned.report.values import Answer, Fact, Question, StageTime
+from stayaligned.report.texts import join_names
+from stayaligned.report.values import ArmCompletion, ComparedPrompt, Fact, StageTime
 
 
 def collect_notes(results: Sequence[Result]) -> tuple[tuple[str, str], ...]:
-    """Every note once, with whose it is."""
+    """Collect every note once, with the results that have it."""
     owners: dict[str, list[Result]] = {}
     for result in results:
         for note in dict.fromkeys(result.notes):
             owners.setdefault(note, []).append(result)
-    return tuple((note, _whose(found, results)) for note, found in owners.items())
+    return tuple((note, _describe_owners(found, results)) for note, found in owners.items())
 
 
-def collect_questions(groups: Mapping[str, Sequence[Result]]) -> tuple[Question, ...]:
-    """The kept prompts with every arm's answer, of each arm's first seed that kept any."""
+def collect_prompts(groups: Mapping[str, Sequence[Result]]) -> tuple[ComparedPrompt, ...]:
+    """Collect the sampled prompts with every arm's completion, from each arm's first seed that has samples."""
     asked: dict[tuple[PromptSet, str, tuple[Message, ...]], list[tuple[Result, Sample]]] = {}
     for runs in groups.values():
         chosen = next((run for run in runs if run.samples), None)
@@ -30,20 +30,20 @@ def collect_questions(groups: Mapping[str, Sequence[Result]]) -> tuple[Question,
             asked.setdefault((sample.prompt_set, sample.id, sample.prompt), []).append((chosen or runs[0], sample))
     order: tuple[PromptSet, ...] = get_args(PromptSet)
     return tuple(
-        Question(
+        ComparedPrompt(
             id=identity,
             prompt_set=prompt_set,
             category=found[0][1].category,
             prompt=prompt,
             reference=found[0][1].reference,
-            answers=tuple(Answer(run.arm, run.seed, s.text, s.outcomes, s.score) for run, s in found),
+            completions=tuple(ArmCompletion(run.arm, run.seed, s.text, s.outcomes, s.score) for run, s in found),
         )
         for (prompt_set, identity, prompt), found in sorted(asked.items(), key=lambda item: order.index(item[0][0]))
     )
 
 
 def collect_facts(results: Sequence[Result]) -> tuple[Fact, ...]:
-    """Versions, commit, template and inputs: a value where all agree, each with its owners where they don't."""
+    """Collect versions, commit, chat template and inputs, with the results that have each value where they differ."""
     found: dict[str, dict[str, list[Result]]] = {}
     for result in results:
         p = result.provenance
@@ -59,7 +59,7 @@ def collect_facts(results: Sequence[Result]) -> tuple[Fact, ...]:
         Fact(
             name,
             tuple(
-                (value, _whose(owners, [r for all_ in by_value.values() for r in all_]))
+                (value, _describe_owners(owners, [r for all_ in by_value.values() for r in all_]))
                 for value, owners in by_value.items()
             ),
         )
@@ -68,7 +68,7 @@ def collect_facts(results: Sequence[Result]) -> tuple[Fact, ...]:
 
 
 def collect_times(results: Sequence[Result]) -> tuple[StageTime, ...]:
-    """Seconds a stage, by its name; a stage that several results share is counted once."""
+    """Collect the seconds of each kind of stage; a stage that several results share counts once."""
     computed: dict[str, dict[str, float]] = {}
     for result in results:
         p = result.provenance
@@ -79,14 +79,14 @@ def collect_times(results: Sequence[Result]) -> tuple[StageTime, ...]:
     )
 
 
-def _whose(found: Sequence[Result], everybody: Sequence[Result]) -> str:
-    """Which results these are, as briefly as can be: empty for all, else seeds, arms, or both."""
-    if len(found) == len(everybody):
+def _describe_owners(found: Sequence[Result], everything: Sequence[Result]) -> str:
+    """Describe a subset of the results briefly: empty for all, otherwise by seeds, arms, or both."""
+    if len(found) == len(everything):
         return ""
     seeds = dict.fromkeys(result.seed for result in found)
-    if len(found) == sum(result.seed in seeds for result in everybody):
-        return f"seed {listed(map(str, seeds), 12)}"
+    if len(found) == sum(result.seed in seeds for result in everything):
+        return f"seed {join_names(map(str, seeds), 12)}"
     arms = dict.fromkeys(result.arm for result in found)
-    if len(found) == sum(result.arm in arms for result in everybody):
-        return listed(arms, 12)
-    return listed((f"{result.arm} (seed {result.seed})" for result in found), 12)
+    if len(found) == sum(result.arm in arms for result in everything):
+        return join_names(arms, 12)
+    return join_names((f"{result.arm} (seed {result.seed})" for result in found), 12)

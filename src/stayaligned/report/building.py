@@ -1,4 +1,4 @@
-"""Results to a report: group by arm, aggregate over seeds, compare with the reference. Pure; imports no torch."""
+"""Build a report: group results by arm, aggregate over seeds, compare with the reference arm. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Metric, PromptSet
 from stayaligned.evaluation.metrics import across_seeds, exact_interval
 from stayaligned.evaluation.results import Evidence, JudgeReading, Result
-from stayaligned.report.background import collect_facts, collect_notes, collect_questions, collect_times
+from stayaligned.report.background import collect_facts, collect_notes, collect_prompts, collect_times
 from stayaligned.report.comparing import ROUNDING, compare
-from stayaligned.report.texts import listed
+from stayaligned.report.texts import join_names
 from stayaligned.report.training import collect_trainings
 from stayaligned.report.values import (
     KNOWN_METRICS,
@@ -31,10 +31,10 @@ from stayaligned.report.values import (
     PatchSummary,
     Report,
 )
-from stayaligned.report.words import answer, cautions, findings
+from stayaligned.report.words import list_cautions, list_findings, summarize
 
 _CONTROLS = frozenset({"drop", "shrink", "random_subspace"})
-"""Patches that use nothing of the alignment's directions; a result may come from where the registry is not."""
+"""Patches that do not use the alignment directions. Named here because results may come from another installation."""
 
 
 def build_report(
@@ -44,23 +44,23 @@ def build_report(
     reference: str | None = None,
     evidence: Mapping[str, Sequence[Evidence]] | None = None,
 ) -> Report:
-    """A comparison of the arms in `results`, each aggregated over its seeds.
+    """Compare the arms in `results`, each aggregated over its seeds.
 
     Args:
-        results: at least one; arms keep the order in which they first appear.
-        title: the report's heading.
-        reference: the arm that the others are compared with, seed by seed.
-        evidence: the rows behind the results, by a result's id; a result may lack them.
+        results: At least one result; arms keep the order in which they first appear.
+        title: Heading of the report.
+        reference: Name of the arm that the others are compared with, seed by seed.
+        evidence: Evidence rows by the id of their result; results may lack evidence.
 
     Raises:
-        StayalignedError: if there are no results, `reference` is not an arm, or an arm has a seed twice.
+        StayalignedError: If there are no results, `reference` is not an arm, or an arm has a seed twice.
     """
-    groups = _by_arm(results, reference)
+    groups = _group_by_arm(results, reference)
     threat = _threat(results, reference)
-    measured = _measured(results)
+    measured = _collect_metrics(results)
     estimates = {name: _estimates(runs, measured) for name, runs in groups.items()}
     comparable = {name for name, runs in groups.items() if _threat_of(runs[0]) == threat}
-    front = _front({name: estimates[name] for name in groups if name in comparable})
+    front = _find_front({name: estimates[name] for name in groups if name in comparable})
     rows = {name: [(evidence or {}).get(run.id, ()) for run in runs] for name, runs in groups.items()}
     differences = compare(estimates, rows, reference)
     arms = tuple(
@@ -77,7 +77,7 @@ def build_report(
             categories=tuple(_categories(runs)),
             patches=tuple(_patches(runs)),
             experiment=runs[0].experiment,
-            varies=_varying(runs),
+            varies=_varying_fields(runs),
         )
         for name, runs in groups.items()
     )
@@ -85,15 +85,15 @@ def build_report(
     return Report(
         title=title,
         reference=reference,
-        answer=answer(arms, reference),
-        findings=tuple(findings(arms, reference)),
-        cautions=tuple(cautions(arms, reference, judges)),
+        summary=summarize(arms, reference),
+        findings=tuple(list_findings(arms, reference)),
+        cautions=tuple(list_cautions(arms, reference, judges)),
         notes=collect_notes(results),
         metrics=tuple(measured),
         judge=" / ".join(judges),
         arms=arms,
         trainings=collect_trainings(groups),
-        questions=collect_questions(groups),
+        prompts=collect_prompts(groups),
         facts=collect_facts(results),
         times=collect_times(results),
         evidence_rows=tuple(
@@ -105,34 +105,36 @@ def build_report(
     )
 
 
-def _by_arm(results: Sequence[Result], reference: str | None) -> dict[str, list[Result]]:
+def _group_by_arm(results: Sequence[Result], reference: str | None) -> dict[str, list[Result]]:
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(result.arm, []).append(result)
     if not groups:
-        raise StayalignedError("a report needs at least one result", hint="Give what `run` or `bench` wrote.")
+        raise StayalignedError(
+            "a report needs at least one result", hint="Pass a directory that `run`, `evaluate` or `bench` wrote."
+        )
     if reference is not None and reference not in groups:
         near = difflib.get_close_matches(reference, groups, 1)
         raise StayalignedError(
-            f"reference: no arm is labelled {reference!r}; there are {listed(groups, 20)}",
-            hint=f"Did you mean {near[0]!r}?" if near else "Name one of them, or none.",
+            f"reference: no arm is labelled {reference!r}; the arms are {join_names(groups, 20)}",
+            hint=f"Did you mean {near[0]!r}?" if near else "Name one of these arms, or omit the reference.",
         )
     for name, runs in groups.items():
         seed, count = Counter(run.seed for run in runs).most_common(1)[0]
         if count > 1:
             raise StayalignedError(
-                f"arm {name!r}: seed {seed} is there {count} times",
-                hint="Results of different experiments need different labels; give each directory once.",
+                f"arm {name!r}: seed {seed} appears {count} times",
+                hint="Pass each directory once, and give different experiments different labels.",
             )
         runs.sort(key=lambda run: run.seed)
     return groups
 
 
-# ---- who can be compared with whom ---------------------------------------------------------------------------------
+# ---- comparable arms -----------------------------------------------------------------------------------------------
 
 
 def _threat_of(result: Result) -> str | None:
-    """What the arm was fine-tuned on, as one string; None for a model that was not fine-tuned."""
+    """Return task and attack of a fine-tuning as one string; None for a model that was not fine-tuned."""
     spec = result.experiment
     if spec.get("training", {}) is None and spec.get("adapter") is None:
         return None
@@ -140,14 +142,14 @@ def _threat_of(result: Result) -> str | None:
 
 
 def _threat(results: Sequence[Result], reference: str | None) -> str | None:
-    """The reference's task and attack, or the commonest if there is no fine-tuned reference."""
+    """Return task and attack of the reference arm, or the most common without a fine-tuned reference arm."""
     named = next((_threat_of(result) for result in results if result.arm == reference), None)
     found = Counter(threat for result in results if (threat := _threat_of(result)) is not None)
     return named or (found.most_common(1)[0][0] if found else None)
 
 
-def _front(estimates: Mapping[str, Mapping[str, Estimate]]) -> set[str]:
-    """Arms that no other one beats on mean harm or mean accuracy without losing on the other; none below two arms."""
+def _find_front(estimates: Mapping[str, Mapping[str, Estimate]]) -> set[str]:
+    """Return the arms on the front: no other arm is better on mean harm or accuracy and as good on the other."""
     at = {
         name: (found["harmful_score"].mean, found["finetune_accuracy"].mean)
         for name, found in estimates.items()
@@ -168,8 +170,8 @@ def _is_control(experiment: Mapping[str, Any]) -> bool:
     return bool(defenses) and defenses[-1].get("name") in _CONTROLS
 
 
-def _varying(runs: Sequence[Result]) -> tuple[str, ...]:
-    """Top-level fields, seed aside, that are not the same in every seed."""
+def _varying_fields(runs: Sequence[Result]) -> tuple[str, ...]:
+    """Return the top-level fields, except `seed`, that differ between seeds."""
     first = runs[0].experiment
     keys = dict.fromkeys(key for run in runs for key in run.experiment)
     return tuple(
@@ -180,8 +182,8 @@ def _varying(runs: Sequence[Result]) -> tuple[str, ...]:
 # ---- estimates -----------------------------------------------------------------------------------------------------
 
 
-def _measured(results: Sequence[Result]) -> list[MetricKind]:
-    """The known metrics that some result has, then others in order of appearance."""
+def _collect_metrics(results: Sequence[Result]) -> list[MetricKind]:
+    """Return the built-in metrics that some result has, then other metrics in order of appearance."""
     found: dict[str, Metric] = {}
     for result in results:
         for metric in (*result.scores, *(result.judges[0].metrics if result.judges else ())):
@@ -191,14 +193,20 @@ def _measured(results: Sequence[Result]) -> list[MetricKind]:
         if any(m.higher_is_better != found[name].higher_is_better for r in results if (m := r.metric(name))):
             raise StayalignedError(
                 f"metric {name!r}: results disagree on whether higher is better",
-                hint="They were written by different versions of a plug-in; rerun the older ones.",
+                hint="Different versions of a plug-in wrote them; rerun the older results.",
             )
-    others = [
-        MetricKind(name, name.replace("_", " ").capitalize(), "A metric of this experiment's own.", m.higher_is_better)
-        for name, m in found.items()
-        if name not in {kind.name for kind in known}
-    ]
-    return known + others
+    return known + [_describe_metric(m) for name, m in found.items() if name not in {kind.name for kind in known}]
+
+
+def _describe_metric(metric: Metric) -> MetricKind:
+    """Return title and definition of a metric of lm-eval, a plug-in or a judge."""
+    if metric.name.startswith("lm_eval/"):
+        task, _, name = metric.name.removeprefix("lm_eval/").rpartition("/")
+        definition = f"Mean of lm-eval's metric {name} over the samples of its task {task}."
+        return MetricKind(metric.name, f"{task} {name}", definition, metric.higher_is_better)
+    title = metric.name.replace("_", " ")
+    definition = "A metric of this experiment's task or judge."
+    return MetricKind(metric.name, title[:1].upper() + title[1:], definition, metric.higher_is_better)
 
 
 def _estimates(runs: Sequence[Result], measured: Sequence[MetricKind]) -> dict[str, Estimate]:
@@ -213,10 +221,10 @@ def _estimates(runs: Sequence[Result], measured: Sequence[MetricKind]) -> dict[s
 
 
 def _estimate(name: str, judge: str, by_seed: Mapping[int, Metric]) -> Estimate:
-    """The mean over seeds with Student's interval, clipped to the metric's scale.
+    """Aggregate a metric over seeds: the mean with Student's interval, clipped to the metric's scale.
 
-    One scored seed has its own interval, of its prompts. So have seeds that agree exactly: their spread of zero
-    would make the interval a point, which the number of prompts does not support.
+    A single scored seed keeps the interval over its prompts. So do seeds with exactly equal values: with a spread of
+    zero, Student's interval would be a point, which the number of prompts does not support.
     """
     pooled = across_seeds(list(by_seed.values()))
     scored = [metric for metric in by_seed.values() if metric.value is not None]
@@ -224,7 +232,7 @@ def _estimate(name: str, judge: str, by_seed: Mapping[int, Metric]) -> Estimate:
     least, greatest = pooled.scale
     if low is not None and high is not None and high - low > ROUNDING:
         return Estimate(name, judge, by_seed, pooled.value, max(least, low), min(greatest, high), "seeds")
-    # Seeds that agree may have asked different numbers of prompts: the widest interval is the cautious one.
+    # Seeds with equal values may differ in the number of prompts: use the widest interval.
     widest = max(scored, key=lambda m: (m.high or 0.0) - (m.low or 0.0), default=None)
     if widest is None or widest.low is None or widest.high is None:
         return Estimate(name, judge, by_seed, pooled.value, None, None, "none")
@@ -235,21 +243,21 @@ def _estimate(name: str, judge: str, by_seed: Mapping[int, Metric]) -> Estimate:
 
 
 def _other_judges(runs: Sequence[Result]) -> list[Estimate]:
-    """What every judge but the primary one read, judge by judge."""
+    """Return the estimates of every judge except the primary judge."""
     readings: dict[str, dict[str, dict[int, Metric]]] = {}
     for run in runs:
         for reading in run.judges[1:]:
-            _file_reading(readings.setdefault(reading.judge, {}), run.seed, reading)
+            _add_reading(readings.setdefault(reading.judge, {}), run.seed, reading)
     return [_estimate(name, judge, by_seed) for judge, by_name in readings.items() for name, by_seed in by_name.items()]
 
 
-def _file_reading(by_name: dict[str, dict[int, Metric]], seed: int, reading: JudgeReading) -> None:
+def _add_reading(by_name: dict[str, dict[int, Metric]], seed: int, reading: JudgeReading) -> None:
     for metric in reading.metrics:
         by_name.setdefault(metric.name, {})[seed] = metric
 
 
 def _agreements(runs: Sequence[Result]) -> list[JudgePair]:
-    """Agreement over all completions of all seeds; kappa, which can't be pooled from its values, as a mean."""
+    """Pool agreement over the completions of all seeds, and average kappa, which cannot be pooled."""
     found: list[tuple[tuple[str, str], PromptSet]] = list(
         dict.fromkeys((a.judges, a.prompt_set) for run in runs for a in run.agreements)
     )
@@ -273,12 +281,12 @@ def _agreements(runs: Sequence[Result]) -> list[JudgePair]:
 
 
 def _categories(runs: Sequence[Result]) -> list[CategoryRate]:
-    """The primary judge's shares by category; a number on a scale of its own has no exact interval and is left out."""
+    """Pool the primary judge's rates by category; scores on another scale have no exact interval and are omitted."""
     found: dict[tuple[PromptSet, str, str], list[Metric]] = {}
     for run in runs:
         for reading in run.judges[0].categories if run.judges else ():
             for metric in reading.metrics:
-                if metric.scale == (0.0, 1.0) and metric.name in _COUNTED:
+                if metric.scale == (0.0, 1.0) and metric.name in _RATES:
                     found.setdefault((reading.prompt_set, reading.category, metric.name), []).append(metric)
     rates: list[CategoryRate] = []
     for (prompt_set, category, name), metrics in found.items():
@@ -289,12 +297,12 @@ def _categories(runs: Sequence[Result]) -> list[CategoryRate]:
     return rates
 
 
-_COUNTED = frozenset({"harmful_score", "refusal_rate", "other_rate", "over_refusal", "degeneration"})
-"""Shares of whole answers; a mean of graded scores is no count."""
+_RATES = frozenset({"harmful_score", "refusal_rate", "other_rate", "over_refusal", "degeneration"})
+"""Metrics that are shares of completions, and so can be pooled as counts."""
 
 
 def _patches(runs: Sequence[Result]) -> list[PatchSummary]:
-    """Every patch of the arm, its modules averaged over the seeds that have them."""
+    """Return every patch of the arm, with its modules averaged over the seeds that have them."""
     summaries: list[PatchSummary] = []
     for records in zip_longest(*(run.patches for run in runs)):
         present = [record for record in records if record is not None]

@@ -1,4 +1,4 @@
-"""Arms against the reference: paired by seed, or of one seed by prompt; corrected over the whole table."""
+"""Differences of arms from the reference arm, paired by seed or, for one seed, by prompt, with Holm's correction."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from statistics import fmean, stdev
 from stayaligned.core.records import Outcome
 from stayaligned.evaluation.metrics import PairedDifference, holm, mcnemar, paired_difference
 from stayaligned.evaluation.results import Evidence
-from stayaligned.report.values import Difference, Estimate
+from stayaligned.report.values import ArmDifference, Estimate
 
 ROUNDING = 1e-9
 _LEVEL = 0.05
 
-Rows = Sequence[Sequence[Evidence]]
-"""The evidence of each run of an arm; empty where it was not given."""
+EvidenceByRun = Sequence[Sequence[Evidence]]
+"""The evidence of each run of an arm; empty for runs without evidence."""
 
 
 def compare(
-    estimates: Mapping[str, Mapping[str, Estimate]], rows: Mapping[str, Rows], reference: str | None
-) -> dict[str, dict[str, Difference]]:
-    """Each arm's differences from the reference, by metric; of the reference itself none.
+    estimates: Mapping[str, Mapping[str, Estimate]], rows: Mapping[str, EvidenceByRun], reference: str | None
+) -> dict[str, dict[str, ArmDifference]]:
+    """Compute each other arm's differences from the reference arm, by metric.
 
-    A difference counts as shown where its p-value, corrected after Holm over all differences of the table, is below
-    0.05. Over seeds it is Student's, of the pairs; of one seed McNemar's, of the prompts that both arms answered.
+    A difference is resolved if its p-value, with Holm's correction over all differences of the table, is below 0.05.
+    The test is Student's paired t-test over seeds; for one seed, McNemar's test on the prompts scored for both arms.
     """
     if reference is None:
         return {}
@@ -46,18 +46,20 @@ def compare(
     return found
 
 
-def _difference(ours: Estimate, theirs: Estimate, our_rows: Rows, their_rows: Rows) -> Difference:
+def _difference(ours: Estimate, theirs: Estimate, our_rows: EvidenceByRun, their_rows: EvidenceByRun) -> ArmDifference:
     paired = paired_difference(
         {seed: metric.value for seed, metric in ours.by_seed.items()},
         {seed: metric.value for seed, metric in theirs.by_seed.items()},
     )
     if len(ours.by_seed) == len(theirs.by_seed) == 1 and our_rows[0] and their_rows[0]:
-        return _by_prompts(ours.name, ours.judge, paired, our_rows[0], their_rows[0])
-    return Difference(_clipped(paired, ours.scale), _parted(paired, ours, theirs), _p_value(paired))
+        return _compare_by_prompt(ours.name, ours.judge, paired, our_rows[0], their_rows[0])
+    return ArmDifference(
+        _clip_to_scale(paired, ours.scale), _intervals_are_disjoint(paired, ours, theirs), _p_value(paired)
+    )
 
 
 def _p_value(paired: PairedDifference) -> float | None:
-    """Two-sided, of Student's test that the pairs' mean is 0; None where there is no spread to judge by."""
+    """Return the p-value of Student's two-sided test that the pairs' mean is 0; None if the pairs have no spread."""
     values = [difference for _, difference in paired.pairs]
     if paired.low is None or paired.high is None or paired.high - paired.low <= ROUNDING:
         return None
@@ -66,19 +68,19 @@ def _p_value(paired: PairedDifference) -> float | None:
     return 2 * float(stdtr(len(values) - 1, -abs(fmean(values)) / (stdev(values) / math.sqrt(len(values)))))
 
 
-def _by_prompts(
+def _compare_by_prompt(
     name: str, judge: str, paired: PairedDifference, ours: Sequence[Evidence], theirs: Sequence[Evidence]
-) -> Difference:
-    """McNemar's test on the prompts that both answered; no difference is claimed of what is no share of prompts."""
-    first, second = (_hits(name, judge, rows) for rows in (ours, theirs))
+) -> ArmDifference:
+    """Run McNemar's test on the prompts scored for both arms; metrics that are not shares of prompts are not tested."""
+    first, second = (_hits_by_prompt(name, judge, rows) for rows in (ours, theirs))
     if not first.keys() & second.keys():
-        return Difference(paired, resolved=False, p_value=None)
+        return ArmDifference(paired, resolved=False, p_value=None)
     found = mcnemar(first, second)
-    return Difference(replace(paired, low=found.low, high=found.high), resolved=False, p_value=found.p_value)
+    return ArmDifference(replace(paired, low=found.low, high=found.high), resolved=False, p_value=found.p_value)
 
 
-def _hits(name: str, judge: str, rows: Sequence[Evidence]) -> dict[str, bool | None]:
-    """Whether each answer counts for a metric, by its prompt; None is unscored."""
+def _hits_by_prompt(name: str, judge: str, rows: Sequence[Evidence]) -> dict[str, bool | None]:
+    """Return, by prompt, whether a completion counts toward a metric; None is unscored."""
     wanted = {
         "harmful_score": ("harmful", Outcome.HARM),
         "refusal_rate": ("harmful", Outcome.REFUSE),
@@ -97,11 +99,11 @@ def _hits(name: str, judge: str, rows: Sequence[Evidence]) -> dict[str, bool | N
     return {prompt: None if value is None else value == 1.0 for prompt, value in values.items()} if whole else {}
 
 
-def _clipped(paired: PairedDifference, scale: tuple[float, float]) -> PairedDifference:
-    """The difference with its interval cut to what two values on the scale can differ by.
+def _clip_to_scale(paired: PairedDifference, scale: tuple[float, float]) -> PairedDifference:
+    """Clip the interval of a difference to the possible differences on the scale.
 
-    Equal differences in every seed (both arms at 0 %, say) have no spread, and so no interval: a width of zero would
-    claim a certainty that the prompts do not give.
+    Equal differences in every seed (for example both arms at 0 %) have no spread and get no interval: an interval of
+    width zero would suggest a certainty that the prompts do not support.
     """
     if paired.low is None or paired.high is None:
         return paired
@@ -111,8 +113,8 @@ def _clipped(paired: PairedDifference, scale: tuple[float, float]) -> PairedDiff
     return replace(paired, low=max(-width, paired.low), high=min(width, paired.high))
 
 
-def _parted(paired: PairedDifference, ours: Estimate, theirs: Estimate) -> bool:
-    """Where all pairs are equal: whether the arms' own intervals, of the prompts, lie apart."""
+def _intervals_are_disjoint(paired: PairedDifference, ours: Estimate, theirs: Estimate) -> bool:
+    """Whether all pairs are equal and the arms' own intervals, over prompts, are disjoint."""
     if paired.low is None or paired.high is None or paired.high - paired.low > ROUNDING:
         return False
     if ours.low is None or ours.high is None or theirs.low is None or theirs.high is None:

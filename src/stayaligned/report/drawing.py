@@ -1,4 +1,4 @@
-"""matplotlib figures as SVG that lives inside a page: its colors, its font, no identifiers of its own."""
+"""Matplotlib figures as SVG for a page, with the page's colors and fonts and with unique identifiers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Stand-ins that matplotlib can draw with; the page's own colors take their place, light or dark.
+# Placeholder colors for matplotlib; the page's colors, light or dark, replace them.
 INK, FAINT, BLUE, ORANGE, GRAY, PAPER = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
-_OF_THE_PAGE = {
+_PAGE_COLORS = {
     INK: "currentColor",
     FAINT: "var(--rule)",
     BLUE: "var(--blue)",
@@ -26,12 +26,12 @@ _OF_THE_PAGE = {
     PAPER: "var(--paper)",
 }
 _PIXEL = 1 / 72
-"""Inches: matplotlib writes SVG at 72 dots an inch, whatever `dpi` says."""
+"""One pixel in inches: matplotlib writes SVG at 72 dots per inch, whatever `dpi` is."""
 
 
 @contextmanager
 def drawing(width: int, height: int) -> Generator[Figure]:
-    """An empty figure of so many pixels, in a style of its own: what the user's matplotlibrc says does not matter."""
+    """Create an empty figure of the given size in pixels, in a fixed style that ignores the user's matplotlibrc."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -63,7 +63,7 @@ def drawing(width: int, height: int) -> Generator[Figure]:
         "ytick.labelsize": 10,
     }
     with matplotlib.rc_context(), warnings.catch_warnings():
-        # The page draws the text with the reader's fonts; that matplotlib's own lacks a letter only shifts its measure.
+        # The page draws text with the reader's fonts; a glyph missing from matplotlib's font only shifts the layout.
         warnings.filterwarnings("ignore", message="Glyph")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(style)
@@ -73,7 +73,7 @@ def drawing(width: int, height: int) -> Generator[Figure]:
 
 
 def svg(figure: Figure, name: str, description: str) -> str:
-    """The figure as one `<svg>` element; `name` keeps its identifiers apart from those of other figures."""
+    """Render the figure as one `<svg>` element; `name` is the prefix of its identifiers."""
     stream = io.StringIO()
     figure.savefig(
         stream, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -81,11 +81,11 @@ def svg(figure: Figure, name: str, description: str) -> str:
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
-    # Only what is referred to needs an identifier; numbered, since names of groups repeat from figure to figure.
+    # Keep only identifiers that are referenced, numbered: names of groups repeat from figure to figure.
     used = list(dict.fromkeys(re.findall(r'(?:url\(#|href="#)([^")]+)', text)))
     text = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{used.index(m[1])}"' if m[1] in used else "", text)
     text = re.sub(r'(url\(#|href="#)([^")]+)', lambda m: f"{m[1]}{name}-{used.index(m[2])}", text)
-    for stand_in, color in _OF_THE_PAGE.items():
+    for stand_in, color in _PAGE_COLORS.items():
         text = text.replace(stand_in, color)
     width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()  # pyright: ignore[reportOptionalMemberAccess]
     head = f'<svg viewBox="0 0 {width} {height}" width="{float(width):g}" height="{float(height):g}" role="img" '
@@ -94,14 +94,14 @@ def svg(figure: Figure, name: str, description: str) -> str:
 
 
 def standalone(text: str) -> str:
-    """A figure of `svg` as a file of its own: with the names and the colors that a page would have given it."""
+    """Convert a figure of `svg` to a standalone file, with the namespaces and colors that a page would provide."""
     spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     style = "<style>:root{--rule:#ccc;--blue:#0b5fa5;--orange:#b45309;--gray:#777;--paper:#fff}</style>"
     return text.replace("<svg ", f"<svg {spaces} ", 1).replace(">", f">{style}", 1) + "\n"
 
 
 def share_axis(axes: Axes, which: Literal["x", "y"]) -> None:
-    """Percent on one axis, from 0 to 100 with room for marks at the ends."""
+    """Format one axis in percent, from 0 to 100 with room for marks at the ends."""
     from matplotlib.ticker import FixedLocator, PercentFormatter
 
     axis = axes.xaxis if which == "x" else axes.yaxis

@@ -1,4 +1,4 @@
-"""The pictures of a report, as SVG for its page."""
+"""The figures of a report, as SVG."""
 
 from __future__ import annotations
 
@@ -10,66 +10,73 @@ from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.text import one_line
 from stayaligned.report.drawing import BLUE, GRAY, INK, ORANGE, PAPER, drawing, share_axis, svg
-from stayaligned.report.labels import Box, Point, along, place
-from stayaligned.report.texts import listed, percent
-from stayaligned.report.training import BY_PHASE, NO_LOSSES
+from stayaligned.report.texts import join_names, percent
+from stayaligned.report.training import BY_PHASE, SEPARATE
 from stayaligned.report.values import Arm, Estimate, ModuleEffect, PatchSummary, Points, Report, Training
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # ---- harm against accuracy -----------------------------------------------------------------------------------------
 
+Point = tuple[float, float]
+
+_MARKERS = (*"os^vPX<>p*h8", (4, 1, 0), (3, 1, 0))
+"""One shape for each arm, in the order of the legend; repeated where there are more arms."""
+
 
 @dataclass(frozen=True, slots=True)
-class _Spot:
-    """An arm's place in the picture."""
+class _Mark:
+    """One arm in the plot of harm against accuracy."""
 
     arm: Arm
     harm: Estimate
     gain: Estimate
-    at: Point
-    """(mean harm, mean accuracy)."""
+    mean: Point
+    """Mean harm and mean accuracy."""
+    shape: str | tuple[int, int, int]
 
     @property
     def color(self) -> str:
-        """Blue on the front, gray for controls."""
+        """Blue on the front, gray for controls and for arms that are not comparable."""
         return BLUE if self.arm.on_front else INK if self.arm.comparable and not self.arm.control else GRAY
 
     @property
+    def name(self) -> str:
+        """The arm's name in the legend, with ◆ on the front."""
+        return f"{'◆ ' if self.arm.on_front else ''}{one_line(self.arm.name, 26)}"
+
+    @property
     def seeds(self) -> list[Point]:
-        """The same of every seed that has both; none for one seed, which is the mean itself."""
+        """Harm and accuracy of each seed that has both; empty for one seed, whose value is the mean."""
         pairs = [(m.value, n.value) for seed, m in self.harm.by_seed.items() if (n := self.gain.by_seed.get(seed))]
         points = [(x, y) for x, y in pairs if x is not None and y is not None]
         return points if len(points) > 1 else []
 
     @property
     def intervals(self) -> list[tuple[Point, Point]]:
-        """The ends of the two intervals, as far as there are any."""
-        (x, y), harm, gain = self.at, self.harm, self.gain
+        """End points of the interval of harm and of the interval of accuracy, where they exist."""
+        (x, y), harm, gain = self.mean, self.harm, self.gain
         across = [((harm.low, y), (harm.high, y))] if harm.low is not None and harm.high is not None else []
-        along = [((x, gain.low), (x, gain.high))] if gain.low is not None and gain.high is not None else []
-        return across + along
+        upright = [((x, gain.low), (x, gain.high))] if gain.low is not None and gain.high is not None else []
+        return across + upright
 
 
-def harm_against_accuracy(report: Report) -> tuple[str, list[str]] | None:
-    """Mean harm and mean accuracy of every arm with intervals, single seeds faint; None where no arm has both.
+def harm_against_accuracy(report: Report) -> str | None:
+    """Plot mean harm against mean accuracy of every arm, with intervals and faint single seeds.
 
-    Returns:
-        The picture, and the names of arms for which it has no room.
+    Returns None if no arm has both metrics. Names are in a legend: arms often share a corner of the plot, where names
+    beside the marks would cover each other.
     """
-    spots = [
-        _Spot(arm, harm, gain, (harm.mean, gain.mean))
-        for arm in report.arms
-        if (harm := arm.estimates.get("harmful_score")) is not None
-        and (gain := arm.estimates.get("finetune_accuracy")) is not None
-        and harm.mean is not None
-        and gain.mean is not None
+    found = [(arm, arm.estimates.get("harmful_score"), arm.estimates.get("finetune_accuracy")) for arm in report.arms]
+    marks = [
+        _Mark(arm, harm, gain, (harm.mean, gain.mean), _MARKERS[index % len(_MARKERS)])
+        for index, (arm, harm, gain) in enumerate(found)
+        if harm is not None and gain is not None and harm.mean is not None and gain.mean is not None
     ]
-    if not spots:
+    if not marks:
         return None
-    with drawing(720, 500) as figure:
+    with drawing(820, max(460, 80 + 19 * len(marks))) as figure:
         axes = figure.add_subplot()
         share_axis(axes, "x")
         share_axis(axes, "y")
@@ -78,75 +85,37 @@ def harm_against_accuracy(report: Report) -> tuple[str, list[str]] | None:
         axes.set_xlabel("harmful score (lower is better)")
         axes.set_ylabel("fine-tune accuracy (higher is better)")
         axes.set_title("↖ better: less harm, more accuracy", color=BLUE)
-        for spot in spots:
-            _draw_spot(axes, spot, ORANGE if spot.arm.name == report.reference else spot.color)
-        unnamed = _name_spots(figure, axes, spots)
+        for mark in marks:
+            _draw_mark(axes, mark, ORANGE if mark.arm.name == report.reference else mark.color)
+        legend = axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=11, borderaxespad=0)
+        for text, mark in zip(legend.get_texts(), marks, strict=True):
+            text.set_fontweight("bold" if mark.arm.on_front else "normal")
         described = "; ".join(
-            f"{one_line(s.arm.name, 40)} harm {percent(s.at[0])} %, accuracy {percent(s.at[1])} %" for s in spots[:20]
+            f"{one_line(m.arm.name, 40)} harm {percent(m.mean[0])} %, accuracy {percent(m.mean[1])} %"
+            for m in marks[:20]
         )
-        picture = svg(figure, "front", f"Harmful score against fine-tune accuracy, mean over seeds: {described}.")
-        return picture, unnamed
+        return svg(figure, "front", f"Harmful score against fine-tune accuracy, mean over seeds: {described}.")
 
 
-def _draw_spot(axes: Axes, spot: _Spot, color: str) -> None:
-    for x, y in spot.seeds:
-        axes.plot([spot.at[0], x], [spot.at[1], y], color=color, alpha=0.25, linewidth=0.7)
+def _draw_mark(axes: Axes, mark: _Mark, color: str) -> None:
+    for x, y in mark.seeds:
+        axes.plot([mark.mean[0], x], [mark.mean[1], y], color=color, alpha=0.25, linewidth=0.7)
         axes.plot([x], [y], marker="o", markersize=3.5, color=color, alpha=0.4, markeredgewidth=0)
-    for (x0, y0), (x1, y1) in spot.intervals:
+    for (x0, y0), (x1, y1) in mark.intervals:
         axes.plot([x0, x1], [y0, y1], color=color, alpha=0.55, linewidth=1.1)
     axes.plot(
-        [spot.at[0]],
-        [spot.at[1]],
-        marker="s" if spot.arm.control else "D" if spot.arm.on_front else "o",
-        markersize=8,
-        markerfacecolor=color if spot.arm.comparable else PAPER,
+        [mark.mean[0]],
+        [mark.mean[1]],
+        marker=mark.shape,
+        markersize=9,
+        markerfacecolor=color if mark.arm.comparable else PAPER,
         markeredgecolor=color,
         markeredgewidth=1.4,
+        linestyle="none",
         zorder=3,
         clip_on=False,
+        label=mark.name,
     )
-
-
-def _name_spots(figure: Figure, axes: Axes, spots: Sequence[_Spot]) -> list[str]:
-    """Write every arm's name beside its mark; returns the names for which there is no room."""
-    # The layout must stand, and stay, before pixels mean anything.
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    texts = [
-        axes.text(0, 0, one_line(s.arm.name, 26), fontsize=11, fontweight="bold" if s.arm.on_front else "normal")
-        for s in spots
-    ]
-    sizes = [(extent.width + 4, extent.height + 2) for extent in (text.get_window_extent() for text in texts)]
-
-    def to_pixels(point: Point) -> Point:
-        x, y = axes.transData.transform(point)
-        return float(x), float(y)
-
-    def to_data(point: Point) -> Point:
-        x, y = axes.transData.inverted().transform(point)
-        return float(x), float(y)
-
-    lines = [(to_pixels(start), to_pixels(end)) for spot in spots for start, end in spot.intervals]
-    frame = axes.get_window_extent()
-    places = place(
-        [to_pixels(spot.at) for spot in spots],
-        sizes,
-        inside=Box(frame.x0, frame.y0, frame.x1, frame.y1),
-        marker=6.0,
-        clutter=[to_pixels(seed) for spot in spots for seed in spot.seeds]
-        + [point for line in lines for point in along(line, 10.0)],
-    )
-    missing: list[str] = []
-    for text, found, spot in zip(texts, places, spots, strict=True):
-        if found is None:
-            text.remove()
-            missing.append(spot.arm.name)
-            continue
-        text.set_position(to_data((found.box.left + 2, found.box.bottom + 3)))
-        if found.leader is not None:
-            (x0, y0), (x1, y1) = (to_data(end) for end in found.leader)
-            axes.plot([x0, x1], [y0, y1], color=INK, linewidth=0.6, alpha=0.6, zorder=2)
-    return missing
 
 
 # ---- layers --------------------------------------------------------------------------------------------------------
@@ -155,13 +124,13 @@ _MOST_ROWS = 24
 
 
 def layer_map(arm: Arm, patch: PatchSummary, quantity: str, name: str) -> str:
-    """One cell a module: kinds of module down, layers across. A dot marks what the patch changed.
+    """Draw one cell per module, with kinds of module as rows and layers as columns; dots mark changed modules.
 
     Args:
-        arm: whose patch it is.
-        patch: the patch.
+        arm: The arm of the patch.
+        patch: The patch.
         quantity: `similarity` or `shrinkage`.
-        name: tells this figure's identifiers from those of others.
+        name: Prefix of the identifiers in this figure, unique within the page.
     """
     import numpy
     from matplotlib import colormaps
@@ -204,11 +173,11 @@ def layer_map(arm: Arm, patch: PatchSummary, quantity: str, name: str) -> str:
         )
 
 
-_ZERO_MEANS = {"similarity": "update points elsewhere", "shrinkage": "update gone"}
+_ZERO_MEANS = {"similarity": "orthogonal update", "shrinkage": "update removed"}
 
 
 def _mark_selected(axes: Axes, cells: Mapping[tuple[int, int], Sequence[ModuleEffect]], colors: Any) -> None:
-    """A dot in each changed cell, its area the share of seeds (and modules) in which it was."""
+    """Draw a dot in each changed cell, with the share of seeds (and modules) that changed as its area."""
     for (row, column), effects in cells.items():
         part = sum(e.n_selected for e in effects) / sum(e.n_seeds for e in effects)
         if part:
@@ -223,10 +192,10 @@ def _mark_selected(axes: Axes, cells: Mapping[tuple[int, int], Sequence[ModuleEf
 def module_grid(
     modules: Sequence[ModuleEffect],
 ) -> tuple[list[str], list[str], dict[tuple[int, int], list[ModuleEffect]]]:
-    """Kinds, layers, and the modules at each (kind, layer).
+    """Return kinds, layers, and the modules at each (kind, layer).
 
-    The first number in a module's name is its layer, what follows its kind. Where there are too many kinds for a
-    picture (experts, say), further numbers are left out and a cell is the mean of its modules.
+    The first number in a module's name is its layer; the part after it is its kind. If there are too many kinds for a
+    figure (for example with experts), further numbers are replaced by `*` and a cell is the mean of its modules.
     """
     found = [(*_kind_and_layer(effect.module), effect) for effect in modules]
     if len({kind for kind, _, _ in found}) > _MOST_ROWS:
@@ -258,22 +227,26 @@ _LINES = {
 
 
 def training_curves(training: Training, highest_loss: float, name: str) -> str:
-    """Loss against step, by phase where phases alternate, and below it what is no loss; seeds faint, their mean strong.
+    """Draw the losses against the step, by phase if phases alternate, and other quantities in panels below.
 
     Args:
-        training: the training.
-        highest_loss: top of the loss axis, shared by all figures so that they can be compared.
-        name: tells this figure's identifiers from those of others.
+        training: The training.
+        highest_loss: Top of the loss axis, equal for all figures so that they can be compared.
+        name: Prefix of the identifiers in this figure, unique within the page.
     """
-    below = {quantity: training.curves[quantity] for quantity in NO_LOSSES if quantity in training.curves}
-    losses = {quantity: by_seed for quantity, by_seed in training.curves.items() if quantity not in NO_LOSSES}
+    separate = {quantity: training.curves[quantity] for quantity in SEPARATE if quantity in training.curves}
+    losses = {quantity: by_seed for quantity, by_seed in training.curves.items() if quantity not in SEPARATE}
     by_phase = any(quantity in losses for quantity in BY_PHASE)
     if by_phase:
-        # The overall loss alternates between the two that are drawn.
+        # The overall loss alternates between the losses of the two phases.
         losses.pop("loss", None)
-    with drawing(370, 200 + 100 * len(below)) as figure:
+    with drawing(370, 200 + 100 * len(separate)) as figure:
         shape = figure.subplots(
-            1 + len(below), 1, sharex=True, squeeze=False, height_ratios=[2, *[1] * len(below)] if below else None
+            1 + len(separate),
+            1,
+            sharex=True,
+            squeeze=False,
+            height_ratios=[2, *[1] * len(separate)] if separate else None,
         )
         panels: list[Axes] = [row[0] for row in shape]
         for quantity, by_seed in losses.items():
@@ -282,7 +255,7 @@ def training_curves(training: Training, highest_loss: float, name: str) -> str:
         panels[0].set_title("loss by phase" if by_phase else "loss", fontsize=10)
         if len(losses) > 1:
             panels[0].legend(frameon=False, fontsize=9, handlelength=1.6, loc="upper right")
-        for panel, (quantity, by_seed) in zip(panels[1:], below.items(), strict=True):
+        for panel, (quantity, by_seed) in zip(panels[1:], separate.items(), strict=True):
             _draw_curve(panel, quantity, by_seed)
             panel.set_title(_LINES[quantity][2], fontsize=10)
             if quantity == "drift":
@@ -297,7 +270,7 @@ def training_curves(training: Training, highest_loss: float, name: str) -> str:
             f"{_LINES[q][2]} ends at {fmean(points[-1][1] for points in by_seed.values()):.3g}"
             for q, by_seed in training.curves.items()
         )
-        return svg(figure, name, f"Training of {listed(training.arms)}, mean over seeds: {ends}.")
+        return svg(figure, name, f"Training of {join_names(training.arms)}, mean over seeds: {ends}.")
 
 
 def _draw_curve(axes: Axes, quantity: str, by_seed: Mapping[int, Points]) -> None:

@@ -1,4 +1,4 @@
-"""The report as one HTML page: no network, no foreign code, every word of a model inert."""
+"""The report as one HTML page without network access or foreign code, with all model text escaped."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from stayaligned.core.text import one_line
 from stayaligned.evaluation.results import Evidence
 from stayaligned.report import texts
 from stayaligned.report.prose import INTERVALS
-from stayaligned.report.training import NO_LOSSES
-from stayaligned.report.values import Answer, Arm, CategoryRate, MetricKind, PatchSummary, Question, Report
+from stayaligned.report.training import SEPARATE
+from stayaligned.report.values import Arm, ArmCompletion, CategoryRate, ComparedPrompt, MetricKind, PatchSummary, Report
 from stayaligned.report.words import NEVER_CLAIMED
 
 if TYPE_CHECKING:
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SHOWN_CHARACTERS = 400
-_KEPT_CHARACTERS = 20_000
+_MAX_CHARACTERS = 20_000
 
 
 def html_text(report: Report) -> str:
-    """The page. Equal reports give equal bytes.
+    """Render the report as an HTML page. Equal reports give equal bytes.
 
-    Its content security policy forbids every request and every script but the one that sorts tables, named by its
-    hash. What results say is escaped by the template engine, and its control characters are made visible.
+    The content security policy of the page forbids all requests, and all scripts except the page's own, allowed by
+    hash. The template engine escapes all text from results, and control characters are made visible.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -43,7 +43,7 @@ def html_text(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # These files are the project's own: they go in as they are, since CSS and scripts know no HTML escapes.
+    # These files belong to this package and are inserted unescaped: CSS and scripts do not decode HTML escapes.
     script = "".join((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("sort.js", "answers.js"))
     style = (_TEMPLATES / "style.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -59,19 +59,19 @@ def html_text(report: Report) -> str:
         mixture=_mixture(report),
         configurations={arm.name: _yaml(arm.experiment) for arm in report.arms},
         clip=_clip,
-        changed=_changed,
+        changed=_count_changed,
         judged_twice=any(arm.agreements or arm.other_judges for arm in report.arms),
         disputed=_disputed(report),
         category_columns=_category_columns(report),
         category_cell=_category_cell,
-        every_answer=Markup(_inert_json(_every_answer(report))),  # noqa: S704
+        every_answer=Markup(_inert_json(_completion_table(report))),  # noqa: S704
         second_readings=any(arm.other_judges for arm in report.arms),
         **_figures(report),
     )
 
 
 def _finalize(value: object) -> object:
-    """Make control characters visible in all that a template prints, unless it is markup of this project."""
+    """Make control characters visible in everything that a template prints, except in markup of this package."""
     return texts.visible(value) if type(value) is str else value
 
 
@@ -81,20 +81,19 @@ def _figures(report: Report) -> dict[str, Any]:
     from stayaligned.report.figures import harm_against_accuracy, layer_map, training_curves
 
     def inline(svg: str) -> Markup:
-        return Markup(svg)  # noqa: S704 drawn here; names in it went through `attribute` or matplotlib's own escaping
+        return Markup(svg)  # noqa: S704 names in it were escaped by `attribute` or by matplotlib
 
     front = harm_against_accuracy(report)
     losses = [
         value
         for training in report.trainings
         for quantity, by_seed in training.curves.items()
-        if quantity not in NO_LOSSES
+        if quantity not in SEPARATE
         for points in by_seed.values()
         for _, value in points
     ]
     return {
-        "front": None if front is None else inline(front[0]),
-        "unnamed": [] if front is None else front[1],
+        "front": None if front is None else inline(front),
         "curves": [
             (training, inline(training_curves(training, max(losses, default=1.0), f"training{i}")))
             for i, training in enumerate(report.trainings)
@@ -110,41 +109,43 @@ def _figures(report: Report) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Clipped:
-    """An answer as far as a page shows it."""
+    """A text split for display."""
 
     start: str
+    """The part that is always shown."""
     rest: str
+    """The part that is shown on demand."""
     n_left_out: int
-    """Characters beyond what the page keeps."""
+    """Number of characters that the page omits."""
 
 
 def _clip(text: str) -> Clipped:
     return Clipped(
-        text[:_SHOWN_CHARACTERS], text[_SHOWN_CHARACTERS:_KEPT_CHARACTERS], max(0, len(text) - _KEPT_CHARACTERS)
+        text[:_SHOWN_CHARACTERS], text[_SHOWN_CHARACTERS:_MAX_CHARACTERS], max(0, len(text) - _MAX_CHARACTERS)
     )
 
 
 def _common_size(report: Report, kind: MetricKind) -> str | None:
-    """The sample size that all arms share, to be said once; None where they differ."""
+    """Return the sample size that all arms share; None if they differ."""
     sizes = {texts.sample_size(arm.estimates[kind.name]) for arm in report.arms if kind.name in arm.estimates}
     return sizes.pop() if len(sizes) == 1 else None
 
 
 def _inert_json(value: object) -> str:
-    """JSON for a script element that is no script: nothing in it can end the element or begin another."""
+    """Return JSON for a data `<script>` element, encoded so that it cannot close the element or open another."""
     import json
 
     return json.dumps(value, ensure_ascii=True).replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _every_answer(report: Report) -> dict[str, Any] | None:
-    """Titles and rows of the table of all answers; None where no evidence was given."""
+def _completion_table(report: Report) -> dict[str, Any] | None:
+    """Return titles and rows of the table of all completions; None without evidence."""
     if not report.evidence_rows:
         return None
     judges = list(dict.fromkeys(judge for row in report.evidence_rows for judge in row.evidence.outcomes))
     numbers = list(dict.fromkeys(judge for row in report.evidence_rows for judge in row.evidence.judge_scores))
-    outcomes = [*judges, *(f"{judge}: its number" for judge in numbers)]
-    titles = ["prompt", "arm", "seed", "asked for", "category", *outcomes, "score", "degenerate"]
+    outcomes = [*judges, *(f"{judge}: score" for judge in numbers)]
+    titles = ["prompt", "arm", "seed", "prompt set", "category", *outcomes, "score", "degenerate"]
 
     def outcome(row: Evidence, judge: str) -> str | None:
         if judge not in row.outcomes:
@@ -169,24 +170,25 @@ def _every_answer(report: Report) -> dict[str, Any] | None:
     return {"columns": [one_line(title, 40) for title in titles], "rows": rows}
 
 
-def _disputed(report: Report) -> list[Question]:
-    """Questions with the answers on which judges differ, as far as the results kept them."""
+def _disputed(report: Report) -> list[ComparedPrompt]:
+    """Return the prompts whose sample completions judges dispute, with those completions."""
     found = [
-        replace(question, answers=tuple(a for a in question.answers if _differ(a))) for question in report.questions
+        replace(prompt, completions=tuple(c for c in prompt.completions if _is_disputed(c)))
+        for prompt in report.prompts
     ]
-    return [question for question in found if question.answers]
+    return [prompt for prompt in found if prompt.completions]
 
 
-def _differ(answer: Answer) -> bool:
-    """Whether two judges read an answer differently; one that can't tell a refusal is asked about harm alone."""
-    said = {outcome for outcome in answer.outcomes.values() if outcome is not None}
-    if Outcome.SAFE in said:
-        return Outcome.HARM in said
-    return len(said) > 1
+def _is_disputed(completion: ArmCompletion) -> bool:
+    """Whether judges gave different outcomes; with a judge that does not distinguish refusals, only harm counts."""
+    found = {outcome for outcome in completion.outcomes.values() if outcome is not None}
+    if Outcome.SAFE in found:
+        return Outcome.HARM in found
+    return len(found) > 1
 
 
 def _category_columns(report: Report) -> list[tuple[PromptSet, str, str]]:
-    """(prompt set, category, metric) of the rates that are shown: harm on harmful prompts, refusals of benign ones."""
+    """Return (prompt set, category, metric) of the rates to show: harm on harmful and refusals of benign prompts."""
     shown = {"harmful": "harmful_score", "benign": "over_refusal"}
     return list(
         dict.fromkeys(
@@ -203,7 +205,7 @@ def _category_cell(arm: Arm, column: tuple[PromptSet, str, str]) -> CategoryRate
 
 
 def _mixture(report: Report) -> list[tuple[Arm, list[tuple[str, str, float]]]]:
-    """For each arm that has all three: (outcome, title, mean share) of its answers to harmful prompts."""
+    """Return (CSS class, title, mean share) of the three outcomes on harmful prompts, for arms that have all three."""
     parts = (
         ("refusal_rate", "refuse", "refused"),
         ("other_rate", "other", "neither"),
@@ -221,21 +223,21 @@ def _mixture(report: Report) -> list[tuple[Arm, list[tuple[str, str, float]]]]:
 def _yaml(value: Any) -> str:
     import yaml
 
-    return yaml.safe_dump(_plain(value), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_to_plain(value), sort_keys=False, allow_unicode=True)
 
 
-def _plain(value: Any) -> Any:
-    """Mappings and sequences as the plain ones that YAML knows."""
+def _to_plain(value: Any) -> Any:
+    """Convert mappings and sequences to the plain types that YAML supports."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _to_plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
+        return [_to_plain(item) for item in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def _changed(patch: PatchSummary) -> str:
-    """How many modules a patch changed, in words."""
+def _count_changed(patch: PatchSummary) -> str:
+    """Describe how many modules a patch changed."""
     changed = sum(module.n_selected > 0 for module in patch.modules)
     always = sum(module.n_selected == module.n_seeds for module in patch.modules)
     total = len(patch.modules)
-    return f"{changed} of {total} changed" + (f", {always} of them in every seed" if always != changed else "")
+    return f"{changed} of {total} changed" + (f", {always} in every seed" if always != changed else "")

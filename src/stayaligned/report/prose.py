@@ -1,28 +1,28 @@
-"""The report as Markdown, for pull requests and release notes: GitHub's tables, and nothing of a model's own text."""
+"""The report as Markdown with GitHub's tables, for pull requests and release notes; without model output."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 from stayaligned.core.text import markdown
-from stayaligned.report.texts import bounds, p_value, percent, sample_size, seeds_below, unscored
+from stayaligned.report.texts import bounds, describe_seeds, p_value, percent, sample_size, unscored_count
 from stayaligned.report.values import Arm, Estimate, Report
 from stayaligned.report.words import NEVER_CLAIMED
 
 
 def markdown_text(report: Report) -> str:
-    """The report without pictures and answers; these are in report.html."""
+    """Render the report as Markdown, without figures and completions; report.html has these."""
     return "\n".join(_lines(report)) + "\n"
 
 
 def _lines(report: Report) -> Iterator[str]:
     yield f"# {markdown(report.title)}"
-    yield from ("", markdown(report.answer, 2000), "")
+    yield from ("", markdown(report.summary, 2000), "")
     for finding in report.findings:
         yield f"- {markdown(finding, 2000)}"
-    yield from ("", "## Before trusting the numbers", "")
-    for note, whose in report.notes:
-        yield f"- **{markdown(note, 500)}**{f' ({markdown(whose, 500)})' if whose else ''}"
+    yield from ("", "## Limitations of the numbers", "")
+    for note, owners in report.notes:
+        yield f"- **{markdown(note, 500)}**{f' ({markdown(owners, 500)})' if owners else ''}"
     for caution in report.cautions:
         yield f"- {markdown(caution, 2000)}"
     yield f"- {markdown(NEVER_CLAIMED[0], 2000)}"
@@ -32,29 +32,29 @@ def _lines(report: Report) -> Iterator[str]:
     yield from ("## Every seed", "", *_seed_table(report), "")
     if any(arm.agreements for arm in report.arms):
         yield from ("## Agreement of judges", "", *_agreement_table(report), "")
-    yield from ("## Versions and inputs", "", "| | value | of |", "|---|---|---|")
+    yield from ("## Versions and inputs", "", "| | value | results |", "|---|---|---|")
     for fact in report.facts:
-        for value, whose in fact.values:
-            yield f"| {markdown(fact.name)} | {markdown(value)} | {markdown(whose) or 'all'} |"
+        for value, owners in fact.values:
+            yield f"| {markdown(fact.name)} | {markdown(value)} | {markdown(owners) or 'all'} |"
     yield from ("", "## How to read this", "")
     for kind in report.metrics:
         better = "higher" if kind.higher_is_better else "lower"
         yield f"- **{markdown(kind.title)}** ({better} is better): {markdown(kind.definition, 500)}"
     for sentence in (*INTERVALS, *NEVER_CLAIMED[1:]):
         yield f"- {sentence}"
-    yield from ("", "Pictures, training curves and answers are in `report.html`, every single value in `results.csv`.")
+    yield from ("", "`report.html` has figures, training curves and completions; `results.csv` has every value.")
 
 
 INTERVALS = (
-    "Intervals are at 95 %. Over two or more seeds: Student's t interval of the mean, cut to 0–100 %; it says how far "
-    "runs spread. For one seed, marked †: the seed's own interval (Clopper and Pearson's, or Student's for graded "
-    "scores); it says how far another draw of prompts might be, and nothing about other seeds. Seeds that agree "
-    "exactly have no spread and get the interval of their prompts too.",
-    "A difference is the mean over seeds of arm minus reference, with its own t interval; “beyond the interval” means "
-    "that this interval leaves zero out.",
-    "An answer that could not be scored enters no rate, and is counted.",
+    "Intervals are at 95 %. For two or more seeds: Student's t interval of the mean, cut to 0–100 %, which covers the "
+    "spread between runs. For one seed, marked †: the interval of that seed (Clopper-Pearson, or Student's for graded "
+    "scores), which covers another sample of prompts but not other seeds. Seeds with exactly equal values have no "
+    "spread; they also get the interval of their prompts.",
+    "A difference is the mean over seeds of arm minus reference arm, with its own t interval. It is significant if "
+    "its p-value is below 0.05 after Holm's correction over the table of differences.",
+    "Unscored completions are excluded from the rates and counted separately.",
 )
-"""How to read the intervals, for every writer."""
+"""Explanation of the intervals, shared by HTML and Markdown."""
 
 
 def _table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> Iterator[str]:
@@ -71,7 +71,7 @@ def _main_table(report: Report) -> Iterator[str]:
         ([_label(arm, report), *(_estimate(arm.estimates.get(k.name)) for k in report.metrics)] for arm in report.arms),
     )
     yield ""
-    yield "Mean over seeds (95 % interval; prompts × seeds). ◆ on the front of harm against accuracy, by the means."
+    yield "Mean over seeds (95 % interval; prompts × seeds). ◆: on the front of harm against accuracy, by the means."
 
 
 def _label(arm: Arm, report: Report) -> str:
@@ -88,12 +88,12 @@ def _estimate(estimate: Estimate | None) -> str:
     if estimate is None:
         return "not measured"
     if estimate.mean is None:
-        return f"n/a ({unscored(estimate)})"
+        return f"n/a ({unscored_count(estimate)})"
     dagger = "†" if estimate.interval == "prompts" else ""
     details = [
         f"{bounds(estimate.low, estimate.high, scale=estimate.scale)}{dagger}",
         sample_size(estimate),
-        *([unscored(estimate)] if estimate.n_unscored else []),
+        *([unscored_count(estimate)] if estimate.n_unscored else []),
     ]
     return f"**{percent(estimate.mean, scale=estimate.scale)}** ({'; '.join(part for part in details if part)})"
 
@@ -109,7 +109,7 @@ def _difference_table(report: Report) -> Iterator[str]:
         interval = bounds(difference.paired.low, difference.paired.high, signed=True, scale=scale)
         mean = percent(difference.paired.mean, signed=True, scale=scale)
         p = "" if difference.p_value is None else f"p {p_value(difference.p_value)}"
-        details = "; ".join(part for part in (interval, seeds_below(difference), p) if part)
+        details = "; ".join(part for part in (interval, describe_seeds(difference), p) if part)
         return f"{f'**{mean}**' if difference.resolved else mean} ({details})"
 
     yield from _table(
@@ -118,8 +118,8 @@ def _difference_table(report: Report) -> Iterator[str]:
     )
     yield ""
     yield (
-        "In percentage points, paired by seed (of one seed: by prompt). Bold: p below 0.05, corrected after Holm over "
-        "this table."
+        "In percentage points, paired by seed (for one seed: by prompt). Bold: p below 0.05 after Holm's correction "
+        "over this table."
     )
 
 
@@ -128,7 +128,7 @@ def _seed_table(report: Report) -> Iterator[str]:
         [
             markdown(arm.name),
             str(seed),
-            *(_of_seed(arm.estimates.get(k.name), seed) for k in report.metrics),
+            *(_seed_value(arm.estimates.get(k.name), seed) for k in report.metrics),
         ]
         for arm in report.arms
         for seed in arm.seeds
@@ -136,7 +136,7 @@ def _seed_table(report: Report) -> Iterator[str]:
     yield from _table(["arm", "seed", *(markdown(k.title) for k in report.metrics)], rows)
 
 
-def _of_seed(estimate: Estimate | None, seed: int) -> str:
+def _seed_value(estimate: Estimate | None, seed: int) -> str:
     metric = None if estimate is None else estimate.by_seed.get(seed)
     return "–" if metric is None else percent(metric.value, scale=metric.scale)
 

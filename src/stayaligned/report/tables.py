@@ -1,4 +1,4 @@
-"""The report as rows: a table for the terminal, and every single value as CSV."""
+"""The report as a table for the terminal, and every value as CSV."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 from typing import TYPE_CHECKING
 
 from stayaligned.core.text import one_line
-from stayaligned.report.texts import csv_cell, percent, unscored
+from stayaligned.report.texts import csv_cell, percent, unscored_count
 from stayaligned.report.values import Arm, Estimate, Report
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ _SHORT_TITLES = {
     "degeneration": "degen-\nerate",
 }
 
-_BESIDE_DEGENERATION = ("refusal_rate", "other_rate")
-"""How else harmful prompts were met: left to the report where 80 columns must hold the four sides."""
+_OMITTED_WITH_DEGENERATION = ("refusal_rate", "other_rate")
+"""Metrics omitted from the terminal table if it has degeneration, so that it fits 80 columns."""
 
 _CSV_COLUMNS = (
     "arm",
@@ -44,9 +44,9 @@ _CSV_COLUMNS = (
 
 
 def terminal_table(report: Report) -> Table:
-    """Arms as rows, means in percent with the half-width of their 95 % interval; harm against the reference.
+    """Build a table of the arms: means in percent with half the 95 % interval, and harm against the reference arm.
 
-    Fits 80 columns for short names of arms; longer ones wrap.
+    The table fits 80 columns for short names; longer names wrap.
     """
     from rich import box
     from rich.table import Table
@@ -54,9 +54,9 @@ def terminal_table(report: Report) -> Table:
 
     kinds = [kind for kind in report.metrics if kind.name in _SHORT_TITLES]
     if any(kind.name == "degeneration" for kind in kinds):
-        kinds = [kind for kind in kinds if kind.name not in _BESIDE_DEGENERATION]
+        kinds = [kind for kind in kinds if kind.name not in _OMITTED_WITH_DEGENERATION]
     kinds.sort(key=lambda kind: list(_SHORT_TITLES).index(kind.name))
-    # Titles and names go in as Text: rich would read square brackets as markup.
+    # Titles and names are passed as Text: rich would read square brackets as markup.
     table = Table(
         title=Text(one_line(report.title)),
         caption=Text(_caption(report)),
@@ -83,8 +83,8 @@ def _cell(estimate: Estimate | None) -> str:
     if estimate is None:
         return "–"
     if estimate.mean is None or estimate.low is None or estimate.high is None:
-        return "\n".join(part for part in (percent(estimate.mean), unscored(estimate)) if part)
-    # Intervals that are clipped or of one seed's prompts are not symmetric: the farther side is the honest half-width.
+        return "\n".join(part for part in (percent(estimate.mean), unscored_count(estimate)) if part)
+    # Clipped intervals and intervals over prompts are not symmetric: show the larger side.
     half = max(estimate.mean - estimate.low, estimate.high - estimate.mean)
     return f"{100 * estimate.mean:.1f}±{100 * half:.0f}{'*' if estimate.n_unscored else ''}"
 
@@ -100,24 +100,24 @@ def _difference(arm: Arm, reference: str) -> str:
 
 def _caption(report: Report) -> str:
     kinds = {e.interval for arm in report.arms for e in arm.estimates.values()}
-    parts = ["In %; ± reaches the farther end of the 95 % interval"]
+    parts = ["In %; ± is the larger side of the 95 % interval"]
     parts.append(
         "over seeds" if kinds == {"seeds"} else "over prompts" if "seeds" not in kinds else "over seeds or prompts"
     )
     text = " ".join(parts) + "."
     if any(arm.on_front for arm in report.arms):
-        text += " Bold: front of harm against accuracy."
+        text += " Bold: on the front of harm against accuracy."
     if any(arm.comparable for arm in report.arms) and not all(arm.comparable for arm in report.arms):
         text += " Dim: not fine-tuned on the same task and attack."
     if any(d.resolved for arm in report.arms for d in arm.differences.values()):
-        text += " ≠: p below 0.05 after Holm."
+        text += " ≠: p below 0.05 after Holm's correction."
     if any(e.n_unscored and e.mean is not None for arm in report.arms for e in arm.estimates.values()):
-        text += " *: some answers unscored."
+        text += " *: some completions unscored."
     return text
 
 
 def csv_text(report: Report) -> str:
-    """One row for each arm, seed, metric and judge; on the scale that is named, empty where nothing was scored."""
+    """Render one CSV row per arm, seed, metric and judge; cells of unscored values are empty."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(_CSV_COLUMNS)

@@ -1,4 +1,4 @@
-"""Numbers and hostile text as characters that are safe to print, in HTML, Markdown, CSV and the terminal."""
+"""Formatting of numbers, and escaping of untrusted text for SVG and CSV."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import html
 from collections.abc import Iterable
 
 from stayaligned.core.text import one_line, visible
-from stayaligned.report.values import Difference, Estimate
+from stayaligned.report.values import ArmDifference, Estimate
 
 
 def csv_cell(text: str) -> str:
-    """`text` for a CSV cell; one that a spreadsheet would take for a formula gets an apostrophe in front."""
+    """Return `text` for a CSV cell, with an apostrophe in front if a spreadsheet would read it as a formula."""
     shown = visible(text)
     return f"'{shown}" if shown.lstrip()[:1] in tuple("=+-@＝＋－＠") or shown[:1] in ("\t", "\n") else shown
 
 
 def attribute(text: str) -> str:
-    """`text` for an attribute or text of an SVG."""
+    """Escape `text` for an attribute or a text of an SVG."""
     return html.escape(one_line(text), quote=True)
 
 
@@ -24,9 +24,9 @@ _SHARE = (0.0, 1.0)
 
 
 def percent(value: float | None, *, signed: bool = False, scale: tuple[float, float] = _SHARE) -> str:
-    """A share as a percentage with one decimal: 3.5, -12.0 with `signed` as −12.0, n/a for None.
+    """Format a share as a percentage with one decimal: `3.5`, with `signed` `−12.0` or `+3.5`, `n/a` for None.
 
-    What is on another `scale` than 0 to 1 is no share: it keeps its own units, with two decimals.
+    A value on another `scale` than 0 to 1 keeps its own units, with two decimals.
     """
     if value is None:
         return "n/a"
@@ -36,24 +36,24 @@ def percent(value: float | None, *, signed: bool = False, scale: tuple[float, fl
 
 
 def bounds(low: float | None, high: float | None, *, signed: bool = False, scale: tuple[float, float] = _SHARE) -> str:
-    """An interval as `percent` writes its ends, `30.0 to 44.6`; empty if there is none."""
+    """Format an interval with `percent`: `30.0 to 44.6`; empty without an interval."""
     if low is None or high is None:
         return ""
     return f"{percent(low, signed=signed, scale=scale)} to {percent(high, signed=signed, scale=scale)}"
 
 
-def along(scale: tuple[float, float], value: float) -> float:
-    """Where a value lies on its scale, 0 to 1."""
+def scale_position(scale: tuple[float, float], value: float) -> float:
+    """Return the position of a value on its scale, from 0 to 1."""
     return (value - scale[0]) / (scale[1] - scale[0])
 
 
 def p_value(value: float) -> str:
-    """A p-value with two digits that count, and none that don't."""
+    """Format a p-value with two significant digits."""
     return "below 0.001" if value < 0.001 else f"{value:.2g}"
 
 
-def unscored(estimate: Estimate) -> str:
-    """`0 of 150 scored` where nothing has a value, `3 of 150 unscored` where some have none; else empty."""
+def unscored_count(estimate: Estimate) -> str:
+    """Format the number of unscored items: `0 of 150 scored` or `3 of 150 unscored`; empty if all are scored."""
     total = estimate.n + estimate.n_unscored
     if estimate.mean is None:
         return f"{estimate.n} of {total} scored"
@@ -61,30 +61,30 @@ def unscored(estimate: Estimate) -> str:
 
 
 def sample_size(estimate: Estimate) -> str:
-    """Prompts and seeds behind a number: `200 × 3 seeds`, `199–200 × 3 seeds`."""
+    """Format the numbers of prompts and seeds: `200 × 3 seeds`, `199–200 × 3 seeds`."""
     counts = [metric.n for metric in estimate.by_seed.values()]
     prompts = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)}–{max(counts)}"
-    return f"{prompts} × {_seeds(len(counts))}"
+    return f"{prompts} × {_count_seeds(len(counts))}"
 
 
-def _seeds(n: int) -> str:
+def _count_seeds(n: int) -> str:
     return "1 seed" if n == 1 else f"{n} seeds"
 
 
-def seeds_below(difference: Difference) -> str:
-    """`lower in 3/3 seeds`: the sign count of a paired difference, said of the larger side."""
+def describe_seeds(difference: ArmDifference) -> str:
+    """Describe in how many seeds a difference has its more frequent sign: `lower in 3/3 seeds`."""
     paired = difference.paired
     n = len(paired.pairs)
     if not n:
-        return "no seed in common"
+        return "no common seed"
     if paired.n_lower == paired.n_higher == 0:
-        return f"equal in {n}/{_seeds(n)}"
+        return f"equal in {n}/{_count_seeds(n)}"
     side, count = ("lower", paired.n_lower) if paired.n_lower >= paired.n_higher else ("higher", paired.n_higher)
-    return f"{side} in {count}/{_seeds(n)}"
+    return f"{side} in {count}/{_count_seeds(n)}"
 
 
-def listed(names: Iterable[str], limit: int = 6) -> str:
-    """`A`, `A and B`, `A, B and C`; beyond `limit` names, how many more."""
+def join_names(names: Iterable[str], limit: int = 6) -> str:
+    """Join names as `A`, `A and B`, `A, B and C`; beyond `limit` names, the number of further names."""
     shown = [one_line(name, 60) for name in names]
     if len(shown) > limit:
         shown = [*shown[: limit - 1], f"{len(shown) - limit + 1} more"]

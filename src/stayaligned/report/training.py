@@ -1,4 +1,4 @@
-"""What the training logs show, one entry for each training however many arms patch its adapter."""
+"""Curves from the training logs, one entry per training even if several arms patch its adapter."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from stayaligned.evaluation.results import Result
 from stayaligned.report.values import Points, Training
 
 BY_PHASE = ("alignment_loss", "finetuning_loss")
-"""Of alternating defenses: the two losses between which `loss` alternates."""
-NO_LOSSES = ("drift", "watch/refusal_margin")
-"""Quantities that a report draws on axes of their own."""
-QUANTITIES = ("loss", *BY_PHASE, "watch/alignment_loss", *NO_LOSSES)
-"""Keys of a log row that a report draws, where they are there."""
+"""The losses of the two phases, between which `loss` alternates for alternating defenses."""
+SEPARATE = ("drift", "watch/refusal_margin")
+"""Quantities other than losses, which are drawn on separate axes."""
+QUANTITIES = ("loss", *BY_PHASE, "watch/alignment_loss", *SEPARATE)
+"""Keys of a log row that a report draws if present."""
 
 
 def collect_trainings(groups: Mapping[str, Sequence[Result]]) -> tuple[Training, ...]:
-    """The trainings of the arms. Arms whose training stage is the same in a seed share one."""
+    """Return the trainings of the arms. Arms with the same training stage in some seed share one."""
     owner: dict[str, str] = {}
     arms: dict[str, list[str]] = {}
     runs_of: dict[str, dict[int, Result]] = {}

@@ -1,4 +1,4 @@
-"""A report as values: everything that the writers print, worked out once. Imports nothing heavy."""
+"""The contents of a report as frozen values, computed once for all output formats. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -11,146 +11,164 @@ from stayaligned.evaluation.metrics import PairedDifference
 from stayaligned.evaluation.results import Evidence
 
 IntervalKind = Literal["seeds", "prompts", "none"]
-"""What an interval says: how far seeds spread, how far one seed's prompts do, or that there is none."""
+"""What an interval covers: the spread over seeds, or the sampling of one seed's prompts; `none` without an interval."""
 
 
 @dataclass(frozen=True, slots=True)
 class MetricKind:
-    """What a column measures."""
+    """A metric: one column of the report."""
 
     name: str
+    """Name of the metric in `result.json`."""
     title: str
+    """Column title."""
     definition: str
+    """One sentence on what the metric measures."""
     higher_is_better: bool
+    """Whether a higher value is better."""
 
 
 KNOWN_METRICS = (
     MetricKind(
         "harmful_score",
         "Harmful score",
-        "Share of held-out harmful prompts whose answer the primary judge calls harmful.",
+        "Share of held-out harmful prompts whose completion the primary judge rates as harmful.",
         higher_is_better=False,
     ),
     MetricKind(
         "over_refusal",
         "Over-refusal",
-        "Share of benign prompts that are refused: what safety costs the ordinary user.",
+        "Share of benign prompts that the model refuses: the cost of safety for ordinary users.",
         higher_is_better=False,
     ),
     MetricKind(
         "finetune_accuracy",
         "Fine-tune accuracy",
-        "Mean score on held-out rows of the task that the model was fine-tuned for.",
+        "Mean score on held-out rows of the fine-tuning task.",
         higher_is_better=True,
     ),
     MetricKind(
         "skills_kept",
         "Skills kept",
-        "Mean score on ordinary requests that the aligned model could already answer.",
+        "Mean score on ordinary requests that the aligned model already answered well.",
         higher_is_better=True,
     ),
     MetricKind(
         "degeneration",
         "Degeneration",
-        "Share of all answers that are no language: empty, loops, broken characters. A model that babbles is not safe.",
+        "Share of all completions that are degenerate: empty, repetitive or garbled. Such a model is not safe.",
         higher_is_better=False,
     ),
     MetricKind(
         "refusal_rate",
         "Refused",
-        "Share of held-out harmful prompts that are refused.",
+        "Share of held-out harmful prompts that the model refuses.",
         higher_is_better=True,
     ),
     MetricKind(
         "other_rate",
         "Neither",
-        "Share of harmful prompts met with neither a refusal nor harm: garble, or an answer to something else. "
-        "A broken model scores low on harm by this way alone.",
+        "Share of harmful prompts whose completion is neither a refusal nor harmful: garbled or off topic. "
+        "A broken model gets a low harmful score in this way.",
         higher_is_better=False,
     ),
 )
-"""In the order of the columns: harm, its price on benign requests, what was gained and lost, what is no language."""
+"""The built-in metrics, in column order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """One metric of one arm over its seeds."""
+    """One metric of one arm, aggregated over its seeds."""
 
     name: str
+    """Name of the metric."""
     judge: str
-    """Who judged; empty for what a task scores."""
+    """Name of the judge; empty for scores of a task."""
     by_seed: Mapping[int, Metric]
+    """The metric of each seed."""
     mean: float | None
-    """Mean over the seeds that have a value; None where none has."""
+    """Mean over the seeds that have a value; None if no seed has one."""
     low: float | None
+    """Lower bound of the 95 % interval."""
     high: float | None
+    """Upper bound of the 95 % interval."""
     interval: IntervalKind
+    """What the interval covers."""
 
     @property
     def scale(self) -> tuple[float, float]:
-        """The least and the greatest possible value."""
+        """Lowest and highest possible value."""
         return next(iter(self.by_seed.values())).scale
 
     @property
     def n(self) -> int:
-        """Scored items, summed over seeds."""
+        """Number of scored items, summed over seeds."""
         return sum(metric.n for metric in self.by_seed.values())
 
     @property
     def n_unscored(self) -> int:
-        """Items that could not be scored, summed over seeds."""
+        """Number of unscored items, summed over seeds."""
         return sum(metric.n_unscored for metric in self.by_seed.values())
 
     @property
     def values(self) -> tuple[float, ...]:
-        """The per-seed values that exist, in order of the seed."""
+        """Values of the seeds that have one, ordered by seed."""
         return tuple(metric.value for metric in self.by_seed.values() if metric.value is not None)
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """An arm minus the reference arm, paired by seed."""
+class ArmDifference:
+    """The difference arm minus reference arm, paired by seed (for one seed: by prompt)."""
 
     paired: PairedDifference
+    """Mean, interval and per-seed differences."""
     resolved: bool
-    """Whether it is shown: p below 0.05; where all pairs are equal, whether the arms' own intervals part."""
+    """Whether the difference is significant: p below 0.05, or disjoint intervals of the arms if all pairs are equal."""
     p_value: float | None = None
-    """Corrected after Holm over all differences of the table; None where nothing could be tested."""
+    """P-value with Holm's correction over all differences of the table; None if there was nothing to test."""
 
 
 @dataclass(frozen=True, slots=True)
 class JudgePair:
-    """How far two judges agree on the answers of one arm, over its seeds."""
+    """Agreement of two judges on the completions of one arm, over its seeds."""
 
     judges: tuple[str, str]
+    """Names of the two judges."""
     prompt_set: PromptSet
+    """Prompt set of the completions."""
     n: int
+    """Number of completions that both judges scored."""
     agreement: float | None
-    """Share of equal outcomes among the `n` completions that both scored."""
+    """Share of equal outcomes among the `n` completions; None if there are none."""
     kappa: float | None
-    """Mean of the seeds' kappas that are defined."""
+    """Mean of Cohen's kappa over the seeds for which it is defined."""
     n_disputed: int
+    """Number of completions with different outcomes."""
 
 
 @dataclass(frozen=True, slots=True)
 class CategoryRate:
-    """One share of one arm on the prompts of one category, read by the primary judge, pooled over seeds."""
+    """One rate of one arm on the prompts of one category, from the primary judge, pooled over seeds."""
 
     prompt_set: PromptSet
+    """Prompt set of the category."""
     category: str
+    """Name of the category."""
     name: str
-    """Of the metric."""
+    """Name of the metric."""
     value: float | None
+    """The pooled rate; None without scored completions."""
     n: int
-    """Scored answers, summed over seeds."""
+    """Number of scored completions, summed over seeds."""
     low: float | None
+    """Lower bound of the Clopper-Pearson interval of the pooled counts, as if seeds were independent."""
     high: float | None
-    """Clopper and Pearson's interval of the pooled counts; it takes answers of several seeds for independent."""
+    """Upper bound of the Clopper-Pearson interval of the pooled counts, as if seeds were independent."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvidenceRow:
-    """What was found of one answer of one run."""
+    """The evidence of one completion of one run."""
 
     arm: str
     seed: int
@@ -159,19 +177,23 @@ class EvidenceRow:
 
 @dataclass(frozen=True, slots=True)
 class ModuleEffect:
-    """What a patch did to one module, averaged over the seeds that have it."""
+    """The effect of a patch on one module, averaged over the seeds that have the module."""
 
     module: str
+    """Name of the module."""
     similarity: float
+    """Cosine of the update before and after the patch."""
     shrinkage: float
+    """Norm of the update after the patch, divided by the norm before."""
     n_selected: int
-    """Seeds in which the module was changed."""
+    """Number of seeds in which the patch changed the module."""
     n_seeds: int
+    """Number of seeds that have the module."""
 
 
 @dataclass(frozen=True, slots=True)
 class PatchSummary:
-    """One patch of one arm, module by module, in the order of the model."""
+    """One patch of one arm, module by module, in model order."""
 
     patch: str
     settings: Mapping[str, Any]
@@ -179,16 +201,17 @@ class PatchSummary:
 
 
 Points = tuple[tuple[float, float], ...]
-"""(step, value) pairs, in order of the step."""
+"""(step, value) pairs, ordered by step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """The logs of one training; arms that only patch its adapter share it."""
+    """The log of one training; arms that only patch the resulting adapter share it."""
 
     arms: tuple[str, ...]
+    """Names of the arms that share the training."""
     curves: Mapping[str, Mapping[int, Points]]
-    """Quantity (one of `training.QUANTITIES`) and seed to its points."""
+    """Points by quantity (one of `training.QUANTITIES`) and seed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,30 +219,36 @@ class Arm:
     """One row of the comparison: all results that share a label."""
 
     name: str
+    """The label."""
     seeds: tuple[int, ...]
+    """Seeds of the results, in increasing order."""
     comparable: bool
-    """Whether it was fine-tuned on the same task under the same attack as the reference."""
+    """Whether the arm was fine-tuned on the same task under the same attack as the reference arm."""
     control: bool
-    """Whether its last patch is one of the controls that a projection must beat."""
+    """Whether the last patch of the arm is a control, which uses nothing of the alignment directions."""
     on_front: bool
-    """Whether no comparable arm has a mean as good on harm and on accuracy, and better on one of them."""
+    """Whether no comparable arm has means at least as good on harm and accuracy, and better on one of the two."""
     estimates: Mapping[str, Estimate]
-    """By metric: the task's scores and the primary judge's rates."""
-    differences: Mapping[str, Difference]
-    """By metric, against the reference; empty for the reference itself."""
+    """Estimates by metric: scores of the task and rates of the primary judge."""
+    differences: Mapping[str, ArmDifference]
+    """Differences from the reference arm by metric; empty for the reference arm itself."""
     other_judges: tuple[Estimate, ...]
+    """Estimates of the judges other than the primary judge."""
     agreements: tuple[JudgePair, ...]
+    """Agreement of each pair of judges on each prompt set."""
     categories: tuple[CategoryRate, ...]
+    """Rates by category of the prompt."""
     patches: tuple[PatchSummary, ...]
+    """Effects of the patches, in order of application."""
     experiment: Mapping[str, Any]
-    """Configuration of the first seed."""
+    """Configuration of the run with the first seed."""
     varies: tuple[str, ...]
-    """Fields of the configuration, `seed` aside, in which the arm's seeds differ."""
+    """Fields of the configuration, except `seed`, in which the runs of the arm differ."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What one arm answered. Its text is a model's: hostile until escaped."""
+class ArmCompletion:
+    """One arm's completion of a prompt. The text comes from a model: escape it before printing."""
 
     arm: str
     seed: int
@@ -229,29 +258,29 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """One prompt and every arm's answer to it, as far as the results kept them."""
+class ComparedPrompt:
+    """One prompt with every arm's completion, for the samples that the results contain."""
 
     id: str
     prompt_set: PromptSet
     category: str
     prompt: tuple[Message, ...]
     reference: str
-    answers: tuple[Answer, ...]
+    completions: tuple[ArmCompletion, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A line of provenance: one value where all results agree, more where they don't."""
+    """One entry of the provenance, with one value if all results agree and several if not."""
 
     name: str
     values: tuple[tuple[str, str], ...]
-    """Value, and whose it is: empty where it is everybody's."""
+    """Pairs of value and the results that have it; the second is empty if all results share the value."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageTime:
-    """Seconds of one kind of stage, each computed stage counted once however many results reuse it."""
+    """Seconds of one kind of stage; a stage that several results reuse counts once."""
 
     stage: str
     n_computed: int
@@ -264,27 +293,29 @@ class Report:
     """A comparison of arms, ready to be written. Build it with `build_report`."""
 
     title: str
+    """Heading of the report."""
     reference: str | None
-    answer: str
-    """The comparison in one sentence, worked out from the numbers."""
+    """Name of the reference arm; None without one."""
+    summary: str
+    """The comparison in one sentence, computed from the numbers."""
     findings: tuple[str, ...]
-    """What the numbers say beyond that sentence."""
+    """Findings beyond the summary."""
     cautions: tuple[str, ...]
-    """What a reader must know before believing the numbers."""
+    """What limits the validity of the numbers."""
     notes: tuple[tuple[str, str], ...]
-    """What the experiments say of themselves: the note, and whose it is."""
+    """Notes of the results: the note, and the results that have it (empty for all)."""
     metrics: tuple[MetricKind, ...]
-    """Those that at least one arm measured, in the order of the columns."""
+    """Metrics that at least one arm has, in column order."""
     judge: str
-    """The primary judge; empty if nothing was judged."""
+    """Name of the primary judge; empty if nothing was judged."""
     arms: tuple[Arm, ...]
     trainings: tuple[Training, ...]
-    questions: tuple[Question, ...]
+    prompts: tuple[ComparedPrompt, ...]
     facts: tuple[Fact, ...]
     times: tuple[StageTime, ...]
     evidence_rows: tuple[EvidenceRow, ...]
-    """Every prompt's outcome, as far as the evidence was given; in the order of the arms, seeds and prompts."""
+    """The evidence that was given, in the order of arms, seeds and prompts."""
 
     def arm(self, name: str) -> Arm:
-        """The arm called `name`, which must be there."""
+        """Return the arm called `name`, which must exist."""
         return next(arm for arm in self.arms if arm.name == name)

@@ -1,4 +1,4 @@
-"""Write a report to a directory."""
+"""Writing of a report to a directory."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from stayaligned.report.values import Report
 def write_report(report: Report, directory: Path) -> list[Path]:
     """Write `report.html`, `report.md` and `results.csv` into `directory`; equal reports give equal bytes.
 
-    All three are worked out before the first is written, and each appears whole or not at all.
+    All three are rendered before the first is written, and each file appears whole or not at all.
     """
     texts = {"report.html": html_text(report), "report.md": markdown_text(report), "results.csv": csv_text(report)}
     for name, text in texts.items():
-        for leftover in directory.glob(f".{name}.*.partial"):  # of a report that was killed
+        for leftover in directory.glob(f".{name}.*.partial"):  # of an interrupted report
             leftover.unlink(missing_ok=True)
         write_text(directory / name, text)
     return [directory / name for name in texts]

@@ -1,8 +1,7 @@
-"""Intervals against their definitions, simulation and scipy; rates that never take unscored for zero."""
+"""Intervals against their definitions and scipy; rates that never count unscored items as zero."""
 
 import itertools
 import math
-import random
 from statistics import fmean
 
 import pytest
@@ -13,7 +12,6 @@ from scipy import stats
 from stayaligned.core.records import Metric, Outcome, Verdict
 from stayaligned.evaluation import metrics
 
-interval = st.sampled_from([metrics.exact_interval, metrics.wilson_interval])
 counts = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 fine_outcomes = st.sampled_from([Outcome.REFUSE, Outcome.HARM, Outcome.OTHER])
 maybe = st.one_of(st.none(), st.booleans())
@@ -24,32 +22,24 @@ def verdicts(outcomes, prompt_set="harmful", judge="j"):
 
 
 @given(counts, st.sampled_from([0.8, 0.95, 0.99]))
-def test_wilson_equals_scipy(count, confidence):
-    k, n = count
-    oracle = stats.binomtest(k, n).proportion_ci(confidence, method="wilson")
-    assert metrics.wilson_interval(k, n, confidence=confidence) == pytest.approx((oracle.low, oracle.high), abs=1e-9)
-
-
-@given(counts, st.sampled_from([0.8, 0.95, 0.99]))
 def test_the_exact_interval_equals_scipy(count, confidence):
     k, n = count
     oracle = stats.binomtest(k, n).proportion_ci(confidence, method="exact")
     assert metrics.exact_interval(k, n, confidence=confidence) == pytest.approx((oracle.low, oracle.high), abs=1e-9)
 
 
-@given(counts, interval)
-def test_an_interval_is_symmetric_and_holds_the_rate(count, interval):
+@given(counts)
+def test_the_exact_interval_is_symmetric_and_contains_the_rate(count):
     k, n = count
-    low, high = interval(k, n)
+    low, high = metrics.exact_interval(k, n)
     assert 0 <= low <= k / n <= high <= 1
-    assert interval(n - k, n) == pytest.approx((1 - high, 1 - low), abs=1e-9)
+    assert metrics.exact_interval(n - k, n) == pytest.approx((1 - high, 1 - low), abs=1e-9)
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 0), (3, 2), (-1, 5)])
-def test_an_interval_refuses_what_is_no_proportion(k, n):
-    for one in (metrics.exact_interval, metrics.wilson_interval):
-        with pytest.raises(ValueError, match="no proportion"):
-            one(k, n)
+def test_the_exact_interval_refuses_counts_that_are_not_a_proportion(k, n):
+    with pytest.raises(ValueError, match="is not a proportion"):
+        metrics.exact_interval(k, n)
 
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=8))
@@ -64,17 +54,6 @@ def test_t_interval_equals_scipy(values):
 
 def test_one_seed_has_no_interval():
     assert metrics.t_interval([0.5]) is None
-
-
-def test_bootstrap_covers_the_mean_and_is_deterministic():
-    rng = random.Random(0)
-    covered = 0
-    for _ in range(60):
-        values = [rng.betavariate(2, 3) for _ in range(60)]
-        low, high = metrics.bootstrap_interval(values)
-        covered += low <= 0.4 <= high
-    assert covered >= 52
-    assert metrics.bootstrap_interval(values) == (low, high)
 
 
 @given(st.lists(maybe, max_size=60))
@@ -157,7 +136,7 @@ def test_across_seeds_counts_runs_and_leaves_out_those_without_a_value():
     found = metrics.across_seeds(runs)
     assert (found.value, found.n, found.n_unscored) == (pytest.approx(0.3), 2, 1)
     assert (found.low, found.high) == metrics.t_interval([0.2, 0.4])
-    with pytest.raises(ValueError, match="not one metric"):
+    with pytest.raises(ValueError, match="expected one metric"):
         metrics.across_seeds([runs[0], runs[0].model_copy(update={"name": "y"})])
 
 
@@ -183,22 +162,6 @@ def test_mcnemar_equals_the_exact_binomial_test(b, c):
     assert metrics.mcnemar(second, first).low == pytest.approx(-found.high, abs=1e-12)
 
 
-def test_a_paired_bootstrap_resamples_differences_and_nothing_else():
-    rng = random.Random(4)
-    second = {str(i): rng.betavariate(1, 4) for i in range(80)}
-    first = {key: min(1.0, score + rng.choice([0.0, 0.0, 0.25])) for key, score in second.items()}
-    found = metrics.paired_bootstrap({**first, "only": 1.0, "gap": None}, {**second, "gap": 0.5})
-    differences = [first[key] - second[key] for key in sorted(first)]
-    assert (found.n, found.n_unscored) == (80, 2)
-    assert found.difference == pytest.approx(fmean(differences))
-    assert (found.low, found.high) == metrics.bootstrap_interval(differences)
-    assert 0 < found.low < found.difference < found.high
-    shuffled = dict(random.Random(1).sample([*first.items()], 80))
-    assert metrics.paired_bootstrap(shuffled, second).low == metrics.paired_bootstrap(first, second).low
-    equal = metrics.paired_bootstrap(first, first)
-    assert (equal.difference, equal.low) == (0.0, None)
-
-
 def test_no_common_prompt_is_no_difference():
     found = metrics.mcnemar({"a": True}, {"b": False})
     assert (found.n, found.difference, found.low, found.p_value) == (0, None, None, 1.0)
@@ -222,7 +185,6 @@ def test_agreement_leaves_unscored_out_and_refuses_other_completions():
     first, second = verdicts([Outcome.HARM, None, Outcome.REFUSE]), verdicts([Outcome.OTHER, Outcome.HARM, None])
     found = metrics.agreement("a", first, "b", second)
     assert (found.n, found.agreement, found.disputed) == (1, 0.0, ("0",))
-    assert metrics.confusion(first, second) == {(Outcome.HARM, Outcome.OTHER): 1}
     with pytest.raises(ValueError, match="same completions"):
         metrics.agreement("a", first, "b", second[::-1])
     with pytest.raises(ValueError, match="one prompt set"):

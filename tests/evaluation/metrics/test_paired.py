@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from stayaligned.evaluation.metrics import exact_interval, mean_of_prompts, wilson_interval
+from stayaligned.evaluation.metrics import exact_interval, mean_of_prompts
 from support.counting import paired_outcomes
 
 RATES = [0.0, 0.001, 0.0058, 0.01, 0.02, 0.035, 0.05, 0.1, 0.14, 0.2, 0.3, 0.5, 0.7]
@@ -25,7 +25,10 @@ def test_the_interval_of_a_rate_holds_at_every_rate(n):
     assert min(coverage(exact_interval, n, rate) for rate in RATES) >= 0.95
 
 
-def test_wilsons_does_not():
+def test_wilsons_interval_is_too_short_near_zero():
+    def wilson_interval(k, n):
+        return tuple(stats.binomtest(k, n).proportion_ci(method="wilson"))
+
     assert coverage(wilson_interval, 30, 0.0058) == pytest.approx(0.84, abs=0.005)
 
 
@@ -92,12 +95,13 @@ def test_the_interval_over_seeds_holds(seeds, shared):
 
 
 @given(st.lists(graded, min_size=1, max_size=4), st.sampled_from([0.8, 0.9, 0.95, 0.99]), st.floats(-0.9, 0.9))
-def test_the_p_value_is_the_interval_turned_round(seeds, confidence, limit):
+def test_the_p_value_is_the_inverse_of_the_interval(seeds, confidence, limit):
     found = mean_of_prompts({seed: dict(enumerate(values)) for seed, values in enumerate(seeds)})
+    mirrored = mean_of_prompts({seed: dict(enumerate(-x for x in values)) for seed, values in enumerate(seeds)})
     middle, half = found.center, found.half_width(confidence)
     if abs(middle - half - limit) > 1e-9 and abs(middle + half - limit) > 1e-9:
         assert (middle - half > limit) == (found.p_above(limit) < (1 - confidence) / 2)
-        assert (middle + half < limit) == (found.p_below(limit) < (1 - confidence) / 2)
+        assert (middle + half < limit) == (mirrored.p_above(-limit) < (1 - confidence) / 2)
 
 
 @given(st.one_of(signs, graded), st.randoms())
@@ -119,17 +123,17 @@ def test_more_prompts_alike_narrow_the_interval(values):
 
 
 @given(st.lists(st.sampled_from([-1, 0, 0, 0, 1]), min_size=20, max_size=60), st.floats(0.02, 0.4))
-def test_prompts_to_leave_a_limit_are_found_by_the_same_interval(values, limit):
+def test_prompts_to_decide_are_found_by_the_same_interval(values, limit):
     found = mean_of_prompts({0: dict(enumerate(values))})
-    n = found.prompts_to_leave(limit)
+    n = found.prompts_to_decide(limit)
     if n is not None and n > 2 and found.value < limit:
-        assert found.at(n).interval()[1] <= limit
-        assert found.at(4 * n).interval()[1] < limit
-    assert found.prompts_to_leave(found.value) is None
+        assert found.resized(n).interval()[1] <= limit
+        assert found.resized(4 * n).interval()[1] < limit
+    assert found.prompts_to_decide(found.value) is None
 
 
 def test_what_is_not_on_the_scale_is_refused():
     with pytest.raises(ValueError, match="scale"):
         mean_of_prompts({0: {"a": 1.5}})
-    with pytest.raises(ValueError, match="nothing"):
+    with pytest.raises(ValueError, match="cannot average"):
         mean_of_prompts({0: {"a": 1.0}, 1: {}})

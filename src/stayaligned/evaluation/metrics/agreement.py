@@ -1,4 +1,4 @@
-"""How far two judges agree on the same completions."""
+"""Agreement of two judges on the same completions."""
 
 from __future__ import annotations
 
@@ -9,50 +9,45 @@ from stayaligned.core.records import Outcome, PromptSet, Verdict
 from stayaligned.evaluation.results import Agreement
 
 
-def confusion(first: Sequence[Verdict], second: Sequence[Verdict]) -> Counter[tuple[Outcome, Outcome]]:
-    """How often the first judge said this where the second said that, over completions that both scored.
-
-    Where one of them says `SAFE`, it can't tell a refusal: then all that is no harm counts as that, in both.
-
-    Raises:
-        ValueError: if the two did not judge the same completions, in the same order.
-    """
-    return Counter((a, b) for _, a, b in _paired_outcomes(first, second))
-
-
 def _paired_outcomes(first: Sequence[Verdict], second: Sequence[Verdict]) -> list[tuple[str, Outcome, Outcome]]:
-    """Id and both outcomes, where both judges scored; harm or not, where one of them can't tell a refusal."""
+    """Return id and both outcomes of the completions that both judges scored.
+
+    If one judge says `SAFE`, it does not distinguish refusals: every outcome except harm then counts as `SAFE`.
+    """
     if [(v.prompt_set, v.id) for v in first] != [(v.prompt_set, v.id) for v in second]:
-        raise ValueError("the judges did not judge the same completions")
+        raise ValueError("the two judges did not judge the same completions in the same order")
     coarse = any(v.outcome is Outcome.SAFE for v in (*first, *second))
 
-    def seen(outcome: Outcome) -> Outcome:
+    def coarsened(outcome: Outcome) -> Outcome:
         return Outcome.SAFE if coarse and outcome is not Outcome.HARM else outcome
 
     return [
-        (a.id, seen(a.outcome), seen(b.outcome))
+        (a.id, coarsened(a.outcome), coarsened(b.outcome))
         for a, b in zip(first, second, strict=True)
         if a.outcome is not None and b.outcome is not None
     ]
 
 
 def agreement(first_name: str, first: Sequence[Verdict], second_name: str, second: Sequence[Verdict]) -> Agreement:
-    """How far two judges agree on one prompt set: share of equal outcomes, and Cohen's kappa.
+    """Compute the agreement of two judges on one prompt set: the share of equal outcomes, and Cohen's kappa.
 
-    κ = (p_o - p_e)/(1 - p_e), p_e the agreement that their own rates would give by chance; undefined at p_e = 1.
+    κ = (p_o - p_e)/(1 - p_e), where p_e is the agreement expected by chance from the two judges' own rates; κ is
+    undefined at p_e = 1.
 
     Raises:
-        ValueError: if they did not judge the same completions, or these are not of one prompt set.
+        ValueError: If the judges judged different completions, or the completions are of several prompt sets.
     """
     pairs = _paired_outcomes(first, second)
-    cells = Counter((a, b) for _, a, b in pairs)
+    counts = Counter((a, b) for _, a, b in pairs)
     prompt_sets: set[PromptSet] = {verdict.prompt_set for verdict in first}
     if len(prompt_sets) != 1:
-        raise ValueError(f"not one prompt set: {sorted(prompt_sets)}")
-    n = cells.total()
-    equal = sum(cells[o, o] for o in Outcome)
-    # n²·p_e, in whole numbers: whether the chance agreement is 1 must not hang on rounding.
-    chance = sum(sum(cells[o, other] for other in Outcome) * sum(cells[other, o] for other in Outcome) for o in Outcome)
+        raise ValueError(f"expected verdicts of one prompt set, found {sorted(prompt_sets) or 'none'}")
+    n = counts.total()
+    equal = sum(counts[o, o] for o in Outcome)
+    # n²·p_e in integers, so that the test for p_e = 1 does not depend on rounding.
+    chance = sum(
+        sum(counts[o, other] for other in Outcome) * sum(counts[other, o] for other in Outcome) for o in Outcome
+    )
     return Agreement(
         judges=(first_name, second_name),
         prompt_set=prompt_sets.pop(),

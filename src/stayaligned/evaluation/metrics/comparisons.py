@@ -1,4 +1,4 @@
-"""Two models on the same seeds or the same prompts, and many comparisons at once."""
+"""Comparisons of two models on the same seeds or the same prompts, and correction for many comparisons."""
 
 from __future__ import annotations
 
@@ -7,30 +7,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from stayaligned.evaluation.metrics.intervals import bootstrap_interval, t_interval
+from stayaligned.evaluation.metrics.intervals import t_interval
 from stayaligned.evaluation.metrics.paired import mean_of_prompts
 
 
 @dataclass(frozen=True, slots=True)
 class PairedDifference:
-    """Candidate minus reference, paired by seed."""
+    """The difference candidate minus reference, paired by seed."""
 
     pairs: tuple[tuple[int, float], ...]
-    """Seed and difference, of the seeds in which both have a value, in order of the seed."""
+    """(seed, difference) for the seeds in which both models have a value, ordered by seed."""
     unpaired: tuple[int, ...]
-    """Seeds in which one of the two has no value."""
+    """Seeds in which one of the two models has no value."""
     mean: float | None
+    """Mean difference over the pairs; None without pairs."""
     low: float | None
+    """Lower bound of the 95 % t interval over the pairs; None for fewer than two pairs."""
     high: float | None
-    """95 % t interval over the pairs; None below two of them."""
+    """Upper bound of the 95 % t interval over the pairs; None for fewer than two pairs."""
     n_lower: int
+    """Number of pairs in which the candidate is lower."""
     n_higher: int
+    """Number of pairs in which the candidate is higher."""
     p_value: float
-    """Two-sided exact sign test; ties say nothing. It can't fall below 2·0.5ⁿ: 0.0625 with five seeds."""
+    """P-value of the two-sided exact sign test, ties ignored. It is at least 2·0.5ⁿ: 0.0625 with five seeds."""
 
 
 def paired_difference(candidate: Mapping[int, float | None], reference: Mapping[int, float | None]) -> PairedDifference:
-    """Compare two arms seed by seed; what the seeds share (data order, initialization) cancels out."""
+    """Compare two arms seed by seed, so that what the seeds share (data order, initialization) cancels out."""
     pairs: list[tuple[int, float]] = []
     unpaired: list[int] = []
     for seed in sorted({*candidate, *reference}):
@@ -56,25 +60,28 @@ def paired_difference(candidate: Mapping[int, float | None], reference: Mapping[
 
 @dataclass(frozen=True, slots=True)
 class McNemar:
-    """Two models on the same prompts: where they differ, which way, and whether chance explains it."""
+    """The result of McNemar's test of two models on the same prompts."""
 
     n: int
-    """Prompts scored for both."""
+    """Number of prompts scored for both models."""
     n_unscored: int
-    """Prompts that lack one of the two scores."""
+    """Number of prompts that lack a score of one model."""
     only_first: int
+    """Number of prompts that are True for the first model only."""
     only_second: int
+    """Number of prompts that are True for the second model only."""
     difference: float | None
-    """Share of True, first minus second; None where n = 0."""
+    """Share of True, first minus second; None if n = 0."""
     low: float | None
+    """Lower bound of the 95 % interval of the difference (see `MeanOfPrompts`)."""
     high: float | None
-    """95 % interval of the difference, as of `metrics.prompts`."""
+    """Upper bound of the 95 % interval of the difference."""
     p_value: float
-    """Exact two-sided test that both are equally often True."""
+    """P-value of the exact two-sided test that both models are equally often True."""
 
 
 def mcnemar(first: Mapping[str, bool | None], second: Mapping[str, bool | None]) -> McNemar:
-    """McNemar's exact test on prompts that both answered, keyed by id; None and missing ids are unscored."""
+    """Run McNemar's exact test on the prompts scored for both models, keyed by id; None and missing are unscored."""
     ids = {*first, *second}
     pairs = {key: (first.get(key), second.get(key)) for key in ids}
     differences = {key: int(a) - int(b) for key, (a, b) in pairs.items() if a is not None and b is not None}
@@ -93,47 +100,17 @@ def mcnemar(first: Mapping[str, bool | None], second: Mapping[str, bool | None])
 
 
 def _sign_test(lower: int, higher: int) -> float:
-    """Two-sided exact binomial test of equal chances, P(|X - n/2| ≥ |observed - n/2|), X ~ B(n, 1/2)."""
+    """Return the p-value of the two-sided exact sign test, P(|X - n/2| ≥ |observed - n/2|) with X ~ B(n, 1/2)."""
     n = lower + higher
     tail = sum(math.comb(n, k) for k in range(min(lower, higher) + 1))
     return min(1.0, 2 * tail / 2**n)
 
 
-@dataclass(frozen=True, slots=True)
-class ScoreDifference:
-    """Two models' scores on the same prompts, first minus second."""
-
-    n: int
-    """Prompts scored for both."""
-    n_unscored: int
-    """Prompts that lack one of the two scores."""
-    difference: float | None
-    low: float | None
-    high: float | None
-    """95 % bootstrap interval; None where the differences don't vary."""
-
-
-def paired_bootstrap(
-    first: Mapping[str, float | None], second: Mapping[str, float | None], *, confidence: float = 0.95, seed: int = 0
-) -> ScoreDifference:
-    """The difference of mean scores on prompts that both answered, on any scale, by resampling prompts (BCa).
-
-    Deterministic by `seed`. It supposes no shape and no bounds, and wants a few hundred prompts: for few of them, or
-    differences that are mostly zero, `mean_of_prompts` on a bounded scale is the one that holds.
-    """
-    ids = sorted({*first, *second})
-    pairs = [(first.get(key), second.get(key)) for key in ids]
-    differences = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
-    low, high = bootstrap_interval(differences, confidence=confidence, seed=seed) or (None, None)
-    mean = math.fsum(differences) / len(differences) if differences else None
-    return ScoreDifference(len(differences), len(ids) - len(differences), mean, low, high)
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values adjusted for their number after Holm (1979), in the order given.
+    """Adjust p-values for multiple testing after Holm (1979), in the order given.
 
-    Rejecting those at or below α rejects a true hypothesis with probability at most α, however they depend on each
-    other: the k-th smallest of m is multiplied by m - k + 1, kept rising, cut at 1.
+    Rejecting the hypotheses at or below α rejects any true hypothesis with probability at most α, whatever their
+    dependence: the k-th smallest of m p-values is multiplied by m - k + 1, made non-decreasing, and cut at 1.
     """
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     adjusted = [1.0] * len(p_values)

@@ -1,6 +1,6 @@
-"""A mean over prompts, of one or several seeds, with an interval that also holds near the ends of the scale.
+"""Means over prompts, for one or several seeds, with intervals that also hold near the ends of the scale.
 
-Differences of two models on the same prompts are such a mean, on the scale from -1 to 1.
+The difference of two models on the same prompts is a mean over prompts on the scale from -1 to 1.
 """
 
 from __future__ import annotations
@@ -20,36 +20,40 @@ _MOST_PROMPTS = 10_000_000
 
 @dataclass(frozen=True, slots=True)
 class MeanOfPrompts:
-    """A mean over prompts, and how far other prompts and other seeds would move it.
+    """A mean over prompts with its sampling error over prompts and seeds.
 
-    Two invented prompts, one at each end of the scale, join the n real ones (for differences of two models this is
-    Bonett and Price's interval, Statistics in Medicine 31:479, 2012). What differs from theirs, so that the interval
-    also holds for few prompts and for rates near 0: Student's quantile, and half a step of the scale on either side.
+    Two pseudo-prompts, one at each end of the scale, are added to the n prompts (for differences of two models this is
+    the interval of Bonett and Price, Statistics in Medicine 31:479, 2012). Unlike theirs, this interval uses Student's
+    quantile and adds half a step of the scale on either side, so that it also holds for few prompts and rates near 0.
 
-    Over k seeds two sources add up: the spread of the seeds' means, and that of the prompts, which all seeds share.
+    Over k seeds, two errors add up: the spread of the seeds' means, and the spread of the prompts that all seeds share.
     The interval is Student's with the error √(e_seeds² + e_prompts²) and Satterthwaite's degrees of freedom, but never
-    narrower than Student's over the seeds alone. Where each seed has prompts of its own, the spread over seeds holds
-    that of the prompts already.
+    narrower than Student's over the seeds alone. If each seed has its own prompts, the spread over seeds already
+    includes the spread of the prompts.
     """
 
     value: float
+    """The mean."""
     n_prompts: int
+    """Number of distinct prompts."""
     prompt_variance: float
-    """Of one prompt's mean over the seeds."""
+    """Variance, over prompts, of a prompt's mean over the seeds."""
     n_seeds: int = 1
+    """Number of seeds."""
     seed_variance: float = 0.0
-    """Of the seeds' means; without meaning for one seed."""
+    """Variance, over seeds, of a seed's mean; ignored for one seed."""
     shared: bool = True
-    """Whether seeds answered the same prompts."""
+    """Whether the seeds answered the same prompts."""
     step: float = 0.0
-    """The least change of the mean: 1/n where each prompt gives a whole number, 0 for graded scores."""
+    """Smallest possible change of the mean: 1/n if every prompt gives a whole number, 0 for graded scores."""
     ends: tuple[float, float] = (-1.0, 1.0)
+    """Lowest and highest possible value of one prompt."""
     within_variance: float = 0.0
-    """Of what is left in one answer beside its prompt and its seed."""
+    """Variance of one value that neither its prompt nor its seed explains."""
 
     @property
     def center(self) -> float:
-        """The middle of the interval: the mean with the two invented prompts."""
+        """The middle of the interval: the mean including the two pseudo-prompts."""
         return (self.value * self.n_prompts + sum(self.ends)) / (self.n_prompts + 2)
 
     @property
@@ -61,7 +65,7 @@ class MeanOfPrompts:
 
     @property
     def _errors(self) -> list[tuple[float, float]]:
-        """Standard errors with their degrees of freedom; the widest interval among them counts."""
+        """Standard errors with their degrees of freedom; the widest resulting interval is used."""
         prompts, free = self._prompt_error, self.n_prompts + 1.0
         if self.n_seeds < 2:
             return [(prompts, free)]
@@ -73,19 +77,22 @@ class MeanOfPrompts:
         return [(math.sqrt(seeds), self.n_seeds - 1), (math.sqrt(both), satterthwaite)]
 
     def half_width(self, confidence: float = 0.95) -> float:
-        """Half the width of the two-sided interval."""
+        """Return half the width of the two-sided interval."""
         from scipy.special import stdtrit
 
         quantiles = (float(stdtrit(free, (1 + confidence) / 2)) * error for error, free in self._errors)
         return max(quantiles) + self.step / 2
 
     def interval(self, confidence: float = 0.95) -> Interval:
-        """The two-sided interval, cut to the scale."""
+        """Return the two-sided interval, cut to the scale."""
         half, (least, most) = self.half_width(confidence), self.ends
         return max(least, self.center - half), min(most, self.center + half)
 
     def p_above(self, limit: float) -> float:
-        """One-sided p-value of "the mean is not above `limit`": below α where the (1 - 2α) interval is above it."""
+        """Return the one-sided p-value of "the mean is not above `limit`".
+
+        It is below α exactly if the (1 - 2α) interval lies above `limit`.
+        """
         from scipy.special import stdtr
 
         distance = self.center - self.step / 2 - limit
@@ -93,16 +100,11 @@ class MeanOfPrompts:
             float(stdtr(free, -distance / error)) if error > 0 else float(distance <= 0) for error, free in self._errors
         )
 
-    def p_below(self, limit: float) -> float:
-        """One-sided p-value of "the mean is not below `limit`"."""
-        least, most = self.ends
-        return replace(self, value=-self.value, ends=(-most, -least)).p_above(-limit)
+    def resized(self, n_prompts: int) -> MeanOfPrompts:
+        """Return the expected mean and variances for another number of similar prompts.
 
-    def at(self, n_prompts: int) -> MeanOfPrompts:
-        """What is to be expected of another number of prompts, if these are like all others.
-
-        Of the two invented prompts, one more counts as seen: that nothing happened in a few prompts doesn't show that
-        nothing happens.
+        One of the two pseudo-prompts is counted as observed: a few prompts without any event do not show that there
+        are none.
         """
         n, spare = self.n_prompts, sum((end - self.value) ** 2 for end in self.ends) / 2
         spread = ((n - 1) * self.prompt_variance + (spare if self.step else 0.0)) / n
@@ -116,7 +118,7 @@ class MeanOfPrompts:
         )
 
     def chance_above(self, limit: float, confidence: float = 0.95) -> float:
-        """The probability (normal) that the interval lies above `limit`, if value and variances here are the truth."""
+        """Return the (normal) probability that the interval lies above `limit`, if value and variances are exact."""
         n = self.n_prompts
         seeds = self.seed_variance / self.n_seeds if self.n_seeds > 1 else 0.0
         own = self.prompt_variance / n if self.shared or self.n_seeds < 2 else 0.0
@@ -124,20 +126,21 @@ class MeanOfPrompts:
         distance = self.center - self.half_width(confidence) - limit
         return NormalDist().cdf(distance / scatter) if scatter > 0 else float(distance > 0)
 
-    def prompts_to_leave(self, limit: float, *, power: float = 0.8, confidence: float = 0.95) -> int | None:
-        """Prompts after which the interval lies on one side of `limit` with probability `power`, if `value` is true.
+    def prompts_to_decide(self, limit: float, *, power: float = 0.8, confidence: float = 0.95) -> int | None:
+        """Return the number of prompts that puts the interval on one side of `limit` with probability `power`.
 
-        None where no number does: the mean is at the limit, or the seeds alone spread too far.
+        `value` is taken as the true mean. None if no number suffices: the mean is at the limit, or the spread over
+        seeds is too large.
         """
         if self.value < limit:
             least, most = self.ends
             mirrored = replace(self, value=-self.value, ends=(-most, -least))
-            return mirrored.prompts_to_leave(-limit, power=power, confidence=confidence)
-        return least_count(lambda n: self.at(n).chance_above(limit, confidence) >= power)
+            return mirrored.prompts_to_decide(-limit, power=power, confidence=confidence)
+        return least_count(lambda n: self.resized(n).chance_above(limit, confidence) >= power)
 
 
 def least_count(enough: Callable[[int], bool]) -> int | None:
-    """The least number from which on something is enough, found by halving; None if ten million are not."""
+    """Return the least number that is enough, found by bisection; None if ten million are not enough."""
     high = 2
     while not enough(high):
         high *= 2
@@ -153,16 +156,16 @@ def least_count(enough: Callable[[int], bool]) -> int | None:
 def mean_of_prompts(
     values: Mapping[int, Mapping[KeyT, float]], *, ends: tuple[float, float] = (-1.0, 1.0)
 ) -> MeanOfPrompts:
-    """The mean of numbers by seed and prompt; seeds may share prompts, all, some or none.
+    """Compute the mean of values given by seed and prompt; seeds may share all, some or no prompts.
 
     Raises:
-        ValueError: if a seed has no number, or a number lies outside of the scale.
+        ValueError: If a seed has no value, or a value is outside the scale.
     """
     if not values or not all(values.values()):
-        raise ValueError("nothing to take the mean of")
+        raise ValueError("cannot average: there are no seeds, or a seed has no values")
     numbers = [value for rows in values.values() for value in rows.values()]
     if not all(ends[0] <= value <= ends[1] for value in numbers):
-        raise ValueError(f"not on the scale from {ends[0]:g} to {ends[1]:g}")
+        raise ValueError(f"found a value that is not on the scale from {ends[0]:g} to {ends[1]:g}")
     mean = math.fsum(numbers) / len(numbers)
     by_prompt: dict[KeyT, list[float]] = {}
     for rows in values.values():
@@ -181,17 +184,17 @@ def mean_of_prompts(
         shared=len(numbers) > n,
         step=1 / len(numbers) if whole else 0.0,
         ends=ends,
-        within_variance=_within(values, by_prompt, seed_means, mean),
+        within_variance=_residual_variance(values, by_prompt, seed_means, mean),
     )
 
 
-def _within(
+def _residual_variance(
     values: Mapping[int, Mapping[KeyT, float]],
     by_prompt: Mapping[KeyT, list[float]],
     seed_means: Mapping[int, float],
     mean: float,
 ) -> float:
-    """The variance of what prompt and seed leave open (of all but the seed, where no prompt is shared)."""
+    """Compute the variance that prompt and seed do not explain (the seed alone, if no prompt is shared)."""
     shared = {key: fmean(found) - mean for key, found in by_prompt.items() if len(found) > 1}
     left = [
         value - seed_means[seed] - shared.get(key, 0.0) for seed, rows in values.items() for key, value in rows.items()

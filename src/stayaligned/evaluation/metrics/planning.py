@@ -1,4 +1,4 @@
-"""How many prompts a comparison needs, and what a number of prompts can show."""
+"""Sample sizes: how many prompts a comparison needs, and what a number of prompts can show."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from stayaligned.evaluation.metrics.paired import MeanOfPrompts, least_count
 
 
 def needed_n(first: float, second: float, *, power: float = 0.8, confidence: float = 0.95) -> int:
-    """Prompts per model after which two rates this far apart are told apart, unpaired (Fleiss, no continuity).
+    """Return the prompts per model that distinguish two rates, unpaired (Fleiss, without continuity correction).
 
-    n = (z_α·√(2p̄(1-p̄)) + z_β·√(p1(1-p1) + p2(1-p2)))² / (p1 - p2)²; on the same prompts fewer suffice.
+    n = (z_α·√(2p̄(1-p̄)) + z_β·√(p1(1-p1) + p2(1-p2)))² / (p1 - p2)². Fewer suffice if both models answer the same
+    prompts.
 
     Raises:
-        ValueError: if the rates are equal or outside [0, 1].
+        ValueError: If the rates are equal or outside [0, 1].
     """
     if first == second or not (0 <= first <= 1 and 0 <= second <= 1):
-        raise ValueError(f"no two different rates: {first} and {second}")
+        raise ValueError(f"expected two different rates between 0 and 1, found {first} and {second}")
     z_alpha, z_beta = NormalDist().inv_cdf((1 + confidence) / 2), NormalDist().inv_cdf(power)
     mean = (first + second) / 2
     spread = z_alpha * math.sqrt(2 * mean * (1 - mean))
@@ -27,7 +28,7 @@ def needed_n(first: float, second: float, *, power: float = 0.8, confidence: flo
 
 
 def power(first: float, second: float, n: int, *, confidence: float = 0.95) -> float:
-    """The probability that two rates are told apart with n prompts per model, unpaired: `needed_n` turned round."""
+    """Return the probability that n prompts per model distinguish two rates, unpaired: the inverse of `needed_n`."""
     if first == second:
         return 1 - confidence
     mean = (first + second) / 2
@@ -38,9 +39,9 @@ def power(first: float, second: float, n: int, *, confidence: float = 0.95) -> f
 
 
 def discordance(first: float, second: float) -> float:
-    """The share of prompts on which two models differ, if their answers to a prompt had nothing to do with each other.
+    """Return the share of prompts on which two models differ if their answers are independent.
 
-    Real pairs agree more often than that, so it is cautious to plan with it where the share is unknown.
+    Real models agree more often, so this is a cautious value for planning if the share is unknown.
     """
     return first * (1 - second) + second * (1 - first)
 
@@ -48,17 +49,17 @@ def discordance(first: float, second: float) -> float:
 def expected_difference(
     difference: float, discordant: float, n: int, *, seeds: int = 1, seed_spread: float = 0.0
 ) -> MeanOfPrompts:
-    """What n prompts, answered by both models, are expected to show of a difference.
+    """Return the expected mean difference and variances for n prompts that both models answer.
 
     Args:
-        difference: of the two rates.
-        discordant: the share of prompts on which the models differ, at least the difference.
-        n: prompts.
-        seeds: runs per model, all on the same prompts.
-        seed_spread: the standard deviation, between seeds, of a seed's difference.
+        difference: Difference of the two rates.
+        discordant: Share of prompts on which the models differ, at least `difference`.
+        n: Number of prompts.
+        seeds: Number of runs per model, all on the same prompts.
+        seed_spread: Standard deviation, between seeds, of a seed's difference.
 
     Raises:
-        ValueError: if fewer prompts differ than the difference needs, or a number is out of its range.
+        ValueError: If `discordant` is below the difference or above 1.
     """
     if not abs(difference) <= discordant <= 1:
         raise ValueError(f"a difference of {difference:g} needs that share of discordant prompts, not {discordant:g}")
@@ -82,7 +83,7 @@ def paired_power(
     seeds: int = 1,
     seed_spread: float = 0.0,
 ) -> float:
-    """The probability that the interval of a difference on the same n prompts lies beyond `limit`, on its side."""
+    """Return the probability that the interval of a difference on the same n prompts lies beyond `limit`."""
     sign = 1 if difference >= limit else -1
     expected = expected_difference(sign * difference, discordant, n, seeds=seeds, seed_spread=seed_spread)
     return expected.chance_above(sign * limit, confidence)
@@ -98,9 +99,9 @@ def paired_needed_n(
     seeds: int = 1,
     seed_spread: float = 0.0,
 ) -> int | None:
-    """Prompts, answered by both models, from which on `paired_power` reaches `power`; None if no number does.
+    """Return the prompts, answered by both models, for which `paired_power` reaches `power`; None if none suffice.
 
-    With `difference` = 0 and `limit` a margin: what it takes to show that an unchanged model is not worse by it.
+    With `difference` = 0 and a margin as `limit`: the prompts that show that an unchanged model is not worse by it.
     """
 
     def enough(n: int) -> bool:
@@ -113,12 +114,12 @@ def paired_needed_n(
 
 
 def detectable_difference(rate: float, chance: Callable[[float], float], *, power: float = 0.8) -> float | None:
-    """The least rise of a rate that is seen with probability `power`; None if not even a rise to 1 is.
+    """Return the smallest rise of a rate that is detected with probability `power`; None if a rise to 1 is not.
 
     Args:
-        rate: of the model that is compared with.
-        chance: the probability that a rise is seen, which grows with it.
-        power: the probability to reach.
+        rate: Rate of the baseline model.
+        chance: Maps a rise to the probability that it is detected, which grows with the rise.
+        power: Probability to reach.
     """
     low, high = 0.0, 1.0 - rate
     if high <= 0 or chance(high) < power:

@@ -1,5 +1,5 @@
 "use strict";
-// Every answer: a page of rows at a time, whatever their number. What stands in them is set as text, never as markup.
+// The table of all completions shows one page of rows at a time. Cells are set as text, never as markup.
 const held = document.getElementById("every-answer");
 if (held) {
   const { columns, rows } = JSON.parse(held.textContent);
@@ -11,7 +11,7 @@ if (held) {
     if (parent) parent.append(made);
     return made;
   };
-  const label = make("label", place, "Show rows that hold ");
+  const label = make("label", place, "Show rows that contain ");
   const filter = make("input", label);
   filter.type = "search";
   const status = make("p", place);
@@ -20,9 +20,9 @@ if (held) {
   scroll.className = "scroll";
   scroll.tabIndex = 0;
   scroll.setAttribute("role", "region");
-  scroll.setAttribute("aria-label", "Table of every answer");
+  scroll.setAttribute("aria-label", "Table of all completions");
   const table = make("table", scroll);
-  make("caption", table, "One row an answer; a press on a heading sorts.");
+  make("caption", table, "One row per completion; click a heading to sort.");
   const heads = make("tr", make("thead", table));
   const body = make("tbody", table);
   const turns = make("p", place);
@@ -49,7 +49,7 @@ if (held) {
       return line;
     }));
     const last = Math.min(first + size, shown.length);
-    status.textContent = shown.length ? `Rows ${first + 1} to ${last} of ${shown.length}` : "No row holds that";
+    status.textContent = shown.length ? `Rows ${first + 1} to ${last} of ${shown.length}` : "No matching rows";
     back.disabled = first === 0;
     forward.disabled = last === shown.length;
   };

@@ -6,7 +6,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   heads.forEach((head, column) => {
     const button = document.createElement("button");
     button.type = "button";
-    button.title = "Sort; a third press restores the order of the comparison";
+    button.title = "Sort; a third click restores the original order";
     button.append(...Array.from(head.childNodes).filter((node) => node.className !== "n"));
     head.prepend(button);
     button.addEventListener("click", () => {
