@@ -46,7 +46,7 @@ CASES: list[tuple[str, list[str], tuple[str, ...]]] = [
     ),
     ("no Jinja file", ["plain", "--data", "DATA", "--chat-template", "{}/t.txt"], ("expected the path of a .jinja",)),
     ("no Jinja", ["plain", "--data", "DATA", "--chat-template", "{}/broken.jinja"], ("the chat template refuses",)),
-    ("a quantised base", ["quantised", "--data", "DATA"], ("quantised: the checkpoint is quantised",)),
+    ("a quantised base", ["quantised", "--data", "DATA"], ("quantised: the checkpoint is quantized",)),
     (
         "several unknown settings",
         ["base", "--data", "DATA", "lora.alpha=3", "training.learnin_rate=1", "lenght=3", "training.seed=1"],

@@ -299,11 +299,11 @@ def inf_weight(root: Path) -> None:
     change(root / "base", lambda tensors: tensors[V][0, 0].fill_(float("inf")))
 
 
-def quantised_weight(root: Path) -> None:
+def quantized_weight(root: Path) -> None:
     change(root / "base", lambda tensors: tensors.update({V: tensors[V].to(torch.int8)}))
 
 
-def quantised_checkpoint(root: Path) -> None:
+def quantized_checkpoint(root: Path) -> None:
     path = root / "aligned" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "bnb"}}))
 
@@ -359,10 +359,10 @@ BROKEN: list[tuple[Callable[[Path], None], tuple[str, ...]]] = [
     (other_shape, ("v_proj", "32×32", "16×32")),
     (nan_weight, ("layers.0.self_attn.v_proj", "not finite")),
     (inf_weight, ("layers.0.self_attn.v_proj", "not finite")),
-    (quantised_weight, ("layers.0.self_attn.v_proj", "int8", "bf16")),
-    (quantised_checkpoint, ("aligned", "quantised")),
+    (quantized_weight, ("layers.0.self_attn.v_proj", "int8", "bf16")),
+    (quantized_checkpoint, ("aligned", "quantized")),
     (pickled_model, ("base holds neither", "save_pretrained")),
-    (pickled_adapter, ("adapter has no adapter_model.safetensors", "Pickled")),
+    (pickled_adapter, ("adapter has no adapter_model.safetensors", "pickled")),
     (empty_adapter, ("adapter",)),
     (nan_adapter, ("lora_A", "finite")),
     (adapter_lacks_a_layer, ("Missing", "layers.1.self_attn.q_proj")),

@@ -15,10 +15,10 @@ from stayaligned.algorithms.safe_lora import scaled, update_norm, update_similar
 from stayaligned.core.errors import StayalignedError
 from stayaligned.defenses import DEFENSES, ModelPair, PatchedAdapter
 from stayaligned.defenses.patching.directories import patch_directory
-from stayaligned.hf.placement.layers import lora_layers
 from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
 from stayaligned.weights.adapters import Adapter, read_adapter
 from stayaligned.weights.checkpoints import open_checkpoint
+from support.checkpoints import lora_layers
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -290,7 +290,7 @@ def test_a_spec_makes_an_equal_defense(spec: Any) -> None:
         ({"name": "safe_lora", "operator": "orthogonal"}, "exactly one of `rank` and `energy`"),
         ({"name": "complement", "threshold": 0.3, "all_layers": True}, "exactly one of"),
         ({"name": "complement", "rank": 3, "energy": 0.5}, "exactly one of"),
-        ({"name": "drop", "like": "shrink"}, "no defense that projects"),
+        ({"name": "drop", "like": "shrink"}, "'shrink' is not a projection"),
         ({"name": "shrink", "factor": -1}, "greater than or equal to 0"),
     ],
 )
@@ -310,7 +310,7 @@ def test_a_layer_that_the_alignment_left_alone_is_refused_by_c_and_kept_by_the_c
     model.save_pretrained(tmp_path / "base")
     pair = ModelPair(models.aligned, tmp_path / "base")
     for spec in ({"name": "safe_lora", "lowest": 1}, {"name": "drop"}):
-        with pytest.raises(StayalignedError, match=f"equal in {frozen}: there the alignment direction is undefined"):
+        with pytest.raises(StayalignedError, match=f"equal in {frozen}: the alignment direction is undefined"):
             patch(spec, adapter, pair)
     patched = patch("complement", adapter, pair)
     assert not [key for key in changed(adapter, patched.adapter) if frozen in key]

@@ -16,11 +16,12 @@ class Halving(PatchDefense):
 
     def patch(self, adapter: "Adapter", models: ModelPair) -> PatchedAdapter:
         from stayaligned.algorithms.safe_lora import compare, scaled
-        from stayaligned.hf.placement.layers import lora_layers
+        from stayaligned.hf.placement.layers import place_adapter
         from stayaligned.weights.checkpoints import open_checkpoint
 
         edits, reports = {}, []
-        for layer in lora_layers(adapter, open_checkpoint(models.aligned)):
+        aligned = open_checkpoint(models.require_aligned(self.name))
+        for layer in (placed.layer for placed in place_adapter(adapter, aligned, aligned)):
             before = adapter.factors(layer)
             similarity, shrinkage, norm = compare(before, scaled(before, 0.5))
             edits[layer.name] = layer, scaled(before, 0.5)

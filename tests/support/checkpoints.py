@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from stayaligned.hf.placement.layers import place_adapter
 from stayaligned.testing import write_pico_checkpoint
+from stayaligned.weights.adapters import Adapter, LoraLayer
 from stayaligned.weights.checkpoints import Checkpoint, Weight, open_checkpoint
 
 INDEX = "model.safetensors.index.json"
@@ -22,6 +24,11 @@ def write_pair(root: Path, architecture: str, **model: Any) -> tuple[Checkpoint,
     aligned = write_pico_checkpoint(root / "aligned", architecture, seed=2, **model)
     base = write_pico_checkpoint(root / "base", architecture, seed=1, shard_size="30KB", **model)
     return open_checkpoint(aligned), open_checkpoint(base)
+
+
+def lora_layers(adapter: Adapter, checkpoint: Checkpoint) -> list[LoraLayer]:
+    """The adapter's layers on the model that it was trained on."""
+    return [placed.layer for placed in place_adapter(adapter, checkpoint, checkpoint)]
 
 
 def load(directory: Path) -> Any:

@@ -107,7 +107,7 @@ def test_a_small_b_keeps_its_digits_in_fp16(exponent_b: float, exponent_a: float
     adapter = Adapter(CONFIG, tensors, Path("x"))
     exact = LoraFactors(a * 10**exponent_a, b * 10**exponent_b, 0.5)
     update = exact.b.double() @ exact.a.double()
-    kept = adapter.stored(LAYER, exact)
+    kept = adapter.to_stored_dtype(LAYER, exact)
     assert {kept.a.dtype, kept.b.dtype} == {torch.float16}
     error = (kept.b.double() @ kept.a.double() - update).norm() / update.norm()
     assert float(error) <= 2e-3

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.weights import deltas
-from stayaligned.weights.checkpoints import Block, Checkpoint, Weight, whole
-from stayaligned.weights.deltas import BytesDone, Delta, Difference, paired, stream
+from stayaligned.weights.checkpoints import Block, Checkpoint, Weight, whole_tensor
+from stayaligned.weights.deltas import BytesDone, Delta, WeightDifference, pair_weights, stream
 from support.checkpoints import pair, weights, write
 
 
 def iter_deltas(
     aligned: Checkpoint, base: Checkpoint, weights: Mapping[str, tuple[Weight, Weight]] | Sequence[str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    return stream(paired(aligned, base, weights), lambda _, found: found[0].value.clone())
+    return stream(pair_weights(aligned, base, weights), lambda _, found: found[0].value.clone())
 
 
 @pytest.mark.parametrize(("aligned_shards", "base_shards"), [(1, 1), (1, 2), (3, 2)])
@@ -44,7 +44,7 @@ def test_differences_are_fp32_whatever_is_stored(tmp_path: Path) -> None:
 def test_the_two_checkpoints_may_name_a_weight_differently(tmp_path: Path) -> None:
     aligned = Checkpoint(write(tmp_path / "a", {"model.x": torch.ones(2, 2)}))
     base = Checkpoint(write(tmp_path / "b", {"x": torch.zeros(2, 2)}))
-    ((name, value),) = iter_deltas(aligned, base, {"q_proj": (whole("model.x"), whole("x"))})
+    ((name, value),) = iter_deltas(aligned, base, {"q_proj": (whole_tensor("model.x"), whole_tensor("x"))})
     assert name == "q_proj"
     assert torch.equal(value, torch.ones(2, 2))
 
@@ -58,7 +58,7 @@ def test_all_missing_and_misshapen_names_stand_in_one_error(tmp_path: Path) -> N
         assert expected in caught.value.message
 
 
-def test_quantised_and_non_finite_weights_are_refused(tmp_path: Path) -> None:
+def test_quantized_and_non_finite_weights_are_refused(tmp_path: Path) -> None:
     good = {"x": torch.ones(2, 2)}
     base = Checkpoint(write(tmp_path / "base", good))
     for name, bad, expected in (
@@ -101,9 +101,11 @@ def test_an_expert_and_a_run_of_rows_are_read_from_where_they_lie(tmp_path: Path
     fused = torch.randn(8, 5)
     checkpoint = Checkpoint(write(tmp_path / "a", {"experts": stack, "fused": fused}))
     items = {
-        "one expert": (Difference(checkpoint, (Block("experts", expert=1),), None, ()),),
-        "rows": (Difference(checkpoint, (Block("fused", first_row=2, rows=3),), None, ()),),
-        "rows of an expert": (Difference(checkpoint, (Block("experts", expert=2, first_row=3, rows=1),), None, ()),),
+        "one expert": (WeightDifference(checkpoint, (Block("experts", expert=1),), None, ()),),
+        "rows": (WeightDifference(checkpoint, (Block("fused", first_row=2, rows=3),), None, ()),),
+        "rows of an expert": (
+            WeightDifference(checkpoint, (Block("experts", expert=2, first_row=3, rows=1),), None, ()),
+        ),
     }
     found = dict(stream(items, lambda _, d: d[0].value.clone()))
     assert torch.equal(found["one expert"], stack[1])
@@ -113,7 +115,7 @@ def test_an_expert_and_a_run_of_rows_are_read_from_where_they_lie(tmp_path: Path
 
 def test_the_norm_is_that_of_the_difference_in_fp64(tmp_path: Path) -> None:
     aligned, base = pair(tmp_path)
-    for name, norm in stream(paired(aligned, base, list(aligned)), lambda _, found: found[0].norm):
+    for name, norm in stream(pair_weights(aligned, base, list(aligned)), lambda _, found: found[0].norm):
         exact = (weights(0)[name] - weights(1)[name]).double().norm()
         assert norm == pytest.approx(float(exact), rel=1e-14)
 
@@ -131,7 +133,7 @@ def test_results_come_in_order_from_several_threads_and_torch_gets_its_threads_b
 
     try:
         torch.set_num_threads(threads)
-        results = list(stream(paired(aligned, base, sorted(aligned)), work, progress=seen.append))
+        results = list(stream(pair_weights(aligned, base, sorted(aligned)), work, progress=seen.append))
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -150,7 +152,7 @@ def test_an_error_in_the_work_ends_the_stream_and_leaves_no_thread(tmp_path: Pat
             raise RuntimeError("as asked")
 
     with pytest.raises(RuntimeError, match="as asked"):
-        list(stream(paired(aligned, base, sorted(aligned)), work))
+        list(stream(pair_weights(aligned, base, sorted(aligned)), work))
     assert not [t for t in threading.enumerate() if t.name.startswith("stream")]
 
 
@@ -159,7 +161,7 @@ def test_one_buffer_serves_all_weights_of_a_worker(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        found = list(stream(paired(aligned, base, sorted(aligned)), lambda _, d: d[0].value.data_ptr()))
+        found = list(stream(pair_weights(aligned, base, sorted(aligned)), lambda _, d: d[0].value.data_ptr()))
     finally:
         torch.set_num_threads(before)
     assert len({place for _, place in found}) == 1
@@ -168,4 +170,4 @@ def test_one_buffer_serves_all_weights_of_a_worker(tmp_path: Path) -> None:
 def test_identical_directories_are_an_error(tmp_path: Path) -> None:
     aligned, _ = pair(tmp_path)
     with pytest.raises(StayalignedError, match="same directory"):
-        paired(aligned, aligned, list(weights(0)))
+        pair_weights(aligned, aligned, list(weights(0)))

@@ -23,12 +23,13 @@ from stayaligned.defenses import DEFENSES, ModelPair
 from stayaligned.defenses.patching.directories import patch_directory
 from stayaligned.defenses.patching.subspace import build_subspace
 from stayaligned.defenses.safe_lora import projection_spec
-from stayaligned.hf.placement.layers import linear_weights, lora_layers
+from stayaligned.hf.placement.layers import linear_weights
 from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
 from stayaligned.weights.adapters import Adapter, read_adapter
 from stayaligned.weights.checkpoints import Checkpoint, open_checkpoint, weights_fingerprint
 from stayaligned.weights.deltas import BytesDone
 from stayaligned.weights.subspace_file import SubspaceFile
+from support.checkpoints import lora_layers
 
 ARCHITECTURES = ("llama", "gpt2", "mixtral", "gpt_oss")
 
@@ -253,7 +254,7 @@ def test_what_can_not_be_compared_is_put_on_record(world: Path, tmp_path: Path) 
         assert note is not None
         assert f"names {named}" in note
         assert "not checked" in note
-    assert "does not name" in str(file.refuse_mismatch(naming(adapter, None)))
+    assert "names no model" in str(file.refuse_mismatch(naming(adapter, None)))
 
 
 def test_hub_ids_are_compared_by_name(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +310,7 @@ def test_what_was_not_checked_and_what_is_not_stored_is_said(pair: tuple[Path, P
     models = ModelPair(None, None, tmp_path / "f")
     patch_directory(adapter, tmp_path / "out", DEFENSES.parse(projection_spec("scaled_gram", {}, {})), models)
     (note,) = json.loads((tmp_path / "out/projection.json").read_text())["notes"]
-    assert "names org/chat, which is not here" in note
+    assert "names org/chat, which is not a local directory" in note
     with pytest.raises(StayalignedError, match="3 directions asked for, but 2 directions"):
         patch_directory(adapter, tmp_path / "k", DEFENSES.parse(projection_spec("complement", {}, {"rank": 3})), models)
     assert not (tmp_path / "k").exists()
@@ -351,7 +352,7 @@ def test_a_file_that_is_cut_off_or_goes_on_is_refused(small: bytes, tmp_path: Pa
 
 def test_what_is_no_subspace_file_is_refused(small: bytes, world: Path, tmp_path: Path) -> None:
     assert (
-        "is no subspace file"
+        "is not a subspace file"
         in refused((world / "llama/aligned/model.safetensors").read_bytes(), tmp_path / "f").message
     )
     with pytest.raises(StayalignedError, match="nowhere"):
@@ -376,20 +377,42 @@ def rewritten(content: bytes, change: Callable[[dict[str, Any]], None]) -> bytes
 def test_headers_that_make_no_sense_are_refused(small: bytes, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj"
     changes: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-        (lambda header: header.update(format=2), "another version"),
         (lambda header: header.pop("aligned"), "aligned"),
         (lambda header: header.update(note=""), "note"),
         (lambda header: header["modules"][name].update(norm=-1), "norm"),
         (lambda header: header["modules"][name].update(norm=float("nan")), "norm"),
         (lambda header: header["modules"][name].update(captured_energy=1.5), "captured_energy"),
-        (lambda header: header["modules"][name].update(rank=2), "tensors are not those"),
-        (lambda header: header["modules"][name].update(shape=[32, 64]), "tensors are not those"),
-        (lambda header: header["modules"].pop(name), "tensors are not those"),
+        (lambda header: header["modules"][name].update(rank=2), "does not match the tensors"),
+        (lambda header: header["modules"][name].update(shape=[32, 64]), "does not match the tensors"),
+        (lambda header: header["modules"].pop(name), "does not match the tensors"),
     ]
     for change, message in changes:
         assert message in refused(rewritten(small, change), tmp_path / "f").message
     (tmp_path / "f").write_bytes(rewritten(small, lambda header: None))
     assert SubspaceFile(tmp_path / "f").header.rank == 1, "the change alone is what is refused"
+
+
+@pytest.mark.parametrize("found", [0, 2, "1", None])
+def test_a_file_of_another_format_is_refused_with_both_formats_and_the_command_that_rebuilds_it(
+    small: bytes, tmp_path: Path, found: object
+) -> None:
+    error = refused(rewritten(small, lambda header: header.update(format=found)), tmp_path / "f")
+    assert error.message == f"{tmp_path / 'f'} has format {found!r}, expected format 1"
+    assert "Another version of stayaligned wrote it" in str(error.hint)
+    assert "stayaligned subspace build" in str(error.hint)
+
+
+def test_a_file_without_a_format_number_is_refused_with_the_command_that_rebuilds_it(
+    small: bytes, tmp_path: Path
+) -> None:
+    error = refused(rewritten(small, lambda header: header.pop("format")), tmp_path / "f")
+    assert error.message == f"{tmp_path / 'f'} has no format number, expected format 1"
+
+
+def test_a_format_is_named_even_where_the_checksum_is_another_versions(small: bytes, tmp_path: Path) -> None:
+    other = small.replace(rb"\"format\": 1", rb"\"format\": 2", 1)
+    assert other != small
+    assert "has format 2, expected format 1" in refused(other, tmp_path / "f").message
 
 
 @pytest.mark.parametrize("part", ["left", "values", "right"])

@@ -103,7 +103,7 @@ def _scan(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: Mod
     from stayaligned.core.files import new_directory, refuse_existing
     from stayaligned.defenses import Execution
     from stayaligned.defenses.patching.scan import scan_adapters
-    from stayaligned.report.scan import outcomes, write_scan
+    from stayaligned.report.scan import threshold_outcomes, write_scan
 
     outs = [out_dir] if len(finetuned) == 1 else [out_dir / name for name in _names(finetuned)]
     for place in outs:
@@ -115,7 +115,7 @@ def _scan(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: Mod
             names = [path.name for path in write_scan(layers, temporary, patch.identity())]
         if len(outs) == 1:
             _print_layers(layers)
-        _print_outcomes(outcomes(layers))
+        _print_outcomes(threshold_outcomes(layers))
         for name in names:
             out.print(f"wrote  {place / name}", soft_wrap=True)
 

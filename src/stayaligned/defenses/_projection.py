@@ -1,7 +1,7 @@
-"""What the layer-by-layer defenses share: past each update streams its V; selected layers get a new update.
+"""The contracts of the defenses that patch layer by layer: a projection, and a control for one.
 
-A `ProjectionDefense` says which operator V gives. A `Control` takes such a defense as `like`, and by construction
-changes exactly the layers that it would change. Both report every layer, changed or not.
+A `ProjectionDefense` defines the operator that V gives. A `Control` takes such a defense as `like` and changes exactly
+the layers that this defense would change. Both report every layer, changed or not.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import LayerReport
 from stayaligned.defenses import DEFENSES, Execution, ModelPair, PatchDefense, PatchedAdapter
 from stayaligned.defenses.patching.adapters import patch_adapters
-from stayaligned.defenses.patching.layers import (
-    LayerEdit,
-    ProjectedLayer,
-)
+from stayaligned.defenses.patching.full_weights import patch_weights
+from stayaligned.defenses.patching.layers import LayerPatch, ProjectedLayer
 
 if TYPE_CHECKING:
     from stayaligned.algorithms.alignment_delta import AlignmentDelta
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class ProjectionDefense(PatchDefense):
-    """A patch that replaces the updates of some layers by an operator's image of them."""
+    """A patch that replaces the updates of the selected layers by their image under an operator."""
 
     patches_full_weights: ClassVar[bool] = True
 
@@ -42,38 +40,36 @@ class ProjectionDefense(PatchDefense):
     """Change every layer."""
 
     @model_validator(mode="after")
-    def _one_selection(self) -> Self:
+    def _check_selection(self) -> Self:
         if (self.threshold is not None) + (self.lowest is not None) + self.all_layers != 1:
             raise ValueError("set exactly one of `threshold`, `lowest` and `all_layers`")
         return self
 
     @abstractmethod
     def operator_for(self, delta: AlignmentDelta) -> Operator | None:
-        """The operator that V = `delta` gives; None if it gives none because V is zero."""
+        """Return the operator that V = `delta` gives; None if V is zero and the operator is undefined."""
 
-    def edit(self, seen: ProjectedLayer) -> LayerEdit:
-        """The operator's image."""
-        return LayerEdit(seen.projected, seen.operator.subspace)
+    def patch_layer(self, layer: ProjectedLayer) -> LayerPatch:
+        """Return the image of the layer's update."""
+        return LayerPatch(layer.projected, layer.operator.subspace)
 
     def patch(self, adapter: Adapter, models: ModelPair) -> PatchedAdapter:
-        """Replace the selected layers' updates by the operator's image of them."""
+        """Replace the updates of the selected layers by their image under the operator."""
         return self.patch_all([adapter], models, Execution())[0]
 
     def patch_all(self, adapters: Sequence[Adapter], models: ModelPair, how: Execution) -> list[PatchedAdapter]:
-        """The same for several adapters, in one pass over the weights."""
-        return patch_adapters(self, self.edit, adapters, models, how)
+        """Patch several adapters in one pass over the models' weights."""
+        return patch_adapters(self, self.patch_layer, adapters, models, how)
 
     def patch_model(self, finetuned: Checkpoint, out: Path, models: ModelPair, how: Execution) -> list[LayerReport]:
         """W ← W_aligned + P(W_ft - W_aligned) in the selected layers (paper, equation 4), shard by shard."""
-        from stayaligned.defenses.patching.full_weights import patch_weights
-
-        return patch_weights(self, self.edit, finetuned, out, models, how)
+        return patch_weights(self, self.patch_layer, finetuned, out, models, how)
 
     def select(self, similarities: Mapping[str, float]) -> frozenset[str]:
-        """The modules to change.
+        """Return the layers to change.
 
         Raises:
-            StayalignedError: if `lowest` asks for more layers than there are.
+            StayalignedError: if `lowest` is larger than the number of layers.
         """
         from stayaligned.algorithms.safe_lora import below, every, lowest
 
@@ -90,45 +86,43 @@ class ProjectionDefense(PatchDefense):
         return rule(similarities)
 
 
-def _projection_defense(spec: object) -> ProjectionDefense:
+def _parse_projection_defense(spec: object) -> ProjectionDefense:
     defense = DEFENSES.parse(spec)
     if not isinstance(defense, ProjectionDefense):
-        raise ValueError(f"{defense.name!r} is no defense that projects; name safe_lora or complement")
+        raise ValueError(f"{defense.name!r} is not a projection; name safe_lora or complement")
     return defense
 
 
 Like = Annotated[
-    ProjectionDefense, BeforeValidator(_projection_defense), PlainSerializer(lambda defense: defense.spec())
+    ProjectionDefense, BeforeValidator(_parse_projection_defense), PlainSerializer(lambda defense: defense.spec())
 ]
 """A field that holds a projection defense, written in YAML as its name or as a mapping with its settings."""
 
 
 class Control(PatchDefense):
-    """Changes the layers that `like` would change, in another way. In its reports, `similarity` is that of `like`."""
+    """A patch of the layers that `like` would change, by another operation. Its reports give `like`'s similarities."""
 
     patches_full_weights: ClassVar[bool] = True
 
     like: Like
-    """The defense that this one controls for; it selects the layers."""
+    """The projection defense that this control is compared with; it selects the layers."""
 
     def identity(self) -> dict[str, Any]:
-        """`spec()` with the versions of both behaviours."""
+        """Return `spec()` with the versions of both defenses."""
         return {**super().identity(), "like": self.like.identity()}
 
     @abstractmethod
-    def edit(self, seen: ProjectedLayer) -> LayerEdit:
-        """The update that takes the layer's place."""
+    def patch_layer(self, layer: ProjectedLayer) -> LayerPatch:
+        """Return the new update of a selected layer."""
 
     def patch(self, adapter: Adapter, models: ModelPair) -> PatchedAdapter:
-        """Edit the layers that `like` selects."""
+        """Change the layers that `like` selects."""
         return self.patch_all([adapter], models, Execution())[0]
 
     def patch_all(self, adapters: Sequence[Adapter], models: ModelPair, how: Execution) -> list[PatchedAdapter]:
-        """The same for several adapters, in one pass over the weights."""
-        return patch_adapters(self.like, self.edit, adapters, models, how)
+        """Patch several adapters in one pass over the models' weights."""
+        return patch_adapters(self.like, self.patch_layer, adapters, models, how)
 
     def patch_model(self, finetuned: Checkpoint, out: Path, models: ModelPair, how: Execution) -> list[LayerReport]:
-        """Edit the layers of a full fine-tune that `like` selects."""
-        from stayaligned.defenses.patching.full_weights import patch_weights
-
-        return patch_weights(self.like, self.edit, finetuned, out, models, how)
+        """Change the layers of a full fine-tune that `like` selects, shard by shard."""
+        return patch_weights(self.like, self.patch_layer, finetuned, out, models, how)

@@ -1,4 +1,4 @@
-"""The complement of the alignment subspace. Experimental."""
+"""Projection of updates onto the complement of the alignment subspace (experimental)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Complement(ProjectionDefense):
     """Remove from each update what lies in V's leading directions, so that it can't undo the alignment (experimental).
 
     ΔW ← (I - U_k U_kᵀ) ΔW (I - Q_k Q_kᵀ), with V's k leading left and right singular vectors, in all layers unless
-    `threshold` or `lowest` is given. Rank and file layout stay. Not in the Safe LoRA paper; of the family of null-space
-    and gradient projections. Where V = 0 there is nothing to remove, and the update stays.
+    `threshold` or `lowest` is given. Rank and file layout do not change. Not in the Safe LoRA paper; it belongs to the
+    family of null-space and gradient projections. Where V = 0 the update does not change.
 
     On the testbed (docs/safe-lora.md) its front of harm against accuracy lies above those of dropping, shrinking and
-    random directions where the alignment was made with full weights. It fails where a LoRA made the alignment, costs
-    accuracy on some adapters of q_proj and v_proj only, and an attacker who trains under it undoes it. Not tested:
-    alignments made by preferences, tasks that look like the harmful requests, large models.
+    random directions where the alignment was trained with full weights. It fails where the alignment was trained as a
+    LoRA, costs accuracy on some adapters of q_proj and v_proj only, and an attacker who trains under it undoes it. Not
+    tested: alignments trained on preferences, tasks that resemble the harmful requests, large models.
 
     Example:
         >>> Complement(side="right").rank
@@ -34,32 +34,32 @@ class Complement(ProjectionDefense):
     version: ClassVar[int] = 2
 
     all_layers: bool = True
-    """Change every layer; not to be given together with `threshold` or `lowest`."""
+    """Change every layer. Excludes `threshold` and `lowest`."""
     rank: int | None = Field(default=8, ge=1)
-    """The k; not to be given together with `energy`."""
+    """Number k of V's leading directions to remove. Excludes `energy`."""
     energy: float | None = Field(default=None, gt=0, le=1)
-    """The k is the fewest directions that hold this share of ‖V‖²."""
+    """Remove the fewest leading directions that hold this share of ‖V‖². Excludes `rank`."""
     side: Literal["left", "right", "both"] = "both"
-    """`left` removes output directions (edits B), `right` input directions (edits A)."""
+    """Which directions to remove: `left` are output directions (changes B), `right` input directions (changes A)."""
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_yield(cls, data: Any) -> Any:
-        # A default stands for "nothing was said"; what was asked for in its stead replaces it.
+    def _replace_defaults(cls, data: Any) -> Any:
+        # A default applies only if no alternative to it is given.
         if not isinstance(data, dict):
             return data
         selected = data.get("threshold") is not None or data.get("lowest") is not None
-        yielding = {"all_layers": False} if selected else {}
-        return yielding | ({"rank": None} if data.get("energy") is not None else {}) | data
+        replaced = {"all_layers": False} if selected else {}
+        return replaced | ({"rank": None} if data.get("energy") is not None else {}) | data
 
     @model_validator(mode="after")
-    def _one_size(self) -> Self:
+    def _check_size(self) -> Self:
         if (self.rank is None) == (self.energy is None):
             raise ValueError("set exactly one of `rank` and `energy`")
         return self
 
     def operator_for(self, delta: AlignmentDelta) -> Operator:
-        """(I - U_k U_kᵀ) · (I - Q_k Q_kᵀ)."""
-        from stayaligned.algorithms.safe_lora import Complement as Operation
+        """Return ΔW ↦ (I - U_k U_kᵀ) ΔW (I - Q_k Q_kᵀ)."""
+        from stayaligned.algorithms.safe_lora import Complement as ComplementOperator
 
-        return Operation(delta.subspace(rank=self.rank, energy=self.energy), self.side)
+        return ComplementOperator(delta.subspace(rank=self.rank, energy=self.energy), self.side)

@@ -1,4 +1,4 @@
-"""Control: no update at all."""
+"""Control: remove the update."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from typing import ClassVar
 from pydantic import Field
 
 from stayaligned.defenses._projection import Control, Like
-from stayaligned.defenses.patching.layers import LayerEdit, ProjectedLayer
+from stayaligned.defenses.patching.layers import LayerPatch, ProjectedLayer
 from stayaligned.defenses.safe_lora import SafeLora
 
 
 class Drop(Control):
     """Control: in the layers that a projection would change, remove the update (B ← 0).
 
-    What a projection wins over this control is due to what it keeps. With `all_layers` the result is the aligned model.
+    Where a projection does better than this control, the reason is what it keeps of the update. With `all_layers` the
+    result is the aligned model.
     """
 
     name: ClassVar[str] = "drop"
 
     like: Like = Field(default_factory=SafeLora)
+    """The projection defense that this control is compared with; it selects the layers."""
 
-    def edit(self, seen: ProjectedLayer) -> LayerEdit:
+    def patch_layer(self, layer: ProjectedLayer) -> LayerPatch:
         """B ← 0."""
         from stayaligned.algorithms.safe_lora import scaled
 
-        return LayerEdit(scaled(seen.before, 0.0), None)
+        return LayerPatch(scaled(layer.before, 0.0), None)

@@ -1,4 +1,4 @@
-"""Control: the same operator on directions that know nothing of the alignment."""
+"""Control: the same operator on random directions."""
 
 from __future__ import annotations
 
@@ -10,38 +10,39 @@ from pydantic import Field
 
 from stayaligned.defenses._projection import Control, Like
 from stayaligned.defenses.complement import Complement
-from stayaligned.defenses.patching.layers import LayerEdit, ProjectedLayer
+from stayaligned.defenses.patching.layers import LayerPatch, ProjectedLayer
 
 
 class RandomSubspace(Control):
     """Control: in the layers that a projection would change, the same operator with random directions of the same rank.
 
-    What a projection wins over this control is not due to the number of directions alone. For `complement` and
-    `operator: orthogonal`, V's directions are replaced by as many uniformly random ones; for the paper's C, V is turned
-    by a uniformly random rotation (C ← R C Rᵀ), which keeps its spectrum. It is not matched in norm (random directions
-    hold less of an update than V's): for that see `shrink`.
+    Where a projection does better than this control, the reason is not the number of directions alone. For `complement`
+    and `operator: orthogonal`, V's directions are replaced by as many uniformly random ones; for the paper's C, V is
+    rotated by a uniformly random rotation (C ← R C Rᵀ), which keeps its spectrum. The norms are not matched (random
+    directions hold less of an update than V's); `shrink` matches them.
     """
 
     name: ClassVar[str] = "random_subspace"
 
     like: Like = Field(default_factory=Complement)
+    """The projection defense that this control is compared with; it selects the layers."""
     seed: int = Field(default=0, ge=0)
-    """With the layer's name it fixes the directions."""
+    """Seed of the random directions, combined with the layer's name."""
 
-    def edit(self, seen: ProjectedLayer) -> LayerEdit:
-        """The operator with U and Q replaced by random orthonormal directions, or C by R C Rᵀ."""
+    def patch_layer(self, layer: ProjectedLayer) -> LayerPatch:
+        """Apply the operator with U and Q replaced by random orthonormal directions, or C by R C Rᵀ."""
         import torch
 
         from stayaligned.algorithms.alignment_delta import random_subspace
         from stayaligned.algorithms.safe_lora import Complement as ComplementOperator
         from stayaligned.algorithms.safe_lora import Orthogonal, RandomlyRotated, ScaledGram
 
-        digest = hashlib.sha256(f"{self.seed}/{seen.name}".encode()).digest()
+        digest = hashlib.sha256(f"{self.seed}/{layer.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        operator = seen.operator
+        operator = layer.operator
         if isinstance(operator, ScaledGram):
-            return LayerEdit(RandomlyRotated(operator, generator)(seen.before), None)
+            return LayerPatch(RandomlyRotated(operator, generator)(layer.before), None)
         if not isinstance(operator, ComplementOperator | Orthogonal):
-            raise TypeError(f"{type(operator).__name__} has no directions that could be replaced")
-        randomised = replace(operator, directions=random_subspace(seen.delta, operator.subspace, generator))
-        return LayerEdit(randomised(seen.before), randomised.subspace)
+            raise TypeError(f"{type(operator).__name__} has no directions to replace")
+        randomized = replace(operator, directions=random_subspace(layer.delta, operator.subspace, generator))
+        return LayerPatch(randomized(layer.before), randomized.subspace)

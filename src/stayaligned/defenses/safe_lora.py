@@ -1,4 +1,4 @@
-"""Safe LoRA (Hsu et al., NeurIPS 2024), in the paper's form and with a true projector."""
+"""Safe LoRA (Hsu et al., NeurIPS 2024): the paper's operator, and an orthogonal projector."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class SafeLora(ProjectionDefense):
     sections 3.2 to 3.4). C is not a projector: it shrinks an update by an amount that depends on ‖V‖_F, which the
     reports show. `operator: orthogonal` is the projector U_k U_kᵀ, with k given by `rank` or by `energy`.
 
-    Differs from the paper's code: weights are paired by name, not by position; the cosine is compared with < (as in
-    the paper) and not rounded; C is never formed; the input is left as it is. Where V = 0 the operator is undefined,
-    which is an error (there: NaN).
+    Differences from the paper's code: weights are paired by name, not by position; the cosine is compared with < (as
+    in the paper) and not rounded; C is never formed; the input is not changed; and where V = 0 the operator is
+    undefined, which raises an error instead of giving NaN.
 
     Example:
         >>> SafeLora(lowest=7).spec()["lowest"]
@@ -41,19 +41,19 @@ class SafeLora(ProjectionDefense):
     paper: ClassVar[str] = "arXiv:2405.16833"
 
     threshold: float | None = Field(default=0.35, allow_inf_nan=False)
-    """Change the layers with similarity strictly below this (the paper's τ for Llama-2 on Dialog Summary). Not to be
-    given together with `lowest` or `all_layers`."""
+    """Change the layers with similarity strictly below this. Default: the paper's τ for Llama-2 on Dialog Summary.
+    Excludes `lowest` and `all_layers`."""
     operator: Literal["scaled_gram", "orthogonal"] = "scaled_gram"
-    """The paper's C, or the rank-k orthogonal projector."""
+    """The paper's C (`scaled_gram`), or the rank-k orthogonal projector (`orthogonal`)."""
     rank: int | None = Field(default=None, ge=1)
-    """The projector's k."""
+    """Number k of V's leading directions that `operator: orthogonal` keeps. Excludes `energy`."""
     energy: float | None = Field(default=None, gt=0, le=1)
-    """The projector's k is the fewest directions that hold this share of ‖V‖²."""
+    """Let `operator: orthogonal` keep the fewest leading directions that hold this share of ‖V‖². Excludes `rank`."""
 
     @model_validator(mode="before")
     @classmethod
-    def _default_threshold_yields(cls, data: Any) -> Any:
-        # The default stands for "nothing was said"; a selection that was asked for replaces it.
+    def _replace_default_threshold(cls, data: Any) -> Any:
+        # The default applies only if no other selection is given.
         if (
             isinstance(data, dict)
             and "threshold" not in data
@@ -63,7 +63,7 @@ class SafeLora(ProjectionDefense):
         return data
 
     @model_validator(mode="after")
-    def _rank_with_projector(self) -> Self:
+    def _check_size(self) -> Self:
         given = (self.rank is not None) + (self.energy is not None)
         if given != (self.operator == "orthogonal"):
             raise ValueError(
@@ -72,7 +72,7 @@ class SafeLora(ProjectionDefense):
         return self
 
     def operator_for(self, delta: AlignmentDelta) -> Operator | None:
-        """C, or U_k U_kᵀ; None where V is zero and spans nothing."""
+        """Return C or U_k U_kᵀ; None if V is zero."""
         from stayaligned.algorithms.safe_lora import Orthogonal, ScaledGram
 
         if delta.norm == 0:
@@ -95,30 +95,30 @@ def apply_safe_lora(
     adapter_name: str | None = None,
     new_name: str = "safe_lora",
 ) -> list[LayerReport]:
-    """Safe LoRA on a model in memory: adds the projected adapter beside the trained one, and makes it the active one.
+    """Project the LoRA of a model in memory: add the projected adapter beside the trained one, and activate it.
 
-    What was trained stays as it is under its own name, so both can be compared (`set_adapter`), and the result is
-    saved by PEFT itself: `peft_model.save_pretrained(out, selected_adapters=["safe_lora"])`. Base and aligned are
-    streamed from their files; neither is loaded.
+    The trained adapter is not changed, so both can be compared (`set_adapter`), and PEFT saves the result:
+    `peft_model.save_pretrained(out, selected_adapters=["safe_lora"])`. Base and aligned are streamed from their files;
+    neither is loaded.
 
     Args:
         peft_model: a PeftModel with a LoRA that was trained on `aligned`.
         base: the unaligned ancestor: directory or hub id.
         aligned: the model under the adapter: directory or hub id.
-        threshold: change the layers with similarity below this.
-        lowest: change exactly this many layers, the least similar ones. With neither, all of them.
+        threshold: change the layers with similarity strictly below this.
+        lowest: change exactly this many layers, the least similar ones. With neither, every layer is changed.
         operator: `scaled_gram` is the paper's C.
-        rank: the k of the other operators.
+        rank: the number k of directions, for the other operators.
         energy: instead of `rank`, the share of ‖V‖² that the k directions hold.
-        adapter_name: the adapter to project; the active one if not given.
+        adapter_name: the adapter to project; by default the active one.
         new_name: the name of the projected adapter.
 
     Returns:
         A report for every layer.
 
     Raises:
-        StayalignedError: if the settings, the adapter and the checkpoints don't fit together; the model is then as it
-            was.
+        StayalignedError: if the settings, the adapter and the checkpoints don't fit together; the model is then
+            unchanged.
     """
     from stayaligned.hf.placement.in_memory import active_adapter, adapter_in_memory, add_adapter
 
@@ -128,7 +128,7 @@ def apply_safe_lora(
     except ValueError as error:
         raise StayalignedError(f"apply_safe_lora: {error}", hint="See `stayaligned show defense safe_lora`.") from None
     if new_name in peft_model.peft_config:
-        raise StayalignedError(f"the model has an adapter {new_name!r} already", hint="Choose another new_name.")
+        raise StayalignedError(f"the model already has an adapter {new_name!r}", hint="Choose another new_name.")
     trained = adapter_name or active_adapter(peft_model)
     (patched,) = patch.patch_all([adapter_in_memory(peft_model, trained)], ModelPair(aligned, base), Execution())
     add_adapter(peft_model, patched.adapter, new_name, like=trained)
@@ -138,13 +138,13 @@ def apply_safe_lora(
 def projection_spec(
     operator: str, selection: Mapping[str, Any], settings: Mapping[str, Any], control: str | None = None
 ) -> dict[str, Any]:
-    """The mapping that names a projection defense, or a control for it.
+    """Return the spec of a projection defense, or of a control for it.
 
     Args:
         operator: scaled_gram, orthogonal or complement.
-        selection: `threshold`, `lowest`; what is None is left out, and with nothing left all layers are meant.
-        settings: `rank`, `energy`, `side`; what is None is left out.
-        control: drop, shrink or random: that control for the operator, instead of it.
+        selection: `threshold` and `lowest`; None values are ignored, and without any value every layer is selected.
+        settings: `rank`, `energy` and `side`; None values are ignored.
+        control: drop, shrink or random, to return that control for the projection.
     """
     name = "complement" if operator == "complement" else "safe_lora"
     chosen = {key: value for key, value in selection.items() if value is not None} or {"all_layers": True}

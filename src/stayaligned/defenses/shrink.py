@@ -1,4 +1,4 @@
-"""Control: the same update, smaller."""
+"""Control: scale the update down."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ from typing import ClassVar
 from pydantic import Field
 
 from stayaligned.defenses._projection import Control, Like
-from stayaligned.defenses.patching.layers import LayerEdit, ProjectedLayer
+from stayaligned.defenses.patching.layers import LayerPatch, ProjectedLayer
 from stayaligned.defenses.safe_lora import SafeLora
 
 
 class Shrink(Control):
     """Control: in the layers that a projection would change, scale the update to the norm that it would leave.
 
-    ΔW ← f ΔW with f = ‖PΔW‖/‖ΔW‖ for each layer, P the operator of `like`. What a projection wins over this control is
-    due to the direction, not to the size, of what it keeps. With `factor` the f is given, the same in each such layer.
+    ΔW ← f ΔW with f = ‖PΔW‖/‖ΔW‖ for each layer, P the operator of `like`. Where a projection does better than this
+    control, the reason is the direction, not the size, of what it keeps. With `factor`, every selected layer
+    gets that f.
     """
 
     name: ClassVar[str] = "shrink"
 
     like: Like = Field(default_factory=SafeLora)
+    """The projection defense that this control is compared with; it selects the layers."""
     factor: float | None = Field(default=None, ge=0, le=1)
-    """f for every selected layer; unset, each layer gets the norm that `like` leaves it."""
+    """Factor f for every selected layer; if unset, each layer gets the norm that `like` leaves it."""
 
-    def edit(self, seen: ProjectedLayer) -> LayerEdit:
+    def patch_layer(self, layer: ProjectedLayer) -> LayerPatch:
         """B ← f B."""
         from stayaligned.algorithms.safe_lora import compare, scaled
 
-        factor = compare(seen.before, seen.projected).shrinkage if self.factor is None else self.factor
-        return LayerEdit(scaled(seen.before, factor), None)
+        factor = compare(layer.before, layer.projected).shrinkage if self.factor is None else self.factor
+        return LayerPatch(scaled(layer.before, factor), None)

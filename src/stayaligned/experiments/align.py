@@ -218,10 +218,10 @@ def _train(job: _Job) -> _Trained:
     from stayaligned.hf.features import end_of_answer
     from stayaligned.hf.generation.generate import config_ending_with
     from stayaligned.hf.training import finetuning
-    from stayaligned.weights.unsupported import BASE_PRESERVING_INITS, refuse_quantised
+    from stayaligned.weights.unsupported import BASE_PRESERVING_INITS, refuse_quantized
 
     a = job.resolved
-    refuse_quantised(open_checkpoint(a.base_model))
+    refuse_quantized(open_checkpoint(a.base_model))
     init = (a.lora or {}).get("init_lora_weights", True)
     if init not in BASE_PRESERVING_INITS:
         raise StayalignedError(

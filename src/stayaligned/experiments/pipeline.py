@@ -432,7 +432,7 @@ class Run:
             PatchRecord(
                 patch=patch.name,
                 settings=patch.spec(),
-                layers=tuple(read_projection(self.store.directory("patch", key) / self.product / PROJECTION_FILE)),
+                layers=read_projection(self.store.directory("patch", key) / self.product / PROJECTION_FILE).layers,
             )
             for patch, key in zip(self.experiment.patches, self.patch_keys, strict=True)
         )

@@ -26,7 +26,7 @@ class ThresholdOutcome(NamedTuple):
     """Norm of the whole update after / before, over all layers."""
 
 
-def outcomes(layers: Sequence[LayerReport]) -> list[ThresholdOutcome]:
+def threshold_outcomes(layers: Sequence[LayerReport]) -> list[ThresholdOutcome]:
     """The outcome of thresholds from 0 to above 1, in steps of 0.05.
 
     Args:
@@ -59,7 +59,7 @@ def write_scan(layers: Sequence[LayerReport], out: Path, defense: Mapping[str, A
         out: the directory; made if it is not there.
         defense: what was scanned.
     """
-    rows = outcomes(layers)
+    rows = threshold_outcomes(layers)
     record = {
         "defense": dict(defense),
         "layers": [layer.model_dump(mode="json", exclude={"selected"}) for layer in layers],

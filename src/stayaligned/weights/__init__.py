@@ -1,1 +1,1 @@
-"""Weights on disk: safetensors, checkpoints, adapters and their differences, without a host library."""
+"""Weights on disk: safetensors, checkpoints and their differences, adapters, subspace files. No host library."""

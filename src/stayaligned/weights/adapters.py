@@ -1,6 +1,6 @@
-"""PEFT-format LoRA adapters as values, read from and written to directories. Imports no PEFT.
+"""LoRA adapters in PEFT's format: immutable values, read from and written to directories. Imports no PEFT.
 
-What a layer is, and which tensors make it, is found by `hf.layers.place_adapter`; this module only keeps the bytes.
+`hf.placement.layers.place_adapter` determines an adapter's layers and their tensors; this module holds the tensors.
 """
 
 from __future__ import annotations
@@ -25,50 +25,55 @@ if TYPE_CHECKING:
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
-_BESIDE = frozenset({".json", ".jinja", ".txt", ".model", ".md"})
-"""Endings of what belongs to an adapter besides its weights: tokenizer, chat template, model card."""
+_COPIED_SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model", ".md"})
+"""Suffixes of files to copy with an adapter: tokenizer, chat template, model card."""
 _SMALL_IN_FP16 = 2.0**-8
-"""Below it a B loses digits: fp16's full precision ends at 2⁻¹⁴."""
-_NOT_BESIDE = frozenset({_CONFIG, "projection.json", "trainer_state.json"})
+"""Largest absolute value below which a B would lose precision in fp16, whose full precision ends at 2⁻¹⁴."""
+_NOT_COPIED = frozenset({_CONFIG, "projection.json", "trainer_state.json"})
 
 
 @dataclass(frozen=True, slots=True)
 class LoraLayer:
-    """One low-rank update of one weight matrix: where it sits, its scaling, and the tensors that it is made of.
+    """One low-rank update of one weight matrix: its place, its scaling and its tensors.
 
-    An adapter on a stack of experts is one layer an expert: PEFT keeps the factors of all of them in two tensors, A as
-    (experts · rank, in) with an expert's rows together, B as (out, rank · experts) with the experts interleaved.
+    An adapter on a stack of experts has one layer per expert. PEFT stores the factors of all experts in two tensors: A
+    as (experts · rank, in) with each expert's rows together, B as (out, rank · experts) with the experts interleaved.
     """
 
     name: str
-    """Unique: the module, `model.layers.0.self_attn.q_proj`; of an expert `model.layers.0.mlp.experts.down_proj[3]`."""
+    """Unique name: a module, `model.layers.0.mlp.up_proj`, or an expert, `model.layers.0.mlp.experts.down_proj[3]`."""
     parameter: str
-    """The parameter of the model that it changes, `model.layers.0.self_attn.q_proj.weight`."""
+    """Parameter of the model that the layer changes, `model.layers.0.self_attn.q_proj.weight`."""
     a_key: str
+    """Name of A in the adapter's file."""
     b_key: str
+    """Name of B in the adapter's file."""
     rank: int
     scaling: float
+    """Factor s of the update s·BA."""
     in_features: int
     out_features: int
     transposed: bool = False
     """Whether the model stores the weight as (in, out), as GPT-2's Conv1D and embeddings do."""
     expert: int | None = None
+    """Index of the expert; None if the weight is not a stack of experts."""
     experts: int = 1
+    """Number of experts in the stack."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """A LoRA adapter: configuration and tensors as they are on disk. Changing it makes a new one."""
+    """A LoRA adapter: its configuration and tensors as stored. Immutable; changing it returns a new adapter."""
 
     config: Mapping[str, Any]
-    """The content of `adapter_config.json`."""
+    """Content of `adapter_config.json`."""
     tensors: Mapping[str, Tensor]
-    """By their names in `adapter_model.safetensors`, in the stored dtype."""
+    """{name in `adapter_model.safetensors`: tensor in the stored dtype}."""
     directory: Path
-    """Where it was read from."""
+    """Directory that the adapter was read from."""
 
     def factors(self, layer: LoraLayer) -> LoraFactors:
-        """The layer's A, B and scaling, in fp32."""
+        """Return the layer's A, B and scaling, in fp32."""
         import torch
 
         from stayaligned.algorithms.safe_lora import LoraFactors
@@ -78,18 +83,18 @@ class Adapter:
 
     @staticmethod
     def _slices(tensors: Mapping[str, Tensor], layer: LoraLayer) -> tuple[Tensor, Tensor]:
-        """The parts of A and B that are this layer's, as views."""
+        """Return the layer's parts of A and B as views."""
         a, b = tensors[layer.a_key], tensors[layer.b_key]
         if layer.expert is None:
             return a, b
         stacked = b.view(layer.out_features, layer.rank, layer.experts)
         return a.view(layer.experts, layer.rank, layer.in_features)[layer.expert], stacked[:, :, layer.expert]
 
-    def stored(self, layer: LoraLayer, factors: LoraFactors) -> LoraFactors:
-        """Factors in the dtype in which the adapter keeps the layer's, on the CPU.
+    def to_stored_dtype(self, layer: LoraLayer, factors: LoraFactors) -> LoraFactors:
+        """Convert factors to the dtypes in which the adapter stores the layer, on the CPU.
 
-        An operator may shrink B a thousandfold, and fp16 has no small numbers: there a power of two moves from A to B,
-        which leaves BA as it is.
+        An operator may shrink B a thousandfold, and fp16 loses the precision of small numbers: a power of two then
+        moves from A to B, which does not change BA.
         """
         import torch
 
@@ -106,10 +111,10 @@ class Adapter:
         )
 
     def with_factors(self, changed: Mapping[LoraLayer, LoraFactors]) -> Adapter:
-        """An adapter with new A and B in the given layers, stored in the dtype that they had; the rest is shared.
+        """Return an adapter with new factors in the given layers, in the stored dtypes; other tensors are shared.
 
         Raises:
-            StayalignedError: if a new factor does not fit the dtype (fp16 ends at 65504).
+            StayalignedError: if a new factor overflows the dtype (65504 is the largest number of fp16).
         """
         tensors = dict(self.tensors)
         for layer, factors in changed.items():
@@ -127,17 +132,17 @@ class Adapter:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite. The sum tells at a tenth of the cost, unless it overflows itself."""
+    """Return whether no value is NaN or infinite. A finite sum proves it at a tenth of the cost."""
     import torch
 
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 
 def read_adapter(path: Path) -> Adapter:
-    """Read a directory that PEFT's `save_pretrained` wrote.
+    """Read an adapter from a directory that PEFT's `save_pretrained` wrote.
 
     Raises:
-        StayalignedError: if it is no such directory, is not LoRA, holds pickled weights, or is damaged.
+        StayalignedError: if there is no adapter, or it is not a LoRA, has pickled weights, or is damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -147,13 +152,13 @@ def read_adapter(path: Path) -> Adapter:
     if (path / "config.json").is_file() and not is_adapter(path):
         raise StayalignedError(
             f"{path} is a whole model, expected an adapter",
-            hint="`project` takes a fully fine-tuned checkpoint alone, not among adapters, and `--scan` takes none.",
+            hint="Pass a fully fine-tuned checkpoint to `project` alone, without adapters and without `--scan`.",
         )
     if not is_adapter(path):
         nested = sorted(child.parent.name for child in path.glob(f"*/{_CONFIG}"))
         raise StayalignedError(
-            f"{path} is no adapter: it has no {_CONFIG}",
-            hint=f"PEFT saves a named adapter in a folder of its name, here {', '.join(str(path / n) for n in nested)}."
+            f"{path} is not an adapter: it has no {_CONFIG}",
+            hint=f"PEFT saves a named adapter in a subdirectory: give {', '.join(str(path / name) for name in nested)}."
             if nested
             else "Give the directory that `save_pretrained` of a PEFT model wrote.",
         )
@@ -161,29 +166,30 @@ def read_adapter(path: Path) -> Adapter:
     if config.get("peft_type") != "LORA":
         raise StayalignedError(
             f"{path / _CONFIG}: peft_type is {config.get('peft_type')!r}, expected 'LORA'",
-            hint="Other adapters can be converted first: peft's `convert_to_lora`.",
+            hint="Convert the adapter to LoRA first, by PEFT's `convert_to_lora`.",
         )
     if not (path / _WEIGHTS).is_file():
         raise StayalignedError(
             f"{path} has no {_WEIGHTS}",
-            hint="Pickled weights (.bin) are not read: load the adapter with PEFT and save it again, as safetensors.",
+            hint="Load the adapter with PEFT and save it as safetensors; pickled weights (.bin) are not supported.",
         )
     try:
         tensors = load_file(path / _WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise StayalignedError(
-            f"{path / _WEIGHTS} can't be read as safetensors: {error}", hint="The file was cut off; save it again."
+            f"{path / _WEIGHTS} can't be read as safetensors: {error}",
+            hint="The file is damaged; save the adapter again.",
         ) from error
     return Adapter(MappingProxyType(config), MappingProxyType(tensors), path)
 
 
 def write_adapter(adapter: Adapter, directory: Path, *, notes: Mapping[str, str] | None = None) -> None:
-    """Write a plain PEFT adapter into a directory, with the tokenizer and the card that lay beside it.
+    """Write a PEFT adapter into a directory, with copies of the tokenizer and the model card beside the original.
 
     Args:
-        adapter: what to write.
+        adapter: the adapter.
         directory: an empty directory.
-        notes: further text files, {file name: content}.
+        notes: more text files to write, {file name: content}.
 
     Raises:
         OSError: if the disk is full.
@@ -196,13 +202,13 @@ def write_adapter(adapter: Adapter, directory: Path, *, notes: Mapping[str, str]
     except SafetensorError as error:
         raise OSError(None, f"{_WEIGHTS}: {error}") from error
     write_text(directory / _CONFIG, json.dumps(dict(adapter.config), indent=2, ensure_ascii=False))
-    for beside in sorted(adapter.directory.glob("*")):
-        if beside.suffix in _BESIDE and beside.name not in _NOT_BESIDE and beside.is_file():
-            shutil.copyfile(beside, directory / beside.name)
+    for file in sorted(adapter.directory.glob("*")):
+        if file.suffix in _COPIED_SUFFIXES and file.name not in _NOT_COPIED and file.is_file():
+            shutil.copyfile(file, directory / file.name)
     for name, text in (notes or {}).items():
         write_text(directory / name, text)
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a directory holds a PEFT adapter."""
+    """Return whether a directory holds a PEFT adapter."""
     return (path / _CONFIG).is_file()

@@ -1,4 +1,4 @@
-"""Model checkpoints as read-only mappings from names to tensors, read from safetensors and only as far as asked for."""
+"""Model checkpoints in safetensors: read-only mappings from names to tensors that read only what is looked up."""
 
 from __future__ import annotations
 
@@ -23,36 +23,38 @@ _RUN_BYTES = 1 << 14
 _RUNS = 4
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 REDOWNLOAD = "The file was cut off or damaged; download or save the checkpoint again."
-"""The way out of a damaged file."""
+"""Hint for a damaged file."""
 
 
 class Block(NamedTuple):
-    """Some rows of a stored tensor; of a 3-D tensor (one matrix per expert), rows of one expert's matrix."""
+    """Rows of a stored 2-D tensor, or of one expert's matrix in a 3-D tensor."""
 
     name: str
+    """Name of the stored tensor."""
     expert: int | None = None
+    """Index of the expert in a 3-D tensor; None for a 2-D tensor."""
     first_row: int = 0
     rows: int | None = None
-    """All rows from `first_row` on if None."""
+    """Number of rows; None for all rows from `first_row` on."""
 
 
 Weight = tuple[Block, ...]
-"""A matrix as it is stored: blocks stacked along the rows."""
+"""A matrix as stored: blocks stacked along the rows."""
 
 
-def whole(name: str) -> Weight:
-    """The weight that one 2-D tensor holds."""
+def whole_tensor(name: str) -> Weight:
+    """Return the weight that one 2-D tensor stores."""
     return (Block(name),)
 
 
 class Checkpoint(Mapping[str, "Tensor"]):
-    """A model directory as a mapping; nothing but headers is read until a tensor is looked up.
+    """A model directory as a mapping of tensors; a tensor is read when it is looked up.
 
     Args:
-        directory: where `model.safetensors`, or the index and the shards that it names, lie.
+        directory: holds `model.safetensors`, or an index and its shards.
 
     Raises:
-        StayalignedError: if the files are missing, damaged, or don't hold what the index says.
+        StayalignedError: if the files are missing, damaged, or don't match the index.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -65,29 +67,29 @@ class Checkpoint(Mapping[str, "Tensor"]):
         return self.file_of(name).tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, from the header alone."""
+        """Return the shape of a tensor; reads only the header."""
         return self.entry(name).shape
 
     def entry(self, name: str) -> Entry:
-        """Where and how a tensor is stored."""
+        """Return where and how a tensor is stored."""
         return self.file_of(name).entries[name]
 
     def file_of(self, name: str) -> SafetensorsFile:
-        """The file that holds a tensor, its header read and checked."""
+        """Return the file that holds a tensor, with its header read and checked."""
         shard = self._shards[name]
         opened = self._file(shard)
         if name not in opened.entries:
             raise StayalignedError(
-                f"{self.directory / shard} has no tensor {name!r}, which {_INDEX} says it holds", hint=REDOWNLOAD
+                f"{self.directory / shard} has no tensor {name!r}, which {_INDEX} lists", hint=REDOWNLOAD
             )
         return opened
 
     def shards(self) -> Mapping[str, str]:
-        """{tensor name: file name}."""
+        """Return {tensor name: file name}."""
         return self._shards
 
     def __contains__(self, name: object) -> bool:
-        return name in self._shards  # Mapping's own would read the tensor
+        return name in self._shards  # the inherited method would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shards)
@@ -96,40 +98,46 @@ class Checkpoint(Mapping[str, "Tensor"]):
         return len(self._shards)
 
     def config(self) -> dict[str, Any]:
-        """The content of `config.json`.
+        """Return the content of `config.json`.
 
         Raises:
-            StayalignedError: if it is missing or is no JSON object.
+            StayalignedError: if it is missing or not a JSON object.
         """
         path = self.directory / "config.json"
-        return read_json_object(path, hint="A checkpoint is a directory that `save_pretrained` wrote.")
+        return read_json_object(path, hint="Give a checkpoint directory that `save_pretrained` wrote.")
 
     def matrix_shape(self, weight: Weight) -> tuple[int, int]:
-        """(rows, columns) of a weight as stored.
+        """Return (rows, columns) of a weight as stored.
 
         Raises:
-            StayalignedError: if its blocks are no matrices of plain floats, or don't go together.
+            StayalignedError: if its blocks are not matrices of plain floats, or differ in width or type.
         """
         spans = self.spans(weight)
         kinds = {(span.columns, span.dtype) for span in spans}
         if len(kinds) != 1:
             names = ", ".join(block.name for block in weight)
-            raise StayalignedError(f"{self.directory}: {names} make one weight, but differ in width or type")
+            raise StayalignedError(
+                f"{self.directory}: {names} are parts of one weight, but differ in width or type",
+                hint="Give a checkpoint that `save_pretrained` wrote.",
+            )
         return sum(span.rows for span in spans), spans[0].columns
 
     def spans(self, weight: Weight) -> list[Span]:
-        """Where the rows of a weight lie in the files, block by block."""
+        """Return the places of a weight's rows in the files, block by block."""
         return [self._span(block) for block in weight]
 
     def _span(self, block: Block) -> Span:
         file = self.file_of(block.name)
         entry = file.entries[block.name]
         if len(entry.shape) != (2 if block.expert is None else 3):
-            raise StayalignedError(f"{self.directory}: {block.name} has the shape {entry.shape}, which is no matrix")
+            raise StayalignedError(
+                f"{self.directory}: {block.name} has the shape {entry.shape}, expected a matrix",
+                hint="Give a checkpoint that `save_pretrained` wrote.",
+            )
         if not entry.is_plain_float:
             raise StayalignedError(
                 f"{self.directory}: {block.name} is stored as {entry.dtype}",
-                hint="Quantised weights can't be subtracted; use the checkpoint in bf16, fp16 or fp32.",
+                hint="Use the checkpoint in bf16, fp16 or fp32; quantized weights can't be subtracted.",
             )
         rows, columns = entry.shape[-2:]
         width = columns * entry.item_bytes
@@ -144,7 +152,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
             return self._open[shard]
 
     def _shards_of(self) -> dict[str, str]:
-        if (self.directory / _SINGLE).is_file():  # first, as transformers looks for it
+        if (self.directory / _SINGLE).is_file():  # checked first, as in transformers
             return dict.fromkeys(self._file(_SINGLE).entries, _SINGLE)
         if (self.directory / _INDEX).is_file():
             weight_map = read_json_object(self.directory / _INDEX, hint=REDOWNLOAD).get("weight_map")
@@ -154,47 +162,47 @@ class Checkpoint(Mapping[str, "Tensor"]):
             outside = sorted(str(s) for s in shards if not isinstance(s, str) or Path(s).name != s)
             if outside:
                 raise StayalignedError(
-                    f"{self.directory / _INDEX} names files outside its directory: {', '.join(outside)}",
+                    f"{self.directory / _INDEX} lists files outside its directory: {', '.join(outside)}",
                     hint=REDOWNLOAD,
                 )
             absent = sorted({shard for shard in shards if not (self.directory / shard).is_file()})
             if absent:
                 raise StayalignedError(
-                    f"{self.directory / _INDEX} names files that are missing: {', '.join(absent)}", hint=REDOWNLOAD
+                    f"{self.directory / _INDEX} lists files that are missing: {', '.join(absent)}", hint=REDOWNLOAD
                 )
             return weight_map
         pickled = any(self.directory.glob("*.bin"))
         raise StayalignedError(
             f"{self.directory} holds neither {_SINGLE} nor {_INDEX}",
-            hint="Only safetensors are read: load the model once and `save_pretrained` it."
+            hint="Load the model and save it with `save_pretrained`; only safetensors are supported."
             if pickled
-            else "Give a checkpoint directory as `save_pretrained` writes it (not an adapter).",
+            else "Give a checkpoint directory that `save_pretrained` wrote (not an adapter).",
         )
 
 
 class Span(NamedTuple):
-    """Rows that lie one behind the other in a file."""
+    """Consecutive rows in a file."""
 
     file: SafetensorsFile
     dtype: torch.dtype
     offset: int
-    """Of the first row, in bytes."""
+    """Byte offset of the first row."""
     rows: int
     columns: int
 
     @property
     def size(self) -> int:
-        """Their bytes."""
+        """Size in bytes."""
         return self.rows * self.columns * self.dtype.itemsize
 
 
 def checkpoint_directory(ref: str | Path) -> Path:
-    """The local directory of a checkpoint: `ref` itself, or the snapshot of a hub id (`org/name`, `org/name@revision`).
+    """Return the directory of a checkpoint: `ref`, or the snapshot of a hub id (`org/name`, `org/name@revision`).
 
-    A hub id is looked up through huggingface_hub, cache first, and only its safetensors and JSON files are fetched.
+    huggingface_hub looks up a hub id, in its cache first, and downloads only safetensors and JSON files.
 
     Raises:
-        StayalignedError: if there is no such directory and no such hub repository within reach.
+        StayalignedError: if there is no such directory, and no such hub repository can be reached.
     """
     path = Path(ref)
     if path.is_dir():
@@ -211,31 +219,31 @@ def checkpoint_directory(ref: str | Path) -> Path:
             repository,
             revision=revision or None,
             allow_patterns=["*.safetensors", "*.json"],
-            ignore_patterns=["*/*"],  # other layouts of the same weights, `original/` for one
+            ignore_patterns=["*/*"],  # subdirectories hold the same weights in other layouts, such as `original/`
         )
     except (OSError, ValueError) as error:
         raise StayalignedError(
-            f"{ref}: neither a directory here nor a hub repository within reach ({type(error).__name__})",
-            hint="Check the spelling; offline, run `hf download` beforehand; gated models need `hf auth login`.",
+            f"{ref}: no such directory, and no hub repository could be reached ({type(error).__name__})",
+            hint="Check the spelling; offline, run `hf download` beforehand; for gated models, run `hf auth login`.",
         ) from error
     return Path(directory)
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether it has the form `org/name`."""
+    """Return whether a name has the form `org/name`."""
     return _HUB_ID.fullmatch(name) is not None
 
 
 def open_checkpoint(ref: str | Path) -> Checkpoint:
-    """The checkpoint at a local directory or hub id."""
+    """Open the checkpoint in a local directory or of a hub id."""
     return Checkpoint(checkpoint_directory(ref))
 
 
 def read_json_object(path: Path, *, hint: str) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read a JSON file that holds an object.
 
     Raises:
-        StayalignedError: naming the file, if it is missing, no JSON, or no object.
+        StayalignedError: naming the file, if it is missing, invalid, or holds something else.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -246,17 +254,29 @@ def read_json_object(path: Path, *, hint: str) -> dict[str, Any]:
     return content
 
 
+def check_format(path: Path, content: Mapping[str, Any], expected: int, *, hint: str) -> None:
+    """Raise unless the content of a file has the expected format number.
+
+    Raises:
+        StayalignedError: naming the file, the found and the expected format.
+    """
+    found = content.get("format")
+    if found != expected:
+        number = f"format {found!r}" if "format" in content else "no format number"
+        raise StayalignedError(f"{path} has {number}, expected format {expected}", hint=hint)
+
+
 def weights_fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 over the names, types, shapes and content of all tensors: the same however they are split into shards.
+    """Return the SHA-256 of the names, types, shapes and content of all tensors; it does not depend on the sharding.
 
     Of tensors above 64 KiB, four runs of 16 KiB are read, from the first to the last byte: reading a 140 GB checkpoint
-    only to name it would take minutes, and training changes every part of a weight.
+    to identify it would take minutes, and training changes every part of a weight.
     """
     return tensors_fingerprint({name: checkpoint.file_of(name) for name in sorted(checkpoint)})
 
 
 def tensors_fingerprint(files: Mapping[str, SafetensorsFile]) -> str:
-    """`weights_fingerprint` of tensors, each in the file that holds it."""
+    """Return the fingerprint of tensors, given {name: the file that holds the tensor}."""
     digest = hashlib.sha256()
     for name, file in files.items():
         entry = file.entries[name]

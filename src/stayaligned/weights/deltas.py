@@ -1,8 +1,8 @@
-"""Differences of two checkpoints' weights, streamed.
+"""Stream the differences of two checkpoints' weights.
 
-A weight's rows are read with `pread` in blocks that fit the cache and subtracted there, so comparing two 140 GB
-checkpoints needs the memory of a few weights, and the resident size that the system reports is the memory that is used
-(a memory-mapped file would count whatever was touched).
+A weight's rows are read with `pread` in blocks that fit the CPU cache and subtracted there, so comparing two 140 GB
+checkpoints needs the memory of a few weights. The resident size that the system reports is the memory that is needed
+(with memory-mapped files it would include every page that was read).
 """
 
 from __future__ import annotations
@@ -15,66 +15,69 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.weights.checkpoints import REDOWNLOAD, Checkpoint, Span, Weight, whole
+from stayaligned.weights.checkpoints import REDOWNLOAD, Checkpoint, Span, Weight, whole_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _BLOCK_ELEMENTS = 1 << 18
-"""Elements of a row block: 1 MiB in fp32, so that reading, subtracting and summing it happen in the cache."""
+"""Elements of a row block: 1 MiB in fp32, so that it stays in the cache while it is read, subtracted and summed."""
 _BYTES_IN_FLIGHT = 400 << 20
-"""How much of V (fp32) the workers may hold at once; a single larger weight is worked on alone."""
+"""Bytes of V (fp32) that the workers hold at once at most; a larger weight is processed alone."""
 
 T = TypeVar("T")
 
 
-class Difference(NamedTuple):
-    """What is subtracted from what."""
+class WeightDifference(NamedTuple):
+    """A weight of one checkpoint minus a weight of another."""
 
     checkpoint: Checkpoint
     weight: Weight
     minus: Checkpoint | None
-    """None: the weight itself, nothing subtracted."""
+    """Checkpoint of the weight to subtract; None to subtract nothing."""
     minus_weight: Weight
 
     def spans(self) -> list[Span]:
-        """All rows that it takes, of both sides."""
+        """Return the places of all rows, of both weights."""
         other = self.minus.spans(self.minus_weight) if self.minus is not None else []
         return [*self.checkpoint.spans(self.weight), *other]
 
 
 class Delta(NamedTuple):
-    """One difference of weights, in fp32 whatever the checkpoints store."""
+    """The value of a `WeightDifference`, in fp32 for every storage type."""
 
     name: str
     value: Tensor
-    """(rows, columns) as stored. A buffer that is used again: valid until the work on it returns."""
+    """Difference (rows, columns), oriented as stored. The buffer is reused after the work on it returns."""
     norm: float
-    """Its Frobenius norm, accumulated in fp64."""
+    """Frobenius norm of the difference, accumulated in fp64."""
 
 
-def paired(
+def pair_weights(
     aligned: Checkpoint, base: Checkpoint, weights: Mapping[str, tuple[Weight, Weight]] | Sequence[str]
-) -> dict[str, tuple[Difference]]:
-    """V = W_aligned - W_base for each label, ready to be streamed.
+) -> dict[str, tuple[WeightDifference]]:
+    """Return V = W_aligned - W_base for each label, ready to be streamed.
 
     Args:
         aligned: the aligned checkpoint.
         base: its unaligned ancestor; shards, storage type and names may differ.
-        weights: {label: (where aligned stores it, where base does)}, or names that both use.
+        weights: {label: (weight in aligned, weight in base)}, or names that both checkpoints use.
 
     Raises:
-        StayalignedError: if a weight is missing or shaped differently (all of them are listed), or both are one
-            directory.
+        StayalignedError: if weights are missing or differ in shape (all are listed), or both are the same directory.
     """
     if aligned.directory.resolve() == base.directory.resolve():
         raise StayalignedError(
-            f"aligned and base are the same directory, {aligned.directory}", hint="Name two different checkpoints."
+            f"aligned and base are the same directory, {aligned.directory}", hint="Give two different checkpoints."
         )
-    pairs = weights if isinstance(weights, Mapping) else {name: (whole(name), whole(name)) for name in weights}
-    hint = "The base must be the ancestor that the aligned model was trained from."
+    pairs = (
+        weights
+        if isinstance(weights, Mapping)
+        else {name: (whole_tensor(name), whole_tensor(name)) for name in weights}
+    )
+    hint = "Give the base that the aligned model was trained from."
     check_pairs(aligned, base, pairs, role="base", hint=hint)
-    return {label: (Difference(aligned, first, base, second),) for label, (first, second) in pairs.items()}
+    return {label: (WeightDifference(aligned, first, base, second),) for label, (first, second) in pairs.items()}
 
 
 def check_pairs(
@@ -84,13 +87,13 @@ def check_pairs(
 
     Args:
         aligned: the aligned model.
-        other: what it is compared with.
-        pairs: {label: (where aligned stores it, where the other does)}.
-        role: what the other is, for the message.
-        hint: what to do.
+        other: the checkpoint to compare with.
+        pairs: {label: (weight in aligned, weight in the other)}.
+        role: the other's role, for the message.
+        hint: the error's hint.
 
     Raises:
-        StayalignedError: listing all that are missing and all that are shaped differently.
+        StayalignedError: listing all weights that are missing or differ in shape.
     """
     missing = [
         f"{label} (not in {checkpoint.directory})"
@@ -113,33 +116,33 @@ def check_pairs(
 
 
 class BytesDone(NamedTuple):
-    """How far a stream is, in bytes of the checkpoints."""
+    """Progress of a stream, in bytes of the checkpoints."""
 
     done: int
     total: int
 
 
 def stream(
-    items: Mapping[str, Sequence[Difference]],
+    items: Mapping[str, Sequence[WeightDifference]],
     work: Callable[[str, list[Delta]], T],
     *,
     device: str = "cpu",
     progress: Callable[[BytesDone], None] | None = None,
 ) -> Iterator[tuple[str, T]]:
-    """Call `work(label, differences)` for each label and yield (label, its result) in order.
+    """Call `work(label, differences)` for each label and yield (label, result) in order.
 
-    The work runs in as many threads as torch may use, each with one thread of torch and buffers of its own, so that
-    one reads while another computes; the system is asked to read ahead. Memory: the buffers of at most
-    `torch.get_num_threads()` items (of one, where items are large), and results that wait for their turn.
+    The work runs in as many threads as torch may use, each with one torch thread and its own buffers, so that one
+    thread reads while another computes; the system is asked to read ahead. Memory: the buffers of at most
+    `torch.get_num_threads()` items (of one item if items are large), and the results that wait for earlier ones.
 
     Args:
-        items: what to subtract, per label.
-        work: gets the differences in the order of the item; their values are only valid during the call.
-        device: where the differences are made ("cuda" for a GPU).
+        items: {label: the differences to compute}.
+        work: called with the differences in the item's order; their values are valid only during the call.
+        device: where differences are computed ("cuda" for a GPU).
         progress: called after each item.
 
     Raises:
-        StayalignedError: if a shard is damaged, a value is not finite, or the storage type is no plain float.
+        StayalignedError: if a shard is damaged, a value is not finite, or the storage type is not a plain float.
     """
     import torch
 
@@ -178,32 +181,34 @@ def stream(
 
 
 def require_device(device: str) -> None:
-    """Raise unless torch can work on the device.
+    """Raise unless torch can compute on the device.
 
     Raises:
-        StayalignedError: then.
+        StayalignedError: if it can't.
     """
     import torch
 
     try:
         if torch.device(device).type not in ("cpu", "cuda"):
-            raise RuntimeError("neither a CPU nor a GPU of CUDA")
+            raise RuntimeError("expected cpu or cuda")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise StayalignedError(f"device {device!r}: {reason}", hint="Use cpu, or cuda where there is a GPU.") from None
+        raise StayalignedError(
+            f"device {device!r}: {reason}", hint="Use cpu, or cuda on a machine with a GPU."
+        ) from None
 
 
-def refuse_equal(aligned: Checkpoint, base: Checkpoint) -> StayalignedError:
-    """The error for two checkpoints whose compared weights are all equal."""
+def equal_weights_error(aligned: Checkpoint, base: Checkpoint) -> StayalignedError:
+    """Return the error for two checkpoints whose weights are all equal."""
     return StayalignedError(
         f"{aligned.directory} and {base.directory} hold the same weights: there is no alignment direction",
-        hint="`aligned` is the chat or instruct model, `base` its pretrained ancestor.",
+        hint="Give the chat or instruct model as `aligned`, and its pretrained ancestor as `base`.",
     )
 
 
 class _Buffers:
-    """What one worker reads into and subtracts in, used again for every weight."""
+    """Buffers of one worker, reused for every weight."""
 
     def __init__(self, device: str) -> None:
         import torch
@@ -213,8 +218,8 @@ class _Buffers:
         self._fp64 = torch.empty(0, dtype=torch.float64, device=self._device)
         self._values: list[Tensor] = []
 
-    def subtract(self, slot: int, label: str, difference: Difference) -> Delta:
-        """One difference, in the slot's buffer."""
+    def subtract(self, slot: int, label: str, difference: WeightDifference) -> Delta:
+        """Compute one difference in the slot's buffer."""
         import torch
 
         rows, columns = difference.checkpoint.matrix_shape(difference.weight)
@@ -227,18 +232,20 @@ class _Buffers:
             block = value[start : start + step]
             block.copy_(self._rows(minuend, start, len(block)))
             if subtrahend is not None:
-                block.sub_(self._rows(subtrahend, start, len(block)))  # bf16 and fp16 are promoted one by one
+                block.sub_(
+                    self._rows(subtrahend, start, len(block))
+                )  # promotes bf16 and fp16 to fp32 element by element
             exact = self._exact(block.numel())
             exact.copy_(block.view(-1))
             squares.append(torch.dot(exact, exact))
         square = float(torch.stack(squares).sum()) if squares else 0.0
         if not math.isfinite(square):
-            places = [str(c.directory) for c in (difference.checkpoint, difference.minus) if c is not None]
-            raise StayalignedError(f"{label} is not finite in {' or '.join(places)}", hint=REDOWNLOAD)
+            directories = [str(c.directory) for c in (difference.checkpoint, difference.minus) if c is not None]
+            raise StayalignedError(f"{label} is not finite in {' or '.join(directories)}", hint=REDOWNLOAD)
         return Delta(label, value, math.sqrt(square))
 
     def _exact(self, elements: int) -> Tensor:
-        """Room for a block in fp64: a fresh one for each block would cost more than the sum, to map its pages."""
+        """Return a buffer for a block in fp64; allocating one for each block would cost more than the sum itself."""
         if self._fp64.numel() < elements:
             self._fp64 = self._fp64.new_empty(elements)
         return self._fp64[:elements]
@@ -249,12 +256,12 @@ class _Buffers:
         while len(self._values) <= slot:
             self._values.append(torch.empty(0, device=self._device))
         if self._values[slot].numel() < elements:
-            self._values[slot] = torch.empty(0, device=self._device)  # freed before the larger one is made
+            self._values[slot] = torch.empty(0, device=self._device)  # free the old buffer before allocating
             self._values[slot] = torch.empty(elements, device=self._device)
         return self._values[slot][:elements]
 
     def _rows(self, spans: Sequence[Span], start: int, count: int) -> Tensor:
-        """`count` rows from `start` on, in the stored type, on the device; valid until the next call."""
+        """Read `count` rows from `start` on, in the stored type, to the device; valid until the next call."""
         import torch
 
         dtype, columns = spans[0].dtype, spans[0].columns
@@ -266,20 +273,20 @@ class _Buffers:
         for span in spans:
             low, high = max(start, first), min(start + count, first + span.rows)
             if low < high:
-                place = buffer[(low - start) * width : (high - start) * width]
-                span.file.read_into(place, span.offset + (low - first) * width)
+                target = buffer[(low - start) * width : (high - start) * width]
+                span.file.read_into(target, span.offset + (low - first) * width)
             first += span.rows
         return raw.view(dtype).view(count, columns).to(self._device)
 
 
-def _item_bytes(differences: Sequence[Difference]) -> tuple[int, int]:
-    """Bytes that an item has in the files, and in fp32."""
+def _item_bytes(differences: Sequence[WeightDifference]) -> tuple[int, int]:
+    """Return the bytes of an item in the files, and in fp32."""
     shapes = [difference.checkpoint.matrix_shape(difference.weight) for difference in differences]
     stored = sum(span.size for difference in differences for span in difference.spans())
     return stored, sum(rows * columns * 4 for rows, columns in shapes)
 
 
-def _read_ahead(differences: Sequence[Difference]) -> None:
+def _read_ahead(differences: Sequence[WeightDifference]) -> None:
     for difference in differences:
         for span in difference.spans():
             span.file.will_need(span.offset, span.size)

@@ -1,8 +1,8 @@
-"""The layers of an adapter whose names say everything, found without importing transformers or PEFT.
+"""Layers of adapters whose tensor names are enough to place them, without importing transformers or PEFT.
 
-Importing them takes longer than projecting a 1B model. In most adapters each pair of tensors is named after a module
-whose weight the checkpoint stores under that very name; here those are recognized. Whatever does not agree in every
-respect is left to `layers`, which asks PEFT and transformers, and decides about errors too.
+Importing these libraries takes longer than projecting a 1B model. In most adapters each pair of tensors is named after
+a module whose weight the checkpoint stores under the same name; this module recognizes them. Every other adapter, and
+every error, is left to `hf.placement.layers`, which uses PEFT and transformers.
 """
 
 from __future__ import annotations
@@ -16,51 +16,51 @@ from stayaligned.weights.adapters import Adapter, LoraLayer
 from stayaligned.weights.checkpoints import Checkpoint
 
 PREFIX = "base_model.model."
-"""What PEFT puts before the name of a module."""
+"""Prefix that PEFT adds to the name of a module."""
 PLAIN_MODEL_TYPES = frozenset(
     {
         *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"),
         *("olmo", "olmo2", "olmo3", "granite", "starcoder2", "stablelm", "cohere", "cohere2", "glm", "glm4"),
         *("smollm3", "helium", "seed_oss", "exaone4", "ernie4_5", "arcee", "nemotron", "ministral3", "falcon", "opt"),
-        # mixtures of experts: the attention, and adapters of transformers 4, whose experts were modules
+        # mixtures of experts: attention, and adapters from transformers 4, where experts were modules
         *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "minimax", "gpt_oss"),
     }
 )
-"""The architectures whose linear modules' weights are stored (out, in), row by row as the model uses them."""
+"""Architectures whose linear modules' weights are stored as (out, in), with the rows that the model uses."""
 _HEAD = "lm_head"
 
 
 def plain_layers(adapter: Adapter, shape_of: Callable[[str], tuple[int, ...] | None]) -> list[LoraLayer] | None:
-    """The adapter's layers, in natural order of their names, if its names, shapes and settings alone tell them.
+    """Return the adapter's layers in natural order of their names, if tensor names, shapes and settings determine them.
 
     Args:
-        adapter: an adapter whose settings `refusals.refuse_unsupported` has passed.
-        shape_of: gives the shape (out, in) of a layer's weight by the layer's name, None if it is not known.
+        adapter: an adapter whose settings passed `unsupported.refuse_unsupported`.
+        shape_of: returns the shape (out, in) of a layer's weight by the layer's name, None if it is unknown.
 
     Returns:
-        None if a tensor is none of an A and B named after a module, if a module's shape is not known, is not that of
-        its factors, or is not what `target_modules` names.
+        None if a tensor is not an A or B named after a module, or a module's shape is unknown or does not match its
+        factors, or `target_modules` does not name the module.
     """
     config = adapter.config
-    modules = _paired_modules(adapter.tensors)
+    modules = _modules_with_factors(adapter.tensors)
     try:
         layers = [_layer(module, config, shape_of(module)) for module in sorted(modules, key=natural_key)]
         targeted = all(is_targeted(config, module) for module in modules)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, re.error):
-        return None  # settings that make no sense: PEFT says what is wrong with them
-    found = [layer for layer in layers if layer is not None and _fits(layer, adapter)]
+        return None  # invalid settings: PEFT reports what is wrong
+    found = [layer for layer in layers if layer is not None and _has_shapes(layer, adapter)]
     return found if targeted and modules and len(found) == len(modules) else None
 
 
-def plainly_placed(adapter: Adapter, aligned: Checkpoint, base: Checkpoint) -> list[LoraLayer] | None:
-    """`plain_layers` on two checkpoints that both store each layer's weight as `{layer.name}.weight`.
+def place_by_name(adapter: Adapter, aligned: Checkpoint, base: Checkpoint) -> list[LoraLayer] | None:
+    """Return `plain_layers` for two checkpoints that both store each layer's weight as `{layer.name}.weight`.
 
     Returns:
-        None also if an architecture is not one that is known to be plain, if the adapter has no tensors for a weight
-        that its settings target, or if it may target a head that is stored under another name.
+        None as `plain_layers`, and if an architecture is not in PLAIN_MODEL_TYPES, the adapter has no tensors for a
+        weight that its settings target, or it may target a head that is stored under another name.
     """
     if adapter.config.get("layers_to_transform") is not None or adapter.config.get("target_parameters"):
-        return None  # PEFT knows what they mean
+        return None  # left to PEFT
     both = (aligned, base)
     if any(checkpoint.config().get("model_type") not in PLAIN_MODEL_TYPES for checkpoint in both):
         return None
@@ -73,15 +73,15 @@ def plainly_placed(adapter: Adapter, aligned: Checkpoint, base: Checkpoint) -> l
 
 
 def is_targeted(config: Mapping[str, Any], module: str) -> bool:
-    """PEFT's rule for a module's name: a list names modules or their last parts, a string is a regular expression.
+    """Return whether the settings target a module: a list gives names or their last parts, a string is a regex.
 
     The contract with PEFT is `peft.tuners.tuners_utils.check_target_module_exists`, without `layers_to_transform`.
     """
     return not _matches(config.get("exclude_modules") or (), module) and _matches(config["target_modules"], module)
 
 
-def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule for `rank_pattern` and `alpha_pattern`: the value of the first pattern that matches, or the default.
+def pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """Return a module's value in `rank_pattern` or `alpha_pattern`: of the first pattern that matches, or the default.
 
     The contract with PEFT is `peft.utils.other.get_pattern_key`.
     """
@@ -92,7 +92,7 @@ def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) ->
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """A key that sorts the parts of a name between dots and brackets, numbers as numbers."""
+    """Return a sort key that compares the parts of a name between dots and brackets, numbers as numbers."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"[.\[\]]", name)]
 
 
@@ -102,8 +102,8 @@ def _matches(targets: str | Collection[str], module: str) -> bool:
     return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
-def _paired_modules(keys: Collection[str]) -> set[str]:
-    """The modules that have both an A and a B; none at all if a tensor is anything else."""
+def _modules_with_factors(keys: Collection[str]) -> set[str]:
+    """Return the modules that have both an A and a B; an empty set if any other tensor exists."""
     factors: dict[str, set[str]] = {"A": set(), "B": set()}
     for key in keys:
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
@@ -116,8 +116,8 @@ def _paired_modules(keys: Collection[str]) -> set[str]:
 def _layer(module: str, config: Mapping[str, Any], shape: tuple[int, ...] | None) -> LoraLayer | None:
     if shape is None or len(shape) != 2:
         return None
-    rank: int = by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
-    alpha: float = by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    rank: int = pattern_value(config.get("rank_pattern"), module, config.get("r", 8))
+    alpha: float = pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     return LoraLayer(
         name=module,
         parameter=f"{module}.weight",
@@ -130,7 +130,7 @@ def _layer(module: str, config: Mapping[str, Any], shape: tuple[int, ...] | None
     )
 
 
-def _fits(layer: LoraLayer, adapter: Adapter) -> bool:
+def _has_shapes(layer: LoraLayer, adapter: Adapter) -> bool:
     shapes = tuple(adapter.tensors[layer.a_key].shape), tuple(adapter.tensors[layer.b_key].shape)
     return shapes == ((layer.rank, layer.in_features), (layer.out_features, layer.rank))
 

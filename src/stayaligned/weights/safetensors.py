@@ -1,6 +1,6 @@
-"""One safetensors file, read with `pread`: its header as a table of offsets, its tensors and any run of their bytes.
+"""Read safetensors files with `pread`: the header as a table of offsets, tensors, and any range of bytes.
 
-The safetensors library maps files into memory and gives no offsets; a stream of row blocks needs them.
+The safetensors library maps files into memory and does not give offsets, which streaming blocks of rows needs.
 Format: eight bytes of header length (little-endian), a JSON header, the tensors' bytes.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LONGEST_HEADER = 100 << 20
-"""The limit that the safetensors library sets too."""
+"""Largest header in bytes; the safetensors library has the same limit."""
 _TYPES = {
     "F64": ("float64", 8),
     "F32": ("float32", 4),
@@ -38,38 +38,38 @@ _TYPES = {
     "U32": ("uint32", 4),
     "U64": ("uint64", 8),
 }
-"""{the format's name of a type: torch's name, bytes}: so a header is read without importing torch."""
+"""{the format's name of a type: (torch's name, bytes)}, to read headers without importing torch."""
 
 
 class Entry(NamedTuple):
     """Where and how one tensor is stored."""
 
     stored_type: str
-    """By the format's name, "BF16" for one."""
+    """Type by the format's name, such as "BF16"."""
     shape: tuple[int, ...]
     offset: int
-    """Of its first byte in the file."""
+    """Offset of the tensor's first byte in the file."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Torch's name of the type."""
+        """The type in torch."""
         import torch
 
         return getattr(torch, _TYPES[self.stored_type][0])
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of one number."""
+        """Size of one number in bytes."""
         return _TYPES[self.stored_type][1]
 
     @property
     def is_plain_float(self) -> bool:
-        """Whether it can be subtracted: fp64, fp32, fp16 or bf16."""
+        """Whether the type is fp64, fp32, fp16 or bf16."""
         return self.stored_type in ("F64", "F32", "F16", "BF16")
 
     @property
     def size(self) -> int:
-        """Its bytes."""
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.item_bytes
 
 
@@ -78,10 +78,10 @@ class SafetensorsFile:
 
     Args:
         path: the file.
-        hint: what to do about a damaged one.
+        hint: the hint of the error if the file is damaged.
 
     Raises:
-        StayalignedError: if it is no safetensors file, or cut off.
+        StayalignedError: if the file is missing, not safetensors, or cut off.
     """
 
     def __init__(self, path: Path, *, hint: str) -> None:
@@ -93,12 +93,12 @@ class SafetensorsFile:
             raise self._damaged(error.strerror or str(error)) from error
         self._closing = weakref.finalize(self, os.close, self._descriptor)
         self.size = os.fstat(self._descriptor).st_size
-        """Its bytes."""
+        """Size of the file in bytes."""
         self.metadata: dict[str, str] = {}
         self.entries = self._read_header()
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor, in the stored type."""
+        """Read a tensor, in the stored type."""
         import torch
 
         entry = self.entries[name]
@@ -110,7 +110,7 @@ class SafetensorsFile:
         """Fill `buffer` with the bytes from `offset` on.
 
         Raises:
-            StayalignedError: if the file ends before.
+            StayalignedError: if the file is too short.
         """
         filled = 0
         while filled < len(buffer):
@@ -123,7 +123,7 @@ class SafetensorsFile:
             filled += count
 
     def will_need(self, offset: int, length: int) -> None:
-        """Let the system read these bytes ahead."""
+        """Ask the system to read these bytes ahead."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
@@ -142,17 +142,17 @@ class SafetensorsFile:
             self.metadata = dict(header.pop("__metadata__", None) or {})
             entries = {str(name): self._entry(value, 8 + length) for name, value in header.items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise self._damaged(f"the header is no safetensors header ({error})") from error
+            raise self._damaged(f"the header is invalid ({error})") from error
         end = max((entry.offset + entry.size for entry in entries.values()), default=0)
         if end > self.size:
-            raise self._damaged(f"the file has {self.size} bytes, its header promises {end}")
+            raise self._damaged(f"the file has {self.size} bytes, but its header requires {end}")
         return entries
 
     def _entry(self, value: dict[str, Any], data: int) -> Entry:
         begin, end = value["data_offsets"]
         entry = Entry(value["dtype"], tuple(int(size) for size in value["shape"]), data + int(begin))
         if min(entry.shape, default=0) < 0 or begin < 0 or end - begin != entry.size:
-            raise ValueError("offsets that don't fit the shape")
+            raise ValueError("offsets don't match the shape")
         return entry
 
     def _damaged(self, reason: str) -> StayalignedError:

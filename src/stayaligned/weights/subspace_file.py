@@ -1,9 +1,9 @@
 """Subspace files: V's leading singular triplets for every linear weight of a pair of models, in one shareable file.
 
-With such a file an adapter is projected without either model. It is a safetensors file: per module, named as
-`LoraLayer.name`, the tensors `{module}.left` (out, k), `{module}.values` (k,) and `{module}.right` (in, k), fp32, of
-V ≈ U Σ Qᵀ with V (out, in) whatever the models store; and under the metadata key `stayaligned` a JSON header, the
-`SubspaceHeader`. Reading the header imports no torch.
+A subspace file is enough to project an adapter without either model. It is a safetensors file that holds, for each
+module (named as `LoraLayer.name`), the fp32 tensors `{module}.left` (out, k), `{module}.values` (k,) and
+`{module}.right` (in, k) of V ≈ U Σ Qᵀ, with V always (out, in); and under the metadata key `stayaligned` a JSON header,
+the `SubspaceHeader`. Reading the header does not import torch.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Record
 from stayaligned.weights.adapters import Adapter, LoraLayer
-from stayaligned.weights.checkpoints import Checkpoint, is_hub_id, weights_fingerprint
+from stayaligned.weights.checkpoints import Checkpoint, check_format, is_hub_id, weights_fingerprint
 from stayaligned.weights.lora_layout import PREFIX, plain_layers
 from stayaligned.weights.safetensors import SafetensorsFile
-from stayaligned.weights.unsupported import check_factors, refuse_unsupported, some
+from stayaligned.weights.unsupported import check_factors, list_names, refuse_unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,89 +32,91 @@ if TYPE_CHECKING:
     from stayaligned.algorithms.alignment_delta import TruncatedDelta
 
 _KEY = "stayaligned"
-_WAY_OUT = "Copy or download the file again, or build it anew: `stayaligned subspace build`."
-_USE_MODELS = "Name both models instead: --aligned and --base."
+_FORMAT = 1
+_REBUILD = "Copy or download the file again, or rebuild it: `stayaligned subspace build`."
+_USE_MODELS = "Give both models instead: --aligned and --base."
 
 
 class ModelIdentity(Record):
-    """One of the two models that a file was built from."""
+    """One of the two models that a subspace file was built from."""
 
     ref: str
-    """As it was named: a directory or a hub id."""
+    """Directory or hub id, as given."""
     name: str
-    """The hub id, or the name in the model's configuration; may be empty."""
+    """Hub id, or the name in the model's configuration; may be empty."""
     sha256: str
-    """`checkpoints.weights_fingerprint` of its tensors."""
+    """`checkpoints.weights_fingerprint` of the model."""
 
     @property
     def names(self) -> set[str]:
-        """Everything that it is called."""
+        """All names of the model."""
         return {self.ref, self.name} - {""}
 
     @property
     def is_hub_id(self) -> bool:
-        """Whether it was named by a hub id; names in configurations are often those of a model's parent."""
+        """Whether it was given as a hub id. The name in a configuration is often that of the model's parent."""
         return is_hub_id(self.name) and self.name == self.ref.partition("@")[0]
 
 
 class ModuleHeader(Record):
-    """What a file says about one module's V."""
+    """What a subspace file states about one module's V."""
 
     shape: tuple[int, int]
-    """(out, in)."""
+    """Shape of V, (out, in)."""
     transposed: bool
     """Whether the models store the weight as (in, out)."""
     norm: float = Field(ge=0, allow_inf_nan=False)
-    """‖V‖_F of the whole V."""
+    """Frobenius norm of the whole V."""
     rank: int = Field(ge=0)
-    """Stored triplets; 0 where V is zero."""
+    """Number of stored triplets; 0 if V is zero."""
     captured_energy: float = Field(ge=0, le=1)
-    """Their share of ‖V‖²."""
+    """Share of ‖V‖² that the stored triplets hold."""
 
     def parts(self) -> dict[str, tuple[int, ...]]:
-        """{last part of a tensor's name: its shape}, as they lie one behind the other."""
+        """Return {last part of a tensor's name: its shape}, in the order of the file."""
         return {"left": (self.shape[0], self.rank), "values": (self.rank,), "right": (self.shape[1], self.rank)}
 
 
 class SubspaceHeader(Record):
-    """What a subspace file says about itself."""
+    """Header of a subspace file."""
 
-    format: Literal[1] = 1
+    format: int = _FORMAT
+    """Number of the file format."""
     aligned: ModelIdentity
     base: ModelIdentity
     rank: int | None
-    """The number of triplets asked for, or None."""
+    """Number of triplets per module that was requested; None if a share of ‖V‖² was."""
     energy: float | None
-    """The share of ‖V‖² asked for, or None."""
+    """Share of ‖V‖² that was requested; None if a number of triplets was."""
     modules: dict[str, ModuleHeader]
-    """In the order of the model."""
+    """{module name: its header}, in the order of the model."""
     versions: dict[str, str]
+    """Versions of the packages that wrote the file."""
 
 
 class SubspaceFile:
-    """A subspace file, opened; tensors are read when they are asked for.
+    """An open subspace file; a module's tensors are read when `delta` is called.
 
     Args:
-        path: what `build_subspace` wrote.
+        path: a file that `build_subspace` wrote.
 
     Raises:
-        StayalignedError: if it is no subspace file, is cut off, or its header was changed.
+        StayalignedError: if it is not a subspace file, is of another format, is cut off, or its header was changed.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = SafetensorsFile(path, hint=_WAY_OUT)
+        self._file = SafetensorsFile(path, hint=_REBUILD)
         self.header = self._read_header()
-        """What the file says about itself."""
 
     def delta(self, module: str) -> TruncatedDelta:
-        """V's leading part.
+        """Read the leading part of a module's V.
 
         Args:
             module: one of `header.modules`.
 
         Raises:
-            StayalignedError: if the numbers in the file are damaged.
+            StayalignedError: if the tensors are damaged.
         """
         import torch
 
@@ -123,32 +125,32 @@ class SubspaceFile:
         stored = self.header.modules[module]
         sizes = [math.prod(shape) for shape in stored.parts().values()]
         numbers = torch.empty(sum(sizes), dtype=torch.float32)
-        self._file.read_into(bytes_of(numbers), self._file.entries[f"{module}.left"].offset)
+        self._file.read_into(view_bytes(numbers), self._file.entries[f"{module}.left"].offset)
         parts = numbers.split(sizes)
         left, values, right = (part.view(shape) for part, shape in zip(parts, stored.parts().values(), strict=True))
         delta = TruncatedDelta(left, values, right, stored.norm)
-        # Orthonormal columns have k as their sum of squares; NaN fails all three.
+        # The squares of k orthonormal columns sum to k; NaN fails every comparison.
         orthonormal = all(abs(float(torch.dot(part, part)) - stored.rank) < 0.1 for part in (parts[0], parts[2]))
         if not (orthonormal and abs(delta.captured_energy - stored.captured_energy) < 1e-5):
-            raise StayalignedError(f"{self.path}: the tensors of {module} are damaged", hint=_WAY_OUT)
+            raise StayalignedError(f"{self.path}: the tensors of {module} are damaged", hint=_REBUILD)
         return delta
 
     def layers_of(self, adapter: Adapter) -> list[LoraLayer]:
-        """The adapter's layers, by the names and shapes of its tensors.
+        """Return the adapter's layers, by the names and shapes of its tensors.
 
         Raises:
-            StayalignedError: if the adapter uses what is not supported, or changes what the file does not hold, or if
-                it takes the model to tell what it changes.
+            StayalignedError: if the adapter is not supported, changes modules that the file does not hold, or can't be
+                placed without the model.
         """
         refuse_unsupported(adapter)
         if adapter.config.get("target_parameters"):
             raise StayalignedError(
-                f"{adapter.directory}: target_parameters={adapter.config['target_parameters']!r}: which experts these "
-                "are can't be told from a subspace file",
+                f"{adapter.directory}: target_parameters={adapter.config['target_parameters']!r} can't be placed by a "
+                "subspace file",
                 hint=_USE_MODELS,
             )
         modules = self.header.modules
-        # What layers_to_transform leaves out has no tensors.
+        # Layers that layers_to_transform excludes have no tensors.
         by_name = replace(adapter, config={**adapter.config, "layers_to_transform": None})
         layers = plain_layers(by_name, lambda module: modules[module].shape if module in modules else None)
         if layers is None:
@@ -157,25 +159,25 @@ class SubspaceFile:
         return [replace(layer, transposed=modules[layer.name].transposed) for layer in layers]
 
     def refuse_mismatch(self, adapter: Adapter) -> str | None:
-        """Refuse an adapter that was trained on another model than the file's aligned one.
+        """Raise if the adapter was trained on another model than the file's aligned model.
 
-        The weights are compared where the adapter's model is a directory here, else its name.
+        The weights are compared if the adapter names a local directory, otherwise the names.
 
         Returns:
-            None if it is that model; a sentence for the record if that could not be found out.
+            None if it is the file's aligned model; a note for the record if that could not be checked.
 
         Raises:
             StayalignedError: if it is another model.
         """
         named = adapter.config.get("base_model_name_or_path")
         if not isinstance(named, str) or not named:
-            return "the adapter does not name its model: it was not checked that it is the aligned model of the file"
-        unchecked = f"the adapter names {named}, %s: it was not checked that it is the aligned model of the file"
+            return "not checked whether the adapter was trained on the file's aligned model: the adapter names no model"
+        unchecked = f"not checked whether the adapter was trained on the file's aligned model: it names {named}, "
         aligned, base = self.header.aligned, self.header.base
         if Path(named).is_dir():
             found = _fingerprint_of(Path(named))
             if found is None:
-                return unchecked % "whose weights can't be compared (quantized, or no safetensors)"
+                return unchecked + "whose weights can't be compared (quantized, or not safetensors)"
             match, swapped, sure = found == aligned.sha256, found == base.sha256, True
         else:
             match, swapped = named in aligned.names - base.names, named in base.names - aligned.names
@@ -186,61 +188,62 @@ class SubspaceFile:
             raise StayalignedError(
                 f"{adapter.directory} was trained on {named}, which is the base and not the aligned model of "
                 f"{self.path}",
-                hint="Was the file built with aligned and base swapped? Build it anew.",
+                hint="If the file was built with aligned and base swapped, rebuild it: `stayaligned subspace build`.",
             )
         if not sure:
-            return unchecked % "which is not here"
+            return unchecked + "which is not a local directory"
         raise StayalignedError(
             f"{adapter.directory} was trained on {named}, but {self.path} was built from {aligned.ref}",
-            hint="Use the file of that model, or name --aligned and --base. If it is the same model under another "
-            "name, correct base_model_name_or_path in a copy of the adapter.",
+            hint="Use the subspace file of that model, or give --aligned and --base. If it is the same model under "
+            "another name, correct base_model_name_or_path in a copy of the adapter.",
         )
 
     def refuse_other_model(self, aligned: Checkpoint) -> None:
         """Raise unless a checkpoint has the weights of the file's aligned model.
 
         Raises:
-            StayalignedError: then.
+            StayalignedError: if its weights differ.
         """
         if weights_fingerprint(aligned) != self.header.aligned.sha256:
             raise StayalignedError(
                 f"{aligned.directory} is not the aligned model that {self.path} was built from "
                 f"({self.header.aligned.ref})",
-                hint="Name the model of the file, or --base in place of the file.",
+                hint="Give the aligned model of the file, or give --base instead of the file.",
             )
 
     def _unplaced(self, adapter: Adapter) -> StayalignedError:
-        """Why the adapter's layers can't be told."""
+        """Return the error for an adapter whose layers can't be placed."""
         changed = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in adapter.tensors if ".lora_" in key}
         lacking = sorted(changed - self.header.modules.keys())
         if lacking or not changed:
             return StayalignedError(
-                f"{adapter.directory} changes modules that {self.path} does not hold: {some(lacking)}. "
-                f"It holds: {some(list(self.header.modules))}",
-                hint="Is this the file of the model that the adapter was trained on? Heads, embeddings and experts "
-                "under other names are not in subspace files: name --aligned and --base for those.",
+                f"{adapter.directory} changes modules that {self.path} does not hold: {list_names(lacking)}. "
+                f"It holds: {list_names(list(self.header.modules))}",
+                hint="Use the subspace file of the model that the adapter was trained on. Heads, embeddings and "
+                "experts under other names are not in subspace files: give --aligned and --base for those.",
             )
         return StayalignedError(
             f"{adapter.directory}: its tensors don't have the shapes that its configuration and {self.path} give",
-            hint=f"Is this the file of the model that the adapter was trained on? {_USE_MODELS}",
+            hint=f"Use the subspace file of the model that the adapter was trained on. {_USE_MODELS}",
         )
 
     def _read_header(self) -> SubspaceHeader:
         text = self._file.metadata.get(_KEY)
         if text is None:
             raise StayalignedError(
-                f"{self.path} is no subspace file: it is safetensors without the header of one", hint=_WAY_OUT
+                f"{self.path} is not a subspace file: it is safetensors without a subspace header", hint=_REBUILD
             )
         try:
             content = json.loads(text)
+            check_format(self.path, content, _FORMAT, hint=f"Another version of stayaligned wrote it. {_REBUILD}")
             checksum = content.pop("checksum")
             if checksum != _checksum(content):
-                raise self._damaged("it was edited, or damaged")
+                raise self._damaged("its checksum is wrong")
             header = SubspaceHeader.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise self._damaged(f"{where}: {first['msg']} (written by another version?)") from None
+            raise self._damaged(f"{where}: {first['msg']}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._damaged(str(error)) from error
         expected = dict(_layout(header.modules))
@@ -248,22 +251,22 @@ class SubspaceFile:
         found = {n: (e.stored_type, e.shape, e.offset - begin) for n, e in self._file.entries.items()}
         length = sum(4 * math.prod(shape) for shape, _ in expected.values())
         if found != {n: ("F32", *place) for n, place in expected.items()} or begin + length != self._file.size:
-            raise self._damaged("the tensors are not those that it names")
+            raise self._damaged("it does not match the tensors")
         return header
 
     def _damaged(self, reason: str) -> StayalignedError:
-        return StayalignedError(f"{self.path}: the header of the subspace file can't be used: {reason}", hint=_WAY_OUT)
+        return StayalignedError(f"{self.path}: the header of the subspace file is damaged: {reason}", hint=_REBUILD)
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, as a view."""
+def view_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor as a view."""
     import torch
 
     return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
-def encoded(header: SubspaceHeader, length: int | None = None) -> bytes:
-    """The beginning of the file, up to the first tensor; filled up with spaces to `length` bytes."""
+def encode_header(header: SubspaceHeader, length: int | None = None) -> bytes:
+    """Return the start of the file, up to the first tensor, padded with spaces to `length` bytes."""
     content = header.model_dump(mode="json")
     content["checksum"] = _checksum(content)
     table: dict[str, Any] = {"__metadata__": {_KEY: json.dumps(content)}}
@@ -272,12 +275,12 @@ def encoded(header: SubspaceHeader, length: int | None = None) -> bytes:
     text = json.dumps(table, separators=(",", ":")).encode()
     size = 8 * math.ceil(len(text) / 8) if length is None else length - 8
     if len(text) > size:
-        raise AssertionError("the header outgrew its reserved room")
+        raise AssertionError("the header is longer than its reserved room")
     return size.to_bytes(8, "little") + text.ljust(size)
 
 
 def _layout(modules: Mapping[str, ModuleHeader]) -> Iterator[tuple[str, tuple[tuple[int, ...], int]]]:
-    """(tensor name, (its shape, where it begins behind the header)), one behind the other."""
+    """Yield (tensor name, (shape, offset after the header)) in the order of the file."""
     begin = 0
     for module, stored in modules.items():
         for part, shape in stored.parts().items():
@@ -290,7 +293,7 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 def _fingerprint_of(directory: Path) -> str | None:
-    """The fingerprint of a model directory, None if its weights are quantized or can't be read."""
+    """Return the fingerprint of a model directory; None if its weights are quantized or can't be read."""
     try:
         checkpoint = Checkpoint(directory)
         return None if checkpoint.config().get("quantization_config") else weights_fingerprint(checkpoint)

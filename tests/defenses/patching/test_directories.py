@@ -23,7 +23,7 @@ from stayaligned.defenses.patching.directories import (
 )
 from stayaligned.defenses.patching.scan import scan_adapters
 from stayaligned.defenses.safe_lora import apply_safe_lora
-from stayaligned.report.scan import outcomes, write_scan
+from stayaligned.report.scan import threshold_outcomes, write_scan
 from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
 from stayaligned.weights.checkpoints import open_checkpoint, weights_fingerprint
 from stayaligned.weights.deltas import BytesDone
@@ -57,7 +57,7 @@ def test_the_copy_explains_itself_and_the_input_is_left_alone(tmp_path: Path, ad
         PROJECTION_FILE,
     ]
     assert json.loads(contents(tmp_path / "out")["adapter_config.json"]) == json.loads(before["adapter_config.json"])
-    assert read_projection(tmp_path / "out" / PROJECTION_FILE) == reports
+    assert list(read_projection(tmp_path / "out" / PROJECTION_FILE).layers) == reports
     assert [report.selected for report in reports].count(True) == 2
     assert said[-1].done == said[-1].total > 0
     record: dict[str, Any] = json.loads((tmp_path / "out" / PROJECTION_FILE).read_text())
@@ -106,13 +106,31 @@ def test_swapped_models_are_refused(tmp_path: Path, adapter: Path, models: Model
         patch_directory(adapter, tmp_path / "out", DEFENSES.parse("safe_lora"), swapped)
 
 
-@pytest.mark.parametrize("text", [None, "{", "{}", '{"layers": [{"module": "x"}]}', '{"layers": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [None, "{", "{}", '{"layers": 3}', '{"format": 2, "layers": [{"module": "x"}]}', '{"format": 2, "layers": 3}'],
+)
 def test_what_is_no_record_is_named(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / PROJECTION_FILE
     if text is not None:
         path.write_text(text)
     with pytest.raises(StayalignedError, match=PROJECTION_FILE):
         read_projection(path)
+
+
+@pytest.mark.parametrize("found", [1, 3, None])
+def test_a_record_of_another_format_is_refused_with_both_formats(
+    tmp_path: Path, adapter: Path, models: ModelPair, found: int | None
+) -> None:
+    patch_directory(adapter, tmp_path / "out", DEFENSES.parse({"name": "safe_lora", "lowest": 2}), models)
+    path = tmp_path / "out" / PROJECTION_FILE
+    record = {**json.loads(path.read_text()), "format": found}
+    path.write_text(json.dumps({key: value for key, value in record.items() if value is not None}))
+    with pytest.raises(StayalignedError) as caught:
+        read_projection(path)
+    number = "no format number" if found is None else f"format {found}"
+    assert caught.value.message == f"{path} has {number}, expected format 2"
+    assert "Another version of stayaligned wrote it. Patch again" in str(caught.value.hint)
 
 
 def test_several_adapters_in_one_pass_come_out_as_one_by_one(tmp_path: Path, models: ModelPair) -> None:
@@ -201,7 +219,7 @@ def test_safe_lora_in_memory_answers_as_the_patched_adapter_does(
         ({"operator": "orthogonal"}, "exactly one of `rank` and `energy`"),
         ({"lowest": 99}, "lowest is 99"),
         ({"adapter_name": "frensh"}, "no adapter 'frensh'"),
-        ({"new_name": "default"}, "has an adapter 'default' already"),
+        ({"new_name": "default"}, "already has an adapter 'default'"),
     ],
 )
 def test_safe_lora_in_memory_refuses_and_leaves_the_model_as_it_was(
@@ -220,7 +238,7 @@ def test_scanning_reports_every_layer_and_changes_nothing(tmp_path: Path, adapte
     (layers,) = scan_adapters([adapter], everything, models, Execution())
     assert layers == patch_directory(adapter, tmp_path / "out", everything, models)
     assert contents(adapter) == before
-    rows = outcomes(layers)
+    rows = threshold_outcomes(layers)
     assert (rows[0].changed, rows[0].kept_norm, rows[-1].changed) == (0, 1.0, len(layers))
     for row in rows:
         defense = DEFENSES.parse({"name": "safe_lora", "threshold": row.threshold})

@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.hf.placement.layers import lora_layers, refuse_swapped
+from stayaligned.hf.placement.layers import refuse_swapped
 from stayaligned.hf.placement.stored import meta_model
 from stayaligned.testing import pico_model, write_pico_adapter, write_pico_checkpoint
 from stayaligned.weights.adapters import Adapter, read_adapter
 from stayaligned.weights.checkpoints import Checkpoint, open_checkpoint
-from stayaligned.weights.lora_layout import by_pattern, is_targeted
+from stayaligned.weights.lora_layout import is_targeted, pattern_value
 from stayaligned.weights.unsupported import refuse_unsupported
+from support.checkpoints import lora_layers
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +48,14 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"modules_to_save": ["lm_head"]}, "modules_to_save", "modules_to_save"),
     ({"trainable_token_indices": [1, 2]}, "trainable_token_indices", "trainable tokens"),
     ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication", "layer_replication"),
-    ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens", "train without it"),
-    ({"use_qalora": True}, "use_qalora", "train without it"),
-    ({"megatron_config": {"x": 1}}, "megatron_config", "train without it"),
-    ({"arrow_config": {"top_k": 1}}, "arrow_config", "train without it"),
-    ({"kasa_config": {"x": 1}}, "kasa_config", "train without it"),
-    ({"velora_config": {"x": 1}}, "velora_config", "train without it"),
-    ({"monteclora_config": {"x": 1}}, "monteclora_config", "train without it"),
-    ({"use_bdlora": {"x": 1}}, "use_bdlora", "train without it"),
+    ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens", "Train without it"),
+    ({"use_qalora": True}, "use_qalora", "Train without it"),
+    ({"megatron_config": {"x": 1}}, "megatron_config", "Train without it"),
+    ({"arrow_config": {"top_k": 1}}, "arrow_config", "Train without it"),
+    ({"kasa_config": {"x": 1}}, "kasa_config", "Train without it"),
+    ({"velora_config": {"x": 1}}, "velora_config", "Train without it"),
+    ({"monteclora_config": {"x": 1}}, "monteclora_config", "Train without it"),
+    ({"use_bdlora": {"x": 1}}, "use_bdlora", "Train without it"),
     ({"of_a_later_peft": 0.5}, "of_a_later_peft=0.5", "unknown"),
     *(
         ({"init_lora_weights": init}, f"init_lora_weights='{init}'", "path_initial_model_for_weight_conversion")
@@ -142,7 +143,7 @@ def test_missing_and_unexpected_tensors_stand_in_one_error(adapter: Adapter, ali
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path, adapter: Adapter) -> None:
     wider = open_checkpoint(write_pico_checkpoint(tmp_path / "wider", hidden_size=48))
-    with pytest.raises(StayalignedError, match=r"lora_A.weight is \(4, 32\), but \(4, 48\)"):
+    with pytest.raises(StayalignedError, match=r"lora_A.weight has the shape \(4, 32\), but .*wider expects \(4, 48\)"):
         lora_layers(adapter, wider)
     deeper = open_checkpoint(write_pico_checkpoint(tmp_path / "deeper", num_hidden_layers=3))
     with pytest.raises(StayalignedError, match=r"Missing: .*layers\.2"):
@@ -165,9 +166,9 @@ def test_tensors_that_are_no_factors_are_refused(adapter: Adapter, aligned: Chec
         lora_layers(with_tensors(adapter, {**adapter.tensors, key: bad}), aligned)
 
 
-def test_quantised_and_foreign_models_are_refused(tmp_path: Path, aligned: Checkpoint) -> None:
+def test_quantized_and_foreign_models_are_refused(tmp_path: Path, aligned: Checkpoint) -> None:
     for change, expected in (
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),
         ({"model_type": "not_a_model", "auto_map": {"AutoModelForCausalLM": "code.Model"}}, "not_a_model"),
     ):
         directory = tmp_path / expected
@@ -263,4 +264,4 @@ def test_names_are_matched_by_pefts_rules(settings: dict[str, Any]) -> None:
         assert is_targeted(settings, module) == (bool(found) and not isinstance(found, _ExcludedModule)), module
         patterns = {"q_proj": 1, r"layers\.1\..*": 2, "up_proj": 3, "proj": 4}
         key = get_pattern_key(list(patterns), module)
-        assert by_pattern(patterns, module, 0) == patterns.get(key, 0)
+        assert pattern_value(patterns, module, 0) == patterns.get(key, 0)

@@ -22,7 +22,7 @@ from stayaligned.hf.placement.layers import PlacedLayer, linear_weights, meta_mo
 from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
 from stayaligned.weights.adapters import Adapter, read_adapter
 from stayaligned.weights.checkpoints import Checkpoint, open_checkpoint
-from stayaligned.weights.lora_layout import PLAIN_MODEL_TYPES, plain_layers, plainly_placed
+from stayaligned.weights.lora_layout import PLAIN_MODEL_TYPES, place_by_name, plain_layers
 from support.checkpoints import EXPERTS, PairOf, in_memory, load, rows_of
 
 JAMBA_EXPERTS = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
@@ -131,7 +131,7 @@ def injected(
 ) -> list[PlacedLayer]:
     """`place_adapter` by PEFT's injection, whatever the names say."""
     with monkeypatch.context() as patched:
-        patched.setattr(hf_layers, "plainly_placed", lambda *_: None)
+        patched.setattr(hf_layers, "place_by_name", lambda *_: None)
         return place_adapter(adapter, aligned, base)
 
 
@@ -182,7 +182,7 @@ def test_updates_land_where_peft_merges_them(
     placed = place_adapter(adapter, aligned, base)
 
     assert_merges_alike(adapter, placed, aligned, tmp_path / "merged")
-    assert (plainly_placed(adapter, aligned, base) is not None) == layout.plain
+    assert (place_by_name(adapter, aligned, base) is not None) == layout.plain
     assert injected(monkeypatch, adapter, aligned, base) == placed
     assert len({each.layer.name for each in placed}) == len(placed)
 
@@ -243,7 +243,7 @@ def test_plain_architectures_store_every_linear_module_as_it_is_in_memory(
     adapter = read_adapter(write_pico_adapter(tmp_path / "adapter", aligned.directory, target_modules=targets))
     placed = injected(monkeypatch, adapter, aligned, base)
     assert placed == place_adapter(adapter, aligned, base)
-    assert [p.layer for p in placed] == plainly_placed(adapter, aligned, base)
+    assert [p.layer for p in placed] == place_by_name(adapter, aligned, base)
 
 
 def test_plain_adapters_are_placed_without_importing_transformers_or_peft(pair_of: PairOf, tmp_path: Path) -> None:
@@ -359,16 +359,16 @@ def test_tensors_missing_for_a_target_are_not_overlooked_where_names_are_plain(p
             place_adapter(read_adapter(source), aligned, base)
 
 
-@pytest.mark.parametrize("quantised", ["aligned", "base"])
-def test_quantised_checkpoints_are_refused_by_directory(pair_of: PairOf, tmp_path: Path, quantised: str) -> None:
+@pytest.mark.parametrize("quantized", ["aligned", "base"])
+def test_quantized_checkpoints_are_refused_by_directory(pair_of: PairOf, tmp_path: Path, quantized: str) -> None:
     pair = dict(zip(("aligned", "base"), pair_of("llama"), strict=True))
     adapter = read_adapter(write_pico_adapter(tmp_path / "adapter", pair["aligned"].directory))
-    shutil.copytree(pair[quantised].directory, tmp_path / quantised)
-    config = tmp_path / quantised / "config.json"
+    shutil.copytree(pair[quantized].directory, tmp_path / quantized)
+    config = tmp_path / quantized / "config.json"
     stored = json.loads(config.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}}
     config.write_text(json.dumps(stored))
-    pair[quantised] = open_checkpoint(tmp_path / quantised)
-    with pytest.raises(StayalignedError, match=f"{quantised}: the checkpoint is quantised"):
+    pair[quantized] = open_checkpoint(tmp_path / quantized)
+    with pytest.raises(StayalignedError, match=f"{quantized}: the checkpoint is quantized"):
         place_adapter(adapter, pair["aligned"], pair["base"])
 
 

@@ -1,1 +1,1 @@
-"""Finished adapters and models patched on disk or in memory, layer by layer."""
+"""Patch finished adapters and models layer by layer, on disk or in memory."""

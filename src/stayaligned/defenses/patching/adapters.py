@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from stayaligned.defenses import Execution, ModelPair, PatchedAdapter
 from stayaligned.defenses.patching.layers import (
-    Edit,
+    LayerPatcher,
     LayerSelector,
+    PatchedLayer,
     ProjectedLayer,
-    WorkedLayer,
-    refuse_undirected,
-    unselected,
-    work_layer,
+    patch_and_report,
+    refuse_zero_deltas,
+    report_unchanged,
 )
 from stayaligned.defenses.patching.sources import open_source
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 def patch_adapters(
-    selector: LayerSelector, edit: Edit, adapters: Sequence[Adapter], models: ModelPair, how: Execution
+    selector: LayerSelector, patcher: LayerPatcher, adapters: Sequence[Adapter], models: ModelPair, how: Execution
 ) -> list[PatchedAdapter]:
-    """Stream V past every layer of the adapters, select by `selector`, and put in the edits of the selected layers.
+    """Patch the layers that `selector` selects in each adapter, in one pass over the models' weights.
 
-    Memory: the adapters twice, and what `deltas.stream` holds. Time: one pass over the weights whatever the number of
+    Memory: the adapters twice, and what `deltas.stream` holds. Time: one pass over the weights for any number of
     adapters, and products that grow with the sum of their ranks.
 
     Raises:
@@ -41,35 +41,36 @@ def patch_adapters(
         for layer in layers:
             users.setdefault(layer.name, []).append((index, layer))
 
-    def work(name: str, delta: AlignmentDelta) -> list[WorkedLayer] | None:
+    def patch_users(name: str, delta: AlignmentDelta) -> list[PatchedLayer] | None:
         operator = selector.operator_for(delta)
         if operator is None:
             return None
         before = [adapters[index].factors(layer).to(how.device) for index, layer in users[name]]
-        after = together(operator, before)
-        worked = (
-            work_layer(ProjectedLayer(name, delta, operator, x, y), edit) for x, y in zip(before, after, strict=True)
+        after = map_updates(operator, before)
+        patched = (
+            patch_and_report(ProjectedLayer(name, delta, operator, x, y), patcher)
+            for x, y in zip(before, after, strict=True)
         )
-        # Kept until the last layer is seen, so in the adapter's own precision.
+        # Held in memory until every layer is known, so in the precision of the adapter's file.
         return [
-            one._replace(update=adapters[i].stored(layer, cast("LoraFactors", one.update)))
-            for one, (i, layer) in zip(worked, users[name], strict=True)
+            one._replace(update=adapters[index].to_stored_dtype(layer, cast("LoraFactors", one.update)))
+            for one, (index, layer) in zip(patched, users[name], strict=True)
         ]
 
-    found: list[dict[str, tuple[LoraLayer, WorkedLayer]]] = [{} for _ in adapters]
+    found: list[dict[str, tuple[LoraLayer, PatchedLayer]]] = [{} for _ in adapters]
     without_direction: list[str] = []
-    for name, worked in source.visit(list(users), work, how):
-        if worked is None:
+    for name, patched in source.visit(list(users), patch_users, how):
+        if patched is None:
             without_direction.append(name)
-        for (index, layer), one in zip(users[name], worked or (), strict=worked is not None):
+        for (index, layer), one in zip(users[name], patched or (), strict=patched is not None):
             found[index][name] = layer, one
-    refuse_undirected(selector, without_direction)
+    refuse_zero_deltas(selector, without_direction)
     in_order = [{layer.name: one[layer.name] for layer in layers} for layers, one in zip(placed, found, strict=True)]
-    return [_assemble(selector, *each) for each in zip(adapters, in_order, notes, strict=True)]
+    return [_apply_selected(selector, *each) for each in zip(adapters, in_order, notes, strict=True)]
 
 
-def together(operator: Operator, updates: Sequence[LoraFactors]) -> list[LoraFactors]:
-    """The operator on several updates in one product: it acts on each column of B and each row of A alone."""
+def map_updates(operator: Operator, updates: Sequence[LoraFactors]) -> list[LoraFactors]:
+    """Apply the operator to several updates in one product: it maps each column of B and each row of A separately."""
     import torch
 
     from stayaligned.algorithms.safe_lora import LoraFactors
@@ -78,18 +79,22 @@ def together(operator: Operator, updates: Sequence[LoraFactors]) -> list[LoraFac
     stacked = torch.cat([update.a for update in updates])
     outputs = operator.outputs(torch.cat([update.b for update in updates], dim=1)).split(ranks, dim=1)
     mapped = operator.inputs(stacked)
-    # An A that stays is the same tensor, by which its Gram matrix is known again.
+    # `compare` reuses the Gram matrix of an A that is the same tensor before and after.
     inputs = [update.a for update in updates] if mapped is stacked else mapped.split(ranks)
     return [LoraFactors(a, b, update.scaling) for a, b, update in zip(inputs, outputs, updates, strict=True)]
 
 
-def _assemble(
+def _apply_selected(
     selector: LayerSelector,
     adapter: Adapter,
-    found: Mapping[str, tuple[LoraLayer, WorkedLayer]],
+    found: Mapping[str, tuple[LoraLayer, PatchedLayer]],
     notes: Sequence[str],
 ) -> PatchedAdapter:
-    selected = selector.select({name: worked.report.similarity for name, (_, worked) in found.items()})
-    reports = [w.report if name in selected else unselected(w.report) for name, (_, w) in found.items()]
-    edits: dict[LoraLayer, Any] = {layer: worked.update for name, (layer, worked) in found.items() if name in selected}
-    return PatchedAdapter(adapter.with_factors(edits), reports, notes)
+    selected = selector.select({name: patched.report.similarity for name, (_, patched) in found.items()})
+    reports = [
+        patched.report if name in selected else report_unchanged(patched.report) for name, (_, patched) in found.items()
+    ]
+    changed: dict[LoraLayer, Any] = {
+        layer: patched.update for name, (layer, patched) in found.items() if name in selected
+    }
+    return PatchedAdapter(adapter.with_factors(changed), reports, notes)

@@ -1,4 +1,4 @@
-"""Patch adapters and fine-tuned models on disk: new directories beside them, with the record of what was done."""
+"""Patch adapters and fine-tuned models on disk: write new directories with a record of what was done."""
 
 from __future__ import annotations
 
@@ -14,18 +14,45 @@ from pydantic import ValidationError
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import fingerprint, new_directory, refuse_existing, write_text
 from stayaligned.core.provenance import versions
-from stayaligned.core.records import LayerReport
+from stayaligned.core.records import LayerReport, Record
 from stayaligned.defenses import Execution, ModelPair, PatchDefense
 from stayaligned.weights.adapters import is_adapter, read_adapter, write_adapter
-from stayaligned.weights.checkpoints import open_checkpoint, read_json_object, tensors_fingerprint, weights_fingerprint
+from stayaligned.weights.checkpoints import (
+    check_format,
+    open_checkpoint,
+    read_json_object,
+    tensors_fingerprint,
+    weights_fingerprint,
+)
 from stayaligned.weights.safetensors import SafetensorsFile
 
 if TYPE_CHECKING:
     from stayaligned.weights.deltas import BytesDone
 
 PROJECTION_FILE = "projection.json"
-"""The record's file name in the new directory."""
+"""File name of the record in the new directory."""
 _FORMAT = 2
+
+
+class ProjectionRecord(Record):
+    """The content of `projection.json`: what was patched, how, and what was done to each layer."""
+
+    format: int = _FORMAT
+    """Number of the file format."""
+    defense: dict[str, Any]
+    """The identity of the patch."""
+    paper: str
+    """Where the patch was published; empty if nowhere."""
+    command: tuple[str, ...]
+    """The command line."""
+    inputs: dict[str, dict[str, str]]
+    """{role: {"ref": the path or hub id as given, the kind of hash: the hash}}."""
+    notes: tuple[str, ...]
+    """What a reader of the record must know."""
+    versions: dict[str, str]
+    """Versions of the packages that were used."""
+    layers: tuple[LayerReport, ...]
+    """A report for every layer, changed or not."""
 
 
 def patch_directory(
@@ -38,19 +65,19 @@ def patch_directory(
     device: str = "cpu",
     progress: Callable[[BytesDone], None] | None = None,
 ) -> list[LayerReport]:
-    """Write a patched copy of an adapter or of a fully fine-tuned model, and the record of it, `projection.json`.
+    """Write a patched copy of an adapter or of a fully fine-tuned model, with its record `projection.json`.
 
-    The copy loads wherever the original did: an adapter keeps its rank, configuration and file layout, a model its
-    shards; what is not changed is copied byte for byte. The input is only read.
+    The copy loads like the original: an adapter keeps its rank, configuration and file layout, a model its shards;
+    unchanged tensors are copied byte for byte. The input is only read.
 
     Args:
         finetuned: the directory of a PEFT adapter, or of a fine-tuned checkpoint.
-        out: a directory that does not exist yet; it appears whole or not at all.
+        out: a directory that does not exist yet; it appears complete or not at all.
         patch: the defense.
         models: the aligned model and its base, or a subspace file.
-        command: the command line to put on record.
-        device: where the products are made, "cpu" or "cuda".
-        progress: called as the weights stream past.
+        command: the command line to store in the record.
+        device: where products are computed, "cpu" or "cuda".
+        progress: called with the bytes read so far.
 
     Returns:
         A report for every layer, changed or not.
@@ -68,7 +95,7 @@ def patch_directory(
     with _Hashes() as hashes, new_directory(out) as temporary:
         hashes.start(finetuned=finetuned, **_inputs(models))
         layers = patch.patch_model(open_checkpoint(finetuned), temporary, models, how)
-        write_text(temporary / PROJECTION_FILE, _record(patch, command, hashes.all(), layers, ()))
+        write_text(temporary / PROJECTION_FILE, _encode_record(patch, command, hashes.all(), layers, ()))
     return layers
 
 
@@ -81,14 +108,14 @@ def patch_directories(
     command: Sequence[str] = (),
     how: Execution | None = None,
 ) -> list[list[LayerReport]]:
-    """`patch_directory` for several adapters of one model; the weights are read once for all of them.
+    """Patch several adapters of one model as `patch_directory` does, reading the models' weights only once.
 
     Args:
         adapters: directories of PEFT adapters.
-        outs: as many directories, none of which exists. All appear when all are written, or none does.
+        outs: one directory for each adapter; none exists yet. Either all of them appear or none.
         patch: the defense.
         models: the aligned model and its base, or a subspace file.
-        command: the command line to put on record.
+        command: the command line to store in the records.
         how: device and progress.
 
     Returns:
@@ -108,42 +135,43 @@ def patch_directories(
         for index, (directory, one) in enumerate(zip(written, patched, strict=True)):
             inputs = {name: value for name, value in found.items() if not name.startswith("adapter ")}
             inputs = {"adapter": found[f"adapter {index}"], **inputs}
-            record = _record(patch, command, inputs, one.layers, one.notes)
+            record = _encode_record(patch, command, inputs, one.layers, one.notes)
             write_adapter(one.adapter, directory, notes={PROJECTION_FILE: record})
     return [list(one.layers) for one in patched]
 
 
-def read_projection(path: Path) -> list[LayerReport]:
-    """The layer reports of a `projection.json`.
+def read_projection(path: Path) -> ProjectionRecord:
+    """Read a `projection.json` that `patch_directory` wrote.
 
     Raises:
-        StayalignedError: if the file is missing or `patch_directory` did not write it.
+        StayalignedError: if the file is missing, damaged, or of another format.
     """
-    hint = "Patch it again; the file is written beside it."
+    hint = "Patch again: the file is written beside the patched weights."
+    content = read_json_object(path, hint=hint)
+    check_format(path, content, _FORMAT, hint=f"Another version of stayaligned wrote it. {hint}")
     try:
-        return [LayerReport.model_validate(row) for row in read_json_object(path, hint=hint)["layers"]]
-    except (KeyError, TypeError, ValidationError) as error:
-        raise StayalignedError(f"{path} is no record of a patch: {error}", hint=hint) from None
+        return ProjectionRecord.model_validate(content)
+    except ValidationError as error:
+        raise StayalignedError(f"{path} is not a record of a patch: {error}", hint=hint) from None
 
 
-def _record(
+def _encode_record(
     patch: PatchDefense,
     command: Sequence[str],
-    inputs: Mapping[str, Any],
+    inputs: Mapping[str, dict[str, str]],
     layers: Sequence[LayerReport],
     notes: Sequence[str],
 ) -> str:
-    record: dict[str, Any] = {
-        "format": _FORMAT,
-        "defense": patch.identity(),
-        "paper": patch.paper,
-        "command": list(command),
-        "inputs": inputs,
-        "notes": list(notes),
-        "versions": versions(),
-        "layers": [report.model_dump(mode="json") for report in layers],
-    }
-    return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    record = ProjectionRecord(
+        defense=patch.identity(),
+        paper=patch.paper,
+        command=tuple(command),
+        inputs=dict(inputs),
+        notes=tuple(notes),
+        versions=versions(),
+        layers=tuple(layers),
+    )
+    return json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _inputs(models: ModelPair) -> dict[str, str | Path]:
@@ -152,7 +180,7 @@ def _inputs(models: ModelPair) -> dict[str, str | Path]:
 
 
 class _Hashes:
-    """Hashes inputs in a thread of its own, while the weights stream."""
+    """Hashes the inputs in its own thread while the weights are processed."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hashes")
@@ -165,19 +193,19 @@ class _Hashes:
         self._pool.shutdown(cancel_futures=True)
 
     def start(self, **inputs: str | Path) -> None:
-        """Begin to hash checkpoints (`aligned`, `base`, `finetuned`: directories or hub ids), adapters and files."""
+        """Start hashing checkpoints (`aligned`, `base`, `finetuned`: directories or hub ids), adapters and files."""
         for name, ref in inputs.items():
-            self._running[name] = str(ref), self._pool.submit(_hash, name, ref)
+            self._running[name] = str(ref), self._pool.submit(_hash_input, name, ref)
 
     def all(self) -> dict[str, dict[str, str]]:
-        """{name: what was named, and its hash}, once all are there."""
+        """Wait for all hashes and return {name: the path or hub id, and its hash}."""
         return {name: {"ref": ref, **future.result()} for name, (ref, future) in self._running.items()}
 
 
-def _hash(name: str, ref: str | Path) -> dict[str, str]:
+def _hash_input(name: str, ref: str | Path) -> dict[str, str]:
     if name in ("aligned", "base", "finetuned"):
         return {"weights_sha256": weights_fingerprint(open_checkpoint(ref))}
     if name == "subspace":
-        file = SafetensorsFile(Path(ref), hint="Build it anew.")
+        file = SafetensorsFile(Path(ref), hint="Build the subspace file again.")
         return {"tensors_sha256": tensors_fingerprint(dict.fromkeys(sorted(file.entries), file))}
     return {"sha256": fingerprint(Path(ref))}

@@ -1,4 +1,4 @@
-"""One layer under a patch: its update, the operator, the edit and the report."""
+"""Patch one layer: its update, the operator that V gives, the new update and the report."""
 
 from __future__ import annotations
 
@@ -16,32 +16,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ProjectedLayer:
-    """One update while its V is in memory."""
+    """One layer's update and its projection; valid while the layer's V is in memory."""
 
     name: str
-    """The layer's name."""
+    """The layer's name, as `LoraLayer.name`."""
     delta: AlignmentDelta
-    """V, (out, in)."""
+    """V = W_aligned - W_base, (out, in)."""
     operator: Operator
+    """The operator that V gives."""
     before: Update
-    """Factors of a LoRA, or W_ft - W_aligned as a matrix (out, in)."""
+    """The update before the patch: factors of a LoRA, or W_ft - W_aligned as a matrix (out, in)."""
     projected: Update
     """`operator(before)`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LayerEdit:
-    """What to put in the place of a layer's update, should the layer be selected."""
+class LayerPatch:
+    """The update that a layer gets if it is selected."""
 
     update: Update
+    """The new update, in the form of the old one: factors or a matrix."""
     subspace: AlignmentSubspace | None
+    """The directions that the new update was computed from; None if it needs none."""
 
 
-Edit = Callable[[ProjectedLayer], LayerEdit]
+LayerPatcher = Callable[[ProjectedLayer], LayerPatch]
+"""Computes the new update of one layer."""
 
 
 class LayerSelector(Protocol):
-    """What a patch asks of the projection defense that chooses the layers."""
+    """What patching needs from a projection defense: the operator, and which layers to change."""
 
     name: ClassVar[str]
     """The defense's name, for messages."""
@@ -52,58 +56,65 @@ class LayerSelector(Protocol):
         ...
 
     def operator_for(self, delta: AlignmentDelta) -> Operator | None:
-        """The operator that V = `delta` gives; None if V is zero and the operator is undefined."""
+        """Return the operator that V = `delta` gives; None if V is zero and the operator is undefined."""
         ...
 
     def select(self, similarities: Mapping[str, float]) -> frozenset[str]:
-        """The layers to change, of all layers with their similarities."""
+        """Return the layers to change, given the similarity of every layer."""
         ...
 
 
-class WorkedLayer(NamedTuple):
-    """What became of one adapter's layer: the update it gets if it is selected, and the report of that case."""
+class PatchedLayer(NamedTuple):
+    """The result for one layer, as if it were selected."""
 
     update: Update
+    """The new update."""
     report: LayerReport
+    """The report of the layer with the new update."""
 
 
-def work_layer(seen: ProjectedLayer, edit: Edit) -> WorkedLayer:
-    """The edit of one layer, and its report as a layer that is selected."""
+def patch_and_report(layer: ProjectedLayer, patcher: LayerPatcher) -> PatchedLayer:
+    """Compute the new update of one layer, and report it as selected."""
     from stayaligned.algorithms.safe_lora import ScaledGram, compare, update_norm
 
-    edited = edit(seen)
-    similarity, shrinkage, norm = compare(seen.before, seen.projected)
-    truncation = seen.operator.truncation_error(shrinkage) if isinstance(seen.operator, ScaledGram) else None
-    if edited.update is not seen.projected:
-        shrinkage = update_norm(edited.update) / norm if norm else 1.0
+    patch = patcher(layer)
+    similarity, shrinkage, norm = compare(layer.before, layer.projected)
+    truncation = layer.operator.truncation_error(shrinkage) if isinstance(layer.operator, ScaledGram) else None
+    if patch.update is not layer.projected:
+        shrinkage = update_norm(patch.update) / norm if norm else 1.0
     report = LayerReport(
-        module=seen.name,
+        module=layer.name,
         similarity=similarity,
         shrinkage=shrinkage,
         selected=True,
         update_norm=norm,
-        delta_norm=seen.delta.norm,
-        subspace_rank=edited.subspace.rank if edited.subspace else None,
-        captured_energy=edited.subspace.captured_energy if edited.subspace else None,
+        delta_norm=layer.delta.norm,
+        subspace_rank=patch.subspace.rank if patch.subspace else None,
+        captured_energy=patch.subspace.captured_energy if patch.subspace else None,
         truncation_error=truncation,
     )
-    return WorkedLayer(edited.update, report)
+    return PatchedLayer(patch.update, report)
 
 
-def refuse_undirected(selector: LayerSelector, names: Sequence[str]) -> None:
-    """Raise if there are layers in which V is zero and the operator needs it.
+def report_unchanged(report: LayerReport) -> LayerReport:
+    """Return the report of a layer that is not selected."""
+    return report.model_copy(update={"selected": False, "shrinkage": 1.0})
+
+
+def refuse_zero_deltas(selector: LayerSelector, names: Sequence[str]) -> None:
+    """Raise if there are layers in which V is zero and the operator is undefined.
+
+    Args:
+        selector: the projection defense.
+        names: those layers.
 
     Raises:
-        StayalignedError: naming them.
+        StayalignedError: naming the layers, unless there are none.
     """
     if names:
         raise StayalignedError(
-            f"{selector.name}: aligned and base are equal in {', '.join(names)}: there the alignment direction is "
-            "undefined",
-            hint="Target only modules that the alignment changed, or use the defense `complement`, which leaves them.",
+            f"{selector.name}: aligned and base are equal in {', '.join(names)}: the alignment direction is undefined "
+            "there",
+            hint="Target only modules that the alignment changed, or use the defense `complement`, which leaves these "
+            "layers unchanged.",
         )
-
-
-def unselected(report: LayerReport) -> LayerReport:
-    """The report of a layer that stays as it is."""
-    return report.model_copy(update={"selected": False, "shrinkage": 1.0})

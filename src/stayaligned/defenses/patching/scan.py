@@ -1,4 +1,4 @@
-"""What every threshold would do to an adapter, from one pass over the weights."""
+"""Report every layer of an adapter as if it were changed, to show what each threshold would do."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 def scan_adapters(
     adapters: Sequence[Path], patch: PatchDefense, models: ModelPair, how: Execution
 ) -> list[list[LayerReport]]:
-    """Each layer's report as if it were changed; nothing is.
+    """Return the reports of each adapter's layers as if they were changed, in one pass; nothing is written.
 
     Args:
         adapters: directories of PEFT adapters of one model.
-        patch: a projection of all layers, or a control of one.
+        patch: a projection of all layers, or a control for one.
         models: the aligned model and its base, or a subspace file.
         how: device and progress.
 
@@ -31,5 +31,8 @@ def scan_adapters(
     patched = patch.patch_all([read_adapter(path) for path in adapters], models, how)
     reports = [list(one.layers) for one in patched]
     if not all(layer.selected for layers in reports for layer in layers):
-        raise StayalignedError(f"{patch.name} leaves layers out", hint="Scan with a defense that takes all layers.")
+        raise StayalignedError(
+            f"a scan needs a defense that changes every layer, but {patch.name} leaves layers out",
+            hint="Set all_layers in the defense.",
+        )
     return reports

@@ -11,12 +11,12 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import new_file, refuse_existing
 from stayaligned.core.provenance import versions
 from stayaligned.weights.checkpoints import Checkpoint, open_checkpoint, weights_fingerprint
-from stayaligned.weights.subspace_file import ModelIdentity, ModuleHeader, SubspaceHeader, bytes_of, encoded
+from stayaligned.weights.deltas import BytesDone, Delta, equal_weights_error, pair_weights, stream
+from stayaligned.weights.subspace_file import ModelIdentity, ModuleHeader, SubspaceHeader, encode_header, view_bytes
 
 if TYPE_CHECKING:
     from stayaligned.algorithms.alignment_delta import TruncatedDelta
     from stayaligned.hf.placement.layers import PlacedWeight
-    from stayaligned.weights.deltas import BytesDone, Delta
 
 
 def build_subspace(
@@ -29,80 +29,79 @@ def build_subspace(
     device: str = "cpu",
     progress: Callable[[BytesDone], None] | None = None,
 ) -> SubspaceHeader:
-    """Write the subspace file of a pair of models; it appears whole or not at all.
+    """Write the subspace file of a pair of models; it appears complete or not at all.
 
-    Every linear weight is in it that a LoRA on "all-linear" or on experts changes. Triplets are written as they are
-    found, so memory does not grow with the number of modules. Equal input gives equal bytes.
+    It holds every linear weight that a LoRA on "all-linear" or on experts changes. Triplets are written as soon as
+    they are computed, so memory does not grow with the number of modules. Equal input gives equal bytes.
 
     Args:
         aligned: the aligned model: directory or hub id.
         base: its unaligned ancestor.
         out: a file that does not exist yet.
         rank: triplets per module. Exactly one of `rank` and `energy` is given.
-        energy: instead, the share of ‖V‖² that they hold, above 0 and up to 1.
-        device: where V is made and decomposed, "cpu" or "cuda".
-        progress: called as the weights stream past.
+        energy: the share of ‖V‖² that the triplets hold, above 0 and up to 1.
+        device: where V is computed and decomposed, "cpu" or "cuda".
+        progress: called with the bytes read so far.
 
     Raises:
         StayalignedError: if `out` exists or can't be written, or the models are damaged, equal or don't fit together.
     """
     from stayaligned.algorithms.alignment_delta import leading_triplets
     from stayaligned.hf.placement.layers import linear_weights
-    from stayaligned.weights.deltas import paired, refuse_equal, stream
 
     in_range = (rank is None or rank >= 1) and (energy is None or 0 < energy <= 1)
     if (rank is None) == (energy is None) or not in_range:
         raise StayalignedError(
             f"rank={rank} and energy={energy}: expected exactly one, a rank of at least 1 or an energy in (0, 1]",
-            hint="rank=64 suits most uses.",
+            hint="Give one of them; rank=64 suits most uses.",
         )
     refuse_existing(out)
     pair = open_checkpoint(aligned), open_checkpoint(base)
     weights = {weight.name: weight for weight in linear_weights(*pair)}
-    items = paired(*pair, {name: (weight.stored[0], weight.stored[1]) for name, weight in weights.items()})
-    who = [_identity(ref, checkpoint) for ref, checkpoint in zip((aligned, base), pair, strict=True)]
-    if who[0].sha256 == who[1].sha256:
-        raise refuse_equal(*pair)
+    items = pair_weights(*pair, {name: (weight.stored[0], weight.stored[1]) for name, weight in weights.items()})
+    identities = [_identify(ref, checkpoint) for ref, checkpoint in zip((aligned, base), pair, strict=True)]
+    if identities[0].sha256 == identities[1].sha256:
+        raise equal_weights_error(*pair)
     header = SubspaceHeader(
-        aligned=who[0],
-        base=who[1],
+        aligned=identities[0],
+        base=identities[1],
         rank=rank,
         energy=energy,
-        modules={name: _largest(weight, pair[0], rank) for name, weight in weights.items()},
+        modules={name: _largest_entry(weight, pair[0], rank) for name, weight in weights.items()},
         versions=versions(),
     )
 
-    def work(name: str, differences: list[Delta]) -> tuple[TruncatedDelta, float]:
+    def decompose(name: str, differences: list[Delta]) -> tuple[TruncatedDelta, float]:
         ((_, value, norm),) = differences
         found = leading_triplets(value.T if weights[name].transposed else value, rank=rank, energy=energy)
         return found.to("cpu"), norm
 
     modules: dict[str, ModuleHeader] = {}
     with new_file(out) as temporary, temporary.open("wb") as file:
-        reserved = file.seek(len(encoded(header)))
-        for name, (found, norm) in stream(items, work, device=device, progress=progress):
+        reserved = file.seek(len(encode_header(header)))
+        for name, (found, norm) in stream(items, decompose, device=device, progress=progress):
             for part in (found.left, found.values, found.right):
-                file.write(bytes_of(part))
+                file.write(view_bytes(part))
             actual = {"rank": len(found.values), "norm": norm, "captured_energy": found.captured_energy}
             modules[name] = header.modules[name].model_copy(update=actual)
         if not any(module.rank for module in modules.values()):
-            raise refuse_equal(*pair)
+            raise equal_weights_error(*pair)
         header = header.model_copy(update={"modules": modules})
         file.seek(0)
-        file.write(encoded(header, reserved))
+        file.write(encode_header(header, reserved))
     return header
 
 
-def _largest(weight: PlacedWeight, checkpoint: Checkpoint, rank: int | None) -> ModuleHeader:
-    """The entry that takes the most room of all that the module can get, for reserving the header's."""
+def _largest_entry(weight: PlacedWeight, checkpoint: Checkpoint, rank: int | None) -> ModuleHeader:
+    """Return the longest header entry that the module can get, to reserve room for the header."""
     rows, columns = checkpoint.matrix_shape(weight.stored[0])
     shape = (columns, rows) if weight.transposed else (rows, columns)
-    longest = sys.float_info.min  # 17 digits and an exponent of three
+    longest = sys.float_info.min  # prints with 17 digits and a three-digit exponent
     stored = min(shape) if rank is None else min(rank, *shape)
     return ModuleHeader(shape=shape, transposed=weight.transposed, norm=longest, rank=stored, captured_energy=longest)
 
 
-def _identity(ref: str | Path, checkpoint: Checkpoint) -> ModelIdentity:
+def _identify(ref: str | Path, checkpoint: Checkpoint) -> ModelIdentity:
     own = checkpoint.config().get("_name_or_path")
     name = (own if isinstance(own, str) else "") if Path(ref).is_dir() else str(ref).partition("@")[0]
     return ModelIdentity(ref=str(ref), name=name, sha256=weights_fingerprint(checkpoint))

@@ -1,4 +1,4 @@
-"""Adapters of a PeftModel as values, and back."""
+"""Copy adapters out of a PeftModel, and add them to one."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ if TYPE_CHECKING:
 
 
 def active_adapter(peft_model: PeftModel) -> str:
-    """The name of the one adapter that is active.
+    """Return the name of the active adapter.
 
     Raises:
-        StayalignedError: if several are.
+        StayalignedError: if several adapters are active.
     """
     active = peft_model.active_adapter
     if isinstance(active, str):
         return active
     if len(active) == 1:
         return str(active[0])
-    raise StayalignedError(f"the adapters {', '.join(active)} are active together", hint="Name one by `adapter_name`.")
+    raise StayalignedError(f"several adapters are active: {', '.join(active)}", hint="Set adapter_name to one of them.")
 
 
 def adapter_in_memory(peft_model: PeftModel, name: str) -> Adapter:
-    """One LoRA of a model, as `save_pretrained` would write it. The tensors are copies, on the CPU.
+    """Return one LoRA of a model, as `save_pretrained` would write it. The tensors are copies, on the CPU.
 
     Args:
         peft_model: the model.
-        name: which of its adapters.
+        name: the adapter's name.
 
     Raises:
-        StayalignedError: if there is no such adapter, or it is no LoRA.
+        StayalignedError: if there is no such adapter, or it is not a LoRA.
     """
     import torch
     from peft import get_peft_model_state_dict
@@ -48,22 +48,22 @@ def adapter_in_memory(peft_model: PeftModel, name: str) -> Adapter:
         )
     settings: dict[str, Any] = peft_model.peft_config[name].to_dict()
     if settings.get("peft_type") != "LORA":
-        raise StayalignedError(f"adapter {name!r} is {settings.get('peft_type')}, expected LORA", hint="Name a LoRA.")
+        raise StayalignedError(f"adapter {name!r} is {settings.get('peft_type')}, expected LORA", hint="Give a LoRA.")
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
-    # Embeddings would be copied beside a LoRA that targets them; the model has them already.
+    # By default PEFT also copies embeddings that a LoRA targets; the model has them already.
     tensors = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
-    held = {key: value.detach().to(torch.device("cpu"), copy=True) for key, value in tensors.items()}
-    return Adapter(MappingProxyType(config), MappingProxyType(held), Path(f"<adapter {name!r} in memory>"))
+    copies = {key: value.detach().to(torch.device("cpu"), copy=True) for key, value in tensors.items()}
+    return Adapter(MappingProxyType(config), MappingProxyType(copies), Path(f"<adapter {name!r} in memory>"))
 
 
 def add_adapter(peft_model: PeftModel, adapter: Adapter, name: str, *, like: str) -> None:
-    """Give a model one more LoRA and make it the active one; on failure the model is as it was.
+    """Add a LoRA to a model and activate it; on failure the model is unchanged.
 
     Args:
         peft_model: the model.
-        adapter: its tensors.
-        name: what to call it; must be new.
-        like: the adapter whose configuration it takes.
+        adapter: the tensors of the LoRA.
+        name: a new name.
+        like: the adapter of the model whose configuration to use.
     """
     from peft import set_peft_model_state_dict
 

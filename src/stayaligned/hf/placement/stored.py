@@ -1,9 +1,9 @@
-"""Where a checkpoint stores the parameters of its model, by transformers' own loading rules.
+"""Find where a checkpoint stores the parameters of its model, by transformers' own loading rules.
 
-A parameter's name and shape in memory need not be those on disk: checkpoints of bare models lack a prefix, tied weights
-are stored once, and the experts of a mixture are one tensor in memory but many on disk. Transformers' rules rename the
-stored tensors and convert them. What a conversion does to the rows is found by carrying it out on small tensors that
-number the rows: so any conversion is understood that moves whole rows, and any other is noticed.
+A parameter's name and shape in memory may differ from those on disk: checkpoints of bare models lack a prefix, tied
+weights are stored once, and the experts of a mixture are one tensor in memory but many on disk. Transformers' rules
+rename and convert the stored tensors. To trace the rows through a conversion, it is applied to small tensors that
+number the rows: every conversion that moves whole rows is supported, and every other one is detected.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.weights.checkpoints import Block, Checkpoint, Weight
-from stayaligned.weights.unsupported import refuse_quantised, some
+from stayaligned.weights.unsupported import list_names, refuse_quantized
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
     from transformers.core_model_loading import WeightConverter
 
 _PROBE_COLUMNS = 4
-"""Columns of a tensor that stands for a weight; enough to notice if a conversion moves, merges or splits columns."""
+"""Columns of the tensors of row numbers; enough to detect that a conversion moves, merges or splits columns."""
 _MOST_BLOCKS = 64
-"""A matrix in more pieces than this has its rows interleaved, and would be read one by one."""
+"""Largest number of blocks of a matrix; more means that rows are interleaved, and would be read one by one."""
 
 
 class _Source(NamedTuple):
-    """A stored tensor that (part of) a parameter is made of."""
+    """A stored tensor that a parameter, or part of it, is loaded from."""
 
     name: str
     pattern: str | None
-    """The pattern of the converter that takes it; None if it is only renamed."""
+    """Pattern of the converter for this tensor; None if the tensor is only renamed."""
 
 
 class StoredWeights:
-    """Where a checkpoint stores the matrices of a model.
+    """The places where a checkpoint stores the matrices of its model.
 
     Args:
         checkpoint: the checkpoint.
-        model: its model, without weights (`meta_model`) and without adapters.
+        model: the checkpoint's model, without weights (`meta_model`) and without adapters.
     """
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
@@ -61,17 +61,17 @@ class StoredWeights:
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
-        """The model's parameters (and buffers), on the meta device."""
+        """The model's parameters and buffers, on the meta device."""
         return self._parameters
 
     def find(self, parameters: Iterable[str]) -> dict[str, tuple[Weight, ...]]:
-        """{parameter: its matrix, or each expert's, as they are stored}.
+        """Return {parameter: its matrix, or the matrix of each expert, as stored}.
 
         Args:
             parameters: names of parameters with two dimensions, or three (one matrix per expert).
 
         Raises:
-            StayalignedError: listing the parameters that are not there, or are stored in another layout or shape.
+            StayalignedError: listing the parameters that are missing, or stored in another layout or shape.
         """
         found: dict[str, tuple[Weight, ...]] = {}
         missing: list[str] = []
@@ -89,19 +89,19 @@ class StoredWeights:
         if missing or converted:
             raise StayalignedError(
                 f"{self._checkpoint.directory}: weights can't be read. "
-                f"Missing: {some(missing)}. Stored in another layout: {some(converted)}",
-                hint="Is this the model that the adapter was trained on, or its ancestor, with its own config.json? "
-                "Weights are read where loading moves whole rows of them, not where it permutes or transposes them.",
+                f"Missing: {list_names(missing)}. Stored in another layout: {list_names(converted)}",
+                hint="Give the model that the adapter was trained on, or its ancestor, each with its own config.json. "
+                "Weights that are permuted or transposed on loading are not supported.",
             )
         return found
 
     def _names_of(self, parameter: str) -> list[str]:
-        """The names under which it may be stored: its own, and those that it is tied to."""
+        """Return the names under which a parameter may be stored: its own, and those of tied parameters."""
         source = self._tied.get(parameter, parameter)
         return [parameter, source, *(target for target, tied_to in self._tied.items() if tied_to == source)]
 
     def _grouped_sources(self) -> dict[str, list[_Source]]:
-        """{parameter, the first one where a conversion makes several: what it is made of}.
+        """Return {parameter: the stored tensors that it is loaded from}, with the first parameter of each conversion.
 
         Follows `transformers.core_model_loading.convert_and_load_state_dict_in_model`, without the tensors.
         """
@@ -118,7 +118,7 @@ class StoredWeights:
         return groups
 
     def _first_targets(self) -> dict[str, str]:
-        """{parameter: the key in `_sources` of the conversion that makes it}."""
+        """Return {parameter: the key in `_sources` of the conversion that it results from}."""
         firsts = {name: name for name in self._sources}
         for name, sources in self._sources.items():
             if sources[0].pattern is not None:
@@ -127,21 +127,21 @@ class StoredWeights:
         return firsts
 
     def _matrices(self, parameter: str) -> tuple[Weight, ...] | None:
-        """A matrix, or each expert's; None if the rows are not stored as they are in memory."""
+        """Return a parameter's matrix, or each expert's; None if loading does not keep its rows whole."""
         first = self._first[parameter]
         sources = self._sources[first]
         if any(len(self._checkpoint.shape(source.name)) not in (2, 3) for source in sources):
             return None
         if all(source.pattern is not None for source in sources):
-            return self._converted(parameter, first, sources)
+            return self._trace_conversion(parameter, first, sources)
         if len(sources) > 1:
             return None
         name = sources[0].name
         shape = self._checkpoint.shape(name)
         return tuple((Block(name, expert=e),) for e in range(shape[0])) if len(shape) == 3 else ((Block(name),),)
 
-    def _converted(self, parameter: str, first: str, sources: Sequence[_Source]) -> tuple[Weight, ...] | None:
-        """The matrices of a parameter that loading puts together, by converting tensors of row numbers."""
+    def _trace_conversion(self, parameter: str, first: str, sources: Sequence[_Source]) -> tuple[Weight, ...] | None:
+        """Return the matrices of a parameter that loading converts, traced by tensors of row numbers."""
         import torch
 
         converter: WeightConverter = copy.deepcopy(self._by_pattern[str(sources[0].pattern)])
@@ -159,13 +159,13 @@ class StoredWeights:
             starts += range(row, row + count, shape[-2])
             row += count
         try:
-            made = converter.convert(first, model=self._model, config=self._model.config)
+            converted = converter.convert(first, model=self._model, config=self._model.config)
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError):
-            return None  # an operation that needs what a probe has not: the weight's own columns
-        result = made.get(parameter)
+            return None  # the operation needs the weight's own columns
+        result = converted.get(parameter)
         if isinstance(result, list):
             result = result[0]
-        return None if result is None else _weights(result.to(torch.int64), units, starts)
+        return None if result is None else _locate_rows(result.to(torch.int64), units, starts)
 
     def _has_shape(self, matrices: tuple[Weight, ...], shape: tuple[int, ...]) -> bool:
         experts = shape[0] if len(shape) == 3 else 1
@@ -174,16 +174,16 @@ class StoredWeights:
 
 
 def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The checkpoint's causal language model on the meta device: every module, no weights.
+    """Create the checkpoint's causal language model on the meta device: every module, no weights.
 
     Raises:
-        StayalignedError: if the configuration is unknown, quantised, or needs code from the checkpoint.
+        StayalignedError: if the configuration is unknown, quantized, or needs code from the checkpoint.
     """
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    refuse_quantised(checkpoint)
+    refuse_quantized(checkpoint)
     try:
         config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
@@ -191,23 +191,23 @@ def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
     except StrictDataclassError as error:
         raise StayalignedError(
             f"{checkpoint.directory}: config.json: {' '.join(str(error).split())}",
-            hint="Set that field to a value that is possible here (a kernel that is installed, for instance).",
+            hint="Set that field to a value that this environment supports (for example, an installed kernel).",
         ) from error
     except (ValueError, KeyError, OSError) as error:
         model_type = checkpoint.config().get("model_type")
         raise StayalignedError(
-            f"{checkpoint.directory}: no causal language model of transformers ({model_type!r}): {error}",
-            hint="Models with code of their own are not loaded.",
+            f"{checkpoint.directory}: not a causal language model of transformers ({model_type!r}): {error}",
+            hint="Use a model that transformers supports; models with their own code are not loaded.",
         ) from error
 
 
-def _weights(numbers: Tensor, units: Sequence[Block], starts: Sequence[int]) -> tuple[Weight, ...] | None:
-    """The blocks that numbered rows come from.
+def _locate_rows(numbers: Tensor, units: Sequence[Block], starts: Sequence[int]) -> tuple[Weight, ...] | None:
+    """Return the blocks that numbered rows come from; None if a row is not whole, or there are too many blocks.
 
     Args:
-        numbers: what a conversion made of tensors whose elements were numbered row by row, (rows, columns) or
+        numbers: the result of a conversion of tensors whose elements were numbered row by row, (rows, columns) or
             (experts, rows, columns).
-        units: the matrices that went in, each as a block of all its rows.
+        units: the matrices before the conversion, each as a block of all its rows.
         starts: the number of each unit's first row.
     """
     import torch
@@ -229,7 +229,7 @@ def _weights(numbers: Tensor, units: Sequence[Block], starts: Sequence[int]) -> 
         for first, after in zip(firsts, [*firsts[1:], len(matrix)], strict=True):
             source = units[int(unit[first])]
             offset, count = int(matrix[first]) - starts[int(unit[first])], after - first
-            whole = count == source.rows
-            blocks.append(Block(source.name, source.expert, offset, None if whole else count))
+            complete = count == source.rows
+            blocks.append(Block(source.name, source.expert, offset, None if complete else count))
         matrices.append(tuple(blocks))
     return tuple(matrices)
