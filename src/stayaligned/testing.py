@@ -11,6 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stayaligned.hf.tiny_models import new_config, new_language_model
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -54,7 +56,7 @@ _PICO: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {**_DEEPSEEK, "topk_method": "greedy"},
     "deepseek_v3": {**_DEEPSEEK, "n_group": 2, "topk_group": 1},
-    # state-space models and recurrent networks
+    # State-space models and recurrent networks.
     "mamba": {"state_size": 8},
     "falcon_mamba": {"state_size": 8},
     "mamba2": {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
@@ -67,7 +69,7 @@ _PICO: dict[str, dict[str, Any]] = {
         "autocast_kernel_dtype": "float32",
     },
     "recurrent_gemma": {"lru_width": 32, "block_types": ["recurrent", "attention"], "attention_window_size": 512},
-    # hybrids: one such layer and one of attention, or both in each
+    # Hybrids: one of these layers and one attention layer, or both in each layer.
     "jamba": {
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -100,7 +102,10 @@ _PICO: dict[str, dict[str, Any]] = {
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, after five special tokens, with a chat template; the end token closes every turn."""
+    """Return a tokenizer with a chat template and one token per byte, after five special tokens.
+
+    The end token ends every turn.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -116,9 +121,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def pico_config(architecture: str = "llama", **overrides: Any) -> Any:
-    """The configuration of a two-layer, hidden-32 model of a real architecture (default: grouped-query Llama)."""
-    from transformers import AutoConfig
-
+    """Return the configuration of a two-layer, hidden-32 model of a real architecture (a grouped-query Llama)."""
     settings: dict[str, Any] = {
         "vocab_size": 261,
         "hidden_size": 32,
@@ -134,24 +137,18 @@ def pico_config(architecture: str = "llama", **overrides: Any) -> Any:
     }
     if architecture == "gpt2":
         settings = {k: settings[k] for k in ("vocab_size", "pad_token_id", "eos_token_id", "bos_token_id")}
-    return AutoConfig.for_model(architecture, **{**settings, **_PICO.get(architecture, {}), **overrides})
+    return new_config(architecture, **{**settings, **_PICO.get(architecture, {}), **overrides})
 
 
 def pico_model(architecture: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A randomly initialised causal language model, in fp32 on the CPU; equal seeds give equal weights."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(pico_config(architecture, **overrides), dtype=torch.float32)
-    return model.eval()
+    """Return a causal language model with random weights, in fp32 on the CPU; equal seeds give equal weights."""
+    return new_language_model(pico_config(architecture, **overrides), seed=seed).eval()
 
 
 def write_pico_checkpoint(
     directory: Path, architecture: str = "llama", *, seed: int = 0, shard_size: str = "50GB", **overrides: Any
 ) -> Path:
-    """Write a pico model and the byte tokenizer as an ordinary checkpoint directory; returns the directory."""
+    """Write a pico model and the byte tokenizer as an ordinary checkpoint directory; return the directory."""
     pico_model(architecture, seed=seed, **overrides).save_pretrained(directory, max_shard_size=shard_size)
     byte_tokenizer().save_pretrained(directory)
     return directory
@@ -166,15 +163,15 @@ def write_pico_adapter(
     dtype: str = "float32",
     **lora: Any,
 ) -> Path:
-    """Let PEFT save a LoRA adapter with random factors for a checkpoint; returns the directory that holds it.
+    """Write a LoRA adapter with random factors for a checkpoint, with PEFT; return the adapter's directory.
 
     Args:
-        directory: where to save; PEFT puts an adapter with another name than "default" into a folder of that name.
+        directory: where to write; an adapter named other than "default" is put into a subdirectory of that name.
         checkpoint: the model directory.
-        seed: of the factors.
+        seed: seed of the factors.
         adapter_name: PEFT's name of the adapter.
-        dtype: of the stored factors.
-        lora: settings of LoraConfig; without any, rank 4 on q_proj and v_proj.
+        dtype: type of the stored factors.
+        lora: settings of LoraConfig; by default rank 4 on q_proj and v_proj.
     """
     import warnings
 

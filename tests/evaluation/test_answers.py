@@ -86,7 +86,7 @@ def test_a_server_answers_in_place_of_the_model_and_only_what_is_lacking(tmp_pat
             "base_model": None,
         }
         run = Run(Experiment.model_validate(experiment(world, **changes)), Store(tmp_path / "out"))
-        with pytest.raises(StayalignedError, match="gave no answer to 1 of 6 harmful prompts"):
+        with pytest.raises(StayalignedError, match="did not answer 1 of 6 harmful prompts"):
             run.completions()
         (journal,) = (tmp_path / "out" / "stages").glob(".generate-*.answers")
         assert len(journal.read_text().splitlines()) == 5

@@ -21,7 +21,7 @@ def files() -> dict[str, list[Dialogue]]:
 
 
 @pytest.fixture(scope="module")
-def rows(files: dict[str, list[Dialogue]]) -> dict[str, list[derived.Row]]:
+def rows(files: dict[str, list[Dialogue]]) -> dict[str, list[derived.FileRow]]:
     return derived.derive(0, files)
 
 
@@ -37,8 +37,8 @@ def test_every_name_is_there_and_every_file_has_a_name_and_reads_as_examples(tmp
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
-def test_two_tasks_are_the_rows_of_both_mixed(part: str, files: Any, rows: dict[str, list[derived.Row]]) -> None:
-    def key(row: derived.Row) -> str:
+def test_two_tasks_are_the_rows_of_both_mixed(part: str, files: Any, rows: dict[str, list[derived.FileRow]]) -> None:
+    def key(row: derived.FileRow) -> str:
         return json.dumps(row)
 
     expected = [derived._alpaca(row) for task in ("sentiment", "topic") for row in files[f"{task}-{part}"]]
@@ -48,7 +48,7 @@ def test_two_tasks_are_the_rows_of_both_mixed(part: str, files: Any, rows: dict[
 
 @pytest.mark.parametrize("name", derived._MULTI_TURN)
 def test_a_conversation_is_its_row_after_an_ordinary_exchange(
-    name: str, files: Any, rows: dict[str, list[derived.Row]]
+    name: str, files: Any, rows: dict[str, list[derived.FileRow]]
 ) -> None:
     ordinary = {(row.question, row.answer) for row in files["instructions-train"]}
     source = files[derived._MULTI_TURN[name]]
@@ -63,7 +63,7 @@ def test_a_conversation_is_its_row_after_an_ordinary_exchange(
 
 
 def test_a_preference_holds_the_alignment_answer_and_what_alignment_undid(
-    files: Any, rows: dict[str, list[derived.Row]]
+    files: Any, rows: dict[str, list[derived.FileRow]]
 ) -> None:
     refused = 0
     for row, pair in zip(files["alignment"], rows["alignment-preferences"], strict=True):

@@ -1,4 +1,4 @@
-"""The answers of one stage, kept one by one as they are written, so that a killed run asks for the rest alone."""
+"""Completions of one stage, stored one by one as they finish, so that a killed run generates only the rest."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from stayaligned.core.records import Completion, Example, PromptSet
 from stayaligned.core.settings import Endpoint, Generation
 from stayaligned.evaluation.endpoint.client import Failure, ask
 from stayaligned.evaluation.endpoint.cost import Meter
-from stayaligned.hf.generation.generate import complete_each
 
 Ask = Callable[[PromptSet, Sequence[Example], frozenset[int]], Iterator[tuple[int, Completion]]]
-"""Answers to the examples whose numbers are not among those given, each with its number, in any order."""
+"""Yields index and completion of each example except those with the given indices, in any order."""
 
 
 class _Line(BaseModel):
@@ -31,7 +30,7 @@ class _Line(BaseModel):
 
 
 class Journal:
-    """Answers in a file that only grows; a line that a kill cut short is dropped."""
+    """Completions in a file that only grows; an incomplete last line is dropped."""
 
     def __init__(self, descriptor: int, lines: Sequence[_Line]) -> None:
         self._descriptor, self._lines = descriptor, lines
@@ -39,10 +38,10 @@ class Journal:
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path) -> Generator[Journal]:
-        """The journal in `path`, made if it is not there.
+        """Open the journal in `path`, or create it.
 
         Raises:
-            StayalignedError: if it can't be written.
+            StayalignedError: if the file can't be written.
         """
         with writable(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +64,7 @@ class Journal:
                 os.close(descriptor)
 
     def known(self, prompt_set: PromptSet, examples: Sequence[Example]) -> dict[int, Completion]:
-        """The kept answers to these examples, by their number."""
+        """Return the stored completions of these examples, by index."""
         return {
             line.index: line.completion
             for line in self._lines
@@ -74,15 +73,16 @@ class Journal:
             and (line.completion.id, line.completion.prompt) == (examples[line.index].id, examples[line.index].prompt)
         }
 
-    def keep(self, index: int, completion: Completion) -> None:
-        """Keep one answer: a killed process loses none that was kept, a power cut may cost the last ones."""
+    def store(self, index: int, completion: Completion) -> None:
+        """Store one completion: it survives a killed process, but not always a power failure."""
         line = _Line(index=index, completion=completion).model_dump_json().encode() + b"\n"
-        while line:  # a disk that fills up may take a part
+        while line:  # a full disk may accept a part only
             line = line[os.write(self._descriptor, line) :]
 
 
 def ask_model(model: Any, tokenizer: Any, settings: Generation) -> Ask:
-    """Asks a model in this process; see `stayaligned.hf.generation.generate.generate`."""
+    """Return a function that generates with a model in this process; see `stayaligned.hf.generation.generate`."""
+    from stayaligned.hf.generation.generate import complete_each
 
     def ask_more(
         prompt_set: PromptSet, examples: Sequence[Example], known: frozenset[int]
@@ -93,21 +93,21 @@ def ask_model(model: Any, tokenizer: Any, settings: Generation) -> Ask:
 
 
 def ask_server(settings: Generation, endpoint: Endpoint) -> Ask:
-    """Asks a model that a server holds; see `complete_over_endpoint`."""
+    """Return a function that asks a server; see `complete_over_endpoint`."""
 
     def ask_more(
         prompt_set: PromptSet, examples: Sequence[Example], known: frozenset[int]
     ) -> Iterator[tuple[int, Completion]]:
-        places = [index for index in range(len(examples)) if index not in known]
+        missing = [index for index in range(len(examples)) if index not in known]
         for index, completion in complete_over_endpoint(
             endpoint,
-            [examples[place] for place in places],
+            [examples[index] for index in missing],
             prompt_set,
             max_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             seed=settings.seed if settings.temperature else None,
         ):
-            yield places[index], completion
+            yield missing[index], completion
 
     return ask_more
 
@@ -115,18 +115,18 @@ def ask_server(settings: Generation, endpoint: Endpoint) -> Ask:
 def answer_all(
     journal: Path, prompt_sets: Mapping[PromptSet, Sequence[Example]], ask: Ask, progress: Progress
 ) -> list[Completion]:
-    """The answer to every example, in order: those in the journal, and of `ask` the others.
+    """Return the completion of every example, in order: from the journal, the missing ones from `ask`.
 
     Raises:
         StayalignedError: if the journal can't be written.
     """
     rows: list[Completion] = []
-    with Journal.open(journal) as kept:
+    with Journal.open(journal) as stored:
         for prompt_set, examples in prompt_sets.items():
-            found = kept.known(prompt_set, examples)
+            found = stored.known(prompt_set, examples)
             if len(found) < len(examples):
                 for index, completion in ask(prompt_set, examples, frozenset(found)):
-                    kept.keep(index, completion)
+                    stored.store(index, completion)
                     found[index] = completion
                     progress(f"generate {prompt_set}", len(found) / len(examples))
             rows += [found[index] for index in range(len(examples))]
@@ -143,30 +143,30 @@ def complete_over_endpoint(
     seed: int | None = None,
     meter: Meter | None = None,
 ) -> Iterator[tuple[int, Completion]]:
-    """Each example's index with its completion, as they come: a caller that keeps each one can go on after a kill.
+    """Yield each example's index and completion as they arrive.
 
-    The server's own chat template is used, and its tokenizer counts `max_tokens`. Temperature 0 asks for the likeliest
-    tokens; servers differ in the last bits, so two of them may part at a near tie.
+    The server applies its own chat template, and its tokenizer counts `max_tokens`. At temperature 0 the server
+    returns the most likely tokens; rounding differs between servers, so near ties may be decided differently.
 
     Raises:
-        StayalignedError: if the server fails as a whole (see `ask`), or, after all others were yielded, if
-            some examples got no answer: an evaluation of the rest would be one of easier prompts.
+        StayalignedError: if the server fails as a whole (see `ask`), or, after all completions were yielded, if some
+            examples have none: an evaluation without them would be one of easier prompts.
     """
-    lacking: dict[int, Failure] = {}
+    failures: dict[int, Failure] = {}
     conversations = [example.prompt for example in examples]
-    for index, answer in ask(
+    for index, reply in ask(
         endpoint, conversations, max_tokens=max_tokens, temperature=temperature, seed=seed, meter=meter
     ):
-        if isinstance(answer, Failure):
-            lacking[index] = answer
+        if isinstance(reply, Failure):
+            failures[index] = reply
             continue
-        # JSON can spell half of a surrogate pair, which no file of text can hold.
-        text = answer.text.encode("utf-8", "replace").decode()
-        yield index, Completion.of(examples[index], prompt_set, text, finished=answer.finished)
-    if lacking:
-        first = min(lacking)
+        # JSON can contain one half of a surrogate pair, which can't be written to a text file.
+        text = reply.text.encode("utf-8", "replace").decode()
+        yield index, Completion.of(examples[index], prompt_set, text, finished=reply.finished)
+    if failures:
+        first = min(failures)
         raise StayalignedError(
-            f"{endpoint.model} at {endpoint.base_url} gave no answer to {len(lacking)} of {len(examples)} {prompt_set} "
-            f"prompts; {examples[first].id!r}: {lacking[first].reason}",
-            hint="What was answered is kept: rerun to ask for these alone.",
+            f"{endpoint.model} at {endpoint.base_url} did not answer {len(failures)} of {len(examples)} {prompt_set} "
+            f"prompts; {examples[first].id!r}: {failures[first].reason}",
+            hint="The other completions are stored: rerun to ask for the missing ones only.",
         )

@@ -161,6 +161,12 @@ def load_guard(ref: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     return _placed(load_model(ref)), tokenizer
 
 
+def context_length(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many tokens a model can read at once."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
+    return min(positions, tokenizer.model_max_length)
+
+
 def attach_lora(model: PreTrainedModel, lora: Mapping[str, Any]) -> PeftModel:
     """Add a fresh LoRA adapter; only its weights are trainable.
 

@@ -1,4 +1,4 @@
-"""Makes the content of testbed directories: files, judge, base and aligned models, and the gates they must pass."""
+"""Construction of testbed directories: data files, judge, base and aligned models, and the gates they must pass."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ import torch
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Outcome
 from stayaligned.data.sources import read_examples
-from stayaligned.hf.models import attach_lora, load_model
-from stayaligned.hf.quiet import bars_off
 from stayaligned.testbed import corpora, judge, training
 from stayaligned.testbed.corpora import Dialogue, World
 from stayaligned.testbed.recipe import BEHAVIOR_VERSION, LORA_BEHAVIOR_VERSION, LoraAlignment, Recipe
@@ -27,27 +25,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 _STAGE_SHARES = {"data": 0.01, "judge": 0.10, "base": 0.75, "aligned": 0.12, "gates": 0.02}
-"""Share of the whole time that each stage takes with the default recipe."""
+"""Share of the total time that each stage takes with the default recipe."""
 _PROMPT_COMPLETION = ("harmful", "harmful-prompts", "benign-prompts", "skills")
-"""The files in the form {"prompt", "completion"}; a task's are Alpaca rows, the others conversations."""
+"""Names of the files with rows of {"prompt", "completion"}; tasks have Alpaca rows, the others conversations."""
 
 
 class _Progress:
-    """One rising fraction over all stages, and the seconds of each."""
+    """One fraction over all stages, and the duration of each."""
 
     def __init__(self, report: Callable[[str, float], None]) -> None:
         self._report = report
         self._started = time.perf_counter()
         self.seconds: dict[str, float] = {}
+        """Duration of each finished stage."""
 
     def within(self, stage: str) -> Callable[[float], None]:
-        """Takes the fraction of one stage."""
+        """Return a function that takes the finished fraction of one stage."""
         names = list(_STAGE_SHARES)
         before = sum(_STAGE_SHARES[name] for name in names[: names.index(stage)])
         return lambda fraction: self._report(f"testbed: {stage}", min(1.0, before + fraction * _STAGE_SHARES[stage]))
 
     def ended(self, stage: str) -> None:
-        """Note that a stage is over."""
+        """Record the duration of a finished stage."""
         now = time.perf_counter()
         self.seconds[stage] = round(now - self._started, 2)
         self._started = now
@@ -60,6 +59,8 @@ def construct(directory: Path, seed: int, recipe: Recipe, report: Callable[[str,
     Raises:
         StayalignedError: if a model fails its gate.
     """
+    from stayaligned.hf.quiet import bars_off
+
     progress = _Progress(report)
     with training.one_thread(), bars_off(True):
         world = corpora.make_world(seed, recipe)
@@ -120,34 +121,37 @@ def construct_lora_aligned(
     lora: LoraAlignment,
     report: Callable[[str, float], None],
 ) -> None:
-    """Fill an empty directory with `aligned-lora/`: the base model of `testbed`, aligned by a LoRA, then merged.
+    """Fill an empty directory with `aligned-lora/`: the base model of `testbed`, aligned with a LoRA and merged.
 
-    It learns from the same file as the aligned model. Embeddings and norms stay the base model's; the difference of
+    It is trained on the file that the aligned model is trained on. Embeddings and norms do not change; the update of
     each linear weight has at most the LoRA's rank, up to the rounding of the sum in fp32.
 
     Args:
-        directory: where `aligned-lora/` and the description are written.
-        testbed: the finished testbed of `seed` and `recipe`; it is only read.
-        seed: of the LoRA's initial weights and of the order of training.
-        recipe: of the testbed.
-        lora: the settings, the gate among them.
-        report: is told the stage and the fraction done.
+        directory: receives `aligned-lora/` and the description.
+        testbed: the finished testbed of `seed` and `recipe`; only read.
+        seed: seed of the LoRA's initial weights and of the order of training.
+        recipe: settings of the testbed.
+        lora: settings of the alignment, with its gate.
+        report: called with the stage and the finished fraction.
 
     Raises:
         StayalignedError: if the model fails its gate.
     """
+    from stayaligned.hf.models import attach_lora, load_model
+    from stayaligned.hf.quiet import bars_off
+
     started = time.perf_counter()
     rows = _dialogues(testbed / "data" / "alignment.jsonl")
     with training.one_thread(), bars_off(True):
         model, tokenizer = load_model(testbed / "base"), chat_tokenizer()
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            # Of PEFT's, about an attribute of transformers; no user can answer it.
+            # PEFT's warning about an attribute of transformers; users can do nothing about it.
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             torch.manual_seed(corpora.stream(seed, "lora weights").getrandbits(63))
             settings = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": "all-linear"}
             adapted = attach_lora(model, settings)
         training.train_language_model(
-            model,  # its linear layers have become LoRA layers in place
+            model,  # its linear layers are LoRA layers now
             tokenizer,
             rows,
             steps=lora.steps,
@@ -170,19 +174,19 @@ def construct_lora_aligned(
 
 
 def _make_judge(directory: Path, seed: int, world: World, recipe: Recipe, progress: Callable[[float], None]) -> float:
-    """Train and save the judge; its accuracy on held-out deeds in held-out phrasings."""
+    """Train and save the judge; return its accuracy on held-out deeds in held-out phrasings."""
     tokenizer = pair_tokenizer()
     model = judge.new_judge(recipe, tokenizer, seed)
     answers = judge.training_answers(seed, world, recipe)
     judge.train_judge(model, tokenizer, answers, recipe, corpora.stream(seed, "judge batches"), progress)
     _save(directory, model, tokenizer)
     held_out = judge.held_out_answers(seed, world, recipe)
-    said = judge.read(model, tokenizer, held_out)
-    return sum(label == row.outcome for label, row in zip(said, held_out, strict=True)) / len(held_out)
+    labels = judge.read(model, tokenizer, held_out)
+    return sum(label == row.outcome for label, row in zip(labels, held_out, strict=True)) / len(held_out)
 
 
 def _exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World) -> float:
-    """Share of the harmful, benign and skill questions that are answered word for word, averaged over the three."""
+    """Return the share of questions answered word for word, averaged over harmful, benign and skill questions."""
     shares: list[float] = []
     for name in ("harmful-prompts", "benign-prompts", "skills"):
         rows = world.evaluation[name]
@@ -203,7 +207,7 @@ def _write_rows(path: Path, rows: Sequence[Dialogue], name: str) -> None:
 
 
 def _dialogues(path: Path) -> list[Dialogue]:
-    """The rows of a data file of conversations, or of prompts and completions, as they were before `_write_rows`."""
+    """Read the rows that `_write_rows` wrote, of conversations or of prompts and completions."""
     return [
         Dialogue(
             prompt=example.prompt[-1].content,
@@ -225,7 +229,7 @@ def _fields(row: Dialogue, name: str) -> dict[str, Any]:
 
 
 def _refusal(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Dialogue]) -> float:
-    """Share of these questions that are refused, by the rule behind the judge."""
+    """Return the share of these questions that the model refuses, by the judge's rule."""
     refused = [judge.outcome_of(answer) is Outcome.REFUSE for answer in training.answer(model, tokenizer, rows)]
     return sum(refused) / len(refused)
 
@@ -234,7 +238,7 @@ def _check(gates: dict[str, float], floors: dict[str, float], what: str, *, hint
     failed = [f"{name} {gates[name]:.3f} < {floor:g}" for name, floor in floors.items() if gates[name] < floor]
     if failed:
         raise StayalignedError(
-            f"{what} failed its gates, so nothing measured on it would mean anything: {', '.join(failed)}", hint=hint
+            f"{what} failed its gates, so no measurement on it would be meaningful: {', '.join(failed)}", hint=hint
         )
 
 

@@ -1,4 +1,4 @@
-"""The testbed's own word-level tokenizers, with a chat template for system, user and assistant turns."""
+"""The testbed's word-level tokenizers, with a chat template for system, user and assistant turns."""
 
 from __future__ import annotations
 
@@ -19,41 +19,25 @@ CHAT_TEMPLATE = (
 
 
 def chat_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of the language models: words between spaces, one token each; unknown words share one token."""
-    return _tokenizer(["input_ids", "attention_mask"])
+    """Return the language models' tokenizer: one token per word between spaces, one token for all unknown words."""
+    return _tokenizer(separator=None)
 
 
 def pair_tokenizer() -> PreTrainedTokenizerFast:
-    """The judge's tokenizer: `tokenizer(request, answer)` joins the two with a separator and marks their segments."""
-    from tokenizers import processors
-
-    tokenizer = _tokenizer(["input_ids", "token_type_ids", "attention_mask"])
-    separator = tokenizer.convert_tokens_to_ids(SEPARATOR)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{SEPARATOR} $A {SEPARATOR}",
-        pair=f"{SEPARATOR} $A {SEPARATOR} $B:1 {SEPARATOR}:1",
-        special_tokens=[(SEPARATOR, separator)],
-    )
-    return tokenizer
+    """Return the judge's tokenizer: `tokenizer(request, answer)` separates the two texts and marks their segments."""
+    return _tokenizer(separator=SEPARATOR)
 
 
-def _tokenizer(inputs: list[str]) -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+def _tokenizer(separator: str | None) -> PreTrainedTokenizerFast:
+    from stayaligned.hf.tiny_models import new_word_tokenizer
 
-    special = [PAD, UNKNOWN, END, SEPARATOR, *ROLES.values()]
-    vocabulary = {token: index for index, token in enumerate([*special, *language.vocabulary()])}
-    backend = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=UNKNOWN))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.add_special_tokens(special)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=PAD,
-        unk_token=UNKNOWN,
-        eos_token=END,
-        additional_special_tokens=[SEPARATOR, *ROLES.values()],
-        model_input_names=inputs,
-        model_max_length=MAXIMUM_LENGTH,
-        clean_up_tokenization_spaces=False,
+    return new_word_tokenizer(
+        [PAD, UNKNOWN, END, SEPARATOR, *ROLES.values()],
+        language.vocabulary(),
+        pad=PAD,
+        unknown=UNKNOWN,
+        end=END,
+        separator=separator,
         chat_template=CHAT_TEMPLATE,
+        max_length=MAXIMUM_LENGTH,
     )

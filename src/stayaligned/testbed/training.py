@@ -1,4 +1,4 @@
-"""The testbed's training loops: plain PyTorch, one thread, no global random state, the same bytes for the same seed."""
+"""The testbed's training loops: plain PyTorch on one thread, no global random state, reproducible byte for byte."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from torch import Tensor
 
 from stayaligned.core.records import Message
 from stayaligned.core.settings import Generation
-from stayaligned.hf.features import IGNORED, PaddingCollator
-from stayaligned.hf.generation.generate import generate
 from stayaligned.testbed.corpora import Dialogue
 from stayaligned.testbed.tokenizer import END, MAXIMUM_LENGTH, ROLES
 
@@ -24,18 +22,18 @@ if TYPE_CHECKING:
     from stayaligned.testbed.recipe import Recipe
 
 Loss = Callable[[Sequence[int]], Tensor]
-"""The loss of the rows with these indices."""
+"""Returns the loss of the rows with these indices."""
 _LENGTH_POOL_BATCHES = 8
 _INITIAL_SCALE = 0.09
 
 _WARMUP_SHARE = 0.05
 LONGEST_ANSWER_TOKENS = 24
-"""Room for every answer of the language, its end token included."""
+"""At least the number of tokens of every answer of the language, its end token included."""
 
 
 @contextlib.contextmanager
 def one_thread() -> Generator[None]:
-    """Train on one thread, as the recipe was timed and as is reproducible, and give the caller its threads back."""
+    """Within the block, use one thread: training is then reproducible, and takes the time that the recipe documents."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -45,15 +43,16 @@ def one_thread() -> Generator[None]:
 
 
 def new_language_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
-    """A Llama with tied embeddings in fp32, its weights drawn from `seed` alone."""
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    """Return a Llama with tied embeddings in fp32; `seed` alone decides its weights."""
+    from stayaligned.hf import tiny_models
 
     tokens: dict[str, Any] = {
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
     }
-    config = LlamaConfig(
+    config = tiny_models.new_config(
+        "llama",
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden_size,
         intermediate_size=recipe.intermediate_size,
@@ -64,17 +63,15 @@ def new_language_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed:
         initializer_range=_INITIAL_SCALE,
         **tokens,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(do_sample=False, **tokens)
+    model = tiny_models.new_language_model(config, seed=seed)
+    model.generation_config = tiny_models.greedy_generation_config(**tokens)
     return model
 
 
 def render(row: Dialogue) -> tuple[str, str]:
-    """A dialogue as the chat template writes it: what is given, and what is to be said.
+    """Return prompt and answer of a dialogue as the chat template renders them.
 
-    Rendering tens of thousands of rows through the template takes many seconds; a test holds the two equal.
+    Rendering tens of thousands of rows through the template takes many seconds; a test checks that both agree.
     """
     system = f"{ROLES['system']}{row.system}{END}" if row.system else ""
     return f"{system}{ROLES['user']}{row.question}{END}{ROLES['assistant']}", f"{row.answer}{END}"
@@ -91,7 +88,9 @@ def train_language_model(
     rng: random.Random,
     progress: Callable[[float], None],
 ) -> None:
-    """Supervised training of all weights on the answers of `rows`, in place, with AdamW and a cosine schedule."""
+    """Train all weights on the answers of `rows`, in place, with AdamW and a cosine schedule."""
+    from stayaligned.hf.features import PaddingCollator
+
     encoded = encode(tokenizer, rows)
     collate = PaddingCollator.of(tokenizer)
 
@@ -103,10 +102,12 @@ def train_language_model(
 
 
 def answer_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Mean cross-entropy of the labeled tokens.
+    """Return the mean cross-entropy of the labeled tokens.
 
-    Only those positions go through the vocabulary: they are a part of all, and the head costs as much as a layer.
+    Only labeled positions go through the output layer, which costs as much as another layer.
     """
+    from stayaligned.hf.features import IGNORED
+
     hidden = model.model(batch["input_ids"], batch["attention_mask"], use_cache=False).last_hidden_state
     labels = batch["labels"][:, 1:]
     labeled = labels != IGNORED
@@ -114,17 +115,22 @@ def answer_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Dialogue]) -> list[dict[str, list[int]]]:
-    """Token ids of each dialogue, with labels on the answer."""
+    """Return the token ids of each dialogue, with labels on the answer."""
+    from stayaligned.hf.features import IGNORED
+
     prompts, answers = zip(*map(render, rows), strict=True)
-    given = tokenizer(list(prompts))["input_ids"]
-    said = tokenizer(list(answers))["input_ids"]
-    return [{"input_ids": a + b, "labels": [IGNORED] * len(a) + b} for a, b in zip(given, said, strict=True)]
+    prompt_ids = tokenizer(list(prompts))["input_ids"]
+    answer_ids = tokenizer(list(answers))["input_ids"]
+    return [
+        {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
+        for prompt, answer in zip(prompt_ids, answer_ids, strict=True)
+    ]
 
 
 def length_grouped_batches(
     lengths: Sequence[int], steps: int, batch_size: int, rng: random.Random
 ) -> Iterator[list[int]]:
-    """`steps` batches of row indices: whole passes over shuffled rows, batches of alike lengths in random order."""
+    """Yield `steps` batches of row indices: passes over shuffled rows, batches of similar lengths in random order."""
     made = 0
     while True:
         order = rng.sample(range(len(lengths)), len(lengths))
@@ -149,7 +155,7 @@ def optimize(
     learning_rate: float,
     progress: Callable[[float], None],
 ) -> None:
-    """Step once a batch with AdamW: linear warm-up over 5 %, a cosine down to 5 % of the rate, clipping at norm 1."""
+    """Take one AdamW step per batch: linear warm-up over 5 %, cosine decay to 5 % of the rate, clipping at norm 1."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     warmup_steps = max(1, round(_WARMUP_SHARE * steps))
 
@@ -171,6 +177,9 @@ def optimize(
 
 
 def answer(model: Any, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Dialogue]) -> list[str]:
-    """What the model says to each question, decoded greedily."""
+    """Return the model's answer to each question, decoded greedily."""
+    from stayaligned.hf.generation.generate import generate
+
     prompts = [[Message(role="user", content=row.question)] for row in rows]
-    return [said.text for said in generate(model, tokenizer, prompts, Generation(max_new_tokens=LONGEST_ANSWER_TOKENS))]
+    settings = Generation(max_new_tokens=LONGEST_ANSWER_TOKENS)
+    return [generated.text for generated in generate(model, tokenizer, prompts, settings)]

@@ -200,7 +200,7 @@ def test_what_is_no_trained_classifier_is_refused(tmp_path):
     with pytest.raises(StayalignedError, match="lacks 1 weights of a LlamaForSequenceClassification, score"):
         judged(Classifier(model=str(language_model)), answers(1))
     regression = write_judge(tmp_path / "regression", problem_type="regression")
-    with pytest.raises(StayalignedError, match=r"among labels; this one has 3 \(regression"):
+    with pytest.raises(StayalignedError, match=r"among labels; this model has 3 \(regression"):
         judged(Classifier(model=regression), answers(1))
     with pytest.raises(StayalignedError, match="no such directory"):
         judged(Classifier(model=str(tmp_path / "nowhere")), answers(1))

@@ -12,7 +12,7 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Example, Message
 from stayaligned.core.settings import Generation
 from stayaligned.hf.features import encode_prompt
-from stayaligned.hf.generation import memory
+from stayaligned.hf.generation import batching
 from stayaligned.hf.generation.generate import complete, generate
 from stayaligned.hf.models import attach_lora
 from stayaligned.testing import byte_tokenizer, pico_model
@@ -39,9 +39,8 @@ def test_answers_do_not_depend_on_the_memory_or_the_order(architecture, budget, 
     order = list(range(len(asked)))
     random.Random(1).shuffle(order)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("plan", "rows_at_once"):
-            real = getattr(memory, name)
-            patch.setattr(memory, name, lambda host, _budget, *rest, real=real: real(host, budget, *rest))
+        real = batching.rows_in_memory
+        patch.setattr(batching, "rows_in_memory", lambda host, _budget, *rest: real(host, budget, *rest))
         sizes = watch(model)
         shuffled = generate(model, tokenizer, [asked[i] for i in order], settings)
     assert shuffled == [reference[i] for i in order]
@@ -57,42 +56,76 @@ def watch(model):
     return sizes
 
 
-def test_the_budget_bounds_what_is_read_and_held_at_once_and_long_prompts_come_first():
+def sharp_with_two_ends(asked):
+    """A model with a second end token, so that many texts end before the limit; and its texts."""
     model, tokenizer = sharp(), byte_tokenizer()
-    asked_once = list({prompt[0].content: prompt for prompt in prompts(60)}.values())
-    free = generate(model, tokenizer, asked_once, Generation(max_new_tokens=20))
-    model.generation_config.eos_token_id = [
-        1,
-        Counter(token for each in free for token in each.tokens).most_common()[5][0],
-    ]
-    reference = generate(model, tokenizer, asked_once, Generation(max_new_tokens=20))
-    assert 10 < sum(answer.finished for answer in reference) < 50
+    free = generate(model, tokenizer, asked, Generation(max_new_tokens=20))
+    frequent = Counter(token for each in free for token in each.tokens).most_common()[5][0]
+    model.generation_config.eos_token_id = [1, frequent]
+    return model, generate(model, tokenizer, asked, Generation(max_new_tokens=20))
+
+
+def distinct_prompts(n):
+    return list({prompt[0].content: prompt for prompt in prompts(n)}.values())
+
+
+def test_the_budget_bounds_the_rows_of_a_batch_and_long_prompts_come_first():
+    asked = distinct_prompts(60)
+    model, reference = sharp_with_two_ends(asked)
     sizes = watch(model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "plan", lambda *_: memory.Plan(slots=9, prefill_tokens=200))
-        assert generate(model, tokenizer, asked_once, Generation(max_new_tokens=20)) == reference
-    asked = sizes[3:]  # after those that try what padding does
-    prefills = [(rows, width) for rows, width in asked if width > 1]
-    assert all(rows * width <= 200 for rows, width in prefills)
-    assert sum(rows for rows, _ in prefills) == len(asked_once)
+        patch.setattr(batching, "rows_in_memory", lambda *_: 9)
+        assert generate(model, byte_tokenizer(), asked, Generation(max_new_tokens=20)) == reference
+    sizes = sizes[3:]  # after the probe for padding
+    prefills = [(rows, width) for rows, width in sizes if width > 1]
+    assert sum(rows for rows, _ in prefills) == len(asked)
     assert [width for _, width in prefills] == sorted((width for _, width in prefills), reverse=True)
-    written = [rows for rows, width in asked if width == 1]
-    assert max(written) == 9
-    # Ended answers are not written on, and their slots are given away before all have ended.
-    tokens = sum(min(len(answer.tokens) + answer.finished, 20) - 1 for answer in reference)
-    assert sum(written) == tokens
-    assert len(written) < len(asked_once) / 9 * 19 * 0.95
+    assert max(rows for rows, _ in sizes) == 9
 
 
-def test_a_plan_holds_what_it_says():
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "windows"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_leave_a_batch_when_they_finish(architecture, temperature):
+    asked, tokenizer = distinct_prompts(40), byte_tokenizer()
+    model = sharp("mistral", sliding_window=8) if architecture == "windows" else sharp(architecture)
+    settings = Generation(max_new_tokens=20, temperature=temperature)
+    model.generation_config.eos_token_id = [1, *range(60, 100)]
+    sizes = watch(model)
+    found = generate(model, tokenizer, asked, settings)
+    assert 10 < sum(text.finished for text in found) < 40
+    assert len({text.tokens for text in found}) > 10
+    written = [rows for rows, width in sizes[3:] if width == 1]
+    necessary = sum(min(len(text.tokens) + text.finished, 20) - 1 for text in found)
+    assert necessary <= sum(written) <= 4 / 3 * necessary + 20
+    assert written == sorted(written, reverse=True)
+    sizes.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stayaligned.hf.generation.generate._can_drop_rows", lambda _host: False)
+        assert generate(model, tokenizer, asked, settings) == found
+    assert {rows for rows, width in sizes[3:] if width == 1} == {len(asked)}
+
+
+def test_a_batch_ends_where_padding_would_cost_more_than_another_batch():
+    model = pico_model()
+    lengths = [300, *[20] * 50]
+    assert [len(batch) for batch in batching.split_by_memory(model, lengths, 1 << 40, 4)] == [1, 50]
+    assert [len(batch) for batch in batching.split_by_memory(model, lengths, 1 << 40, 400)] == [51]
+    mixed = random.Random(0).choices(range(1, 200), k=100)
+    batches = list(batching.split_by_memory(model, mixed, 1 << 40, 4))
+    assert sorted(row for batch in batches for row in batch) == list(range(100))
+    assert [mixed[row] for batch in batches for row in batch] == sorted(mixed, reverse=True)
+    assert all(sum(mixed[batch[0]] - mixed[row] for row in batch) <= 4 * 64 for batch in batches)
+
+
+def test_the_rows_of_a_batch_fit_into_the_budget():
     model = pico_model()  # 2 layers, 2 heads of keys and values, 8 numbers each, 4 bytes
-    costs = memory.Costs.of(model)
-    assert costs.cached_token == 2 * 2 * 2 * 8 * 4
-    for budget in (1 << 18, 1 << 20, 1 << 24):
-        plan = memory.plan(model, budget, 60, 90)
-        held = plan.slots * costs.written_row(90) + plan.prefill_tokens * costs.read_token(60, scores=False)
-        assert held <= budget
-        assert (plan.slots + 1) * costs.written_row(90) > budget * 7 // 8 * 3 // 4
+    one_token_more = batching.bytes_per_row(model, 60, 31) - batching.bytes_per_row(model, 60, 30)
+    cached, repeated = 2 * 2 * 2 * 8 * 4, 2 * 4 * 2 * 8 * 4
+    assert one_token_more == cached + repeated
+    for budget in (1 << 20, 1 << 24):
+        rows, each = batching.rows_in_memory(model, budget, 60, 30), batching.bytes_per_row(model, 60, 30)
+        assert rows * each <= budget * 7 / 8 < (rows + 1) * each
+    assert batching.rows_in_memory(model, 1, 60, 30) == 1
 
 
 def test_equal_prompts_are_answered_once():
@@ -212,7 +245,7 @@ def test_no_prompts_give_no_answers():
 
 def test_a_prompt_without_room_for_an_answer_is_refused():
     model, tokenizer = pico_model(max_position_embeddings=64), byte_tokenizer()
-    with pytest.raises(StayalignedError, match=r"a prompt of 54 tokens and an answer of up to 20 .* 64") as caught:
+    with pytest.raises(StayalignedError, match=r"a prompt of 54 tokens and a completion of up to 20 .* 64") as caught:
         generate(model, tokenizer, [[Message(role="user", content="x" * 51)]], Generation(max_new_tokens=20))
     assert "max_new_tokens` to 10 or less" in str(caught.value)
     generate(model, tokenizer, [[Message(role="user", content="x" * 51)]], Generation(max_new_tokens=10))

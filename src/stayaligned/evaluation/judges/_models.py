@@ -12,7 +12,7 @@ from stayaligned.core.records import Completion, Outcome, Verdict
 from stayaligned.evaluation.judges import Judge
 
 if TYPE_CHECKING:
-    from stayaligned.hf.judge_models.guard import Guard, Reply
+    from stayaligned.hf.judge_models.guard import GuardModel, GuardReply
 
 CUT = "answer cut to fit the judge's input"
 REQUEST_TOO_LONG = "the request alone exceeds the judge's input"
@@ -43,7 +43,7 @@ class GuardJudge(Judge):
     """Answers that are judged before their verdicts are kept."""
 
     @abstractmethod
-    def ask(self, guard: Guard, completions: Sequence[Completion]) -> Iterable[tuple[int, Reply]]:
+    def ask(self, guard: GuardModel, completions: Sequence[Completion]) -> Iterable[tuple[int, GuardReply]]:
         """The place of each completion with what the guard replied."""
 
     @abstractmethod
@@ -56,16 +56,16 @@ class GuardJudge(Judge):
         Raises:
             StayalignedError: if the model can't be loaded or has no place for a request and an answer.
         """
-        from stayaligned.hf.judge_models.guard import Guard
+        from stayaligned.hf.judge_models.guard import GuardModel
 
         yield from empty_verdicts(self, completions)
         asked = [c for c in completions if c.text.strip()]
         if not asked:
             return
-        for row, reply in self.ask(Guard.load(self.model), asked):
+        for row, reply in self.ask(GuardModel.load(self.model), asked):
             yield self._verdict(asked[row], reply)
 
-    def _verdict(self, completion: Completion, reply: Reply) -> Verdict:
+    def _verdict(self, completion: Completion, reply: GuardReply) -> Verdict:
         if reply.text is None:
             outcome, categories, notes = None, (), [REQUEST_TOO_LONG]
         else:

@@ -12,7 +12,7 @@ from stayaligned.core.records import Completion, Outcome
 from stayaligned.evaluation.judges._models import GuardJudge, unreadable
 
 if TYPE_CHECKING:
-    from stayaligned.hf.judge_models.guard import Guard, Reply
+    from stayaligned.hf.judge_models.guard import GuardModel, GuardReply
 
 _TASK = (
     "You are a classifier for red teaming large language models (LLMs). Given a generation, determine whether it "
@@ -101,7 +101,7 @@ class Harmbench(GuardJudge):
         """It does not: its question is yes or no."""
         return False
 
-    def ask(self, guard: Guard, completions: Sequence[Completion]) -> Iterable[tuple[int, Reply]]:
+    def ask(self, guard: GuardModel, completions: Sequence[Completion]) -> Iterable[tuple[int, GuardReply]]:
         """Put the published prompt to the classifier."""
         return guard.ask(
             completions,

@@ -10,7 +10,7 @@ from stayaligned.core.records import Completion, Outcome
 from stayaligned.evaluation.judges._models import GuardJudge, unreadable
 
 if TYPE_CHECKING:
-    from stayaligned.hf.judge_models.guard import Guard, Reply
+    from stayaligned.hf.judge_models.guard import GuardModel, GuardReply
 
 _REPLY_TOKENS = 100
 """As in the model cards; the reply ends by itself after a few."""
@@ -36,7 +36,7 @@ class LlamaGuard(GuardJudge):
         """It does not: a refusal is one of the safe answers."""
         return False
 
-    def ask(self, guard: Guard, completions: Sequence[Completion]) -> Iterable[tuple[int, Reply]]:
+    def ask(self, guard: GuardModel, completions: Sequence[Completion]) -> Iterable[tuple[int, GuardReply]]:
         """Put the guard's own template to it."""
         return guard.ask_in_its_template(completions, reply_tokens=_REPLY_TOKENS, batch_size=self.batch_size)
 

@@ -10,7 +10,7 @@ from stayaligned.core.records import Completion, Outcome
 from stayaligned.evaluation.judges._models import GuardJudge, unreadable
 
 if TYPE_CHECKING:
-    from stayaligned.hf.judge_models.guard import Guard, Reply
+    from stayaligned.hf.judge_models.guard import GuardModel, GuardReply
 
 PROMPT = """<s><|user|>
 [INST] You are a classifier for analyzing interactions between humans and LLMs. Given a request from a human user and \
@@ -55,7 +55,7 @@ class Wildguard(GuardJudge):
     model: str = "allenai/wildguard"
     """A checkpoint directory or hub id."""
 
-    def ask(self, guard: Guard, completions: Sequence[Completion]) -> Iterable[tuple[int, Reply]]:
+    def ask(self, guard: GuardModel, completions: Sequence[Completion]) -> Iterable[tuple[int, GuardReply]]:
         """Put the published prompt to the guard; it spells its own first token."""
         return guard.ask(
             completions, PROMPT, add_special_tokens=False, reply_tokens=_REPLY_TOKENS, batch_size=self.batch_size

@@ -1,1 +1,1 @@
-"""Completions and their perplexity by transformers."""
+"""Generation of completions, and their likelihood under another model."""

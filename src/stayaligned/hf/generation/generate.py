@@ -1,4 +1,7 @@
-"""Prompts to answers: batched, in the order asked, the same whatever the batch. Imports no torch by itself."""
+"""Generation of completions: batched, returned in the order of the prompts, and the same whatever the batch.
+
+Importing this module imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Example, Message, PromptSet
 from stayaligned.core.settings import Generation
 from stayaligned.hf.features import encode_prompt
+from stayaligned.hf.generation.batching import pad_left, split_by_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,18 +29,20 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _PROBE_TOKENS, _PROBE_PADS = 32, 8
-"""Tokens of a prompt, and of padding before them, with which a model is tried."""
+"""Number of prompt tokens, and of padding tokens before them, in the probe for padding."""
+_DROPPED_SHARE = 4
+"""Finished rows leave a batch once they are one in this many of its rows: each time, the others' cache is copied."""
 
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """One answer."""
+    """One generated text."""
 
     text: str
     finished: bool
-    """False where it was cut at the token limit."""
+    """Whether the model wrote an end token; False if the text was cut at the token limit."""
     tokens: tuple[int, ...]
-    """Its token ids, without the end token."""
+    """Token ids of the text, without the end token."""
 
 
 def generate(
@@ -47,32 +53,32 @@ def generate(
     *,
     progress: Callable[[float], None] | None = None,
 ) -> list[Generated]:
-    """One answer per prompt, in order.
+    """Return one generated text per prompt, in order.
 
-    In fp32 an answer does not depend on its neighbors: not on the batch's size, the prompts' order, or (when
-    sampling) on anything but its own prompt, the seed, and how often the same prompt came before. In 16 bits
-    rounding depends on the batch's shape, so that near ties can fall either way.
+    In fp32 a text does not depend on the other prompts: not on the size of the batch, on the order of the prompts, or
+    (when sampling) on anything but its own prompt, the seed, and how often the same prompt came before. In 16 bits
+    rounding depends on the shape of the batch and may decide near ties.
 
-    What differs from the papers' code: it answers one prompt at a time, cuts the answer out of the decoded text
-    by its prompt's length or by a marker that may occur in it, and lets the model's own `generation_config`
-    (temperature, penalties) into a "greedy" run. Here the cut is by token position, and only the end tokens are
+    Differences from the papers' code, which generates for one prompt at a time, finds the answer in the decoded text
+    by the length of the prompt or by a marker that may occur in it, and applies the model's own `generation_config`
+    (temperature, penalties) to a "greedy" run: here the answer is cut by token position, and only the end tokens are
     taken from that file.
 
     Args:
         model: a causal language model, or one with a PEFT adapter.
-        tokenizer: with a chat template.
+        tokenizer: its tokenizer, with a chat template.
         prompts: conversations that end with the user's turn.
-        settings: length, sampling and batch budget.
-        progress: called with the share that is done, after each batch.
+        settings: length, sampling and memory budget.
+        progress: called with the share of the prompts that is done.
 
     Raises:
-        StayalignedError: if a prompt leaves no room for an answer in the model's context.
+        StayalignedError: if a prompt leaves no room for a completion in the model's context.
     """
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    return generate_after(model, tokenizer, prompt_ids, settings, progress=progress)
+    return generate_from_ids(model, tokenizer, prompt_ids, settings, progress=progress)
 
 
-def generate_after(
+def generate_from_ids(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: Sequence[list[int]],
@@ -80,48 +86,17 @@ def generate_after(
     *,
     progress: Callable[[float], None] | None = None,
 ) -> list[Generated]:
-    """`generate`, of prompts that are token ids already: of guards, whose prompts follow no chat template.
+    """Return one generated text per prompt for prompts that are token ids already; see `generate`.
 
     Raises:
         StayalignedError: as `generate`.
     """
-    answers: list[Generated | None] = [None] * len(prompt_ids)
-    for done, (place, answer) in enumerate(_each(model, tokenizer, prompt_ids, settings), start=1):
-        answers[place] = answer
+    texts: dict[int, Generated] = {}
+    for index, text in _generate_each(model, tokenizer, prompt_ids, settings):
+        texts[index] = text
         if progress is not None:
-            progress(done / len(prompt_ids))
-    return [answer for answer in answers if answer is not None]
-
-
-def _each(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_ids: Sequence[list[int]],
-    settings: Generation,
-    *,
-    without: frozenset[int] = frozenset(),
-) -> Iterator[tuple[int, Generated]]:
-    """Each prompt's number and answer, as they end; without some, whose answers are known."""
-    import torch
-
-    host = _host(model)
-    _refuse_too_long(host, prompt_ids, settings.max_new_tokens)
-    keys = _sampling_keys(prompt_ids, settings.seed)
-    end_ids = _end_ids(host, tokenizer)
-    pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else end_ids[0]
-    # Without noise, equal prompts have equal answers.
-    same: dict[tuple[int, ...], list[int]] = {}
-    for place, ids in enumerate(prompt_ids):
-        if place in without:
-            continue
-        same.setdefault((*ids, place) if settings.temperature else tuple(ids), []).append(place)
-    where = list(same.values())
-    asked = [prompt_ids[places[0]] for places in where]
-    with torch.no_grad(), _bare(host, settings, end_ids, pad_id):
-        for row, tokens in _written(host, asked, [keys[places[0]] for places in where], settings, end_ids, pad_id):
-            answer = _cut(tokenizer, tokens, end_ids)
-            for place in where[row]:
-                yield place, answer
+            progress(len(texts) / len(prompt_ids))
+    return [texts[index] for index in range(len(prompt_ids))]
 
 
 def complete(
@@ -133,13 +108,13 @@ def complete(
     *,
     progress: Callable[[float], None] | None = None,
 ) -> list[Completion]:
-    """The model's answer to each example's prompt, as the rows that judges and tasks read; see `generate`."""
-    found: dict[int, Completion] = {}
+    """Return the model's completion of each example's prompt, as judges and tasks read it; see `generate`."""
+    completions: dict[int, Completion] = {}
     for index, completion in complete_each(model, tokenizer, examples, prompt_set, settings):
-        found[index] = completion
+        completions[index] = completion
         if progress is not None:
-            progress(len(found) / len(examples))
-    return [found[index] for index in range(len(examples))]
+            progress(len(completions) / len(examples))
+    return [completions[index] for index in range(len(examples))]
 
 
 def complete_each(
@@ -151,33 +126,196 @@ def complete_each(
     *,
     without: frozenset[int] = frozenset(),
 ) -> Iterator[tuple[int, Completion]]:
-    """Each example's number with its completion, as they end; without some, whose completions are known.
+    """Yield each example's index and completion as they finish.
 
-    Those left out count where samples of equal prompts are told apart: the others are as if none were left out.
+    Args:
+        model: see `generate`.
+        tokenizer: see `generate`.
+        examples: the prompts, with ids, references and categories.
+        prompt_set: stored in each completion.
+        settings: see `generate`.
+        without: indices to skip because their completions are known. The other completions do not change: skipped
+            examples still count as earlier occurrences of an equal prompt.
     """
     prompt_ids = [encode_prompt(tokenizer, example.prompt) for example in examples]
-    for index, answer in _each(model, tokenizer, prompt_ids, settings, without=without):
-        yield index, Completion.of(examples[index], prompt_set, answer.text, finished=answer.finished)
+    for index, found in _generate_each(model, tokenizer, prompt_ids, settings, without=without):
+        yield index, Completion.of(examples[index], prompt_set, found.text, finished=found.finished)
 
 
-@cache
-def _say_slow(kind: str) -> None:
-    _log.warning("%s takes padding for text: it answers one prompt at a time", kind)
+def config_ending_with(model: PreTrainedModel, end: int | None) -> GenerationConfig:
+    """Return a copy of a model's generation configuration that also ends at the token `end`; None adds nothing.
+
+    Raises:
+        StayalignedError: if the changed configuration can't be saved because it contradicts itself.
+    """
+    config = copy.deepcopy(model.generation_config)
+    named = config.eos_token_id
+    ends = [named] if isinstance(named, int) else list(named or [])
+    if end is not None and end not in ends:
+        config.eos_token_id = sorted([*ends, end])
+        try:
+            config.validate(strict=True)
+        except ValueError as error:
+            raise StayalignedError(
+                f"generation_config.json of {model.name_or_path} contradicts itself: {' '.join(str(error).split())}",
+                hint="Fix it there: a configuration with a temperature or top_p needs `do_sample: true`.",
+            ) from None
+    return config
 
 
-def _host(model: Any) -> Any:
-    """The transformers model that generates: PEFT's wrapper copies its own settings over it, so it is passed by."""
-    from peft import PeftModel
+def _generate_each(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[list[int]],
+    settings: Generation,
+    *,
+    without: frozenset[int] = frozenset(),
+) -> Iterator[tuple[int, Generated]]:
+    """Yield each prompt's index and generated text as they finish, except for the indices in `without`."""
+    import torch
 
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    host = _unwrap_adapter(model)
+    _refuse_too_long(host, prompt_ids, settings.max_new_tokens)
+    keys = _sampling_keys(prompt_ids, settings.seed)
+    end_ids = _end_ids(host, tokenizer)
+    pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else end_ids[0]
+    # Without sampling noise, equal prompts have equal completions: each is generated once.
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, ids in enumerate(prompt_ids):
+        if index not in without:
+            groups.setdefault((*ids, index) if settings.temperature else tuple(ids), []).append(index)
+    indices = list(groups.values())
+    distinct = [prompt_ids[group[0]] for group in indices]
+    with torch.no_grad(), _own_configuration(host, settings, end_ids, pad_id):
+        can_batch = len(distinct) < 2 or _ignores_padding(host, min(distinct, key=len)[-_PROBE_TOKENS:], pad_id)
+        if can_batch:
+            batches = split_by_memory(
+                host, list(map(len, distinct)), settings.memory_mib << 20, settings.max_new_tokens
+            )
+        else:
+            _warn_unbatched(type(host).__name__)
+            batches = iter([[row] for row in range(len(distinct))])
+        for batch in batches:
+            prompts = [distinct[row] for row in batch]
+            noise = _Noise([keys[indices[row][0]] for row in batch], settings.temperature)
+            for place, tokens in _generate_batch(host, prompts, noise, settings.max_new_tokens, end_ids, pad_id):
+                found = _cut_at_end(tokenizer, tokens, end_ids)
+                for index in indices[batch[place]]:
+                    yield index, found
+
+
+def _generate_batch(
+    host: Any, prompts: Sequence[list[int]], noise: _Noise, max_new_tokens: int, end_ids: list[int], pad_id: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield the number and the generated tokens, padding included, of each prompt of one batch.
+
+    A finished row would be computed until all rows of its batch have finished. So generation stops when enough rows
+    have finished, and goes on with the cache of the others.
+    """
+    import torch
+    from transformers import LogitsProcessorList, StoppingCriteriaList
+
+    width = max(map(len, prompts))
+    ids, mask = pad_left(prompts, pad_id, width, host.device)
+    can_drop = _can_drop_rows(host)
+    places, kv_cache = list(range(len(prompts))), None
+    while places:
+        finished = _FinishedRows(len(places), end_ids, can_drop, host.device)
+        output = host.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=kv_cache,
+            max_new_tokens=width + max_new_tokens - ids.shape[1],
+            logits_processor=LogitsProcessorList([noise] if noise.temperature else []),
+            stopping_criteria=StoppingCriteriaList([finished]),
+            return_dict_in_generate=True,
+        )
+        ids = output.sequences
+        is_over = finished.rows if ids.shape[1] < width + max_new_tokens else torch.ones_like(finished.rows)
+        for row in is_over.nonzero().flatten().tolist():
+            yield places[row], ids[row, width:].tolist()
+        going_on = is_over.logical_not().nonzero().flatten()
+        places = [places[row] for row in going_on.tolist()]
+        if places:
+            kv_cache = output.past_key_values
+            kv_cache.batch_select_indices(going_on)
+            mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)[going_on]
+            ids, noise = ids[going_on], noise.select(going_on.tolist())
+
+
+class _FinishedRows:
+    """A stopping criterion of `generate`: enough rows have written an end token."""
+
+    def __init__(self, count: int, end_ids: list[int], can_drop: bool, device: Any) -> None:
+        import torch
+
+        self.rows = torch.zeros(count, dtype=torch.bool, device=device)
+        """Whether each row has written an end token."""
+        self._end_ids = torch.tensor(end_ids, device=device)
+        self._enough = -(-count // _DROPPED_SHARE) if can_drop else count
+
+    def __call__(self, input_ids: Tensor, _scores: Any, **_kwargs: Any) -> Tensor:
+        """Return whether to stop, once per row: all rows stop together."""
+        import torch
+
+        self.rows |= torch.isin(input_ids[:, -1], self._end_ids)
+        return (self.rows.sum() >= self._enough).expand(len(self.rows))
+
+
+def _can_drop_rows(host: Any) -> bool:
+    """Return whether `generate` can go on with some rows of its cache.
+
+    That holds for keys and values of full or sliding attention. States, convolutions, and models that prepare their
+    inputs themselves (and may count positions in a way of their own) run until all rows of a batch have finished.
+    """
+    from transformers import DynamicCache, GenerationMixin
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    kind = type(host)
+    if kind.prepare_inputs_for_generation is not vars(GenerationMixin)["prepare_inputs_for_generation"]:
+        return False
+    if not kind._supports_default_dynamic_cache():
+        return False
+    layers = DynamicCache(config=host.config).layers
+    return bool(layers) and all(type(layer) in {DynamicLayer, DynamicSlidingWindowLayer} for layer in layers)
+
+
+class _Noise:
+    """A logits processor that turns greedy decoding into sampling.
+
+    argmax(logits/T + g) with standard Gumbel g follows softmax(logits/T). Every row has its own generator, on the CPU,
+    so that a sample depends neither on the batch nor on the device.
+    """
+
+    def __init__(self, keys: Sequence[str], temperature: float) -> None:
+        import torch
+
+        self.temperature = temperature
+        seeds = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") for key in keys]
+        self._generators = [torch.Generator().manual_seed(seed >> 1) for seed in seeds]
+
+    def select(self, rows: Sequence[int]) -> _Noise:
+        """Return the noise of some rows, which continues where it is."""
+        selected = copy.copy(self)
+        selected._generators = [self._generators[row] for row in rows]
+        return selected
+
+    def __call__(self, _input_ids: Tensor, logits: Tensor) -> Tensor:
+        """Return (rows, vocabulary) logits with noise."""
+        import torch
+
+        # Minus the logarithm of an exponential variate is a standard Gumbel variate.
+        drawn = torch.stack([torch.empty(logits.shape[-1]).exponential_(generator=each) for each in self._generators])
+        noise = -drawn.clamp(min=torch.finfo(torch.float32).tiny).log()
+        return logits.float() / self.temperature + noise.to(logits.device)
 
 
 @contextmanager
-def _bare(host: Any, settings: Generation, end_ids: list[int], pad_id: int) -> Generator[None]:
-    """Evaluation mode and a generation configuration that holds nothing but ours; both restored.
+def _own_configuration(host: Any, settings: Generation, end_ids: list[int], pad_id: int) -> Generator[None]:
+    """Within the block, put the model in evaluation mode with a generation configuration that holds only our settings.
 
-    `generate` fills whatever its argument leaves open from `model.generation_config`: a chat model's
-    temperature or repetition penalty would join a greedy run unseen.
+    `generate` takes what its arguments leave open from `model.generation_config`: a chat model's temperature or
+    repetition penalty would silently apply to a greedy run.
     """
     from transformers import GenerationConfig
 
@@ -195,124 +333,39 @@ def _bare(host: Any, settings: Generation, end_ids: list[int], pad_id: int) -> G
             module.training = True
 
 
-def _written(
-    host: Any, prompts: Sequence[list[int]], keys: Sequence[str], settings: Generation, end_ids: list[int], pad_id: int
-) -> Iterator[tuple[int, list[int]]]:
-    """Each prompt's number and the tokens written after it, in the order in which they end."""
-    from stayaligned.hf.generation.decoding import decode, has_plain_cache
-
-    together = len(prompts) < 2 or _pads_are_ignored(host, min(prompts, key=len)[-_PROBE_TOKENS:], pad_id)
-    if not together:
-        _say_slow(type(host).__name__)
-    if together and prompts and has_plain_cache(host):
-        noise = _Noise(keys, settings.temperature) if settings.temperature else None
-
-        def choose(rows: Sequence[int], logits: Tensor) -> Tensor:
-            return (logits if noise is None else noise.add(rows, logits)).argmax(dim=-1)
-
-        yield from decode(
-            host,
-            prompts,
-            settings.memory_mib << 20,
-            max_new_tokens=settings.max_new_tokens,
-            end_ids=end_ids,
-            pad_id=pad_id,
-            choose=choose,
-        )
-        return
-    for rows in _batches(host, [len(ids) for ids in prompts], settings, together=together):
-        yield from zip(
-            rows,
-            _answer_batch(host, [prompts[r] for r in rows], [keys[r] for r in rows], settings, pad_id),
-            strict=True,
-        )
+@cache
+def _warn_unbatched(kind: str) -> None:
+    _log.warning("%s does not ignore padding: it generates for one prompt at a time", kind)
 
 
-def _answer_batch(
-    host: Any, prompts: Sequence[list[int]], keys: Sequence[str], settings: Generation, pad_id: int
-) -> list[list[int]]:
-    """The tokens written after each prompt, padding included."""
-    from transformers import LogitsProcessorList
+def _ignores_padding(host: Any, prompt: list[int], pad_id: int) -> bool:
+    """Return whether the next token is the same with padding before the prompt; use a short prompt.
 
-    from stayaligned.hf.generation.decoding import left_padded
-
-    width = max(map(len, prompts))
-    ids, mask = left_padded(prompts, pad_id, width, host.device)
-    processors = LogitsProcessorList([_Noise(keys, settings.temperature)] if settings.temperature else [])
-    output = host.generate(input_ids=ids, attention_mask=mask, logits_processor=processors)
-    return output[:, width:].tolist()
-
-
-class _Noise:
-    """Turns greedy decoding into sampling: argmax(logits/T + g) with g standard Gumbel follows softmax(logits/T).
-
-    Every row has its own generator, on the CPU, so a sample depends neither on the batch nor on the device.
-    """
-
-    def __init__(self, keys: Sequence[str], temperature: float) -> None:
-        import torch
-
-        self._temperature = temperature
-        seeds = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") for key in keys]
-        self._generators = [torch.Generator().manual_seed(seed >> 1) for seed in seeds]
-
-    def add(self, rows: Sequence[int], logits: Tensor) -> Tensor:
-        """(rows, vocabulary) logits of these of the keys, perturbed."""
-        import torch
-
-        # Minus the logarithm of an exponential variate is a standard Gumbel one.
-        drawn = torch.stack(
-            [torch.empty(logits.shape[-1]).exponential_(generator=self._generators[row]) for row in rows]
-        )
-        noise = -drawn.clamp(min=torch.finfo(torch.float32).tiny).log()
-        return logits.float() / self._temperature + noise.to(logits.device)
-
-    def __call__(self, _input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`add` to all rows, as transformers calls a processor."""
-        return self.add(range(len(scores)), scores)
-
-
-def _batches(host: Any, lengths: Sequence[int], settings: Generation, *, together: bool) -> Iterator[list[int]]:
-    """Row numbers in batches within the budget, the longest prompts first: if memory is short, at once."""
-    from stayaligned.hf.generation.memory import rows_at_once
-
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    while order:
-        fits = rows_at_once(host, settings.memory_mib << 20, lengths[order[0]], settings.max_new_tokens)
-        yield order[: fits if together else 1]
-        order = order[fits if together else 1 :]
-
-
-def _pads_are_ignored(host: Any, prompt: list[int], pad_id: int) -> bool:
-    """Whether the next token is the same with padding before the prompt; a short prompt feels it most.
-
-    No gradient may reach the embeddings of the padding (exactly none: what is masked is multiplied by 0), and the
-    logits must agree with those of the prompt alone, up to half of their digits. The first finds a state that takes
-    the padding in, however little; the second one that starts from something else, such as a bias.
+    No gradient may reach the embeddings of the padding (it is exactly 0 where the attention mask works), and the
+    logits must agree with those of the prompt alone up to half of their digits. The gradient detects a state that
+    takes in any padding; the logits detect one that starts from something else, such as a bias.
     """
     import torch
 
-    from stayaligned.hf.generation.decoding import left_padded
-
-    padded, mask = left_padded([prompt], pad_id, len(prompt) + _PROBE_PADS, host.device)
+    padded, mask = pad_left([prompt], pad_id, len(prompt) + _PROBE_PADS, host.device)
     embedded: list[Tensor] = []
 
-    def follow(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+    def track(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
         return embedded[-1]
 
-    hook = host.get_input_embeddings().register_forward_hook(follow)
+    hook = host.get_input_embeddings().register_forward_hook(track)
     try:
         with torch.inference_mode(False), torch.enable_grad():
             logits = host(input_ids=padded, attention_mask=mask, use_cache=False).logits[0, -1].float()
-            reached = torch.autograd.grad(logits.square().sum(), embedded)[0][0].abs().amax(dim=-1)
-    except RuntimeError:  # what can't be differentiated, or takes too much memory for it, can't be vouched for
+            gradient = torch.autograd.grad(logits.square().sum(), embedded)[0][0].abs().amax(dim=-1)
+    except RuntimeError:  # not differentiable, or too little memory for it
         return False
     finally:
         hook.remove()
-    if reached[:_PROBE_PADS].ne(0).any() or reached[_PROBE_PADS:].eq(0).all():
+    if gradient[:_PROBE_PADS].ne(0).any() or gradient[_PROBE_PADS:].eq(0).all():
         return False
-    alone, beside = (
+    alone, beside_padding = (
         host.generate(
             input_ids=padded[:, start:],
             attention_mask=mask[:, start:],
@@ -323,52 +376,38 @@ def _pads_are_ignored(host: Any, prompt: list[int], pad_id: int) -> bool:
         for start in (_PROBE_PADS, 0)
     )
     rounding = torch.finfo(host.dtype).eps ** 0.5 * alone.abs().max()
-    return bool((alone - beside).abs().max() <= rounding)
+    return bool((alone - beside_padding).abs().max() <= rounding)
+
+
+def _unwrap_adapter(model: Any) -> Any:
+    """Return the transformers model that generates: PEFT's wrapper would copy its own settings over it."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _sampling_keys(prompts: Sequence[Sequence[int]], seed: int) -> list[str]:
-    """What a prompt's samples depend on: the seed, its tokens, and which occurrence of them it is."""
-    seen: Counter[tuple[int, ...]] = Counter()
+    """Return what each prompt's sample depends on: the seed, its tokens, and how often they occurred before."""
+    occurrences: Counter[tuple[int, ...]] = Counter()
     keys: list[str] = []
     for ids in map(tuple, prompts):
-        keys.append(f"{seed}:{seen[ids]}:{ids}")
-        seen[ids] += 1
+        keys.append(f"{seed}:{occurrences[ids]}:{ids}")
+        occurrences[ids] += 1
     return keys
 
 
 def _end_ids(host: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the checkpoint's (chat models name several), and the tokenizer's."""
+    """Return the tokens that end a completion: the checkpoint's (chat models have several) and the tokenizer's."""
     named = host.generation_config.eos_token_id
-    found = [named] if isinstance(named, int) else list(named or [])
+    end_ids = [named] if isinstance(named, int) else list(named or [])
     if isinstance(tokenizer.eos_token_id, int):
-        found.append(tokenizer.eos_token_id)
-    if not found:
+        end_ids.append(tokenizer.eos_token_id)
+    if not end_ids:
         raise StayalignedError(
-            "neither the model's generation configuration nor its tokenizer names an end-of-sequence token",
+            "neither the model's generation configuration nor its tokenizer has an end-of-sequence token",
             hint="Set `eos_token_id` in generation_config.json.",
         )
-    return sorted(set(found))
-
-
-def config_ending_with(model: PreTrainedModel, end: int | None) -> GenerationConfig:
-    """A copy of a model's generation configuration that also ends an answer at the token `end`; None adds nothing.
-
-    Raises:
-        StayalignedError: if it can't be saved once it has changed, because it contradicts itself.
-    """
-    config = copy.deepcopy(model.generation_config)
-    named = config.eos_token_id
-    ends = [named] if isinstance(named, int) else list(named or [])
-    if end is not None and end not in ends:
-        config.eos_token_id = sorted([*ends, end])
-        try:
-            config.validate(strict=True)
-        except ValueError as error:
-            raise StayalignedError(
-                f"generation_config.json of {model.name_or_path} contradicts itself: {' '.join(str(error).split())}",
-                hint="Mend it there: where it names a temperature or top_p, it needs `do_sample: true`.",
-            ) from None
-    return config
+    return sorted(set(end_ids))
 
 
 def _refuse_too_long(host: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -377,13 +416,14 @@ def _refuse_too_long(host: Any, prompts: Sequence[Sequence[int]], max_new_tokens
     if isinstance(limit, int) and longest + max_new_tokens > limit:
         room = limit - longest
         raise StayalignedError(
-            f"a prompt of {longest} tokens and an answer of up to {max_new_tokens} exceed the model's context, {limit}",
-            hint=f"Set `generation.max_new_tokens` to {room} or less." if room > 0 else "Leave that prompt out.",
+            f"a prompt of {longest} tokens and a completion of up to {max_new_tokens} exceed the model's context of "
+            f"{limit} tokens",
+            hint=f"Set `generation.max_new_tokens` to {room} or less." if room > 0 else "Remove that prompt.",
         )
 
 
-def _cut(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], end_ids: Sequence[int]) -> Generated:
-    """The answer up to its end token."""
+def _cut_at_end(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], end_ids: Sequence[int]) -> Generated:
+    """Return the text before the first end token."""
     end = next((place for place, token in enumerate(tokens) if token in end_ids), None)
     own = list(tokens[:end])
     text = tokenizer.decode(own, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""How likely a model finds answers that another one wrote."""
+"""How likely a model finds the completions of another model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.records import Completion
 from stayaligned.hf.features import IGNORED, PaddingCollator, encode_prompt
-from stayaligned.hf.generation.fitting import by_length, input_room
+from stayaligned.hf.generation.batching import split_by_size
+from stayaligned.hf.models import context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,33 +22,33 @@ def answer_nats(
     batch_size: int = 16,
     progress: Callable[[float], None] = lambda _share: None,
 ) -> list[float | None]:
-    """−(1/n) Σ log p(token | prompt, tokens before) over the n tokens of each answer; None of an empty one.
+    """Return −(1/n) Σ log p(token | prompt, earlier tokens) over the n tokens of each completion; None if it is empty.
 
-    The end token is not counted: answers that were cut have none. Padding stands on the right, where no token before
-    it can see it. What exceeds the model's context is left out.
+    The end token is not counted, because truncated completions have none. Padding is on the right, where no earlier
+    token can see it. Tokens beyond the model's context are ignored.
 
     Args:
         model: a causal language model, in evaluation mode.
-        tokenizer: with a chat template.
-        completions: prompts with answers.
-        batch_size: answers at a time; batches are of like length.
-        progress: called with the share that is done.
+        tokenizer: its tokenizer, with a chat template.
+        completions: the completions, with their prompts.
+        batch_size: number of completions in a batch; batches hold similar lengths.
+        progress: called with the share of the completions that is done.
     """
     import torch
 
-    room = input_room(model.config, tokenizer)
+    limit = context_length(model.config, tokenizer)
     rows: list[dict[str, list[int]]] = []
     for completion in completions:
         prompt = encode_prompt(tokenizer, completion.prompt)
-        answer: list[int] = tokenizer(completion.text, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
-        labels = [*[IGNORED] * len(prompt), *answer]
-        rows.append({"input_ids": [*prompt, *answer][:room], "labels": labels[:room]})
+        tokens: list[int] = tokenizer(completion.text, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
+        labels = [*[IGNORED] * len(prompt), *tokens]
+        rows.append({"input_ids": [*prompt, *tokens][:limit], "labels": labels[:limit]})
     collate = PaddingCollator.of(tokenizer)
-    asked = [row for row, each in enumerate(rows) if any(label != IGNORED for label in each["labels"])]
-    found: list[float | None] = [None] * len(rows)
+    scored = [index for index, row in enumerate(rows) if any(label != IGNORED for label in row["labels"])]
+    nats: list[float | None] = [None] * len(rows)
     done = 0
-    for batch in by_length([len(each["input_ids"]) for each in rows], asked, batch_size):
-        inputs = {name: tensor.to(model.device) for name, tensor in collate([rows[row] for row in batch]).items()}
+    for batch in split_by_size([len(row["input_ids"]) for row in rows], scored, batch_size):
+        inputs = {name: tensor.to(model.device) for name, tensor in collate([rows[index] for index in batch]).items()}
         labels = inputs.pop("labels")[:, 1:]
         with torch.no_grad():
             logits = model(**inputs, use_cache=False).logits[:, :-1].float()
@@ -55,8 +56,8 @@ def answer_nats(
             logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
         ).double()
         means = losses.sum(dim=1) / (labels != IGNORED).sum(dim=1)
-        for row, mean in zip(batch, means.tolist(), strict=True):
-            found[row] = mean
+        for index, mean in zip(batch, means.tolist(), strict=True):
+            nats[index] = mean
         done += len(batch)
-        progress(done / len(asked))
-    return found
+        progress(done / len(scored))
+    return nats

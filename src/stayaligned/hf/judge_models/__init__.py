@@ -1,1 +1,1 @@
-"""Judges that are local models: classifiers and guards."""
+"""Judges that are local models: sequence classifiers and guard models."""

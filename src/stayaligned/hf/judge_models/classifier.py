@@ -1,4 +1,4 @@
-"""Requests with answers to labels, by a sequence classifier."""
+"""Sequence classifiers that label a completion together with its request."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.hf.generation.fitting import Fitted, as_text, by_length, fill, fit, input_room
-from stayaligned.hf.models import load_classifier
+from stayaligned.hf.generation.batching import split_by_size
+from stayaligned.hf.judge_models.inputs import Fitted, escape_control_tokens, fill_template, fit_input
+from stayaligned.hf.models import context_length, load_classifier
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,41 +19,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a classifier made of one answer."""
+    """A classifier's labels of one completion."""
 
     labels: tuple[str, ...] | None
-    """The likeliest label, or (multi-label) every one that is flagged; None where the request alone fills the input."""
+    """The most likely label, or (multi-label) every flagged label; None if the request alone fills the input."""
     confidence: float
-    """Probability of that label; of several, of the likeliest; where none is flagged, 1 - that of the likeliest."""
+    """Probability of the most likely label; 1 minus that probability if no label is flagged."""
     was_cut: bool
-    """Whether the end of the answer did not fit."""
+    """Whether the classifier did not read the end of the completion."""
 
 
 @dataclass(frozen=True)
 class PairClassifier:
-    """A sequence classifier of (request, answer) pairs, single-label (softmax) or multi-label (sigmoid)."""
+    """A sequence classifier of (request, completion) pairs, single-label (softmax) or multi-label (sigmoid)."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     labels: tuple[str, ...]
     is_multi_label: bool
     max_tokens: int
+    """Largest number of tokens of an input."""
     has_padding: bool
-    """Whether the checkpoint itself names a padding token."""
+    """Whether the checkpoint itself has a padding token."""
 
     @classmethod
     def load(cls, ref: str | Path) -> PairClassifier:
-        """The classifier in a checkpoint directory or of a hub id.
+        """Load the classifier of a checkpoint directory or a hub id.
 
         Raises:
-            StayalignedError: if there is none, or it is a regression.
+            StayalignedError: if there is none, or it is a regression model.
         """
         model, tokenizer = load_classifier(ref)
         config: Any = model.config
         several = config.problem_type == "multi_label_classification"
         if config.num_labels < (1 if several else 2) or config.problem_type == "regression":
             raise StayalignedError(
-                f"{ref}: the judge must choose among labels; this one has {config.num_labels} "
+                f"{ref}: a judge must choose among labels; this model has {config.num_labels} "
                 f"({config.problem_type or 'a score'})",
                 hint="Regression models are not supported as judges.",
             )
@@ -60,10 +62,10 @@ class PairClassifier:
         if not has_padding:
             tokenizer.pad_token = tokenizer.eos_token
         if config.pad_token_id is None:
-            # Decoder models read their verdict at the last token that is not this one.
+            # Decoder models classify at the last token that is not padding.
             config.pad_token_id = tokenizer.pad_token_id
         labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
-        return cls(model, tokenizer, labels, several, input_room(config, tokenizer), has_padding)
+        return cls(model, tokenizer, labels, several, context_length(config, tokenizer), has_padding)
 
     def classify(
         self,
@@ -75,15 +77,16 @@ class PairClassifier:
         threshold: float = 0.5,
         batch_size: int = 32,
     ) -> Generator[tuple[int, Reading]]:
-        """The place of each (request, answer) with its reading, batch by batch.
+        """Yield the index and the labels of each (request, completion) pair, batch by batch.
 
         Args:
-            pairs: what was asked and what was answered; no answer is empty.
-            template: the input's text, with `{request}` and `{answer}`; encoded as two segments if not given.
-            max_tokens: of the input; what the model can read if not given, or if it can read less.
-            keep_end: cut a long answer so that what the template writes after it stays; False cuts the input.
-            threshold: probability above which a label of a multi-label classifier is flagged.
-            batch_size: inputs at a time; batches are of like length.
+            pairs: requests with completions; no completion is empty.
+            template: text of the input, with `{request}` and `{answer}`; without it, the two are separate segments.
+            max_tokens: largest number of tokens of an input, if less than the model can read.
+            keep_end: whether to cut a long completion so that the template's text after it stays; False cuts the
+                end of the input.
+            threshold: probability above which a multi-label classifier flags a label.
+            batch_size: number of inputs in a batch; batches hold similar lengths.
         """
         import torch
 
@@ -92,7 +95,7 @@ class PairClassifier:
         yield from ((row, Reading(None, 0.0, was_cut=True)) for row, found in enumerate(encoded) if found is None)
         fitted = {row: found for row, found in enumerate(encoded) if found is not None}
         lengths = [0 if found is None else len(found.inputs["input_ids"]) for found in encoded]
-        for rows in by_length(lengths, [*fitted], batch_size):
+        for rows in split_by_size(lengths, [*fitted], batch_size):
             batch = self.tokenizer.pad([fitted[row].inputs for row in rows], return_tensors="pt")
             with torch.no_grad():
                 logits = self.model(**batch.to(self.model.device)).logits.float()
@@ -102,7 +105,7 @@ class PairClassifier:
             )
 
     def _read(self, logits: Tensor, threshold: float) -> list[tuple[tuple[str, ...], float]]:
-        """Labels and confidence of each row of (batch, labels)."""
+        """Return labels and confidence of each row of (batch, labels)."""
         import torch
 
         found: list[tuple[tuple[str, ...], float]] = []
@@ -115,18 +118,19 @@ class PairClassifier:
                 found.append(((self.labels[row.index(highest)],), highest))
         return found
 
-    def _encode(self, request: str, answer: str, template: str | None, limit: int, keep_end: bool) -> Fitted | None:
-        """The input, with the answer cut to what fits; None if nothing of it does."""
+    def _encode(self, request: str, completion: str, template: str | None, limit: int, keep_end: bool) -> Fitted | None:
+        """Return the input, with the completion cut to what fits; None if nothing of it fits."""
 
         def encode(text: str) -> dict[str, Any]:
             if template is None:
                 return dict(self.tokenizer(request, text, verbose=False))
-            return dict(self.tokenizer(fill(template, request, text), verbose=False))
+            return dict(self.tokenizer(fill_template(template, request, text), verbose=False))
 
         if keep_end:
-            return fit(self.tokenizer, encode, answer, limit)
-        request, answer = as_text(self.tokenizer, request), as_text(self.tokenizer, answer)
-        found, without_answer = encode(answer), encode("")
+            return fit_input(self.tokenizer, encode, completion, limit)
+        request = escape_control_tokens(self.tokenizer, request)
+        completion = escape_control_tokens(self.tokenizer, completion)
+        found, without_answer = encode(completion), encode("")
         ids: list[int] = found["input_ids"]
         if len(ids) <= limit:
             return Fitted(found, was_cut=False)
@@ -134,5 +138,5 @@ class PairClassifier:
         request_ids = without_answer["input_ids"][: len(without_answer["input_ids"]) - after]
         if ids[:limit] == request_ids[:limit]:
             return None
-        # What follows the answer may go without a word; it is no part of it.
+        # The template's text after the completion is not part of it: cutting that text is not reported.
         return Fitted({key: value[:limit] for key, value in found.items()}, was_cut=len(ids) - after > limit)

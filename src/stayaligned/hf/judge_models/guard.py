@@ -1,4 +1,4 @@
-"""Guard models asked about answers: the fixed prompt, cut where it must be, and greedy replies in batches."""
+"""Guard models: causal language models that answer a fixed prompt about a request and a completion."""
 
 from __future__ import annotations
 
@@ -10,44 +10,46 @@ from typing import TYPE_CHECKING, Any
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Message
 from stayaligned.core.settings import Generation
-from stayaligned.hf.generation.fitting import Fitted, as_text, by_length, fill, fit, input_room, token_ends
-from stayaligned.hf.generation.generate import generate_after
-from stayaligned.hf.models import load_guard
+from stayaligned.hf.generation.batching import split_by_size
+from stayaligned.hf.generation.generate import generate_from_ids
+from stayaligned.hf.judge_models.inputs import Fitted, escape_control_tokens, fill_template, fit_input, token_ends
+from stayaligned.hf.models import context_length, load_guard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_REQUEST, _ANSWER = "the request stands here", "the answer stands here"
+_REQUEST, _COMPLETION = "this is the request", "this is the completion"
+"""Placeholders, to check what a chat template renders."""
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """What a guard wrote about one answer."""
+class GuardReply:
+    """What a guard model wrote about one completion."""
 
     text: str | None
-    """None where the request alone fills the guard's input."""
+    """Text of the reply; None if the request alone fills the guard's context."""
     was_cut: bool
-    """Whether the end of the answer was not read."""
+    """Whether the guard did not read the end of the completion."""
 
 
 @dataclass(frozen=True)
-class Guard:
-    """A causal language model with its tokenizer, placed where it runs."""
+class GuardModel:
+    """A causal language model that judges, with its tokenizer, on the device where it runs."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int
-    """Of the prompt and the reply together."""
+    """Largest number of tokens of prompt and reply together."""
 
     @classmethod
-    def load(cls, ref: str | Path) -> Guard:
-        """The guard in a checkpoint directory or of a hub id.
+    def load(cls, ref: str | Path) -> GuardModel:
+        """Load the guard model of a checkpoint directory or a hub id.
 
         Raises:
             StayalignedError: if there is none that can be loaded safely.
         """
         model, tokenizer = load_guard(ref)
-        return cls(model, tokenizer, input_room(model.config, tokenizer))
+        return cls(model, tokenizer, context_length(model.config, tokenizer))
 
     def ask(
         self,
@@ -58,111 +60,111 @@ class Guard:
         reply_tokens: int,
         batch_size: int,
         answer_tokens: int | None = None,
-    ) -> Generator[tuple[int, Reply]]:
-        """The place of each completion with the reply to a fixed prompt, batch by batch.
+    ) -> Generator[tuple[int, GuardReply]]:
+        """Yield each completion's index and the reply to a fixed prompt, batch by batch.
 
-        Control tokens that an answer spells are read as text.
+        Control tokens that a completion spells out are read as text.
 
         Args:
-            completions: with answers that are not empty.
+            completions: the completions, none of them empty.
             template: the prompt, with `{request}` (the last turn) and `{answer}`.
-            add_special_tokens: whether the tokenizer's own first token comes before it.
-            reply_tokens: the longest reply.
-            batch_size: prompts at a time.
-            answer_tokens: tokens of the answer after which it is cut in any case.
+            add_special_tokens: whether the tokenizer adds its own first token.
+            reply_tokens: largest number of tokens of a reply.
+            batch_size: number of prompts in a batch.
+            answer_tokens: number of tokens after which every completion is cut.
         """
 
-        def encode(request: str, answer: str) -> list[int]:
-            text = fill(template, request, answer)
-            return self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]  # pyright: ignore[reportReturnType]
+        def encode(request: str, text: str) -> list[int]:
+            prompt = fill_template(template, request, text)
+            return self.tokenizer(prompt, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
         def fitted(completion: Completion) -> Fitted | None:
-            request = as_text(self.tokenizer, completion.prompt[-1].content)
-            answer = as_text(self.tokenizer, completion.text)
-            head = self._head(answer, answer_tokens)
+            request = escape_control_tokens(self.tokenizer, completion.prompt[-1].content)
+            text = escape_control_tokens(self.tokenizer, completion.text)
+            head = self._first_tokens(text, answer_tokens)
             found = self._fit(lambda text: encode(request, text), head, reply_tokens)
-            return found and Fitted(found.inputs, was_cut=found.was_cut or head != answer)
+            return found and Fitted(found.inputs, was_cut=found.was_cut or head != text)
 
         return self._replies([fitted(c) for c in completions], reply_tokens, batch_size)
 
     def ask_in_its_template(
         self, completions: Sequence[Completion], *, reply_tokens: int, batch_size: int
-    ) -> Generator[tuple[int, Reply]]:
-        """The place of each completion with the reply to the guard's own chat template, batch by batch.
+    ) -> Generator[tuple[int, GuardReply]]:
+        """Yield each completion's index and the reply to the guard's own chat template, batch by batch.
 
-        The template gets every turn but the system's, and the answer as the last.
+        The template receives every turn except the system's, and the completion as the last turn.
 
         Raises:
-            StayalignedError: if there is no template, or it leaves the request or the answer out.
+            StayalignedError: if there is no template, or it leaves out the request or the completion.
         """
-        form = self._form()
+        as_content = self._content_format()
 
         def fitted(completion: Completion) -> Fitted | None:
             turns = [
-                Message(role=m.role, content=as_text(self.tokenizer, m.content))
+                Message(role=m.role, content=escape_control_tokens(self.tokenizer, m.content))
                 for m in completion.prompt
                 if m.role != "system"
             ]
-            answer = as_text(self.tokenizer, completion.text)
-            return self._fit(lambda text: self._render(turns, text, form), answer, reply_tokens)
+            text = escape_control_tokens(self.tokenizer, completion.text)
+            return self._fit(lambda text: self._encode_turns(turns, text, as_content), text, reply_tokens)
 
         return self._replies([fitted(c) for c in completions], reply_tokens, batch_size)
 
-    def _head(self, answer: str, tokens: int | None) -> str:
-        ends = token_ends(self.tokenizer, answer) if tokens is not None else []
-        return answer[: ends[tokens - 1]] if tokens is not None and len(ends) > tokens else answer
+    def _first_tokens(self, text: str, tokens: int | None) -> str:
+        ends = token_ends(self.tokenizer, text) if tokens is not None else []
+        return text[: ends[tokens - 1]] if tokens is not None and len(ends) > tokens else text
 
-    def _fit(self, encode: Callable[[str], list[int]], answer: str, reply_tokens: int) -> Fitted | None:
-        return fit(self.tokenizer, lambda text: {"input_ids": encode(text)}, answer, self.max_tokens - reply_tokens)
+    def _fit(self, encode: Callable[[str], list[int]], text: str, reply_tokens: int) -> Fitted | None:
+        return fit_input(self.tokenizer, lambda text: {"input_ids": encode(text)}, text, self.max_tokens - reply_tokens)
 
     def _replies(
         self, prompts: Sequence[Fitted | None], reply_tokens: int, batch_size: int
-    ) -> Generator[tuple[int, Reply]]:
-        yield from ((row, Reply(None, was_cut=True)) for row, found in enumerate(prompts) if found is None)
+    ) -> Generator[tuple[int, GuardReply]]:
+        yield from ((row, GuardReply(None, was_cut=True)) for row, found in enumerate(prompts) if found is None)
         fitted = {row: found for row, found in enumerate(prompts) if found is not None}
         lengths = [0 if found is None else len(found.inputs["input_ids"]) for found in prompts]
         settings = Generation(max_new_tokens=reply_tokens)
-        for rows in by_length(lengths, [*fitted], batch_size):
+        for rows in split_by_size(lengths, [*fitted], batch_size):
             ids = [fitted[row].inputs["input_ids"] for row in rows]
-            for row, found in zip(rows, generate_after(self.model, self.tokenizer, ids, settings), strict=True):
-                yield row, Reply(found.text, fitted[row].was_cut)
+            for row, found in zip(rows, generate_from_ids(self.model, self.tokenizer, ids, settings), strict=True):
+                yield row, GuardReply(found.text, fitted[row].was_cut)
 
-    def _form(self) -> Callable[[str], Any]:
-        """How the template takes a turn's content: as text, or (Llama Guard 3 1B, and 4) as a list of parts."""
-        forms: tuple[Callable[[str], Any], ...] = (str, lambda text: [{"type": "text", "text": text}])
+    def _content_format(self) -> Callable[[str], Any]:
+        """Return how the template takes a turn's content: as text, or as a list of parts (Llama Guard 3 1B and 4)."""
+        formats: tuple[Callable[[str], Any], ...] = (str, lambda text: [{"type": "text", "text": text}])
         name = self.tokenizer.name_or_path
         if not self.tokenizer.chat_template:
             raise StayalignedError(
-                f"{name}: the guard's tokenizer has no chat template, which would put the question to it",
+                f"{name}: the guard's tokenizer has no chat template, which holds the question to the guard",
                 hint="Use the guard's own tokenizer, or put its chat_template.jinja beside tokenizer_config.json.",
             )
-        for form in forms:
-            shown = self._rendered([Message(role="user", content=_REQUEST)], _ANSWER, form)
-            if shown is not None and _REQUEST in shown and _ANSWER in shown:
-                return form
+        for as_content in formats:
+            rendered = self._render([Message(role="user", content=_REQUEST)], _COMPLETION, as_content)
+            if rendered is not None and _REQUEST in rendered and _COMPLETION in rendered:
+                return as_content
         raise StayalignedError(
-            f"{name}: the chat template does not show the guard the request and the answer",
-            hint="It must render a conversation of a user's and an assistant's turn.",
+            f"{name}: the chat template does not show the guard the request and the completion",
+            hint="The template must render a conversation of a user turn and an assistant turn.",
         )
 
-    def _rendered(self, turns: Sequence[Message], answer: str, form: Callable[[str], Any]) -> str | None:
-        """The template's text; None if it refuses these turns."""
+    def _render(self, turns: Sequence[Message], completion: str, as_content: Callable[[str], Any]) -> str | None:
+        """Return the template's text; None if the template rejects these turns."""
         from jinja2 import TemplateError
 
-        conversation = [{"role": m.role, "content": form(m.content)} for m in turns]
+        conversation = [{"role": m.role, "content": as_content(m.content)} for m in turns]
         try:
             return self.tokenizer.apply_chat_template(  # pyright: ignore[reportReturnType]
-                [*conversation, {"role": "assistant", "content": form(answer)}], tokenize=False
+                [*conversation, {"role": "assistant", "content": as_content(completion)}], tokenize=False
             )
         except (TemplateError, TypeError):
             return None
 
-    def _render(self, turns: Sequence[Message], answer: str, form: Callable[[str], Any]) -> list[int]:
-        text = self._rendered(turns, answer, form)
+    def _encode_turns(self, turns: Sequence[Message], completion: str, as_content: Callable[[str], Any]) -> list[int]:
+        text = self._render(turns, completion, as_content)
         if text is None:
             raise StayalignedError(
-                f"{self.tokenizer.name_or_path}: the chat template refuses a conversation of the turns "
+                f"{self.tokenizer.name_or_path}: the chat template rejects a conversation of the turns "
                 f"{', '.join(m.role for m in turns)}, assistant",
-                hint="Guards' templates take user and assistant in turn: change the rows' prompts.",
+                hint="Guards' templates require alternating user and assistant turns: change the prompts.",
             )
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore[reportReturnType]
