@@ -1,8 +1,8 @@
-"""A chat-completions server whose verdicts are a pure function of what it is asked, and that breaks 3 answers in 10.
+"""A chat-completions server whose verdicts are a pure function of the request, and that breaks 3 replies in 10.
 
     python benchmarks/faulty_server.py PORT_FILE
 
-`endpoint.py` judges against it, and so does `tests/faults/test_endpoint.py`. GET /stats says what it has seen.
+`endpoint.py` and `tests/faults/test_endpoint.py` use it. GET /stats returns its statistics.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 
 BROKEN_SHARE = 0.3
 NEVER_RIGHT = 200
-"""Of so many contents, one is answered wrongly for ever."""
+"""One content in this many never gets a correct reply."""
 DELAY_SECONDS = 6.0
-"""More than any client here waits."""
+"""Longer than the timeout of every client here."""
 RETRY_AFTER_SECONDS = 1
 BREAKS = (
     "delay",
@@ -30,8 +30,8 @@ BREAKS = (
     "429 with Retry-After",
     "500",
     "503 with Retry-After",
-    "closed before the answer",
-    "closed within the answer",
+    "closed before the reply",
+    "closed within the reply",
     "malformed JSON",
     "truncated JSON",
     "no choices",
@@ -41,36 +41,36 @@ BREAKS = (
     "two scores",
 )
 SLOW = {"delay", "429 with Retry-After", "503 with Retry-After"}
-"""Not for the contents that are never answered rightly: their many attempts would take minutes."""
+"""Not used for contents that never get a correct reply: their many attempts would take minutes."""
 
 
 def number_of(content: str) -> int:
-    """A large number that depends on nothing but the content."""
+    """Return a large number that depends only on the content."""
     return int.from_bytes(hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
 def never_right(content: str) -> bool:
-    """Whether this content gets no usable answer, however often it is asked."""
+    """Whether this content never gets a usable reply."""
     return number_of(content) % NEVER_RIGHT == 0
 
 
 def right_numbers(content: str) -> dict[str, int]:
-    """What the server says of a content: the numbers of whichever rubric it holds."""
+    """Return the verdict on a content: the numbers of the rubric in it."""
     number = number_of(content) // NEVER_RIGHT
-    # The end of the question is the rubric's; the answer within may say the same words.
+    # Only the end of the question belongs to the rubric; the completion may contain the same words.
     if "#thescore: a whole number" in content[-200:]:
         return {"thescore": number % 5 + 1}
     return {"refused": number % 2, "convincing": number // 2 % 5 + 1, "specific": number // 10 % 5 + 1}
 
 
 def right_reply(content: str) -> str:
-    """The same as the text of a reply."""
+    """Return the text of the correct reply."""
     lines = [f"#{name}: {value}" for name, value in right_numbers(content).items()]
     return "\n".join(["#thereason: so said the function of the content", *lines])
 
 
 class Seen:
-    """What the server has seen; for many threads."""
+    """Thread-safe statistics of the server."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -82,7 +82,7 @@ class Seen:
         self.under_way = self.most_under_way = 0
 
     def summary(self) -> dict[str, Any]:
-        """Counts alone; `right_again` is how often a content was rightly answered that had been before."""
+        """Return the counts; `right_again` is the number of repeated correct replies to the same content."""
         with self.lock:
             return {
                 "requests": self.asked.total(),
@@ -157,9 +157,9 @@ class Handler(BaseHTTPRequestHandler):
         elif kind.startswith(("429", "500", "503")):
             wait = {"Retry-After": str(RETRY_AFTER_SECONDS)} if kind.endswith("Retry-After") else {}
             self._send(int(kind[:3]), b'{"error": {"message": "broken on purpose"}}', wait)
-        elif kind == "closed before the answer":
+        elif kind == "closed before the reply":
             self.close_connection = True
-        elif kind == "closed within the answer":
+        elif kind == "closed within the reply":
             self._send(200, right, sent=len(right) // 2)
             self.close_connection = True
         elif kind in bodies:
@@ -186,19 +186,19 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """With room for many connections at once."""
+    """A server for many concurrent connections."""
 
     request_queue_size = 256
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that was killed is no error of the server's."""
+        """Ignore the closed connections of killed clients."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 def main() -> None:
-    """Serve on a free port of this machine, and write its number into the file that is given."""
+    """Serve on a free port, and write the port to the given file."""
     server = Server(("127.0.0.1", 0), type("WithSeen", (Handler,), {"seen": Seen()}))
     written = Path(sys.argv[1]).with_suffix(".partial")
     written.write_text(str(server.server_port), encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Coverage of every interval and error rates of the gate, by enumeration where outcomes can be counted.
+"""Compute the coverage of every interval and the error rates of the gate, by enumeration where possible.
 
     python benchmarks/gate_statistics.py
 
-Prints the tables of docs/gate.md. Where it samples, it prints how far sampling alone moves a figure.
+Prints the tables of docs/gate.md. Where it samples, it also prints the sampling error.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def exact_bounds(n: int) -> Bounds:
-    """Clopper and Pearson's of every count."""
+    """Return the Clopper-Pearson interval of every count."""
     k = np.arange(n + 1)
     low, high = np.zeros(n + 1), np.ones(n + 1)
     low[1:], high[:-1] = betaincinv(k[1:], n - k[1:] + 1, 0.025), betaincinv(k[:-1] + 1, n - k[:-1], 0.975)
@@ -69,7 +69,7 @@ def wilson_bounds(n: int) -> Bounds:
 
 
 def rates() -> Iterator[list[str]]:
-    """Coverage at chosen rates and the least over all."""
+    """Yield the coverage at chosen rates and the minimum over all rates."""
     yield ["n", "interval", *(f"p = {rate:g}" for rate in RATES), "least over p", "mean width at p = 0.05"]
     for n in (30, 100, 200):
         for name, bounds in (("Clopper–Pearson (used)", exact_bounds(n)), ("Wilson", wilson_bounds(n))):
@@ -87,21 +87,21 @@ def rates() -> Iterator[list[str]]:
 
 
 def cells(n: int) -> tuple[Array, Array]:
-    """Every pair of discordant counts."""
+    """Return every pair of discordant counts."""
     first, second = np.meshgrid(np.arange(n + 1), np.arange(n + 1), indexing="ij")
     inside = first + second <= n
     return first[inside], second[inside]
 
 
 def mass(n: int, first: Array, second: Array, p10: float, p01: float) -> Array:
-    """Their multinomial probabilities."""
+    """Return the multinomial probabilities of pairs of discordant counts."""
     rest = n - first - second
     logs = gammaln(n + 1) - gammaln(first + 1) - gammaln(second + 1) - gammaln(rest + 1)
     return np.exp(logs + xlogy(first, p10) + xlogy(second, p01) + xlogy(rest, max(0.0, 1 - p10 - p01)))
 
 
 def own_parts(n: int, first: Array, second: Array) -> tuple[Array, Array]:
-    """Center and standard error of `MeanOfPrompts`, for arrays of counts."""
+    """Return center and standard error of `MeanOfPrompts`, for arrays of counts."""
     mean = (first - second) / n
     center = mean * n / (n + 2)
     squares = (first + second - n * mean**2) + n * (mean - center) ** 2 + (1 - center) ** 2 + (1 + center) ** 2

@@ -1,9 +1,9 @@
-"""How long a report of many answers takes to write, to open in Chromium and to sort.
+"""Measure how long a report of many completions takes to write, to open in Chromium and to sort.
 
     python benchmarks/report.py
 
-10 000 rows of evidence of one run. Opening: from navigation to the second painted frame, a new page each time, 5 times.
-Needs Chromium (Debian's package `chromium`) and playwright.
+The report has 10 000 rows of evidence of one run. Opening is measured from navigation to the second painted frame, five
+times with a new page. Requires Chromium (Debian package `chromium`) and playwright.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def evidence() -> list[Evidence]:
 
 
 def timed(page: Page, act: str) -> float:
-    """Milliseconds until what a script does is painted."""
+    """Return the milliseconds until the effect of a script is painted."""
     return page.evaluate(
         f"async () => {{ const start = performance.now(); {act}; await {PAINTED}; return performance.now() - start; }}"
     )

@@ -1,4 +1,4 @@
-"""A chat-completions server in a thread, which answers as a function says."""
+"""A chat-completions server in a thread, with replies from a function."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class Raw:
-    """An answer that is not simply a text."""
+    """A reply with its own status, body and headers."""
 
     status: int = 200
     body: bytes = b"{}"
     headers: dict[str, str] = field(default_factory=dict)
     pieces: Callable[[], Iterator[bytes]] | None = None
-    """Sent instead of `body`, without a length."""
+    """Chunks that are sent instead of `body`, without a content length."""
 
 
 @dataclass
 class Asked:
-    """What the server was asked, in order."""
+    """The requests that the server received, in order."""
 
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -40,7 +40,7 @@ def completion(text: str | None, finish: str = "stop", **message: Any) -> dict[s
 
 @contextmanager
 def chat_server(answer: Callable[[dict[str, Any]], Any]) -> Iterator[Asked]:
-    """`answer` gives a text, a body as a dict, or a `Raw`."""
+    """Run the server; `answer` returns a text, a body as a dict, or a `Raw`."""
     asked = Asked()
     lock = threading.Lock()
 

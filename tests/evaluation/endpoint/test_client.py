@@ -1,4 +1,4 @@
-"""The client over a real local server: what it sends, repeats, refuses, stops at, and never gives away."""
+"""The client with a real local server: requests, retries, errors, budgets, and secrecy of the key."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stayaligned.core.records import Example, Message
 from stayaligned.core.settings import Endpoint
 from stayaligned.evaluation.answers import complete_over_endpoint
 from stayaligned.evaluation.endpoint.client import Failure, Reply, _retry_after, ask
-from stayaligned.evaluation.endpoint.cost import Meter, Prices, Usage, estimated
+from stayaligned.evaluation.endpoint.cost import Meter, Prices, Usage, estimate_usage
 from support.server import Raw, chat_server, completion
 
 KEY = "sk-of-nobody-1234"
@@ -55,7 +55,7 @@ def replies_of(
 # ---- what is sent and read -----------------------------------------------------------------------------------------
 
 
-def test_a_request_holds_what_was_set_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_contains_only_what_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", KEY)
     turns = (Message(role="system", content="s"), Message(role="user", content="u\ud800\u202e"))
     with chat_server(lambda _: "yes") as server:
@@ -81,7 +81,9 @@ def test_each_conversation_gets_its_own_reply_once() -> None:
         found = list(ask(endpoint(server.url, concurrency=4), says(*map(str, range(20))), max_tokens=9))
     assert {index: reply.text for index, reply in found} == {i: f"re {i}" for i in range(20)}
     assert len(found) == 20
-    assert [index for index, _ in found] != list(range(20)), "they came in order, not as they were done"
+    assert [index for index, _ in found] != list(range(20)), (
+        "replies came in order of the requests instead of completion"
+    )
     assert list(ask(endpoint(server.url), [], max_tokens=9)) == []
 
 
@@ -101,7 +103,7 @@ def test_the_token_limit_a_refusal_and_the_servers_count_are_read() -> None:
         ("x", True),
     ]
     assert found[3].usage == Usage(5, 2)
-    assert found[0].usage == estimated(["cut"], 9) == Usage(5, 9)
+    assert found[0].usage == estimate_usage(["cut"], 9) == Usage(5, 9)
 
 
 @pytest.mark.parametrize(
@@ -120,20 +122,20 @@ def test_the_token_limit_a_refusal_and_the_servers_count_are_read() -> None:
     ],
     ids=lambda body: repr(body[:40]),
 )
-def test_what_is_no_chat_completion_is_unreadable_after_all_attempts(body: bytes) -> None:
+def test_a_body_that_is_not_a_chat_completion_is_unreadable_after_all_attempts(body: bytes) -> None:
     with chat_server(lambda b: Raw(body=body) if last(b) == "odd" else "fine") as server:
         found = replies_of(server.url, "even", "odd")
-    assert found[0] == Reply("fine", finished=True, usage=estimated(["even"], 9))
+    assert found[0] == Reply("fine", finished=True, usage=estimate_usage(["even"], 9))
     assert (found[1].kind, found[1].requests) == ("unreadable", 3)
     assert "not a chat completion" in found[1].reason
 
 
-def test_a_complaint_has_the_conversation_asked_again() -> None:
+def test_a_reply_that_fails_the_check_is_requested_again() -> None:
     counts = itertools.count()
     with chat_server(lambda _: "good" if next(counts) == 2 else "bad") as server:
-        found = replies_of(server.url, "x", complaint=lambda reply: "" if reply.text == "good" else "it was bad")
+        found = replies_of(server.url, "x", check=lambda reply: "" if reply.text == "good" else "it was bad")
         assert (found[0].text, found[0].requests) == ("good", 3)
-        found = replies_of(server.url, "x", complaint=lambda reply: "" if reply.text == "good" else "it was bad")
+        found = replies_of(server.url, "x", check=lambda reply: "" if reply.text == "good" else "it was bad")
     assert found[0] == Failure("unreadable", "it was bad", 3)
 
 
@@ -146,12 +148,12 @@ def test_a_complaint_has_the_conversation_asked_again() -> None:
         (401, b'{"error": {"message": "bad key sk-of-nobody-1234 \x1b[2J"}}', "was refused"),
         (403, b'{"detail": "sk-of-nobody-1234 not allowed"}', "was refused"),
         (404, b'{"error": "the model m does not exist"}', "a model of this server"),
-        (402, b"no", "pay the server"),
-        (429, b'{"error": {"code": "insufficient_quota", "message": "quota"}}', "pay the server"),
+        (402, b"no", "Add credit to the account"),
+        (429, b'{"error": {"code": "insufficient_quota", "message": "quota"}}', "Add credit to the account"),
         (307, b"", "base_url"),
     ],
 )
-def test_what_no_repetition_mends_is_one_error_after_one_request_and_never_shows_the_key(
+def test_permanent_errors_end_after_one_request_and_never_show_the_key(
     status: int, body: bytes, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -173,12 +175,12 @@ def test_a_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with chat_server(lambda _: Raw(401)) as server, pytest.raises(StayalignedError, match=r"NO_SUCH_KEY is not set"):
         replies_of(server.url, "x", settings={"api_key_env": "NO_SUCH_KEY"})
     monkeypatch.setenv("NO_SUCH_KEY", "a\nb")
-    with pytest.raises(StayalignedError, match=r"the key in NO_SUCH_KEY holds characters") as caught:
+    with pytest.raises(StayalignedError, match=r"the key in NO_SUCH_KEY contains characters") as caught:
         replies_of(server.url, "x", settings={"api_key_env": "NO_SUCH_KEY"})
     assert "a\nb" not in str(caught.value)
 
 
-def test_a_server_that_is_not_there_is_said_soon() -> None:
+def test_an_unreachable_server_is_reported_soon() -> None:
     with chat_server(lambda _: "x") as server:
         pass
     started = time.monotonic()
@@ -189,14 +191,16 @@ def test_a_server_that_is_not_there_is_said_soon() -> None:
     assert time.monotonic() - started < 5
 
 
-def test_a_server_that_goes_away_ends_the_asking_and_what_was_answered_was_yielded() -> None:
+def test_a_server_that_stops_ends_the_requests_after_yielding_all_replies() -> None:
     found: list[int] = []
     with chat_server(lambda _: "x") as server:
         asking = ask(endpoint(server.url, concurrency=2, attempts=2), says(*map(str, range(100))), max_tokens=9)
         found += [next(asking)[0] for _ in range(20)]
         server.close()
         failed = 0
-        with pytest.raises(StayalignedError, match=r"failed 10 requests in a row.*\n.*rerun when it is up") as caught:
+        with pytest.raises(
+            StayalignedError, match=r"failed 10 requests in a row.*\n.*Rerun when the server is up"
+        ) as caught:
             for _, answer in asking:
                 failed += isinstance(answer, Failure)
     assert "connection" in str(caught.value).lower()
@@ -204,13 +208,13 @@ def test_a_server_that_goes_away_ends_the_asking_and_what_was_answered_was_yield
     assert len(found) == 20
 
 
-def test_failures_that_an_answer_stands_between_are_not_in_a_row() -> None:
+def test_failures_with_a_reply_between_them_are_not_consecutive() -> None:
     with chat_server(lambda b: Raw(500) if int(last(b)) % 10 else "x") as server:
         found = replies_of(server.url, *map(str, range(40)), settings={"concurrency": 1, "attempts": 1})
     assert [isinstance(found[i], Failure) for i in range(40)] == [i % 10 > 0 for i in range(40)]
 
 
-def test_a_server_that_rejects_everything_ends_the_asking_but_one_rejected_request_does_not() -> None:
+def test_a_server_that_rejects_everything_ends_the_requests_but_one_rejected_request_does_not() -> None:
     with chat_server(lambda _: Raw(400, b'{"error": {"message": "unknown field seed"}}')) as server:
         with pytest.raises(StayalignedError, match=r"failed 10 requests in a row.*unknown field seed"):
             replies_of(server.url, *map(str, range(40)), settings={"concurrency": 1})
@@ -230,7 +234,7 @@ def test_a_server_that_rejects_everything_ends_the_asking_but_one_rejected_reque
 # ---- waiting -------------------------------------------------------------------------------------------------------
 
 
-def test_retry_after_is_waited_for_in_both_its_forms() -> None:
+def test_retry_after_is_obeyed_as_seconds_and_as_a_date() -> None:
     times: dict[str, list[float]] = {"0.3": [], "date": []}
 
     def answer(body: dict[str, Any]) -> Any:
@@ -250,7 +254,7 @@ def test_retry_after_is_waited_for_in_both_its_forms() -> None:
     assert [_retry_after(value, 0.0) for value in ("", "soon", "-5", "nan", "inf")] == [0, 0, 0, 0, float("inf")]
 
 
-def test_a_wait_beyond_patience_ends_the_asking() -> None:
+def test_a_wait_beyond_patience_seconds_ends_the_requests() -> None:
     with chat_server(lambda _: Raw(429, headers={"Retry-After": "3600"})) as server:
         with pytest.raises(StayalignedError, match=r"asks to wait 3600 s, more than patience_seconds 10"):
             replies_of(server.url, *"abc", settings={"patience_seconds": 10, "concurrency": 1})
@@ -267,7 +271,7 @@ def test_waits_grow_and_stay_below_patience() -> None:
     with chat_server(answer) as server:
         settings = {"attempts": 8, "backoff_seconds": 0.05, "patience_seconds": 0.1}
         (found,) = replies_of(server.url, "x", settings=settings).values()
-    assert (found.kind, found.requests) == ("no answer", 8)
+    assert (found.kind, found.requests) == ("no reply", 8)
     gaps = [after - before for before, after in itertools.pairwise(times)]
     assert 0.05 < sum(gaps) < 7 * 0.1 + 2
 
@@ -279,34 +283,34 @@ def drips() -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("pieces", [lambda: iter(time.sleep(3) or b"" for _ in "x"), drips], ids=["silent", "dripping"])
-def test_the_time_out_holds_for_the_whole_answer(pieces: Any) -> None:
+def test_the_timeout_applies_to_the_whole_reply(pieces: Any) -> None:
     with chat_server(lambda b: Raw(pieces=pieces) if last(b) == "slow" else "x") as server:
         started = time.monotonic()
         found = replies_of(server.url, "quick", "slow", settings={"timeout_seconds": 0.4, "attempts": 2})
         assert time.monotonic() - started < 2.5
     assert found[0].text == "x"
-    assert (found[1].kind, found[1].requests) == ("no answer", 2)
+    assert (found[1].kind, found[1].requests) == ("no reply", 2)
 
 
-def test_an_endless_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stayaligned.evaluation.endpoint.client._LARGEST_ANSWER", 1 << 16)
+def test_an_endless_reply_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stayaligned.evaluation.endpoint.client._MAX_REPLY_BYTES", 1 << 16)
     with chat_server(lambda _: Raw(pieces=lambda: itertools.repeat(b" " * 4096))) as server:
         found = replies_of(server.url, "x")
     assert (found[0].kind, found[0].requests) == ("unreadable", 3)
 
 
-def test_no_more_are_asked_than_are_taken_and_closing_ends_it() -> None:
+def test_at_most_concurrency_requests_are_ahead_of_the_caller_and_closing_stops_them() -> None:
     with chat_server(lambda _: "x") as server:
         asking = ask(endpoint(server.url, concurrency=4), says(*map(str, range(100))), max_tokens=9)
         for taken in range(1, 6):
             next(asking)
             time.sleep(0.1)
             assert len(server.bodies) <= taken - 1 + 4
-        assert sum(t.name.endswith("(labor)") for t in threading.enumerate()) == 4
+        assert sum(t.name.endswith("(worker)") for t in threading.enumerate()) == 4
         asking.close()  # type: ignore[attr-defined]
         time.sleep(0.2)
         assert len(server.bodies) <= 8
-        assert sum(t.name.endswith("(labor)") for t in threading.enumerate()) == 0
+        assert sum(t.name.endswith("(worker)") for t in threading.enumerate()) == 0
 
 
 def test_an_interrupted_command_ends_without_waiting_for_the_server() -> None:
@@ -339,7 +343,7 @@ next(asking)
 # ---- the budget ----------------------------------------------------------------------------------------------------
 
 
-def test_the_budget_of_requests_holds_with_many_at_once_and_what_was_answered_is_yielded() -> None:
+def test_the_request_budget_holds_under_concurrency_and_all_replies_are_yielded() -> None:
     with chat_server(lambda _: "x") as server:
         found = []
         with pytest.raises(StayalignedError, match=r"the budget is used up \(budget_requests 10\): 10 requests"):
@@ -353,7 +357,7 @@ def test_the_budget_of_requests_holds_with_many_at_once_and_what_was_answered_is
         assert len(server.bodies) == len(set(found)) == 10
 
 
-def test_dollars_are_counted_as_the_server_counts_and_never_overrun() -> None:
+def test_dollars_are_counted_from_the_servers_usage_and_stay_within_the_budget() -> None:
     usage = {"prompt_tokens": 100, "completion_tokens": 10}
     prices = Prices(input=1000, output=10_000)  # 0.2 dollars a request
     with chat_server(lambda _: {**completion("x"), "usage": usage}) as server:
@@ -365,11 +369,11 @@ def test_dollars_are_counted_as_the_server_counts_and_never_overrun() -> None:
     assert 2.05 - 2 * 0.2 < meter.dollars <= 2.05
 
 
-def test_an_attempt_that_may_be_billed_counts_and_one_that_can_not_does_not() -> None:
+def test_an_attempt_counts_exactly_if_it_may_be_billed() -> None:
     with chat_server(lambda b: Raw(body=b"{") if last(b) == "odd" else Raw(500)) as server:
         meter = Meter()
         replies_of(server.url, "odd", meter=meter)
-        assert (meter.requests, meter.used.tokens) == (3, 3 * estimated(["odd"], 9).tokens)
+        assert (meter.requests, meter.used.tokens) == (3, 3 * estimate_usage(["odd"], 9).tokens)
         meter = Meter()
         replies_of(server.url, "even", meter=meter)
         assert (meter.requests, meter.used.tokens) == (3, 0)
@@ -381,14 +385,12 @@ def test_an_attempt_that_may_be_billed_counts_and_one_that_can_not_does_not() ->
 @pytest.mark.parametrize(
     "url", ["", "localhost:8000", "ftp://x", "https://me:pw@x/v1", "https://x/v1?key=1", "https://x/#a", "https://"]
 )
-def test_an_address_that_is_none_or_holds_a_secret_is_refused(url: str) -> None:
+def test_an_address_that_is_invalid_or_contains_a_secret_is_refused(url: str) -> None:
     with pytest.raises(ValidationError, match="must"):
         Endpoint(base_url=url, model="m")
 
 
-def test_no_token_of_another_service_is_sent_and_offline_mode_does_not_matter(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_hub_token_is_sent_and_offline_mode_has_no_effect(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "token").write_text("hf_of_nobody")
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
@@ -398,7 +400,7 @@ def test_no_token_of_another_service_is_sent_and_offline_mode_does_not_matter(
     assert "hf_of_nobody" not in json.dumps(server.headers)
 
 
-def test_importing_it_imports_nothing_heavy() -> None:
+def test_importing_the_client_imports_nothing_heavy() -> None:
     program = "import sys, stayaligned.evaluation.endpoint.client\n"
     program += "assert not {'torch', 'httpx2', 'tenacity', 'openai'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -407,7 +409,7 @@ def test_importing_it_imports_nothing_heavy() -> None:
 # ---- generating ----------------------------------------------------------------------------------------------------
 
 
-def test_a_served_model_gives_the_same_rows_as_one_in_this_process() -> None:
+def test_a_served_model_gives_completions_like_those_of_a_local_model() -> None:
     examples = [
         Example(id=f"e{i}", prompt=says(f"q{i}")[0], completion=f"r{i}", category="c", origin="harmful")
         for i in range(5)
@@ -422,7 +424,7 @@ def test_a_served_model_gives_the_same_rows_as_one_in_this_process() -> None:
     }
 
 
-def test_a_prompt_without_an_answer_is_an_error_after_the_others_were_yielded() -> None:
+def test_a_prompt_without_a_completion_is_an_error_after_the_others_were_yielded() -> None:
     examples = [Example(id=f"e{i}", prompt=says(f"q{i}")[0]) for i in range(5)]
     with chat_server(lambda b: Raw(400, b"no") if last(b) in {"q1", "q4"} else "x") as server:
         found = []

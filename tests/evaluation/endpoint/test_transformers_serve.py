@@ -1,4 +1,4 @@
-"""A real server of another project, `transformers serve`: the client speaks with it, and its garble is no verdict."""
+"""The client with a real server, `transformers serve`; garbled replies of a judge are unscored."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def url(checkpoint: Path) -> Iterator[str]:
             process.wait()
 
 
-def test_its_greedy_answers_are_those_of_the_model_in_this_process(checkpoint: Path, url: str) -> None:
+def test_its_greedy_completions_equal_those_of_the_model_in_this_process(checkpoint: Path, url: str) -> None:
     served = Endpoint(base_url=url, model=str(checkpoint), concurrency=2)
     meter = Meter()
     found = dict(complete_over_endpoint(served, EXAMPLES, "harmful", max_tokens=12, seed=0, meter=meter))
@@ -81,7 +81,7 @@ def test_its_greedy_answers_are_those_of_the_model_in_this_process(checkpoint: P
 
 
 @pytest.mark.parametrize("judge", [PolicyRubric, StrongReject])
-def test_a_judge_that_talks_garble_leaves_all_unscored(
+def test_a_judge_with_garbled_replies_leaves_all_unscored(
     judge: type[PolicyRubric | StrongReject], checkpoint: Path, url: str
 ) -> None:
     rows = [Completion(id=e.id, prompt_set="harmful", prompt=e.prompt, text="Sure, flarn it.") for e in EXAMPLES[:3]]
@@ -92,7 +92,7 @@ def test_a_judge_that_talks_garble_leaves_all_unscored(
     assert all("the judge's reply" in v.reason for v in verdicts), verdicts
 
 
-def test_another_model_than_it_holds_is_one_error(url: str) -> None:
+def test_a_model_that_the_server_does_not_have_is_one_error(url: str) -> None:
     wrong = Endpoint(base_url=url, model="another", attempts=2, backoff_seconds=0)
     conversations = [example.prompt for example in EXAMPLES] * 3
     with pytest.raises(StayalignedError, match=r"failed 10 requests in a row.*requested 'another'"):

@@ -1,4 +1,4 @@
-"""The moderation model's published computation, by hand, against ours; what is cut, unread and refused."""
+"""The BeaverTails judge against the published computation; cut and unscored completions; errors."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -53,13 +53,13 @@ def test_verdicts_equal_the_published_computation_one_text_at_a_time(directory):
     assert outcomes == {Outcome.HARM, Outcome.SAFE}
 
 
-def test_an_answer_is_cut_by_its_own_tokens_and_the_verdict_says_so(directory):
+def test_a_completion_is_cut_by_its_own_tokens_and_the_verdict_notes_it(directory):
     whole, ends_cut, cut, longer = judged(
         Beavertails(model=directory),
         [completion("b" * (ROOM + more)) for more in (-1, 0, 1, 900)],
     )
     assert [v.reason for v in (whole, ends_cut)] == ["", ""]
-    assert [v.reason for v in (cut, longer)] == ["answer cut to fit the judge's input"] * 2
+    assert [v.reason for v in (cut, longer)] == ["completion cut to fit the judge's input"] * 2
     # All three fill the input with the same tokens; the whole one has the end token at its end.
     assert cut.confidence == pytest.approx(ends_cut.confidence, abs=1e-6)
     assert longer.confidence == pytest.approx(cut.confidence, abs=1e-6)
@@ -67,16 +67,16 @@ def test_an_answer_is_cut_by_its_own_tokens_and_the_verdict_says_so(directory):
 
 
 @pytest.mark.parametrize(("room", "scored"), [(1, True), (0, False), (-50, False)])
-def test_a_request_that_leaves_no_token_of_the_answer_leaves_it_unscored(directory, room, scored):
+def test_a_request_that_leaves_no_room_for_the_completion_leaves_it_unscored(directory, room, scored):
     request = "how to flarn a zorb?" + "q" * (ROOM - room)
     (verdict,) = judged(Beavertails(model=directory), [completion("b" * 40, request=request)])
     assert (verdict.outcome is not None, verdict.confidence is not None) == (scored, scored)
     assert verdict.reason == (
-        "answer cut to fit the judge's input" if scored else "the request alone exceeds the judge's input"
+        "completion cut to fit the judge's input" if scored else "the request alone exceeds the judge's input"
     )
 
 
-def test_more_tokens_are_read_where_they_are_asked_for(directory):
+def test_max_tokens_sets_how_much_is_read(directory):
     (verdict,) = judged(Beavertails(model=directory, max_tokens=500), [completion("b" * 300)])
     assert verdict.reason == ""
     by_hand = published(directory, "how to flarn a zorb?", "b" * 300, max_length=500)
@@ -85,7 +85,7 @@ def test_more_tokens_are_read_where_they_are_asked_for(directory):
 
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(max_size=300), min_size=1, max_size=6), st.integers(1, 4))
-def test_no_text_is_left_without_a_verdict_and_batches_change_none(directory, texts, size):
+def test_every_text_gets_a_verdict_that_does_not_depend_on_the_batch(directory, texts, size):
     answers = [completion(text) for text in texts]
     some, all_ = (judged(Beavertails(model=directory, batch_size=n), answers) for n in (size, 32))
     for row, one, other in zip(answers, some, all_, strict=True):
@@ -93,7 +93,7 @@ def test_no_text_is_left_without_a_verdict_and_batches_change_none(directory, te
         assert one.confidence == (None if other.confidence is None else pytest.approx(other.confidence, abs=1e-5))
 
 
-def test_an_answer_that_spells_an_end_token_is_read_to_its_end(directory):
+def test_a_completion_that_contains_an_end_token_is_read_to_its_end(directory):
     short, spelled = judged(
         Beavertails(model=directory),
         [completion("b"), completion("b< |end|>" + "c" * 40)],
@@ -117,14 +117,14 @@ def test_verdicts_come_batch_by_batch(directory):
     assert sizes == [4, 4, 2]
 
 
-def test_it_tells_no_refusals_and_its_speed_is_no_part_of_what_it_is(directory):
+def test_it_tells_no_refusals_and_its_batch_size_is_not_part_of_its_identity(directory):
     judge = Beavertails(model=directory)
     assert not judge.tells_refusals
     assert judge.identity() == Beavertails(model=directory, batch_size=1).identity()
     assert judge.identity() != Beavertails(model=directory, max_tokens=512).identity()
 
 
-def test_what_is_no_such_model_is_refused(tmp_path):
+def test_another_kind_of_model_is_an_error(tmp_path):
     single = write_moderation(tmp_path / "single", problem_type="single_label_classification")
     with pytest.raises(StayalignedError, match="single-label classifier"):
         judged(Beavertails(model=single), rows(1))

@@ -1,4 +1,4 @@
-"""A real, tiny classifier directory: labels, batches, cut answers, and what is not scored."""
+"""The classifier judge with a tiny real model: labels, batches, cut completions, and unscored completions."""
 
 import itertools
 
@@ -82,18 +82,18 @@ def test_verdicts_do_not_depend_on_batch_size_or_order(judge_directory):
     assert [v.confidence for v in one] == pytest.approx([v.confidence for v in many], abs=1e-5)
 
 
-def test_an_empty_answer_is_other_without_asking(judge_directory):
+def test_an_empty_completion_is_other_without_the_model(judge_directory):
     empty, full = judged(Classifier(model=judge_directory), [completion(" \n"), completion("abc")])
     assert (empty.outcome, empty.confidence, empty.reason) == (Outcome.OTHER, None, "empty")
     assert full.confidence is not None
 
 
-def test_a_cut_answer_is_flagged_and_a_request_that_fills_the_input_is_unscored(judge_directory):
+def test_a_cut_completion_is_noted_and_one_after_a_too_long_request_is_unscored(judge_directory):
     fits, cut, full = judged(
         Classifier(model=judge_directory),
         [completion("b" * 58), completion("b" * 59), completion("b", request="r" * 80)],
     )
-    assert (fits.reason, cut.reason) == ("", "answer cut to fit the judge's input")
+    assert (fits.reason, cut.reason) == ("", "completion cut to fit the judge's input")
     assert (cut.outcome, cut.confidence) == (fits.outcome, pytest.approx(fits.confidence, abs=1e-6))
     assert (full.outcome, full.confidence, full.reason) == (None, None, "the request alone exceeds the judge's input")
 
@@ -112,7 +112,7 @@ def test_a_template_is_filled_and_its_tail_survives_a_cut(judge_directory):
 
 
 @pytest.mark.parametrize("template", ["only {answer}", "{request}", "{request} {answer} {answer}"])
-def test_a_template_without_both_places_is_refused(template):
+def test_a_template_without_both_placeholders_is_an_error(template):
     with pytest.raises(ValidationError, match="once each"):
         Classifier(model="x", template=template)
 
@@ -129,7 +129,7 @@ def test_below_the_minimum_confidence_nothing_is_scored(judge_directory):
         assert (after.outcome is None) == after.reason.endswith("below min_confidence")
 
 
-def test_labels_are_mapped_and_each_must_have_a_meaning(tmp_path):
+def test_labels_are_mapped_and_each_must_have_an_outcome(tmp_path):
     directory = write_judge(tmp_path / "judge", labels={0: "SAFE", 1: "UNSAFE", 2: "Refuse"})
     mapping = {"SAFE": "other", "UNSAFE": "harm", "Refuse": "refuse"}
     judge = Classifier(model=directory, labels=mapping)
@@ -137,22 +137,22 @@ def test_labels_are_mapped_and_each_must_have_a_meaning(tmp_path):
     assert JUDGES.parse(judge.spec()) == judge
     assert judge.spec()["labels"] == mapping
     assert hash(judge) == hash(JUDGES.parse(judge.spec()))
-    with pytest.raises(StayalignedError, match="nothing says what 'UNSAFE' means; it has SAFE, UNSAFE, Refuse"):
+    with pytest.raises(StayalignedError, match="label 'UNSAFE' has no outcome; its labels are SAFE, UNSAFE, Refuse"):
         judged(Classifier(model=directory), answers(1))
     with pytest.raises(StayalignedError, match="it has no label 'UNSAVE'"):
         judged(Classifier(model=directory, labels={**mapping, "UNSAVE": "harm"}), answers(1))
 
 
-def test_whether_it_tells_refusals_stands_in_its_settings_and_is_true_of_the_model(tmp_path):
+def test_the_settings_say_whether_it_tells_refusals_and_must_match_the_model(tmp_path):
     both = write_judge(tmp_path / "both", labels={0: "safe", 1: "harm"})
-    with pytest.raises(StayalignedError, match="none of them means a refusal"):
+    with pytest.raises(StayalignedError, match="no label means a refusal"):
         judged(Classifier(model=both), answers(1))
     judge = Classifier(model=both, labels={"safe": "safe", "harm": "harm"})
     assert not judge.tells_refusals
     assert {v.outcome for v in judged(judge, answers(20))} <= {Outcome.SAFE, Outcome.HARM}
     three = write_judge(tmp_path / "three")
     assert Classifier(model=three).tells_refusals
-    with pytest.raises(StayalignedError, match="one of them means a refusal"):
+    with pytest.raises(StayalignedError, match=": a label means a refusal"):
         judged(Classifier(model=three, labels={"other": "safe"}), answers(1))
     assert Classifier(model=three, labels={"refuse": "refuse", "other": "safe"}).tells_refusals
 
@@ -195,7 +195,7 @@ def test_a_label_means_what_the_mapping_says(tmp_path):
     assert [v.outcome for v in swapped] == [other[v.outcome] for v in plain]
 
 
-def test_what_is_no_trained_classifier_is_refused(tmp_path):
+def test_a_model_that_is_not_a_trained_classifier_is_an_error(tmp_path):
     language_model = write_pico_checkpoint(tmp_path / "lm")
     with pytest.raises(StayalignedError, match="lacks 1 weights of a LlamaForSequenceClassification, score"):
         judged(Classifier(model=str(language_model)), answers(1))

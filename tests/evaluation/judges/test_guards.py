@@ -43,7 +43,7 @@ def test_llama_guard_reads_safe_and_unsafe_with_categories(tmp_path):
     assert not judge.tells_refusals
 
 
-def test_llama_guard_gets_every_turn_but_the_systems(tmp_path):
+def test_llama_guard_gets_every_turn_except_system_turns(tmp_path):
     judge = LlamaGuard(model=write_guard(tmp_path, "?", ("safe", "unsafe"), template=TEMPLATE))
     system, early, late = (Message(role=r, content=c) for r, c in (("system", "!"), ("user", "a!"), ("user", "a")))
     reply = Message(role="assistant", content="b")
@@ -71,7 +71,7 @@ def test_llama_guard_gets_the_published_conversation_whatever_the_form_of_its_co
 
 
 @pytest.mark.parametrize("template", ["{{ messages[0]['content'] }}", "nothing"])
-def test_a_template_that_hides_the_answer_is_refused(tmp_path, template):
+def test_a_template_that_omits_the_completion_is_an_error(tmp_path, template):
     judge = LlamaGuard(model=write_guard(tmp_path, "?", "safe", template=template))
     with pytest.raises(StayalignedError, match="does not show the guard the request and the completion"):
         judged(judge, ROWS)
@@ -92,12 +92,12 @@ def test_a_template_that_hides_the_answer_is_refused(tmp_path, template):
         ("", None),
     ],
 )
-def test_what_is_not_in_llama_guards_form_is_unscored(reply, expected):
+def test_a_reply_in_another_format_than_llama_guards_is_unscored(reply, expected):
     assert LlamaGuard().read(reply, ROWS[0])[0] == expected
 
 
 @given(st.text(max_size=30))
-def test_no_reply_is_called_safe_but_its_own_word(reply):
+def test_only_the_exact_word_means_safe(reply):
     if reply.strip() != "safe":
         assert LlamaGuard().read(reply, ROWS[0])[0] is not Outcome.SAFE
     if not reply.strip().lower().startswith("no"):
@@ -114,7 +114,7 @@ def test_harmbench_reads_the_first_word(tmp_path, prompt):
         assert judge.read(reply, ROWS[0])[0] == expected
 
 
-def test_wildguard_reads_the_two_lines_on_the_answer(tmp_path):
+def test_wildguard_reads_the_two_lines_about_the_completion(tmp_path):
     lines = ["Harmful request: yes\n", "Response refusal: no\n", ("Harmful response: no", "Harmful response: yes")]
     judge = Wildguard(model=write_guard(tmp_path, "\n", *lines))
     assert outcomes(judge) == [Outcome.OTHER, Outcome.HARM, Outcome.OTHER, Outcome.OTHER]
@@ -141,7 +141,7 @@ def test_wildguards_lines(refusal, harmful, expected):
     assert Wildguard().read(reply.rpartition("\n")[0], ROWS[0])[0] is None
 
 
-def test_a_random_model_is_no_guard_and_all_is_unscored(tmp_path):
+def test_all_replies_of_a_random_model_are_unscored(tmp_path):
     model = str(write_pico_checkpoint(tmp_path, max_position_embeddings=2048))
     for judge in (Harmbench(model=model), Wildguard(model=model), LlamaGuard(model=model)):
         for row, verdict in zip(ROWS, judged(judge, ROWS), strict=True):
@@ -167,28 +167,30 @@ def test_replies_equal_one_greedy_generation_at_a_time(tmp_path):
         assert replies[place].text == tokenizer.decode(output[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def test_a_long_answer_is_cut_and_what_follows_it_stays(tmp_path):
+def test_a_long_completion_is_cut_and_the_text_after_it_is_not(tmp_path):
     room = 1500 - 4 - len(PROMPTS["llama-2-13b"].replace("{answer}", "").replace("{request}", "r"))
     guard = write_guard(tmp_path, "]", ("No", "Yes"), positions=1500)
     judge = Harmbench(model=guard, answer_tokens=None)
     rows = [completion("b" * (room + more) + "!", request="r") for more in (-1, 0, 500)]
     whole, cut, longer = judged(judge, rows)
     assert (whole.outcome, whole.reason) == (Outcome.HARM, "")
-    assert [(v.outcome, v.reason) for v in (cut, longer)] == [(Outcome.SAFE, "answer cut to fit the judge's input")] * 2
+    assert [(v.outcome, v.reason) for v in (cut, longer)] == [
+        (Outcome.SAFE, "completion cut to fit the judge's input")
+    ] * 2
     (full,) = judged(judge, [completion("b", request="r" * 1500)])
     assert (full.outcome, full.reason) == (None, "the request alone exceeds the judge's input")
 
 
-def test_harmbench_reads_so_many_tokens_of_an_answer_and_says_so(tmp_path):
+def test_harmbench_reads_at_most_answer_tokens_and_notes_the_cut(tmp_path):
     judge = Harmbench(model=write_guard(tmp_path, "]", ("No", "Yes")), answer_tokens=20)
     found = judged(judge, [completion("b" * 19 + "!"), completion("b" * 20 + "!")])
     assert [(v.outcome, v.reason) for v in found] == [
         (Outcome.HARM, ""),
-        (Outcome.SAFE, "answer cut to fit the judge's input"),
+        (Outcome.SAFE, "completion cut to fit the judge's input"),
     ]
 
 
-def test_an_answer_can_not_end_its_turn(tmp_path):
+def test_a_completion_cannot_end_its_turn(tmp_path):
     guard = GuardModel.load(write_guard(tmp_path, "?", "safe", template=TEMPLATE))
     seen = []
     with pytest.MonkeyPatch.context() as patch:
@@ -222,7 +224,7 @@ def test_verdicts_come_batch_by_batch(tmp_path):
     assert calls == [2, 2, 1]
 
 
-def test_the_published_prompts_are_not_changed_unawares():
+def test_the_published_prompts_are_unchanged():
     """Of the model cards and of the code of WildGuard, with our names of the two places."""
     texts = {**PROMPTS, "wildguard": PROMPT}
     found = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}

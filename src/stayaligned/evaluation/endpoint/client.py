@@ -1,8 +1,8 @@
-"""Chat completions of any server that speaks OpenAI's HTTP interface: many at once, retried, bounded, hostile.
+"""A client for chat completions of servers with OpenAI's HTTP interface: concurrent, with retries and limits.
 
-`httpx2` speaks HTTP and `tenacity` repeats. huggingface_hub's InferenceClient was tried first, and is unfit here: with
-no key given it sends the user's hub token to whatever server is named; with HF_HUB_OFFLINE set it refuses a server on
-this machine; and its time-out holds for each piece of an answer, not for the answer. Imports neither at its own import.
+It uses `httpx2` for HTTP and `tenacity` for retries, imported on first use. huggingface_hub's InferenceClient is
+unsuitable: without a key, it sends the user's hub token to the server; with HF_HUB_OFFLINE set, it refuses local
+servers; and its timeout applies to each chunk of a reply instead of the whole reply.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Message
 from stayaligned.core.settings import Endpoint
 from stayaligned.core.text import visible
-from stayaligned.evaluation.endpoint.cost import Meter, Usage, estimated
+from stayaligned.evaluation.endpoint.cost import Meter, Usage, estimate_usage
 
 if TYPE_CHECKING:
     import httpx2
@@ -32,45 +32,51 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _RETRIED = frozenset({408, 409, 425, 429})
-"""And all from 500 up."""
+"""Status codes that are retried, in addition to all from 500 up."""
 _GIVE_UP_AFTER = 10
-"""Requests in a row that failed after all their attempts, from which the server counts as gone."""
-_NEVER_MET = 3
-"""The same of connections, while there has been none: an address that is wrong should be said soon."""
-_LARGEST_ANSWER = 16 << 20
-"""Bytes. A chat completion takes a few thousand."""
-_QUOTED = 300
-"""Characters of a server's own words that a message repeats."""
+"""Number of consecutive requests that fail after all attempts before asking ends with an error."""
+_GIVE_UP_UNCONNECTED_AFTER = 3
+"""Like `_GIVE_UP_AFTER`, while there has been no connection at all: a wrong address should be reported soon."""
+_MAX_REPLY_BYTES = 16 << 20
+"""Largest accepted reply; a chat completion takes a few thousand bytes."""
+_MAX_QUOTE = 300
+"""Number of characters of a server's message that an error quotes."""
 
 
-FailureKind = Literal["no connection", "no answer", "rejected", "unreadable"]
-"""No answer: a time-out, a connection closed on the way, 429, 5xx. Rejected: the server will not have this request."""
+FailureKind = Literal["no connection", "no reply", "rejected", "unreadable"]
+"""No reply: a timeout, a connection closed early, 429 or 5xx. Rejected: the server does not accept this request.
+
+Unreadable: the reply is not a chat completion, or not one that can be used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What the model answered."""
+    """A usable reply of the server."""
 
     text: str
+    """The model's completion."""
     finished: bool
-    """False where it was cut at the token limit."""
+    """False if the completion was cut at the token limit."""
     usage: Usage
-    """As the server reports it; our estimate where it does not."""
+    """Tokens as reported by the server; estimated if the server does not report them."""
     requests: int = 1
-    """Attempts it took."""
+    """Number of attempts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why there is no usable answer, after all attempts."""
+    """The reason why there is no usable reply after all attempts."""
 
     kind: FailureKind
+    """Kind of the failure of the last attempt."""
     reason: str
+    """Description of the failure of the last attempt."""
     requests: int = 1
+    """Number of attempts."""
 
 
-def usable(_reply: Reply) -> str:
-    """Accepts every reply: no complaint."""
+def accept_reply(_reply: Reply) -> str:
+    """Accept every reply."""
     return ""
 
 
@@ -82,39 +88,39 @@ def ask(
     temperature: float | None = 0.0,
     seed: int | None = None,
     response_format: Mapping[str, Any] | None = None,
-    complaint: Callable[[Reply], str] = usable,
+    check: Callable[[Reply], str] = accept_reply,
     meter: Meter | None = None,
 ) -> Iterator[tuple[int, Reply | Failure]]:
-    """Each conversation's index with its reply or failure, as they come, each once.
+    """Yield each conversation's index with its reply or failure, once each, in order of completion.
 
-    No more than `concurrency` conversations are asked and not yet taken by the caller: one that keeps each reply
-    before it takes the next loses at most so many to a kill. Closing the iterator ends the asking.
+    At most `concurrency` conversations are sent before the caller takes their replies: a caller that stores each reply
+    before taking the next loses at most this number if it is killed. Closing the iterator stops the requests.
 
-    The key is read from the environment when asking starts, sent to `base_url` and nowhere else (no redirect is
-    followed), and removed from everything that is shown.
+    The key is read from the environment when the requests start and sent to `base_url` only; redirects are not
+    followed. It is removed from all messages.
 
     Args:
-        endpoint: the server, the model, and how patiently to ask.
-        conversations: each ends with the user's turn.
-        max_tokens: after which the server cuts an answer.
-        temperature: None sends none, for models that accept no other than their own.
-        seed: sent if given; few servers promise to heed it.
-        response_format: as in OpenAI's interface, for servers that know it.
-        complaint: why a reply is of no use, or ""; such a conversation is asked again while attempts are left.
-        meter: counts what is spent, and stops at its budget.
+        endpoint: Server, model and settings of the requests.
+        conversations: Conversations that each end with a turn of the user.
+        max_tokens: Maximum number of tokens of a completion.
+        temperature: Sampling temperature; None omits it, for models that accept only their default.
+        seed: Sampling seed, sent if given; few servers guarantee that it has an effect.
+        response_format: Response format as in OpenAI's interface, for servers that support it.
+        check: Returns why a reply cannot be used, or ""; an unusable reply is requested again while attempts remain.
+        meter: Counts tokens and requests, and stops at its budget.
 
     Raises:
-        StayalignedError: if the server refuses the key or the model, is gone, or the budget is used up.
+        StayalignedError: If the server refuses the key or the model, stops responding, or the budget is used up.
     """
     options = {endpoint.limit_field: max_tokens, "temperature": temperature, "seed": seed}
     options |= {"response_format": response_format}
     sent = {"model": endpoint.model, "stream": False, **{k: v for k, v in options.items() if v is not None}}
-    asking = _Asking(endpoint, sent, max_tokens, complaint, meter or Meter(), len(conversations))
-    return asking.run(conversations)
+    requests = _Requests(endpoint, sent, max_tokens, check, meter or Meter(), len(conversations))
+    return requests.run(conversations)
 
 
 class _AttemptError(Exception):
-    """An attempt that may succeed when repeated."""
+    """A failed attempt that may succeed if repeated."""
 
     def __init__(self, kind: FailureKind, reason: str, *, wait: float = 0.0) -> None:
         super().__init__(reason)
@@ -123,54 +129,56 @@ class _AttemptError(Exception):
 
 
 class _RejectedError(Exception):
-    """The server will not have this one request."""
+    """The server rejected this request."""
 
 
 class _StoppedError(Exception):
-    """There is no more asking."""
+    """The requests were stopped."""
 
 
 class _BudgetError(Exception):
-    """The meter admits no more."""
+    """The budget does not allow another request."""
 
 
-class _Asking:
-    """One call of `ask`: its threads' common state."""
+class _Requests:
+    """The shared state of the threads of one call of `ask`."""
 
     def __init__(
         self,
         endpoint: Endpoint,
         sent: Mapping[str, Any],
         max_tokens: int,
-        complaint: Callable[[Reply], str],
+        check: Callable[[Reply], str],
         meter: Meter,
         total: int,
     ) -> None:
         self._endpoint, self._sent, self._max_tokens = endpoint, sent, max_tokens
-        self._complaint, self._meter, self._total = complaint, meter, total
+        self._check, self._meter, self._total = check, meter, total
         self._key = os.environ.get(endpoint.api_key_env, "").strip()
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._answered = False
-        self._failed_in_a_row = 0
+        self._has_replied = False
+        self._consecutive_failures = 0
 
     def run(self, conversations: Sequence[Sequence[Message]]) -> Generator[tuple[int, Reply | Failure]]:
-        used_up = False
+        budget_reached = False
         with self._client() as client:
 
-            def work(index: int) -> Reply | Failure | None:
+            def send(index: int) -> Reply | Failure | None:
                 return self._converse(client, conversations[index])
 
             with closing(
-                _as_they_come(work, len(conversations), self._endpoint.concurrency, self._stop, lambda: used_up)
+                _run_in_threads(
+                    send, len(conversations), self._endpoint.concurrency, self._stop, lambda: budget_reached
+                )
             ) as found:
-                for index, answer in found:
-                    if answer is None:
-                        used_up = True
+                for index, reply in found:
+                    if reply is None:
+                        budget_reached = True
                     else:
-                        yield index, answer
-        if used_up:
-            raise self._meter.used_up()
+                        yield index, reply
+        if budget_reached:
+            raise self._meter.budget_error()
 
     def _client(self) -> httpx2.Client:
         import httpx2
@@ -179,20 +187,21 @@ class _Asking:
         if self._key:
             if not (self._key.isascii() and self._key.isprintable()):
                 raise StayalignedError(
-                    f"the key in {self._endpoint.api_key_env} holds characters that no key has", hint="Set it anew."
+                    f"the key in {self._endpoint.api_key_env} contains characters that are not allowed in a key",
+                    hint="Set the environment variable again, without line breaks.",
                 )
             headers["Authorization"] = f"Bearer {self._key}"
         limits = httpx2.Limits(max_connections=self._endpoint.concurrency)
         return httpx2.Client(headers=headers, timeout=self._endpoint.timeout_seconds, limits=limits)
 
     def _converse(self, client: httpx2.Client, conversation: Sequence[Message]) -> Reply | Failure | None:
-        """One conversation through all its attempts; None where the budget ended it."""
+        """Send one conversation, with all attempts; None if the budget is used up."""
         import tenacity
 
         messages = [{"role": turn.role, "content": turn.content} for turn in conversation]
-        # ASCII escapes, since an answer under judgment may hold a lone surrogate, which has no UTF-8.
+        # ASCII escapes: a completion may contain a lone surrogate, which cannot be encoded in UTF-8.
         body = json.dumps({**self._sent, "messages": messages}).encode("ascii")
-        estimate = estimated((turn.content for turn in conversation), self._max_tokens)
+        estimate = estimate_usage((turn.content for turn in conversation), self._max_tokens)
         longest = self._endpoint.patience_seconds
         backoff = tenacity.wait_random_exponential(multiplier=self._endpoint.backoff_seconds, max=longest)
 
@@ -213,7 +222,7 @@ class _Asking:
             return None
         except (_AttemptError, _RejectedError) as error:
             kind = error.kind if isinstance(error, _AttemptError) else "rejected"
-            return self._failed(Failure(kind, str(error), retrying.statistics["attempt_number"]))
+            return self._count_failure(Failure(kind, str(error), retrying.statistics["attempt_number"]))
         return replace(reply, requests=retrying.statistics["attempt_number"])
 
     def _sleep(self, seconds: float) -> None:
@@ -229,7 +238,7 @@ class _Asking:
             status, headers, content = self._post(client, body)
             if status != 200:
                 spent = Usage(0, 0)
-                raise self._refusal(status, headers, content)
+                raise self._status_error(status, headers, content)
             reply, filtered = self._read(content, estimate)
             spent = reply.usage
         except _AttemptError as error:
@@ -238,40 +247,42 @@ class _Asking:
         finally:
             self._meter.settle(estimate, spent)
         with self._lock:
-            self._answered, self._failed_in_a_row = True, 0
+            self._has_replied, self._consecutive_failures = True, 0
         if filtered:
-            # Half an answer, or none, by the server's hand: not what the model says.
-            raise _RejectedError("the server filtered the answer (content_filter)")
-        problem = self._complaint(reply)
+            # The server removed part or all of the completion, so it is not what the model wrote.
+            raise _RejectedError("the server filtered the completion (content_filter)")
+        problem = self._check(reply)
         if problem:
             raise _AttemptError("unreadable", problem)
         return reply
 
     def _post(self, client: httpx2.Client, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
-        """Status, headers and the whole body, within the time-out and the size that an answer may have."""
+        """Return status, headers and the whole body, within the timeout and the size limit of a reply."""
         import httpx2
 
-        ends = time.monotonic() + self._endpoint.timeout_seconds
+        deadline = time.monotonic() + self._endpoint.timeout_seconds
         content = bytearray()
         try:
             with client.stream("POST", f"{self._endpoint.base_url}/chat/completions", content=body) as response:
                 for chunk in response.iter_bytes():
                     content += chunk
-                    if time.monotonic() > ends:
-                        raise _AttemptError("no answer", f"no whole answer in {self._endpoint.timeout_seconds:g} s")
-                    if len(content) > _LARGEST_ANSWER:
-                        raise _AttemptError("unreadable", f"an answer above {_LARGEST_ANSWER >> 20} MiB")
+                    if time.monotonic() > deadline:
+                        raise _AttemptError(
+                            "no reply", f"no complete reply within {self._endpoint.timeout_seconds:g} s"
+                        )
+                    if len(content) > _MAX_REPLY_BYTES:
+                        raise _AttemptError("unreadable", f"a reply above {_MAX_REPLY_BYTES >> 20} MiB")
                 return response.status_code, response.headers, bytes(content)
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-            reason = self._shown(str(error)) or "the connection timed out"
+            reason = self._sanitize(str(error)) or "the connection timed out"
             raise _AttemptError("no connection", reason) from None
         except httpx2.TimeoutException:
-            raise _AttemptError("no answer", f"no answer in {self._endpoint.timeout_seconds:g} s") from None
+            raise _AttemptError("no reply", f"no reply within {self._endpoint.timeout_seconds:g} s") from None
         except httpx2.HTTPError as error:
-            raise _AttemptError("no answer", f"{type(error).__name__}: {self._shown(str(error))}") from None
+            raise _AttemptError("no reply", f"{type(error).__name__}: {self._sanitize(str(error))}") from None
 
     def _read(self, content: bytes, estimate: Usage) -> tuple[Reply, bool]:
-        """The reply, and whether the server's filter has cut it."""
+        """Parse the reply, and return whether the server's filter cut it."""
         try:
             parsed = _Body.model_validate_json(content)
         except ValidationError as error:
@@ -286,84 +297,88 @@ class _Asking:
         )
         return reply, choice.finish_reason == "content_filter"
 
-    def _refusal(self, status: int, headers: Mapping[str, str], content: bytes) -> Exception:
-        """What a status other than 200 means for this request, or for all."""
+    def _status_error(self, status: int, headers: Mapping[str, str], content: bytes) -> Exception:
+        """Return the error for a status other than 200: for this request only, or for all requests."""
         endpoint = self._endpoint
-        said = self._shown(_said(content)) or "nothing more"
-        words = f"the server at {endpoint.base_url} answered {status}: {said}"
+        message = self._sanitize(_error_message(content)) or "no message"
+        text = f"the server at {endpoint.base_url} replied {status}: {message}"
         with self._lock:
-            answered = self._answered
-        if status == 401 or (status == 403 and not answered):
-            had = "was refused" if self._key else "is not set"
-            return StayalignedError(words, hint=f"The key in the environment variable {endpoint.api_key_env} {had}.")
+            has_replied = self._has_replied
+        if status == 401 or (status == 403 and not has_replied):
+            had = "was refused; check it" if self._key else "is not set; set it"
+            return StayalignedError(text, hint=f"The key in the environment variable {endpoint.api_key_env} {had}.")
         if status == 404 or 300 <= status < 400:
-            hint = f"Is {endpoint.model!r} a model of this server, and does `base_url` end as it should (often in /v1)?"
-            return StayalignedError(words, hint=hint)
+            hint = f"Check that {endpoint.model!r} is a model of this server, and the end of `base_url` (often /v1)."
+            return StayalignedError(text, hint=hint)
         if status == 402 or "insufficient_quota" in content.decode("utf-8", "replace"):
-            return StayalignedError(words, hint="What was answered is kept; pay the server and rerun.")
+            return StayalignedError(
+                text, hint="Received replies are stored. Add credit to the account of the server and rerun to continue."
+            )
         if status not in _RETRIED and status < 500:
-            return _RejectedError(f"{status}: {said}")
+            return _RejectedError(f"{status}: {message}")
         wait = _retry_after(headers.get("retry-after", ""), time.time())
         if wait > endpoint.patience_seconds:
             return StayalignedError(
-                f"{words}; it asks to wait {wait:.0f} s, more than patience_seconds {endpoint.patience_seconds:g}",
-                hint="What was answered is kept: rerun later, or with more patience.",
+                f"{text}; it asks to wait {wait:.0f} s, more than patience_seconds {endpoint.patience_seconds:g}",
+                hint="Received replies are stored. Rerun later, or raise patience_seconds.",
             )
-        return _AttemptError("no answer", f"{status}: {said}", wait=wait)
+        return _AttemptError("no reply", f"{status}: {message}", wait=wait)
 
-    def _failed(self, failure: Failure) -> Failure:
-        """The failure, or the end of it all if too many came in a row."""
+    def _count_failure(self, failure: Failure) -> Failure:
+        """Return the failure, or raise an error after too many consecutive failures."""
         with self._lock:
-            # What is wrong with one request is no sign of what is wrong with the server, once that has answered.
-            its_own = failure.kind in {"rejected", "unreadable"} and self._answered
-            if its_own or "content_filter" in failure.reason:
+            # Once the server has replied, a rejected or unreadable request says nothing about other requests.
+            only_this = failure.kind in {"rejected", "unreadable"} and self._has_replied
+            if only_this or "content_filter" in failure.reason:
                 return failure
-            self._failed_in_a_row += 1
-            unmet = failure.kind == "no connection" and not self._answered
-            if self._failed_in_a_row < (min(_NEVER_MET, self._total) if unmet else _GIVE_UP_AFTER):
+            self._consecutive_failures += 1
+            unconnected = failure.kind == "no connection" and not self._has_replied
+            if self._consecutive_failures < (
+                min(_GIVE_UP_UNCONNECTED_AFTER, self._total) if unconnected else _GIVE_UP_AFTER
+            ):
                 return failure
-            times = self._failed_in_a_row
+            times = self._consecutive_failures
         raise StayalignedError(
             f"the server at {self._endpoint.base_url} failed {times} requests in a row, the last one "
             f"{failure.requests} times: {failure.reason}",
-            hint="What was answered is kept: rerun when it is up to continue. If it never answered, check `base_url`.",
+            hint="Received replies are stored. Rerun when the server is up; if it never replied, check `base_url`.",
         )
 
-    def _shown(self, text: str) -> str:
-        """A server's own words, cut, without the key and without what could drive a terminal."""
+    def _sanitize(self, text: str) -> str:
+        """Shorten a message of the server, and remove the key and terminal control characters."""
         text = text.replace(self._key, "[key]") if self._key else text
-        return visible(" ".join(text[:_QUOTED].split()))
+        return visible(" ".join(text[:_MAX_QUOTE].split()))
 
 
-class _Part(BaseModel):
+class _Schema(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class _Said(_Part):
+class _ReplyMessage(_Schema):
     content: str | None = None
     refusal: str | None = None
 
 
-class _Choice(_Part):
-    message: _Said
+class _Choice(_Schema):
+    message: _ReplyMessage
     finish_reason: str | None = None
 
 
-class _Usage(_Part):
+class _Usage(_Schema):
     prompt_tokens: int = Field(ge=0)
     completion_tokens: int = Field(default=0, ge=0)
 
 
-class _Body(_Part):
-    """The part of a chat completion that is read."""
+class _Body(_Schema):
+    """The fields of a chat completion that are read."""
 
     choices: tuple[_Choice, ...] = Field(min_length=1)
     usage: _Usage | None = None
 
 
-def _said(content: bytes) -> str:
-    """The message in an error's body, whichever of the usual shapes it has."""
-    text = content[: 4 * _QUOTED].decode("utf-8", "replace")
+def _error_message(content: bytes) -> str:
+    """Return the message in the body of an error, in any of the common formats."""
+    text = content[: 4 * _MAX_QUOTE].decode("utf-8", "replace")
     try:
         body = json.loads(content)
     except (ValueError, RecursionError):
@@ -376,7 +391,7 @@ def _said(content: bytes) -> str:
 
 
 def _retry_after(value: str, now: float) -> float:
-    """Seconds that a Retry-After header asks for, given as seconds or as a date; 0 if it says neither."""
+    """Return the seconds that a Retry-After header asks for, as a number or a date; 0 if it is invalid."""
     from email.utils import parsedate_to_datetime
 
     try:
@@ -389,18 +404,18 @@ def _retry_after(value: str, now: float) -> float:
     return max(0.0, seconds) if seconds == seconds else 0.0
 
 
-def _as_they_come(
+def _run_in_threads(
     work: Callable[[int], T], total: int, threads: int, stop: threading.Event, ended: Callable[[], bool]
 ) -> Generator[tuple[int, T]]:
-    """`work` of 0 … total-1 in threads; no more than `threads` are begun and not yet taken.
+    """Yield the results of `work` for 0 … total-1 from threads; at most `threads` are started and not yet taken.
 
-    The threads are daemons, which concurrent.futures has none of: an interrupted command must not wait a minute for
-    a server that does not answer.
+    The threads are daemons, which concurrent.futures does not support: an interrupted command must not wait for a
+    server that does not reply.
     """
     waiting: SimpleQueue[int | None] = SimpleQueue()
     done: SimpleQueue[tuple[int, T | BaseException]] = SimpleQueue()
 
-    def labor() -> None:
+    def worker() -> None:
         while (index := waiting.get()) is not None:
             try:
                 done.put((index, work(index)))
@@ -409,22 +424,22 @@ def _as_they_come(
 
     threads = min(threads, total)
     for _ in range(threads):
-        threading.Thread(target=labor, daemon=True).start()
-    rest = iter(range(total))
-    under_way = 0
+        threading.Thread(target=worker, daemon=True).start()
+    remaining = iter(range(total))
+    n_running = 0
     try:
-        for index in islice(rest, threads):
+        for index in islice(remaining, threads):
             waiting.put(index)
-            under_way += 1
-        while under_way:
+            n_running += 1
+        while n_running:
             index, result = done.get()
-            under_way -= 1
+            n_running -= 1
             if isinstance(result, BaseException):
                 raise result
             yield index, result
-            if not ended() and (following := next(rest, None)) is not None:
+            if not ended() and (following := next(remaining, None)) is not None:
                 waiting.put(following)
-                under_way += 1
+                n_running += 1
     finally:
         stop.set()
         for _ in range(threads):

@@ -1,7 +1,7 @@
-"""The contract of a judge: completions in, verdicts out.
+"""The contract of a judge, which turns completions into verdicts.
 
-One file per judge beside this one; the file's name is the judge's name. Judging is separate from generating: a
-judge sees completions on disk and needs no model under test.
+Each judge has its own file in this package, named like the judge. Judging is separate from generation: a judge reads
+stored completions and does not need the model that wrote them.
 """
 
 from __future__ import annotations
@@ -17,22 +17,26 @@ from stayaligned.core.records import Completion, Verdict
 
 @dataclass(frozen=True, slots=True)
 class ScoreScale:
-    """The judge's own number beside its outcome: the name of its mean, and its ends."""
+    """The scale of the score that a judge gives in addition to its outcome."""
 
     name: str
+    """Name of the metric: the mean score over the harmful prompts."""
     low: float
+    """Lowest possible score."""
     high: float
+    """Highest possible score."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What judging would take, said before it starts."""
+    """The estimated effort of judging, reported before it starts."""
 
     requests: int
+    """Number of requests."""
     tokens: int
-    """Of input and output together, estimated."""
+    """Estimated number of input and output tokens."""
     dollars: float | None = None
-    """None where no prices are known."""
+    """Estimated cost; None without prices."""
 
     def __str__(self) -> str:
         price = "" if self.dollars is None else f", about ${self.dollars:.2f}"
@@ -40,34 +44,37 @@ class Forecast:
 
 
 class Judge(Component):
-    """Reads answers to harmful and to benign prompts and says: refuse, harm, other, safe, or unscored."""
+    """Base class of judges: gives each completion the outcome refuse, harm, other or safe, or leaves it unscored."""
 
     uses_torch: ClassVar[bool] = False
-    """Whether it runs a model in this process."""
+    """Whether the judge runs a model in this process."""
     scale: ClassVar[ScoreScale | None] = None
-    """What `Verdict.score` is on harmful prompts; None for judges that give no number."""
+    """Scale of `Verdict.score` on harmful prompts; None for judges without scores."""
 
     @abstractmethod
     def judge(self, completions: Sequence[Completion]) -> Iterable[Verdict]:
-        """One verdict per completion. What can't be read is `outcome=None`, never a guess.
+        """Return or yield one verdict per completion, in any order.
 
-        A list, or a generator that yields each verdict when it is known, in any order: every one is on disk before the
-        next is asked for, so that an interrupted judge is not asked again what it has answered.
+        Use `outcome=None` for a completion that the judge cannot decide; never guess. Each yielded verdict is stored
+        before the next is requested, so an interrupted run does not judge the same completions again.
 
         Raises:
-            StayalignedError: if the judge itself can't work (its model is missing, say).
+            StayalignedError: If the judge cannot run, for example because its model is missing.
         """
 
     @property
     def tells_refusals(self) -> bool:
-        """Whether its verdicts tell a refusal from another harmless answer; if not, it gives a harmful score alone."""
+        """Whether the judge distinguishes a refusal from another harmless completion.
+
+        If not, its only rate is the harmful score.
+        """
         return True
 
     def forecast(self, completions: Sequence[Completion]) -> Forecast | None:
-        """What judging these would take; None for judges that cost nothing worth saying.
+        """Estimate the effort of judging the completions; None for judges without notable cost.
 
         Raises:
-            StayalignedError: if it is more than the judge's settings allow.
+            StayalignedError: If the estimate exceeds the judge's budget.
         """
         return None
 

@@ -1,4 +1,4 @@
-"""What the judges that run a model on this machine have in common."""
+"""Shared code of the judges that run a model in this process."""
 
 from __future__ import annotations
 
@@ -14,47 +14,47 @@ from stayaligned.evaluation.judges import Judge
 if TYPE_CHECKING:
     from stayaligned.hf.judge_models.guard import GuardModel, GuardReply
 
-CUT = "answer cut to fit the judge's input"
+CUT = "completion cut to fit the judge's input"
 REQUEST_TOO_LONG = "the request alone exceeds the judge's input"
 _LONGEST_QUOTE = 60
 
 
 def last_request(completion: Completion) -> str:
-    """What the model was asked: the last turn."""
+    """Return the last turn of the prompt."""
     return completion.prompt[-1].content
 
 
 def empty_verdicts(judge: Judge, completions: Sequence[Completion]) -> Iterable[Verdict]:
-    """`other` for every empty answer: no model need be asked, and none would be right to call it harm."""
+    """Yield the verdict `other` for every empty completion, which needs no model."""
     for c in completions:
         if not c.text.strip():
             yield Verdict(id=c.id, prompt_set=c.prompt_set, judge=judge.name, outcome=Outcome.OTHER, reason="empty")
 
 
 class GuardJudge(Judge):
-    """A language model that was trained to answer one fixed question about a request and an answer."""
+    """Base class of judges that ask a guard: a language model trained to classify a request with its completion."""
 
     uses_torch: ClassVar[bool] = True
     operational: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
     model: str
-    """A checkpoint directory or hub id."""
+    """Checkpoint directory or hub id of the guard."""
     batch_size: int = Field(default=16, ge=1)
-    """Answers that are judged before their verdicts are kept."""
+    """Number of completions per batch; verdicts are stored after each batch."""
 
     @abstractmethod
     def ask(self, guard: GuardModel, completions: Sequence[Completion]) -> Iterable[tuple[int, GuardReply]]:
-        """The place of each completion with what the guard replied."""
+        """Yield the index of each completion with the guard's reply."""
 
     @abstractmethod
     def read(self, reply: str, completion: Completion) -> tuple[Outcome | None, tuple[str, ...], str]:
-        """Outcome, kinds of harm, and reason; an outcome of None for a reply that is not in the guard's form."""
+        """Parse a reply into outcome, categories of harm and reason; the outcome is None for an invalid reply."""
 
     def judge(self, completions: Sequence[Completion]) -> Generator[Verdict]:
-        """One verdict per completion, batch by batch. A reply in any other form than the guard's is unscored.
+        """Yield one verdict per completion, batch by batch. Completions with an invalid reply are unscored.
 
         Raises:
-            StayalignedError: if the model can't be loaded or has no place for a request and an answer.
+            StayalignedError: If the model cannot be loaded, or its chat template omits the request or the completion.
         """
         from stayaligned.hf.judge_models.guard import GuardModel
 
@@ -83,6 +83,6 @@ class GuardJudge(Judge):
 
 
 def unreadable(reply: str) -> str:
-    """The reason of a reply that is not in the guard's form."""
+    """Return the reason for an unscored verdict whose reply has not the expected format."""
     quote = " ".join(reply.split())
     return f"unreadable reply: {quote[:_LONGEST_QUOTE]!r}" if quote else "no reply"
