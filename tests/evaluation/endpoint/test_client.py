@@ -429,7 +429,7 @@ def test_a_prompt_without_a_completion_is_an_error_after_the_others_were_yielded
     with chat_server(lambda b: Raw(400, b"no") if last(b) in {"q1", "q4"} else "x") as server:
         found = []
         with pytest.raises(
-            StayalignedError, match=r"no answer to 2 of 5 harmful prompts; 'e1': 400: no\nHint: .*rerun"
+            StayalignedError, match=r"did not answer 2 of 5 harmful prompts; 'e1': 400: no\nHint: .*rerun"
         ):
             found.extend(
                 index
