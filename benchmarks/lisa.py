@@ -30,6 +30,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import cycle, islice, pairwise, permutations
 from typing import Any, NamedTuple
 
@@ -39,12 +40,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lisa_published import PublishedTrainer
-from stayaligned import Lisa, with_lisa
-from stayaligned.algorithms.lisa import BiStateSchedule, RowStream
+from stayaligned import LisaSettings, with_lisa
+from stayaligned.algorithms.lisa import RowStream, row_indices_at
+from stayaligned.algorithms.lisa_schedule import BiStateSchedule
 from stayaligned.hf.features import PaddingCollator
 from stayaligned.testing import pico_config
 
-LISA = Lisa(alignment_steps=4, finetuning_steps=16, rho=1.0)
+LISA = LisaSettings(alignment_steps=4, finetuning_steps=16, rho=1.0)
 SEED = 7
 Row = dict[str, list[int]]
 
@@ -100,14 +102,14 @@ def random_rows(count: int, shape: Shape, seed: int) -> list[Row]:
 
 
 def schedule_rows(
-    user: Sequence[Row], safe: Sequence[Row], lisa: Lisa, *, steps: int, rows: int, seed: int = SEED
+    user: Sequence[Row], safe: Sequence[Row], lisa: LisaSettings, *, steps: int, rows: int, seed: int = SEED
 ) -> Feed:
     schedule = BiStateSchedule(lisa.alignment_steps, lisa.finetuning_steps)
     streams = {
         "finetuning": RowStream(len(user), seed, "finetuning"),
         "alignment": RowStream(len(safe), seed, "alignment"),
     }
-    taken = [i for step in range(steps) for i in schedule.indices_at(step, rows_per_step=rows, **streams)]
+    taken = [i for step in range(steps) for i in row_indices_at(step, schedule, rows_per_step=rows, **streams)]
     both = [*user, *safe]
     return Feed(user, safe, [both[i] for i in taken], [both[i] for i in taken if i >= len(user)])
 
@@ -121,7 +123,7 @@ class Job(NamedTuple):
     shape: Shape
     lora: bool
     steps: int
-    lisa: Lisa = LISA
+    lisa: LisaSettings = LISA
     device: str = "cpu"
 
     def model(self) -> Any:
@@ -283,9 +285,9 @@ class Scales(TrainerCallback):
 
 def measure_memory(shape: Shape, lora: bool, directory: str) -> dict[str, float]:
     """What each trainer holds above a plain one, in copies of the trainable weights."""
-    lisa = LISA.model_copy(update={"alignment_steps": 2, "finetuning_steps": 2})
+    lisa = replace(LISA, alignment_steps=2, finetuning_steps=2)
     job = Job(shape._replace(rows=1, tokens=8), lora, steps=6, lisa=lisa)
-    unpulled = job._replace(lisa=lisa.model_copy(update={"rho": 0.0}))
+    unpulled = job._replace(lisa=replace(lisa, rho=0.0))
     weights = sum(p.numel() * p.element_size() for p in job.model().parameters() if p.requires_grad)
     runs = {"plain": ("plain", job), "Lisa": ("Lisa", job), "Lisa, rho=0": ("Lisa", unpulled)}
     held: dict[str, int] = {}
@@ -365,7 +367,7 @@ def measure_gpu(size: str, steps: int) -> dict[str, Any] | None:
         print("\ngpu: skipped: no GPU")
         return None
     shape, device = GPU_SHAPES[size], torch.cuda.get_device_name()
-    on_cpu = LISA.model_copy(update={"anchor_device": "cpu"})
+    on_cpu = replace(LISA, anchor_device="cpu")
     arms = {"plain": ("plain", LISA), "Lisa": ("Lisa", LISA), "Lisa, anchor on the CPU": ("Lisa", on_cpu)}
     found: dict[str, Any] = {}
     print(f"\n{device}; Llama of {size}, bf16, {shape.rows} rows of {shape.tokens} tokens a step; {steps} steps each")

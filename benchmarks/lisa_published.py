@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from stayaligned import Lisa
-from stayaligned.algorithms.lisa import Phase
+from stayaligned import LisaSettings
+from stayaligned.algorithms.lisa_schedule import Phase
 
 WARMUP = 0.1
 """Share of the steps before the term is added; fixed in the published code."""
@@ -25,7 +25,7 @@ WARMUP = 0.1
 class PublishedTrainer(Trainer):
     """Takes `lisa` for K1, K2 and ρ, and the alignment rows in the order in which they are given."""
 
-    def __init__(self, *args: Any, lisa: Lisa, alignment_dataset: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, lisa: LisaSettings, alignment_dataset: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.lisa = lisa
         self.steps_of = {Phase.ALIGNMENT: lisa.alignment_steps, Phase.FINETUNING: lisa.finetuning_steps}

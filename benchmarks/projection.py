@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from stayaligned.algorithms.alignment_delta import FullDelta, alignment_subspace
-from stayaligned.algorithms.safe_lora import LoraFactors, ScaledGram, update_similarity
+from stayaligned.algorithms.safe_lora import LoraFactors, ScaledGram, compare
 
 RANK = 8
 T = TypeVar("T")
@@ -69,9 +69,9 @@ def make_problem(width: int) -> tuple[torch.Tensor, LoraFactors]:
 
 
 def factor_form(v: torch.Tensor, factors: LoraFactors) -> tuple[LoraFactors, float]:
-    after = ScaledGram(FullDelta.of(v))(factors)
+    after = ScaledGram(FullDelta.from_matrix(v))(factors)
     assert isinstance(after, LoraFactors)
-    return after, update_similarity(factors, after)
+    return after, compare(factors, after).similarity
 
 
 def dense_form(v: torch.Tensor, factors: LoraFactors) -> tuple[torch.Tensor, float]:

@@ -256,7 +256,7 @@ def gpu(request: Mapping[str, Any]) -> None:
     import torch
 
     from stayaligned.algorithms.alignment_delta import FullDelta
-    from stayaligned.algorithms.safe_lora import LoraFactors, ScaledGram, update_similarity
+    from stayaligned.algorithms.safe_lora import LoraFactors, ScaledGram, compare
 
     if request["device"] == "cuda" and not torch.cuda.is_available():
         print("null")
@@ -284,7 +284,7 @@ def gpu(request: Mapping[str, Any]) -> None:
         v = torch.randn(width, width, generator=generator, device=device) / width
         a = torch.randn(RANK, width, generator=generator, device=device) / width**0.5
         factors = LoraFactors(a, torch.randn(width, RANK, generator=generator, device=device), 2.0)
-        quick = timed(lambda v=v, f=factors: update_similarity(f, ScaledGram(FullDelta.of(v))(f)))
+        quick = timed(lambda v=v, f=factors: compare(f, ScaledGram(FullDelta.from_matrix(v))(f)).similarity)
         slow = timed(lambda v=v, f=factors: dense_form(v, f.a, f.b))
         # V has to come twice, for VᵀB and for V(VᵀB)
         share = 2 * v.numel() * v.element_size() / quick / rate

@@ -13,7 +13,7 @@ from datasets import load_dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from stayaligned import Lisa, with_lisa
+from stayaligned import LisaSettings, with_lisa
 
 
 def rows(file):
@@ -35,7 +35,7 @@ def main():
         SFTConfig(output_dir=given.out, **settings),
         train_dataset=rows(given.user),
         alignment_dataset=rows(given.safety),
-        lisa=Lisa(alignment_steps=10, finetuning_steps=90, rho=1.0),
+        lisa=LisaSettings(alignment_steps=10, finetuning_steps=90, rho=1.0),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
     )
     trainer.train(resume_from_checkpoint=True)

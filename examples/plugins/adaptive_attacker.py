@@ -94,7 +94,7 @@ def _known_layers(model: Any, attacker: ProjectedTraining) -> list[_KnownLayer]:
         ancestor = base.get_submodule(name.removeprefix("base_model.model.")).weight
         aligned = module.get_base_layer().weight
         delta = aligned.detach().float() - ancestor.detach().to(aligned.device).float()
-        operator = patch.operator_for(FullDelta.of((delta.T if module.fan_in_fan_out else delta).contiguous()))
+        operator = patch.operator_for(FullDelta.from_matrix((delta.T if module.fan_in_fan_out else delta).contiguous()))
         known.append(_KnownLayer(module.lora_A[adapter].weight, module.lora_B[adapter].weight, operator))
     return known
 
@@ -104,5 +104,5 @@ def _project(layers: list[_KnownLayer]) -> None:
 
     with torch.no_grad():
         for a, b, operator in layers:
-            a.copy_(operator.inputs(a))
-            b.copy_(operator.outputs(b))
+            a.copy_(operator.map_inputs(a))
+            b.copy_(operator.map_outputs(b))

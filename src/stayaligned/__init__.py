@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stayaligned.algorithms.lisa_schedule import LisaSettings as LisaSettings
     from stayaligned.attacks import Attack as Attack
     from stayaligned.core.errors import StayalignedError as StayalignedError
     from stayaligned.core.records import Completion as Completion
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 # The imports above, for the interpreter; `tests/core/test_public_names.py` compares the two.
 _NAMES = {
+    "stayaligned.algorithms.lisa_schedule": ("LisaSettings",),
     "stayaligned.attacks": ("Attack",),
     "stayaligned.core.errors": ("StayalignedError",),
     "stayaligned.core.records": ("Completion", "Example", "LayerReport", "Message", "Outcome", "Verdict"),

@@ -53,7 +53,7 @@ def test_the_truncation_error_bounds_the_true_one_where_v_is_sampled() -> None:
 
 
 def check_truncation(v: torch.Tensor, k: int, factors: LoraFactors, slack: float) -> None:
-    whole, stored = ScaledGram(FullDelta.of(v.double())), ScaledGram(leading_triplets(v, rank=k))
+    whole, stored = ScaledGram(FullDelta.from_matrix(v.double())), ScaledGram(leading_triplets(v, rank=k))
     after: Any = stored(factors)
     bound = stored.truncation_error(compare(factors, after).shrinkage)
     exact: Any = whole(LoraFactors(factors.a.double(), factors.b.double(), factors.scaling))

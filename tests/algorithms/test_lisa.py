@@ -12,17 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stayaligned.algorithms.lisa import (
-    BiStateSchedule,
-    LossBudget,
-    Phase,
     RowStream,
     add_proximal_gradient_,
     drift,
     empty_anchor,
     proximal_step_,
-    rho_at,
+    row_indices_at,
     take_anchor,
 )
+from stayaligned.algorithms.lisa_schedule import BiStateSchedule, LossBudget, Phase, rho_at
 from stayaligned.core.errors import StayalignedError
 
 STEPS = st.integers(0, 6)
@@ -187,7 +185,7 @@ def test_every_step_is_of_one_state_and_no_row_is_passed_over(
     finetuning, alignment = RowStream(users, 1, "finetuning"), RowStream(safe, 1, "alignment")
     drawn: dict[Phase, list[int]] = {phase: [] for phase in Phase}
     for step in range(steps):
-        rows = schedule.indices_at(step, rows_per_step=rows_per_step, finetuning=finetuning, alignment=alignment)
+        rows = row_indices_at(step, schedule, rows_per_step=rows_per_step, finetuning=finetuning, alignment=alignment)
         phase = schedule.phase_at(step)
         assert len(rows) == rows_per_step
         assert all((row >= users) == (phase is Phase.ALIGNMENT) for row in rows)

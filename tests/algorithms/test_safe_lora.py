@@ -19,18 +19,17 @@ from stayaligned.algorithms.alignment_delta import (
     random_subspace,
 )
 from stayaligned.algorithms.safe_lora import (
-    Complement,
+    ComplementOperator,
     LoraFactors,
     Orthogonal,
     RandomlyRotated,
     ScaledGram,
-    below,
     compare,
-    every,
-    lowest,
-    scaled,
+    scale_update,
+    select_all,
+    select_below,
+    select_lowest,
     update_norm,
-    update_similarity,
 )
 from stayaligned.core.errors import StayalignedError
 
@@ -53,7 +52,7 @@ def dense(factors: LoraFactors) -> torch.Tensor:
 
 
 def scaled_gram(v: torch.Tensor) -> ScaledGram:
-    return ScaledGram(FullDelta.of(v))
+    return ScaledGram(FullDelta.from_matrix(v))
 
 
 def shrinkage(before: LoraFactors, after: LoraFactors) -> float:
@@ -62,7 +61,11 @@ def shrinkage(before: LoraFactors, after: LoraFactors) -> float:
 
 def operators(v: torch.Tensor) -> list[Any]:
     subspace = alignment_subspace(v, rank=2)
-    return [scaled_gram(v), Orthogonal(subspace), *(Complement(subspace, side) for side in ("left", "right", "both"))]
+    return [
+        scaled_gram(v),
+        Orthogonal(subspace),
+        *(ComplementOperator(subspace, side) for side in ("left", "right", "both")),
+    ]
 
 
 def cosine(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -85,9 +88,9 @@ def test_projectors_equal_their_dense_forms(shape: tuple[int, int, int, int]) ->
     update = dense(factors)
     for operator, expected in (
         (Orthogonal(subspace), left @ update),
-        (Complement(subspace, "left"), (eye_left - left) @ update),
-        (Complement(subspace, "right"), update @ (eye_right - right)),
-        (Complement(subspace, "both"), (eye_left - left) @ update @ (eye_right - right)),
+        (ComplementOperator(subspace, "left"), (eye_left - left) @ update),
+        (ComplementOperator(subspace, "right"), update @ (eye_right - right)),
+        (ComplementOperator(subspace, "both"), (eye_left - left) @ update @ (eye_right - right)),
     ):
         torch.testing.assert_close(dense(operator(factors)), expected, rtol=1e-10, atol=1e-10)
 
@@ -114,7 +117,7 @@ def test_scale_law_c_of_cv_is_abs_c_times_c_of_v(shape: tuple[int, int, int, int
         dense(scaled_gram(c * v)(factors)), abs(c) * dense(scaled_gram(v)(factors)), rtol=1e-9, atol=1e-9
     )
     before, after = scaled_gram(v)(factors), scaled_gram(c * v)(factors)
-    assert update_similarity(factors, after) == pytest.approx(update_similarity(factors, before), abs=1e-9)
+    assert compare(factors, after).similarity == pytest.approx(compare(factors, before).similarity, abs=1e-9)
 
 
 @given(shapes)
@@ -124,14 +127,14 @@ def test_gram_similarity_and_norm_equal_the_flattened_ones(shape: tuple[int, int
     for operator in operators(v):
         after = operator(factors)
         if (norm := float(dense(after).norm())) > 1e-6 * update_norm(factors):
-            assert update_similarity(factors, after) == pytest.approx(cosine(dense(factors), dense(after)), abs=1e-8)
+            assert compare(factors, after).similarity == pytest.approx(cosine(dense(factors), dense(after)), abs=1e-8)
             assert shrinkage(factors, after) == pytest.approx(norm / update_norm(factors), rel=1e-6)
 
 
 @given(shapes)
 def test_similarity_to_the_papers_image_lies_in_0_to_1(shape: tuple[int, int, int, int]) -> None:
     v, factors = problem(shape)  # C is positive semi-definite
-    assert 0 <= update_similarity(factors, scaled_gram(v)(factors)) <= 1
+    assert 0 <= compare(factors, scaled_gram(v)(factors)).similarity <= 1
 
 
 @given(shapes)
@@ -153,14 +156,14 @@ def test_full_rank_projector_is_the_identity_on_square_v(shape: tuple[int, int, 
 @given(shapes, st.floats(0, 1))
 def test_controls_scale_exactly(shape: tuple[int, int, int, int], factor: float) -> None:
     _, factors = problem(shape)
-    assert update_norm(scaled(factors, factor)) == pytest.approx(factor * update_norm(factors), rel=1e-9)
+    assert update_norm(scale_update(factors, factor)) == pytest.approx(factor * update_norm(factors), rel=1e-9)
 
 
 def test_a_zero_update_has_similarity_0_and_keeps_its_norm() -> None:
     v, factors = problem((5, 4, 2, 0))
-    zero = scaled(factors, 0.0)
-    assert update_similarity(zero, scaled_gram(v)(zero)) == 0
-    assert update_similarity(factors, zero) == 0
+    zero = scale_update(factors, 0.0)
+    assert compare(zero, scaled_gram(v)(zero)).similarity == 0
+    assert compare(factors, zero).similarity == 0
     assert shrinkage(zero, zero) == 1
     assert shrinkage(factors, zero) == 0
 
@@ -171,7 +174,7 @@ def test_v_of_zero_is_refused_by_c_and_leaves_the_complement_the_identity() -> N
         scaled_gram(v * 0)(factors)
     subspace = alignment_subspace(v * 0, rank=2)
     assert (subspace.rank, subspace.captured_energy) == (0, 0.0)
-    torch.testing.assert_close(dense(Complement(subspace)(factors)), dense(factors))
+    torch.testing.assert_close(dense(ComplementOperator(subspace)(factors)), dense(factors))
 
 
 def test_energy_takes_the_fewest_directions_that_hold_it() -> None:
@@ -213,7 +216,7 @@ def test_random_directions_are_orthonormal_and_reproducible(shape: tuple[int, in
     v, _ = problem(shape)
     rank = min(2, *v.shape)
     like = alignment_subspace(v, rank=rank)
-    found, again = (random_subspace(FullDelta.of(v), like, torch.Generator().manual_seed(3)) for _ in range(2))
+    found, again = (random_subspace(FullDelta.from_matrix(v), like, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(found.left, again.left)
     for basis in (found.left, found.right):
         torch.testing.assert_close(basis.T @ basis, torch.eye(rank, dtype=F64), atol=1e-10, rtol=0)
@@ -229,7 +232,7 @@ def test_norms_accumulate_in_fp64_and_in_blocks() -> None:
 def test_fp64_grams_keep_what_fp32_cosines_lose() -> None:
     _, before = problem((600, 600, 8, 4), torch.float32)
     after = before._replace(b=before.b * 3)
-    assert update_similarity(before, after) == pytest.approx(1, abs=1e-12)
+    assert compare(before, after).similarity == pytest.approx(1, abs=1e-12)
 
 
 similarities = st.dictionaries(st.text("abc", min_size=1, max_size=3), st.sampled_from([-1.0, 0.0, 0.2, 0.35, 1.0]))
@@ -237,23 +240,23 @@ similarities = st.dictionaries(st.text("abc", min_size=1, max_size=3), st.sample
 
 @given(similarities, st.sampled_from([-1.0, 0.2, 0.35, 0.5, 1.0, 1.1]))
 def test_below_is_strict(values: dict[str, float], threshold: float) -> None:
-    assert below(threshold)(values) == {name for name in values if values[name] < threshold}
+    assert select_below(threshold)(values) == {name for name in values if values[name] < threshold}
 
 
 @given(similarities, st.integers(0, 12))
 def test_lowest_takes_exactly_k_and_breaks_ties_by_name(values: dict[str, float], count: int) -> None:
     if count > len(values):
         with pytest.raises(ValueError, match="lowest"):
-            lowest(count)(values)
+            select_lowest(count)(values)
         return
-    chosen = lowest(count)(values)
+    chosen = select_lowest(count)(values)
     assert len(chosen) == count
     for kept, left in itertools.product(chosen, values.keys() - chosen):
         assert (values[kept], kept) < (values[left], left)
 
 
 def test_every_takes_all() -> None:
-    assert every({"x": 1.0, "y": 0.0}) == {"x", "y"}
+    assert select_all({"x": 1.0, "y": 0.0}) == {"x", "y"}
 
 
 def test_shapes_are_checked_in_tests() -> None:
@@ -267,7 +270,7 @@ def test_half_precision_factors_are_multiplied_in_the_dtype_of_v(shape: tuple[in
     v, factors = problem(shape)
     halved = LoraFactors(factors.a.bfloat16(), factors.b.bfloat16(), factors.scaling)
     subspace: AlignmentSubspace = alignment_subspace(v.float(), rank=1)
-    for operator in (scaled_gram(v.float()), Orthogonal(subspace), Complement(subspace, "left")):
+    for operator in (scaled_gram(v.float()), Orthogonal(subspace), ComplementOperator(subspace, "left")):
         assert operator(halved).b.dtype == torch.float32
 
 
@@ -279,13 +282,13 @@ def truncated(v: torch.Tensor, k: int) -> TruncatedDelta:
 @given(shapes)
 def test_the_whole_spectrum_stands_for_v(shape: tuple[int, int, int, int]) -> None:
     v, factors = problem(shape)
-    whole, spectrum = FullDelta.of(v), truncated(v, min(v.shape))
+    whole, spectrum = FullDelta.from_matrix(v), truncated(v, min(v.shape))
     assert spectrum.largest_missing is not None
     assert spectrum.largest_missing <= 1e-10 * whole.norm**2
     pairs: list[tuple[Any, Any]] = [(ScaledGram(whole), ScaledGram(spectrum))]
     pairs += [
         (kind(whole.subspace(rank=k)), kind(spectrum.subspace(rank=k)))
-        for kind in (Orthogonal, Complement)
+        for kind in (Orthogonal, ComplementOperator)
         for k in (1, 2, 99)
     ]
     for full, short in pairs:
@@ -331,7 +334,7 @@ def test_a_matrix_is_mapped_and_compared_as_its_factors_are(shape: tuple[int, in
         assert one.shrinkage == pytest.approx(other.shrinkage, rel=1e-6, abs=1e-7)
         if one.shrinkage > 1e-6:
             assert one.similarity == pytest.approx(other.similarity, abs=1e-8)
-    torch.testing.assert_close(scaled(update, 0.5), 0.5 * update)
+    torch.testing.assert_close(scale_update(update, 0.5), 0.5 * update)
 
 
 @given(shapes)
@@ -340,7 +343,7 @@ def test_a_rotated_multiple_of_the_identity_is_that_multiple(shape: tuple[int, i
     _, factors = problem((size, 5, rank, seed))
     operator = scaled_gram(3 * torch.linalg.qr(torch.randn(size, size, dtype=F64))[0])  # C = 9/(3√n) · I
     rotated = RandomlyRotated(operator, torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(rotated.outputs(factors.b), factors.b * 3 / math.sqrt(size), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(rotated.map_outputs(factors.b), factors.b * 3 / math.sqrt(size), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("columns", [2, 9])
@@ -351,14 +354,14 @@ def test_a_rotated_c_has_the_spectrum_of_c_and_forgets_its_directions(columns: i
     operator = scaled_gram(v)
     rotated = RandomlyRotated(operator, generator)
     b = torch.eye(10, columns, dtype=F64)  # its first column is V's leading direction
-    images = torch.stack([rotated.outputs(b) for _ in range(3000)])
+    images = torch.stack([rotated.map_outputs(b) for _ in range(3000)])
     values = torch.linalg.eigvalsh(v @ v.T / v.norm())
     # E[R C Rᵀ] = tr(C)/n · I and E[(R C Rᵀ)²] = tr(C²)/n · I for a uniformly random R
     expected = b * float(values.sum() / 10)
     torch.testing.assert_close(images.mean(0), expected, atol=0.08, rtol=0)
     lengths = images.square().sum(1).mean(0)
     torch.testing.assert_close(lengths, torch.full_like(lengths, float(values.square().sum() / 10)), atol=0.08, rtol=0)
-    assert float(operator.outputs(b)[0, 0]) == pytest.approx(float(values[-1]))
+    assert float(operator.map_outputs(b)[0, 0]) == pytest.approx(float(values[-1]))
     # bᵀ R C Rᵀ b is a compression of C: symmetric, between its smallest and largest eigenvalue
     forms = b.T @ images
     torch.testing.assert_close(forms, forms.mT, atol=1e-9, rtol=0)
@@ -372,6 +375,6 @@ def test_projectors_are_symmetric_and_c_is_positive(shape: tuple[int, int, int, 
     v, _ = problem(shape)
     eye_out, eye_in = (torch.eye(size, dtype=F64) for size in v.shape)
     for operator in operators(v):
-        for matrix in (operator.outputs(eye_out), operator.inputs(eye_in)):
+        for matrix in (operator.map_outputs(eye_out), operator.map_inputs(eye_in)):
             torch.testing.assert_close(matrix, matrix.T, atol=1e-9, rtol=0)
             assert float(torch.linalg.eigvalsh(matrix).min()) >= -1e-9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from stayaligned import Lisa
+from stayaligned import LisaSettings
 from stayaligned.hf.features import PaddingCollator
 from support.lisa import SAFE, USER, arguments, distance, largest_difference, model, reference_loop, trainable
 
@@ -22,11 +23,11 @@ sys.path.pop(0)
 
 ARMS = ("plain", "Lisa", "published")
 SHAPE = bench.Shape(32, 64, 2, 4, 2, 261, rows=2, tokens=6)
-JOB = bench.Job(SHAPE, lora=False, steps=12, lisa=Lisa(alignment_steps=2, finetuning_steps=3, rho=5.0))
+JOB = bench.Job(SHAPE, lora=False, steps=12, lisa=LisaSettings(alignment_steps=2, finetuning_steps=3, rho=5.0))
 
 
 def test_the_published_step_equals_the_loop_by_hand(tmp_path: Path) -> None:
-    lisa, steps = Lisa(alignment_steps=2, finetuning_steps=3, rho=0.7), 13
+    lisa, steps = LisaSettings(alignment_steps=2, finetuning_steps=3, rho=0.7), 13
     rows = bench.schedule_rows(USER, SAFE, lisa, steps=steps, rows=2, seed=11)
     settings = arguments(tmp_path, train_sampling_strategy="sequential")
     trainer = published.PublishedTrainer(
@@ -39,7 +40,7 @@ def test_the_published_step_equals_the_loop_by_hand(tmp_path: Path) -> None:
     )
     trainer.train()
     expected = {
-        rho: reference_loop(model(), lisa.model_copy(update={"rho": rho}), rows_per_step=2, steps=steps, clip=1.0)
+        rho: reference_loop(model(), replace(lisa, rho=rho), rows_per_step=2, steps=steps, clip=1.0)
         for rho in (0.7, 0.0)
     }
     assert largest_difference(trainable(trainer.model), expected[0.7]) < 1e-5

@@ -1,4 +1,4 @@
-"""The training defenses as components: from their YAML to a trainer that trains."""
+"""The training defenses as components: from YAML to a trainer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import ValidationError
 
+from stayaligned.algorithms.lisa_schedule import LisaSettings
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Example, Message, Origin
 from stayaligned.defenses import DEFENSES, TrainingSetup
@@ -54,7 +55,7 @@ def setup(directory: Path, kind: Literal["transformers", "sft"] = "transformers"
         ({"name": "mixing", "alignment_ratio": 0.5}, {"loss"}, 9),
     ],
 )
-def test_every_training_defense_trains_in_both_kinds_of_trainer(
+def test_every_training_defense_trains_with_both_kinds_of_trainer(
     tmp_path: Path, kind: Literal["transformers", "sft"], spec: Any, logged: set[str], steps: int
 ) -> None:
     defense = DEFENSES.parse(spec)
@@ -66,7 +67,7 @@ def test_every_training_defense_trains_in_both_kinds_of_trainer(
 
 
 @pytest.mark.parametrize("name", ["lisa", "bso", "mixing"])
-def test_without_alignment_rows_the_defense_that_needs_them_is_named(tmp_path: Path, name: str) -> None:
+def test_missing_alignment_rows_are_an_error_that_names_the_defense(tmp_path: Path, name: str) -> None:
     assert DEFENSES.get(name).needs_alignment_data
     with pytest.raises(StayalignedError, match=f"defense '{name}' needs"):
         DEFENSES.parse(name).make_trainer(setup(tmp_path, safe=0))
@@ -80,17 +81,17 @@ def test_without_alignment_rows_the_defense_that_needs_them_is_named(tmp_path: P
         ({"rho": float("inf")}, "rho"),
         ({"proximal_warmup_ratio": 1.1}, "proximal_warmup_ratio"),
         ({"budget": "double"}, "budget"),
-        ({"alignment_steps": 0, "finetuning_steps": 0}, "both 0"),
+        ({"alignment_steps": 0, "finetuning_steps": 0}, "not both 0"),
         ({"finetuning_steps": 0, "budget": "cover"}, "takes none"),
         ({"k1": 3}, "k1"),
     ],
 )
-def test_impossible_settings_are_refused(settings: dict[str, Any], named: str) -> None:
+def test_impossible_settings_are_rejected(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ValidationError, match=named):
         Lisa(**settings)
 
 
-def test_a_run_of_few_or_cut_cycles_is_noted() -> None:
+def test_a_run_with_few_cycles_or_an_incomplete_one_gets_a_note() -> None:
     lisa = Lisa(alignment_steps=5, finetuning_steps=45)
     assert lisa.notes(400) == []
     assert [note.partition(":")[0] for note in lisa.notes(100)] == ["the run had 2.0 cycles of 50 steps"]
@@ -100,7 +101,11 @@ def test_a_run_of_few_or_cut_cycles_is_noted() -> None:
     assert Lisa(alignment_steps=5, finetuning_steps=45, rho=0.0).notes(50) == []
 
 
-def test_bso_is_lisa_without_the_pull(tmp_path: Path) -> None:
+def test_the_defaults_in_yaml_are_those_of_the_settings() -> None:
+    assert Lisa().settings() == LisaSettings()
+
+
+def test_bso_is_lisa_without_the_proximal_term(tmp_path: Path) -> None:
     weights = []
     for defense in (BSO(alignment_steps=1, finetuning_steps=2), Lisa(alignment_steps=1, finetuning_steps=2, rho=0.0)):
         trainer = defense.make_trainer(setup(tmp_path))
@@ -109,7 +114,7 @@ def test_bso_is_lisa_without_the_pull(tmp_path: Path) -> None:
     assert all(a.equal(b) for a, b in zip(*weights, strict=True))
 
 
-def test_mixing_adds_and_keeps_every_user_row(tmp_path: Path) -> None:
+def test_mixing_adds_alignment_rows_to_all_user_rows(tmp_path: Path) -> None:
     made = setup(tmp_path)
     mixed = Mixing(alignment_ratio=0.25).mix(made)
     assert mixed[:12] == list(made.examples)
@@ -118,14 +123,16 @@ def test_mixing_adds_and_keeps_every_user_row(tmp_path: Path) -> None:
     assert mixed == Mixing(alignment_ratio=0.25).mix(setup(tmp_path))
 
 
-def test_mixing_by_replacement_keeps_the_count_and_the_harmful_rows(tmp_path: Path) -> None:
+def test_mixing_by_replacement_preserves_the_number_of_rows_and_the_harmful_rows(tmp_path: Path) -> None:
     mixed = Mixing(alignment_ratio=0.25, replace=True).mix(setup(tmp_path))
     origins = [row.origin for row in mixed]
     assert {origin: origins.count(origin) for origin in set(origins)} == {"task": 5, "harmful": 4, "alignment": 3}
 
 
-def test_mixing_more_rows_than_there_are_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StayalignedError, match=r"needs 12 alignment rows \(alignment_ratio=1.0 of 12\), and has 6"):
+def test_mixing_more_rows_than_available_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(
+        StayalignedError, match=r"needs 12 alignment rows \(alignment_ratio=1.0 of 12\), but there are 6"
+    ):
         Mixing(alignment_ratio=1.0).mix(setup(tmp_path))
-    with pytest.raises(StayalignedError, match="would replace 12 task rows, and there are 8"):
+    with pytest.raises(StayalignedError, match="would replace 12 task rows, but there are 8"):
         Mixing(alignment_ratio=1.0, replace=True).mix(setup(tmp_path, safe=12))

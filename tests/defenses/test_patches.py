@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from stayaligned.algorithms.safe_lora import scaled, update_norm, update_similarity
+from stayaligned.algorithms.safe_lora import compare, scale_update, update_norm
 from stayaligned.core.errors import StayalignedError
 from stayaligned.defenses import DEFENSES, ModelPair, PatchedAdapter
 from stayaligned.defenses.patching.directories import patch_directory
@@ -252,7 +252,7 @@ def test_shrink_leaves_each_layer_the_norm_that_the_projection_leaves_and_the_di
     for layer in lora_layers(adapter, open_checkpoint(models.aligned)):
         before, projected, small = (each.factors(layer) for each in (adapter, reference, shrunk))
         assert update_norm(small) == pytest.approx(update_norm(projected), rel=1e-5)
-        assert update_similarity(before, small) == pytest.approx(1, abs=1e-9)
+        assert compare(before, small).similarity == pytest.approx(1, abs=1e-9)
 
 
 def test_shrink_by_a_given_factor_scales_every_selected_layer(models: ModelPair, adapter: Adapter) -> None:
@@ -323,7 +323,10 @@ def test_an_untrained_adapter_is_patched_without_harm(tmp_path: Path, models: Mo
     source = write_pico_adapter(tmp_path / "adapter", Path(models.aligned))
     fresh = read_adapter(source)
     zero = fresh.with_factors(
-        {layer: scaled(fresh.factors(layer), 0.0) for layer in lora_layers(fresh, open_checkpoint(models.aligned))}
+        {
+            layer: scale_update(fresh.factors(layer), 0.0)
+            for layer in lora_layers(fresh, open_checkpoint(models.aligned))
+        }
     )
     patched = patch("safe_lora", zero, models)
     assert not changed(zero, patched.adapter)

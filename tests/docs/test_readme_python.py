@@ -72,7 +72,7 @@ def test_the_examples_of_the_page_on_lisa_train_resume_and_watch(
     from peft import LoraConfig, get_peft_model
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    from stayaligned import Lisa, with_lisa
+    from stayaligned import LisaSettings, with_lisa
     from stayaligned.testing import byte_tokenizer, pico_model
 
     monkeypatch.chdir(tmp_path)
@@ -84,7 +84,7 @@ def test_the_examples_of_the_page_on_lisa_train_resume_and_watch(
             "SFTTrainer": SFTTrainer,
             "DPOTrainer": DPOTrainer,
             "DPOConfig": lambda output_dir: DPOConfig(output_dir=output_dir, **settings),
-            "Lisa": Lisa,
+            "LisaSettings": LisaSettings,
             "with_lisa": with_lisa,
             "model": get_peft_model(pico_model(), LoraConfig(target_modules=["q_proj"])),
             "tokenizer": byte_tokenizer(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from stayaligned import Lisa, attach_lisa, with_lisa
+from stayaligned import LisaSettings, attach_lisa, with_lisa
 from stayaligned.algorithms.lisa import RowStream
 from stayaligned.hf.features import PaddingCollator
 from stayaligned.testing import byte_tokenizer
@@ -56,7 +57,7 @@ def test_the_trainer_equals_a_loop_with_the_proximal_term_in_the_loss(
     settings = {"rows_per_step": 2 * accumulation, "steps": 13, "clip": clip}
     expected = reference_loop(model(lora), LISA, **settings)
     assert largest_difference(trainable(trainer.model), expected) < 1e-5
-    unpulled = reference_loop(model(lora), LISA.model_copy(update={"rho": 0.0}), **settings)
+    unpulled = reference_loop(model(lora), replace(LISA, rho=0.0), **settings)
     assert largest_difference(unpulled, expected) > 1e-3  # so that the bound above says something
 
 
@@ -73,7 +74,7 @@ def test_the_trainer_equals_a_loop_with_the_proximal_term_in_the_loss(
     ],
 )
 def test_every_variant_equals_its_loop(tmp_path: Path, changes: dict[str, Any], warns_at: float | None) -> None:
-    lisa = LISA.model_copy(update=changes)
+    lisa = replace(LISA, **changes)
     settings = {"gradient_accumulation_steps": 3, "max_grad_norm": 0.5, "max_steps": 15}
     trainer = attach_lisa(plain_trainer(model(), tmp_path, **settings), alignment_dataset=SAFE, lisa=lisa)
     trainer.train()
@@ -98,13 +99,13 @@ def test_precision_and_checkpointing_leave_it_the_same(
     attach_lisa(trainer, alignment_dataset=SAFE, lisa=LISA).train()
     loop = {"rows_per_step": 2, "steps": 13, "clip": 0.0}
     expected = reference_loop(model(), LISA, dtype=dtype, **loop)
-    unpulled = reference_loop(model(), LISA.model_copy(update={"rho": 0.0}), dtype=dtype, **loop)
+    unpulled = reference_loop(model(), replace(LISA, rho=0.0), dtype=dtype, **loop)
     assert distance(trainable(trainer.model), expected) < share * distance(unpulled, expected)
 
 
 def test_without_alignment_steps_only_the_pull_to_the_start_is_left(tmp_path: Path) -> None:
     # The host draws the rows then, so the loop is given the same order through the host: one row a step, in order.
-    lisa = Lisa(alignment_steps=0, finetuning_steps=3, rho=5.0, proximal_warmup_ratio=0.0)
+    lisa = LisaSettings(alignment_steps=0, finetuning_steps=3, rho=5.0, proximal_warmup_ratio=0.0)
     one = attach_lisa(plain_trainer(model(), tmp_path), alignment_dataset=None, lisa=lisa)
     start = trainable(one.model)
     one.train()
@@ -121,7 +122,7 @@ def test_no_pull_and_no_alignment_steps_is_the_plain_trainer_bit_for_bit(tmp_pat
     changes = {"gradient_accumulation_steps": 3, "max_grad_norm": 0.5, "num_train_epochs": 2}
     plain = plain_trainer(model(attention_dropout=0.1), tmp_path, **changes)
     plain.train()
-    lisa = Lisa(alignment_steps=0, finetuning_steps=1, rho=0.0)
+    lisa = LisaSettings(alignment_steps=0, finetuning_steps=1, rho=0.0)
     ours = attach_lisa(
         plain_trainer(model(attention_dropout=0.1), tmp_path, **changes), alignment_dataset=None, lisa=lisa
     )
@@ -131,7 +132,7 @@ def test_no_pull_and_no_alignment_steps_is_the_plain_trainer_bit_for_bit(tmp_pat
 
 def test_no_pull_is_the_plain_trainer_on_the_rows_of_the_schedule_bit_for_bit(tmp_path: Path) -> None:
     # Also: the loss of an alignment step does not depend on the user's rows, nor on how many tokens they have.
-    lisa = Lisa(alignment_steps=2, finetuning_steps=3, rho=0.0)
+    lisa = LisaSettings(alignment_steps=2, finetuning_steps=3, rho=0.0)
     ours = attach_lisa(
         plain_trainer(model(), tmp_path, gradient_accumulation_steps=2, max_steps=8), alignment_dataset=SAFE, lisa=lisa
     )
@@ -221,7 +222,7 @@ class Recording(Trainer):
 def test_every_optimizer_step_sees_rows_of_one_state_and_the_budget_holds(
     tmp_path: Path, budget: Any, changes: dict[str, Any], steps: int
 ) -> None:
-    lisa = Lisa(alignment_steps=2, finetuning_steps=3, rho=0.1, budget=budget)
+    lisa = LisaSettings(alignment_steps=2, finetuning_steps=3, rho=0.1, budget=budget)
     trainer = with_lisa(Recording)(
         model(),
         TrainingArguments(**arguments(tmp_path, **changes)),

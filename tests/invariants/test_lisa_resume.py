@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from stayaligned import Lisa, StayalignedError, attach_lisa, with_lisa
+from stayaligned import LisaSettings, StayalignedError, attach_lisa, with_lisa
 from stayaligned.hf.features import PaddingCollator
 from stayaligned.hf.training.finetuning import train
 from stayaligned.testing import pico_model
 
-LISA = Lisa(alignment_steps=2, finetuning_steps=3, rho=0.7)
+LISA = LisaSettings(alignment_steps=2, finetuning_steps=3, rho=0.7)
 STEPS = 10
 Row = dict[str, list[int]]
 
@@ -33,7 +34,7 @@ def rows(first: int, count: int) -> list[Row]:
 def trainer(
     directory: Path,
     lora: bool = True,
-    lisa: Lisa = LISA,
+    lisa: LisaSettings = LISA,
     users: int = 14,
     first_user_token: int = 3,
     architecture: str = "llama",
@@ -113,7 +114,7 @@ def test_resuming_full_weights_in_the_middle_of_a_state_is_not_stopping(tmp_path
     ],
 )
 def test_every_variant_resumes_bit_for_bit_after_any_step(tmp_path: Path, changes: dict[str, Any]) -> None:
-    lisa = LISA.model_copy(update={"proximal_warmup_ratio": 0.0, **changes})
+    lisa = replace(LISA, **{"proximal_warmup_ratio": 0.0, **changes})
     run = trainer(tmp_path / "a", lisa=lisa)
     run.train()
     rhos = {row["rho"] for row in run.state.log_history if "rho" in row}
@@ -194,21 +195,21 @@ def test_train_goes_on_from_the_last_complete_checkpoint(whole: tuple[Path, Trai
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"lisa": LISA.model_copy(update={"rho": 0.5})}, "rho=0.7 there, 0.5 here"),
-        ({"lisa": LISA.model_copy(update={"finetuning_steps": 4})}, "finetuning_steps=3 there, 4 here"),
-        ({"lisa": LISA.model_copy(update={"proximal": "decoupled"})}, "proximal=coupled there, decoupled here"),
-        ({"lisa": LISA.model_copy(update={"finish": "alignment"})}, "finish=cycle there, alignment at 10 here"),
-        ({"users": 13}, "user_rows=14 there, 13 here"),
+        ({"lisa": replace(LISA, rho=0.5)}, "rho=0.7 in the checkpoint, 0.5 now"),
+        ({"lisa": replace(LISA, finetuning_steps=4)}, "finetuning_steps=3 in the checkpoint, 4 now"),
+        ({"lisa": replace(LISA, proximal="decoupled")}, "proximal=coupled in the checkpoint, decoupled now"),
+        ({"lisa": replace(LISA, finish="alignment")}, "finish=cycle in the checkpoint, alignment at 10 now"),
+        ({"users": 13}, "user_rows=14 in the checkpoint, 13 now"),
         ({"first_user_token": 4}, "user_rows_digest="),
-        ({"per_device_train_batch_size": 4}, "rows_per_step=4 there, 8 here"),
-        ({"seed": 5}, "seed=42 there, 5 here"),
-        ({"max_steps": 20}, "proximal_from_step=2 there, 3 here"),
+        ({"per_device_train_batch_size": 4}, "rows_per_step=4 in the checkpoint, 8 now"),
+        ({"seed": 5}, "seed=42 in the checkpoint, 5 now"),
+        ({"max_steps": 20}, "proximal_from_step=2 in the checkpoint, 3 now"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_by_what_differs(
     whole: tuple[Path, Trainer], tmp_path: Path, changes: dict[str, Any], named: str
 ) -> None:
-    with pytest.raises(StayalignedError, match="made by another run: " + named):
+    with pytest.raises(StayalignedError, match="is of another run: " + named):
         trainer(tmp_path, **changes).train(resume_from_checkpoint=str(whole[0] / "checkpoint-4"))
 
 
@@ -229,19 +230,19 @@ def test_a_checkpoint_without_or_with_a_broken_anchor_is_refused(whole: tuple[Pa
     with pytest.raises(StayalignedError, match=r"lisa_anchor\.safetensors is damaged"):
         resume()
     anchor.unlink()
-    with pytest.raises(StayalignedError, match=r"it has no lisa_anchor\.safetensors"):
+    with pytest.raises(StayalignedError, match=r"lisa_anchor\.safetensors is missing"):
         resume()
     (copy / "lisa.json").write_text("{")
     save_file(stored, anchor)
-    with pytest.raises(StayalignedError, match=r"lisa\.json is not JSON"):
+    with pytest.raises(StayalignedError, match=r"lisa\.json is not valid JSON"):
         resume()
     (copy / "lisa.json").unlink()
-    with pytest.raises(StayalignedError, match=r"it has no lisa\.json"):
+    with pytest.raises(StayalignedError, match=r"lisa\.json is missing"):
         resume()
 
 
 def test_without_a_pull_a_checkpoint_holds_no_anchor_and_resumes(tmp_path: Path) -> None:
-    bso = LISA.model_copy(update={"rho": 0.0})
+    bso = replace(LISA, rho=0.0)
     run = trainer(tmp_path / "a", lisa=bso, max_steps=4, save_steps=3)
     run.train()
     checkpoint = tmp_path / "a" / "checkpoint-3"

@@ -15,7 +15,7 @@ class Halving(PatchDefense):
     needs_base: ClassVar[bool] = False
 
     def patch(self, adapter: "Adapter", models: ModelPair) -> PatchedAdapter:
-        from stayaligned.algorithms.safe_lora import compare, scaled
+        from stayaligned.algorithms.safe_lora import compare, scale_update
         from stayaligned.hf.placement.layers import place_adapter
         from stayaligned.weights.checkpoints import open_checkpoint
 
@@ -23,8 +23,8 @@ class Halving(PatchDefense):
         aligned = open_checkpoint(models.require_aligned(self.name))
         for layer in (placed.layer for placed in place_adapter(adapter, aligned, aligned)):
             before = adapter.factors(layer)
-            similarity, shrinkage, norm = compare(before, scaled(before, 0.5))
-            edits[layer.name] = layer, scaled(before, 0.5)
+            similarity, shrinkage, norm = compare(before, scale_update(before, 0.5))
+            edits[layer.name] = layer, scale_update(before, 0.5)
             reports.append(
                 LayerReport(
                     module=layer.name,

@@ -22,6 +22,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,13 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from stayaligned import Guard, Lisa, Watch, attach_watch, with_lisa
+from stayaligned import Guard, LisaSettings, Watch, attach_watch, with_lisa
 from stayaligned.core.errors import StayalignedError
 from stayaligned.hf.features import PaddingCollator
 from stayaligned.hf.training.finetuning import save_trained, train
 from stayaligned.testing import byte_tokenizer, pico_model
 
-LISA = Lisa(alignment_steps=2, finetuning_steps=3, rho=0.7)
+LISA = LisaSettings(alignment_steps=2, finetuning_steps=3, rho=0.7)
 STEPS = 120
 """Of a run that is killed; Lisa's state switches 47 times."""
 
@@ -79,7 +80,7 @@ def plain_trainer(
     streamed: bool = False,
     watched: bool = False,
     state_dict: str = "",
-    lisa: Lisa = LISA,
+    lisa: LisaSettings = LISA,
 ) -> Trainer:
     """By transformers' Trainer; of streams; or, with the kind of state dict to save, sharded by FSDP2.
 
@@ -137,8 +138,8 @@ def preferring_trainer(settings: dict[str, Any]) -> Trainer:
     )
 
 
-KL = LISA.model_copy(update={"alignment_loss": "kl"})
-DECOUPLED = LISA.model_copy(update={"proximal": "decoupled", "rho": 20.0, "drift_from_start": True})
+KL = replace(LISA, alignment_loss="kl")
+DECOUPLED = replace(LISA, proximal="decoupled", rho=20.0, drift_from_start=True)
 TRAINERS: dict[str, Callable[[dict[str, Any]], Trainer]] = {
     "full": functools.partial(plain_trainer, lora=False),
     "full, sharded": functools.partial(plain_trainer, lora=False, state_dict="FULL_STATE_DICT"),

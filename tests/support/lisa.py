@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from stayaligned import Lisa
+from stayaligned import LisaSettings
 from stayaligned.algorithms.lisa import RowStream
 from stayaligned.hf.features import IGNORED, PaddingCollator
 from stayaligned.testing import byte_tokenizer, pico_model
 
 ALIGNMENT_TOKEN, USER_TOKEN = 2, 3
 # The pull sets in at step 3, the second of a state: at the first it is zero, wherever it sets in.
-LISA = Lisa(alignment_steps=2, finetuning_steps=3, rho=0.7, proximal_warmup_ratio=0.2)
+LISA = LisaSettings(alignment_steps=2, finetuning_steps=3, rho=0.7, proximal_warmup_ratio=0.2)
 Row = dict[str, list[int]]
 
 
@@ -99,7 +99,13 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 def reference_loop(
-    model: nn.Module, lisa: Lisa, *, rows_per_step: int, steps: int, clip: float, dtype: torch.dtype | None = None
+    model: nn.Module,
+    lisa: LisaSettings,
+    *,
+    rows_per_step: int,
+    steps: int,
+    clip: float,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Lisa as the paper and the published trainer have it, a step being an optimizer step: two anchors, one loss.
 

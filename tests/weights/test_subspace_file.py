@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from stayaligned.algorithms.alignment_delta import FullDelta
-from stayaligned.algorithms.safe_lora import Complement, LoraFactors, Operator, Orthogonal, ScaledGram
+from stayaligned.algorithms.safe_lora import ComplementOperator, LoraFactors, Operator, Orthogonal, ScaledGram
 from stayaligned.core.errors import StayalignedError
 from stayaligned.defenses import DEFENSES, ModelPair
 from stayaligned.defenses.patching.directories import patch_directory
@@ -85,14 +85,14 @@ def test_operators_from_a_whole_file_are_those_from_the_models(architecture: str
     expected = matrices(*models)
     assert list(file.header.modules) == list(expected)
     for name, v in expected.items():
-        stored, whole = file.delta(name), FullDelta.of(v.double())
+        stored, whole = file.delta(name), FullDelta.from_matrix(v.double())
         assert file.header.modules[name].shape == tuple(v.shape)
         assert stored.norm == pytest.approx(whole.norm, rel=1e-9)
         values = torch.linalg.svdvals(v.double())
         operators: list[tuple[Callable[[Any], Operator], int | None]] = [
             (ScaledGram, None),
             (lambda delta: Orthogonal(delta.subspace(rank=3)), 3),
-            (lambda delta: Complement(delta.subspace(energy=0.5), "both"), whole.subspace(energy=0.5).rank),
+            (lambda delta: ComplementOperator(delta.subspace(energy=0.5), "both"), whole.subspace(energy=0.5).rank),
         ]
         for operator, k in operators:
             # Directions are only as certain as the gap behind the last one is wide against fp32's round-off.
@@ -168,7 +168,7 @@ def test_a_module_that_the_alignment_left_alone_has_no_directions(pair: tuple[Pa
     assert {module.rank for key, module in file.header.modules.items() if key != name} == {4}
     factors = update(torch.zeros(file.header.modules[name].shape))
     for size in ({"rank": 4}, {"energy": 0.5}):
-        after = Complement(file.delta(name).subspace(**size), "both")(factors)
+        after = ComplementOperator(file.delta(name).subspace(**size), "both")(factors)
         assert torch.equal(dense(after), dense(factors))
 
 

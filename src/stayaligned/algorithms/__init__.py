@@ -1,1 +1,1 @@
-"""The papers' mathematics: torch only, readable beside the papers."""
+"""The mathematics of the papers, in torch, written to be read beside them."""

@@ -1,4 +1,4 @@
-"""Directions of alignment: V = W_aligned - W_base of one weight, whole or truncated, and its leading subspaces.
+"""The alignment delta V = W_aligned - W_base of one weight, full or truncated, and its leading subspaces.
 
 Pure functions of tensors. Products work in the dtype of V (fp32 from a checkpoint); norms accumulate in fp64.
 """
@@ -20,11 +20,11 @@ if TYPE_CHECKING or find_spec("jaxtyping"):  # shapes are checked where jaxtypin
     from jaxtyping import Float
 
 _EXACT_SVD_UP_TO = 768
-"""Smaller side of V up to which its SVD is computed in full; beyond, the leading part is sampled."""
+"""Smaller side of V up to which its SVD is computed in full; above, the leading part is sampled."""
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 5
 _MOST_BASIS_COLUMNS = 640
-"""Width up to which the sampled basis keeps every iterate."""
+"""Number of columns up to which the sampled basis includes all iterates."""
 _SEED = 0
 
 
@@ -39,78 +39,78 @@ class AlignmentSubspace:
 
     @property
     def rank(self) -> int:
-        """The k."""
+        """The number k of directions."""
         return self.left.shape[1]
 
 
 class AlignmentDelta(ABC):
-    """V of one weight: in full, or its leading part as a subspace file keeps it."""
+    """V of one weight: in full, or its leading part as a subspace file stores it."""
 
     norm: float
-    """‖V‖_F, of the whole V."""
+    """‖V‖_F of the full V."""
 
     @abstractmethod
     def gram(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
-        """V(Vᵀx)."""
+        """Compute V(Vᵀx)."""
 
     @abstractmethod
     def core(
         self, left: Float[Tensor, "out_features k"], right: Float[Tensor, "in_features k"]
     ) -> Float[Tensor, "k k"]:
-        """LᵀVR."""
+        """Compute LᵀVR."""
 
     @abstractmethod
     def subspace(self, *, rank: int | None = None, energy: float | None = None) -> AlignmentSubspace:
-        """V's `rank` leading directions, or the fewest that hold `energy` of ‖V‖².
+        """Return V's `rank` leading directions, or the fewest that capture `energy` of ‖V‖².
 
         Raises:
-            ValueError: if not exactly one of the two is given, or this form of V holds too little.
+            ValueError: if not exactly one of the two is given, or this form of V captures too little.
         """
 
     @property
     def largest_missing(self) -> float | None:
-        """A bound on the squared singular values that this form leaves out; None if V is whole."""
+        """A bound on the squared singular values that this form leaves out; None for the full V."""
         return None
 
 
 @dataclass(frozen=True, eq=False)
 class FullDelta(AlignmentDelta):
-    """V as a matrix."""
+    """V as a full matrix."""
 
     matrix: Float[Tensor, "out_features in_features"]
     norm: float
     """‖V‖_F."""
 
     @classmethod
-    def of(cls, matrix: Float[Tensor, "out_features in_features"]) -> FullDelta:
-        """V with its norm."""
+    def from_matrix(cls, matrix: Float[Tensor, "out_features in_features"]) -> FullDelta:
+        """Wrap V and compute its norm."""
         return cls(matrix, frobenius_norm(matrix))
 
     def gram(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
-        """V(Vᵀx), written so that both products run along V's rows: twice as fast for few columns."""
+        """Compute V(Vᵀx), with both products along V's rows, which is twice as fast for few columns."""
         columns = columns.to(self.matrix.dtype)
-        if columns.shape[1] > len(self.matrix):  # a whole update: the Gram matrix is the smaller product
+        if columns.shape[1] > len(self.matrix):  # a full matrix: the Gram matrix is the smaller product
             return (self.matrix @ self.matrix.T) @ columns
         return ((columns.T @ self.matrix) @ self.matrix.T).T
 
     def core(
         self, left: Float[Tensor, "out_features k"], right: Float[Tensor, "in_features k"]
     ) -> Float[Tensor, "k k"]:
-        """LᵀVR."""
+        """Compute LᵀVR."""
         return left.T @ self.matrix @ right
 
     def subspace(self, *, rank: int | None = None, energy: float | None = None) -> AlignmentSubspace:
-        """By `alignment_subspace`."""
+        """Return the directions of `alignment_subspace`."""
         return alignment_subspace(self.matrix, rank=rank, energy=energy)
 
 
 @dataclass(frozen=True, eq=False)
 class TruncatedDelta(AlignmentDelta):
-    """V's leading singular triplets, V ≈ U Σ Qᵀ, with the norm of the whole V."""
+    """V's leading singular triplets, V ≈ U Σ Qᵀ, with the norm of the full V."""
 
     left: Float[Tensor, "out_features k"]
     values: Float[Tensor, " k"]
-    """σ, largest first."""
+    """Singular values σ, largest first."""
     right: Float[Tensor, "in_features k"]
     norm: float
 
@@ -120,25 +120,25 @@ class TruncatedDelta(AlignmentDelta):
         return min(1.0, self.values.double().square().sum().item() / self.norm**2) if self.norm else 0.0
 
     def to(self, device: str) -> TruncatedDelta:
-        """The same on another device."""
+        """Return the triplets on another device."""
         return TruncatedDelta(self.left.to(device), self.values.to(device), self.right.to(device), self.norm)
 
     def gram(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
-        """U Σ² (Uᵀx), along U's rows as in `FullDelta`."""
+        """Compute U Σ² (Uᵀx), along U's rows as in `FullDelta`."""
         return (((columns.to(self.left.dtype).T @ self.left) * self.values.square()) @ self.left.T).T
 
     def core(
         self, left: Float[Tensor, "out_features k2"], right: Float[Tensor, "in_features k2"]
     ) -> Float[Tensor, "k2 k2"]:
-        """Lᵀ(UΣQᵀ)R."""
+        """Compute Lᵀ(UΣQᵀ)R."""
         return ((left.T @ self.left) * self.values) @ (self.right.T @ right)
 
     def subspace(self, *, rank: int | None = None, energy: float | None = None) -> AlignmentSubspace:
-        """A prefix of the stored directions; all of them where they hold all of V.
+        """Return a prefix of the stored directions; all of them if they capture all of V.
 
         Raises:
             ValueError: if not exactly one of `rank` and `energy` is given.
-            StayalignedError: if the stored directions hold too little.
+            StayalignedError: if the stored directions capture too little.
         """
         if (rank is None) == (energy is None):
             raise ValueError("give exactly one of rank and energy")
@@ -149,36 +149,36 @@ class TruncatedDelta(AlignmentDelta):
         if energy is not None:
             rank = int((cumulated < energy * (1 - 1e-9)).sum().item()) + 1
         k = min(rank or 0, stored)
-        held = cumulated[k - 1].item() if k else 0.0
-        # Fewer stored than asked for is all there is, if they hold all of V.
-        if (rank or 0) > stored and held < 1 - 1e-6:
-            wanted = f"{energy:.0%} of V's energy" if energy is not None else f"{rank} directions"
+        captured = cumulated[k - 1].item() if k else 0.0
+        # Directions that capture all of V are enough, even if fewer than required.
+        if (rank or 0) > stored and captured < 1 - 1e-6:
+            required = f"{energy:.0%} of V's energy" if energy is not None else f"{rank} directions"
             raise StayalignedError(
-                f"{wanted} asked for, but {stored} directions with {held:.1%} of V's energy are stored",
-                hint="Ask for less, or build the subspace file with a larger --rank or --energy.",
+                f"{required} required, but {stored} directions with {captured:.1%} of V's energy are stored",
+                hint="Lower rank or energy, or build the subspace file with a larger --rank or --energy.",
             )
-        return AlignmentSubspace(self.left[:, :k], self.right[:, :k], held)
+        return AlignmentSubspace(self.left[:, :k], self.right[:, :k], captured)
 
     @property
     def largest_missing(self) -> float:
-        """min(σ_k², ‖V‖² - Σσ²): the next σ² is no larger than either."""
+        """The bound min(σ_k², ‖V‖² - Σσ²): the next σ² exceeds neither."""
         squares = self.values.double().square()
         rest = max(0.0, self.norm**2 - squares.sum().item())
         return min(squares[-1].item(), rest) if len(squares) else rest
 
 
 def frobenius_norm(matrix: Float[Tensor, "out_features in_features"]) -> float:
-    """‖V‖_F, accumulated in fp64 over blocks of rows that fit the cache, so that no fp64 copy of V is made."""
+    """Compute ‖V‖_F in fp64 over blocks of rows that fit the cache, so that no fp64 copy of V is made."""
     return math.sqrt(math.fsum(block.double().square().sum().item() for block in matrix.split(cached_rows(matrix))))
 
 
 def alignment_subspace(
     delta: Float[Tensor, "out_features in_features"], *, rank: int | None = None, energy: float | None = None
 ) -> AlignmentSubspace:
-    """The directions of V's `leading_triplets`.
+    """Return the directions of V's `leading_triplets`, which documents the arguments.
 
     Raises:
-        ValueError: as there.
+        ValueError: if not exactly one of `rank` and `energy` is given, or it is out of range.
     """
     leading = leading_triplets(delta, rank=rank, energy=energy)
     return AlignmentSubspace(leading.left, leading.right, leading.captured_energy)
@@ -187,17 +187,17 @@ def alignment_subspace(
 def leading_triplets(
     delta: Float[Tensor, "out_features in_features"], *, rank: int | None = None, energy: float | None = None
 ) -> TruncatedDelta:
-    """V's leading singular triplets: `rank` of them, or the fewest that hold `energy` of ‖V‖².
+    """Compute V's leading singular triplets: the first `rank`, or the fewest that capture `energy` of ‖V‖².
 
-    A small V is decomposed in full, a large one by randomised block Krylov iteration (Musco and Musco 2015) from a
-    fixed seed: in fine-tuning differences neighboring singular values are close, and power iterations alone would
-    take long to tell them apart. A rank above min(out, in), or triplets with singular value zero, are left out: their
-    directions would be arbitrary. V = 0 gives none.
+    A small V is decomposed in full, a large one by randomized block Krylov iteration (Musco and Musco 2015) from a
+    fixed seed: neighboring singular values of fine-tuning differences are close, and power iterations alone would
+    separate them slowly. Ranks above min(out, in) and triplets with singular value zero are left out, because their
+    directions would be arbitrary. V = 0 has no triplets.
 
     Args:
         delta: V.
-        rank: the k. Exactly one of `rank` and `energy` is given.
-        energy: share of ‖V‖², above 0 and up to 1.
+        rank: number of triplets (k). Give exactly one of `rank` and `energy`.
+        energy: share of ‖V‖², above 0 and at most 1.
 
     Raises:
         ValueError: if not exactly one of `rank` and `energy` is given, or it is out of range.
@@ -224,24 +224,24 @@ def leading_triplets(
 
 
 def random_subspace(delta: AlignmentDelta, like: AlignmentSubspace, generator: torch.Generator) -> AlignmentSubspace:
-    """Uniformly random orthonormal directions, as many as `like` has: the control for a subspace of the same size."""
+    """Draw uniformly random orthonormal directions, as many as `like` has, as the control for that subspace."""
     left, right = (random_frame(side.shape[0], like.rank, generator).to(side) for side in (like.left, like.right))
     captured = (frobenius_norm(delta.core(left, right)) / delta.norm) ** 2 if delta.norm else 0.0
     return AlignmentSubspace(left, right, captured)
 
 
-def onto(basis: Float[Tensor, "size k"], columns: Float[Tensor, "size rank"]) -> Float[Tensor, "size rank"]:
-    """The orthogonal projection of columns onto the span of an orthonormal basis."""
+def project_columns(basis: Float[Tensor, "size k"], columns: Float[Tensor, "size rank"]) -> Float[Tensor, "size rank"]:
+    """Project columns orthogonally onto the span of an orthonormal basis."""
     return ((columns.to(basis.dtype).T @ basis) @ basis.T).T  # along the basis' rows, as in `FullDelta.gram`
 
 
 def cached_rows(matrix: Tensor) -> int:
-    """How many rows of a matrix fit the cache in fp64, and small enough for the allocator to keep their room."""
+    """Return how many rows of a matrix fit the cache in fp64, in blocks small enough for the allocator to reuse."""
     return max(1, (1 << 15) // max(1, matrix.shape[1]))
 
 
 def random_frame(size: int, count: int, generator: torch.Generator) -> Tensor:
-    """Uniformly random orthonormal columns, (size, count), fp64: QR of a Gaussian, R's diagonal made positive."""
+    """Draw uniformly random orthonormal columns, (size, count), fp64: QR of a Gaussian, R's diagonal made positive."""
     frame, triangle = torch.linalg.qr(torch.randn(size, count, generator=generator, dtype=torch.float64))
     return frame * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
 
@@ -258,9 +258,10 @@ def _leading_svd(
 
 
 def _sampled_range(delta: Float[Tensor, "out_features in_features"], width: int) -> Float[Tensor, "out_features m"]:
-    """Orthonormal columns that nearly span V's leading left directions, from a generator of their own.
+    """Compute orthonormal columns that nearly span V's leading left directions.
 
-    `torch.svd_lowrank` draws from the global one, which several threads at work on different V would share.
+    The random numbers come from a generator of this call: `torch.svd_lowrank` uses the global one, which threads that
+    work on different V would share.
     """
     generator = torch.Generator().manual_seed(_SEED)
     sample = torch.randn(delta.shape[1], width, generator=generator, dtype=delta.dtype).to(delta.device)

@@ -1,11 +1,12 @@
-"""Safe LoRA's maths (arXiv 2405.16833, section 3): what an alignment subspace keeps of an update, and which layers.
+"""Safe LoRA's mathematics (arXiv 2405.16833, section 3): operators on an update, and rules that select layers.
 
-V = W_aligned - W_base is one weight's alignment direction, ΔW its update: scaling·BA of a LoRA, or W_ft - W_aligned of
-a full fine-tune. Every operator here maps the factors (A, B) to new factors of the same rank. Of a LoRA neither ΔW nor
-any out × out matrix is ever formed: C·B is V(VᵀB)/‖V‖_F, and norms and cosines live in rank × rank Gram matrices.
+V = W_aligned - W_base is the alignment delta of one weight, ΔW the update: scaling·BA of a LoRA, or W_ft - W_aligned
+of a fully fine-tuned model. Every operator maps the factors (A, B) to new factors of the same rank. For a LoRA neither
+ΔW nor any out × out matrix is formed: C·B is V(VᵀB)/‖V‖_F, and norms and cosines are computed from rank × rank Gram
+matrices.
 
-Pure functions of tensors. Operators work in the dtype of V (fp32 from a checkpoint); norms and Grams accumulate in
-fp64, because an fp32 cosine over the flattened update is off by 1e-3 at width 4096 and is compared with a threshold.
+Pure functions of tensors. Operators work in the dtype of V (fp32 from a checkpoint). Norms and Grams accumulate in
+fp64: an fp32 cosine over the flattened update is off by 1e-3 at width 4096, and is compared with a threshold.
 """
 
 from __future__ import annotations
@@ -26,28 +27,28 @@ from stayaligned.algorithms.alignment_delta import (
     AlignmentSubspace,
     cached_rows,
     frobenius_norm,
-    onto,
+    project_columns,
     random_frame,
 )
 
 if TYPE_CHECKING or find_spec("jaxtyping"):  # shapes are checked where jaxtyping is installed: in tests
     from jaxtyping import Float
 
-Side = Literal["left", "right", "both"]
+ComplementSide = Literal["left", "right", "both"]
 Selection = Callable[[Mapping[str, float]], frozenset[str]]
-"""Which modules to change, given the similarity of each."""
+"""A rule that selects the modules to change from the similarity of each."""
 
 
 class LoraFactors(NamedTuple):
-    """One LoRA update, ΔW = scaling · b @ a."""
+    """The factors of one LoRA update, ΔW = scaling · b @ a."""
 
     a: Float[Tensor, "rank in_features"]
     b: Float[Tensor, "out_features rank"]
     scaling: float
-    """alpha / rank, or alpha / √rank for rank-stabilised LoRA."""
+    """alpha / rank, or alpha / √rank for rank-stabilized LoRA."""
 
     def to(self, device: str) -> LoraFactors:
-        """The same on another device."""
+        """Return the factors on another device."""
         return LoraFactors(self.a.to(device), self.b.to(device), self.scaling)
 
 
@@ -56,53 +57,53 @@ Update = LoraFactors | Tensor
 
 
 class Operator(ABC):
-    """A linear map of updates that acts on their outputs (B's columns), on their inputs (A's rows), or on both."""
+    """A linear map of updates: of their outputs (B's columns), of their inputs (A's rows), or of both."""
 
     @property
     def subspace(self) -> AlignmentSubspace | None:
-        """The directions it is built on; None for the paper's C, which weighs all of them."""
+        """The directions that the operator is built on; None for the paper's C, which weights all directions."""
         return None
 
     @abstractmethod
-    def outputs(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
-        """The map of B's columns."""
+    def map_outputs(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
+        """Map the columns of B."""
 
-    def inputs(self, rows: Float[Tensor, "m in_features"]) -> Float[Tensor, "m in_features"]:
-        """The map of A's rows; unless overridden they stay."""
+    def map_inputs(self, rows: Float[Tensor, "m in_features"]) -> Float[Tensor, "m in_features"]:
+        """Map the rows of A; returns them unchanged unless overridden."""
         return rows
 
     def __call__(self, update: Update) -> Update:
-        """The mapped update: factors of the same rank and scaling, or a matrix."""
+        """Map an update: to factors of the same rank and scaling, or to a matrix."""
         if isinstance(update, LoraFactors):
-            return LoraFactors(self.inputs(update.a), self.outputs(update.b), update.scaling)
-        return self.inputs(self.outputs(update))
+            return LoraFactors(self.map_inputs(update.a), self.map_outputs(update.b), update.scaling)
+        return self.map_inputs(self.map_outputs(update))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScaledGram(Operator):
     """The paper's C = V Vᵀ / ‖V‖_F (section 3.4): ΔW ← C ΔW.
 
-    Not a projector: its eigenvalues are σ²/‖V‖_F, so C(cV) = |c|·C(V) and what is left of an update depends on the
-    size of V. The paper's code forms C (out × out); here C·B = V(VᵀB)/‖V‖_F, the same matrix for 1/d of the work.
+    C is not a projector: its eigenvalues are σ²/‖V‖_F, so C(cV) = |c|·C(V) and the norm of the mapped update depends on
+    the size of V. The paper's code forms C (out × out); here C·B = V(VᵀB)/‖V‖_F, the same matrix for 1/d of the work.
     """
 
     delta: AlignmentDelta
 
-    def outputs(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
-        """V(VᵀB)/‖V‖_F.
+    def map_outputs(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
+        """Compute V(VᵀB)/‖V‖_F.
 
         Raises:
-            ValueError: if V is zero, where C is 0/0 (the paper's code goes on with NaN).
+            ValueError: if V is zero, where C is 0/0 (the paper's code continues with NaN).
         """
         if self.delta.norm == 0:
             raise ValueError("C = V Vᵀ/‖V‖ is undefined for V = 0")
         return self.delta.gram(columns) / self.delta.norm
 
     def truncation_error(self, shrinkage: float) -> float | None:
-        """What a truncated V costs: a bound on ‖(C - C_k)ΔW‖ / ‖C_kΔW‖, in the Frobenius norm; None for a whole V.
+        """Bound the relative error of a truncated V, ‖(C - C_k)ΔW‖ / ‖C_kΔW‖ (Frobenius norm); None for a full V.
 
-        ‖(C - C_k)ΔW‖ ≤ σ²_{k+1}/‖V‖ · ‖ΔW‖, with σ²_{k+1} bounded by what V's energy leaves for it. It holds for exact
-        singular triplets; those of large weights are sampled, and what they miss is not in it.
+        ‖(C - C_k)ΔW‖ ≤ σ²_{k+1}/‖V‖ · ‖ΔW‖, with σ²_{k+1} bounded by the energy that V's k triplets leave. The bound
+        holds for exact singular triplets; those of large weights are sampled, and their own error is not included.
 
         Args:
             shrinkage: ‖C_kΔW‖ / ‖ΔW‖.
@@ -118,7 +119,7 @@ class ScaledGram(Operator):
 class Orthogonal(Operator):
     """The rank-k orthogonal projector ΔW ← U_k U_kᵀ ΔW, idempotent and independent of the size of V.
 
-    Stands in for the paper's "exact" V(VᵀV)⁻¹Vᵀ (equation 2), which is the identity when V is square with full rank.
+    Replaces the paper's "exact" V(VᵀV)⁻¹Vᵀ (equation 2), which is the identity when V is square with full rank.
     """
 
     directions: AlignmentSubspace
@@ -128,20 +129,20 @@ class Orthogonal(Operator):
         """U_k and Q_k."""
         return self.directions
 
-    def outputs(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
-        """U_k(U_kᵀB)."""
-        return onto(self.directions.left, columns)
+    def map_outputs(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
+        """Compute U_k(U_kᵀB)."""
+        return project_columns(self.directions.left, columns)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Complement(Operator):
-    """Remove the subspace: ΔW ← (I - U_k U_kᵀ) ΔW (I - Q_k Q_kᵀ), or one side only.
+class ComplementOperator(Operator):
+    """The removal of a subspace: ΔW ← (I - U_k U_kᵀ) ΔW (I - Q_k Q_kᵀ), or one side only.
 
-    Not in the paper; of the family of null-space and gradient projections. Idempotent.
+    Idempotent. Not in the paper; it belongs to the family of null-space and gradient projections.
     """
 
     directions: AlignmentSubspace
-    side: Side = "both"
+    side: ComplementSide = "both"
     """`left` acts on the outputs (B), `right` on the inputs (A)."""
 
     @property
@@ -149,57 +150,58 @@ class Complement(Operator):
         """U_k and Q_k."""
         return self.directions
 
-    def outputs(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
-        """B - U_k(U_kᵀB), unless only the right side is meant."""
+    def map_outputs(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
+        """Compute B - U_k(U_kᵀB); unchanged for `side="right"`."""
         if self.side == "right":
             return columns
-        return columns.to(self.directions.left.dtype) - onto(self.directions.left, columns)
+        return columns.to(self.directions.left.dtype) - project_columns(self.directions.left, columns)
 
-    def inputs(self, rows: Float[Tensor, "m in_features"]) -> Float[Tensor, "m in_features"]:
-        """A - (A Q_k)Q_kᵀ, unless only the left side is meant."""
+    def map_inputs(self, rows: Float[Tensor, "m in_features"]) -> Float[Tensor, "m in_features"]:
+        """Compute A - (A Q_k)Q_kᵀ; unchanged for `side="left"`."""
         if self.side == "left":
             return rows
-        return rows.to(self.directions.right.dtype) - onto(self.directions.right, rows.T).T
+        return rows.to(self.directions.right.dtype) - project_columns(self.directions.right, rows.T).T
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RandomlyRotated(Operator):
-    """R C Rᵀ in place of C, with R a uniformly random rotation: the paper's C with V's spectrum, but no direction of V.
+    """R C Rᵀ instead of C, with R a uniformly random rotation: an operator with C's spectrum, but not V's directions.
 
-    R is never formed for a LoRA: with B = Q S (QR) only Z = RᵀQ and R on the part of C·Z outside of Z's span matter,
-    both uniformly random orthonormal frames. Each call draws anew from the generator.
+    R is not formed for a LoRA: with B = Q S (QR) only Z = RᵀQ and R on the part of C·Z outside Z's span matter, both
+    uniformly random orthonormal frames. Each call draws new frames from the generator.
     """
 
     operator: ScaledGram
     generator: torch.Generator
 
-    def outputs(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
-        """R C Rᵀ B."""
+    def map_outputs(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
+        """Compute R C Rᵀ B."""
         size, count = columns.shape
         if 2 * count > size:
-            rotation = self._frame(columns, size)
-            return (rotation @ self.operator.outputs(rotation.T @ columns.to(rotation)).to(rotation)).to(columns.dtype)
+            rotation = self._draw_frame(columns, size)
+            mapped = self.operator.map_outputs(rotation.T @ columns.to(rotation)).to(rotation)
+            return (rotation @ mapped).to(columns.dtype)
         frame, coordinates = torch.linalg.qr(columns.double())
-        seen = self._frame(columns, count)
-        image = self.operator.outputs(seen.to(columns.dtype)).double()
-        inside = seen.T @ image
-        _, outside = torch.linalg.qr(image - seen @ inside)
-        fresh = torch.randn(size, count, generator=self.generator, dtype=torch.float64).to(frame)
-        elsewhere, _ = torch.linalg.qr(fresh - frame @ (frame.T @ fresh))
-        return ((frame @ inside + elsewhere @ outside) @ coordinates).to(columns.dtype)
+        rotated = self._draw_frame(columns, count)
+        image = self.operator.map_outputs(rotated.to(columns.dtype)).double()
+        inside = rotated.T @ image
+        _, outside = torch.linalg.qr(image - rotated @ inside)
+        drawn = torch.randn(size, count, generator=self.generator, dtype=torch.float64).to(frame)
+        orthogonal, _ = torch.linalg.qr(drawn - frame @ (frame.T @ drawn))
+        return ((frame @ inside + orthogonal @ outside) @ coordinates).to(columns.dtype)
 
-    def _frame(self, columns: Tensor, count: int) -> Tensor:
-        """Uniformly random orthonormal columns, (out, count), fp64."""
+    def _draw_frame(self, columns: Tensor, count: int) -> Tensor:
+        """Draw uniformly random orthonormal columns, (out, count), in fp64."""
         return random_frame(columns.shape[0], count, self.generator).to(columns.device)
 
 
-def scaled(update: Update, factor: float) -> Update:
-    """The update times `factor`, carried by B."""
+def scale_update(update: Update, factor: float) -> Update:
+    """Multiply an update by `factor`; of LoRA factors, B is multiplied."""
     return update._replace(b=update.b * factor) if isinstance(update, LoraFactors) else update * factor
 
 
 class Comparison(NamedTuple):
-    """An update before and after a map."""
+    """The comparison of an update with its image under an operator."""
 
     similarity: float
     """cos(ΔW, ΔW')."""
@@ -210,18 +212,18 @@ class Comparison(NamedTuple):
 
 
 def compare(before: Update, after: Update) -> Comparison:
-    """Cosine and norms of ΔW and ΔW' from Grams in fp64, without forming BA.
+    """Compare ΔW with ΔW': cosine and norms from Grams in fp64, without forming BA.
 
     cos(ΔW, ΔW') = ⟨ΔW, ΔW'⟩_F / (‖ΔW‖ ‖ΔW'‖), with ⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ), section 3.2. A zero update has
-    no direction; its similarity is defined as 0, as in the paper's code. That code takes the cosine of the two
+    no direction; its similarity is defined as 0, as in the paper's code. That code computes the cosine of the two
     flattened out × in products in fp32 and rounds it to five decimals.
 
     Raises:
         ValueError: if an update is not finite.
     """
-    inputs = None  # what most operators leave as it is, and what is the largest part of the work
+    inputs = None  # A₁A₂ᵀ: the largest part of the work, computed once because most operators leave A unchanged
     if isinstance(before, LoraFactors) and isinstance(after, LoraFactors) and before.a is after.a:
-        inputs = _inputs(before, after)
+        inputs = _input_gram(before, after)
     pairs = (before, before), (after, after), (before, after)
     squares = [_inner(x, y, inputs) for x, y in pairs]
     if not all(map(math.isfinite, squares)):
@@ -233,24 +235,22 @@ def compare(before: Update, after: Update) -> Comparison:
 
 
 def update_norm(update: Update) -> float:
-    """‖ΔW‖_F, in fp64; of factors from their r × r Grams."""
+    """Compute ‖ΔW‖_F in fp64; for LoRA factors from their r × r Grams."""
     if isinstance(update, LoraFactors):
         return math.sqrt(max(0.0, _inner(update, update)))
     return frobenius_norm(update)
 
 
-def update_similarity(before: Update, after: Update) -> float:
-    """The cosine of `compare`."""
-    return compare(before, after).similarity
+def select_below(threshold: float) -> Selection:
+    """Select the modules with similarity < threshold, section 3.2.
 
-
-def below(threshold: float) -> Selection:
-    """Modules with similarity < threshold, section 3.2. The paper's text says <, its code compares rounded with <=."""
+    The paper's text uses <; its code compares the rounded similarity with <=.
+    """
     return lambda similarities: frozenset(name for name, value in similarities.items() if value < threshold)
 
 
-def lowest(count: int) -> Selection:
-    """Exactly the `count` least similar modules; ties go to the name that sorts first.
+def select_lowest(count: int) -> Selection:
+    """Select exactly the `count` least similar modules; ties go to the name that sorts first.
 
     Raises:
         ValueError: from the rule, if there are fewer than `count` modules.
@@ -258,29 +258,30 @@ def lowest(count: int) -> Selection:
 
     def select(similarities: Mapping[str, float]) -> frozenset[str]:
         if not 0 <= count <= len(similarities):
-            raise ValueError(f"lowest {count} of {len(similarities)} modules")
+            raise ValueError(f"can't select the lowest {count} of {len(similarities)} modules")
         return frozenset(sorted(similarities, key=lambda name: (similarities[name], name))[:count])
 
     return select
 
 
-def every(similarities: Mapping[str, float]) -> frozenset[str]:
-    """All modules."""
+def select_all(similarities: Mapping[str, float]) -> frozenset[str]:
+    """Select all modules."""
     return frozenset(similarities)
 
 
 def _inner(x: Update, y: Update, inputs: Tensor | None = None) -> float:
-    """⟨x, y⟩_F; `inputs` is A₁A₂ᵀ in fp64 where it is known already."""
+    """Compute ⟨x, y⟩_F; `inputs` is A₁A₂ᵀ in fp64 if already computed."""
     if isinstance(x, LoraFactors) and isinstance(y, LoraFactors):
         outputs = x.b.double().T @ y.b.double()
-        return x.scaling * y.scaling * (outputs * (_inputs(x, y) if inputs is None else inputs)).sum().item()
+        return x.scaling * y.scaling * (outputs * (_input_gram(x, y) if inputs is None else inputs)).sum().item()
     if isinstance(x, LoraFactors) or isinstance(y, LoraFactors):
-        raise TypeError("factors and a matrix are not compared")
+        raise TypeError("can't compare LoRA factors with a matrix")
     rows = cached_rows(x)
     blocks = zip(x.split(rows), y.split(rows), strict=True)
     return math.fsum((one.double() * two.double()).sum().item() for one, two in blocks)
 
 
-def _inputs(x: LoraFactors, y: LoraFactors) -> Tensor:
+def _input_gram(x: LoraFactors, y: LoraFactors) -> Tensor:
+    """Compute A₁A₂ᵀ in fp64."""
     a = x.a.double()
     return a @ (a if y.a is x.a else y.a.double()).T

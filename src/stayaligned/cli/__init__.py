@@ -219,9 +219,9 @@ def env() -> None:
 def _run_grid(grid: Grid, directory: Path, workers: int | None, plugins: list[Path]) -> None:
     from stayaligned.cli.progress import LiveProgress
     from stayaligned.experiments.grid import run_grid
-    from stayaligned.hf.training.processes import refuse_several
+    from stayaligned.hf.training.processes import require_one_process
 
-    refuse_several("a grid")
+    require_one_process("a grid")
     with LiveProgress(err) as listener:
         outcome = run_grid(grid, directory, workers=workers, plugins=plugins, listener=listener)
     if outcome.results:

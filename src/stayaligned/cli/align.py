@@ -31,9 +31,9 @@ def align(
     from stayaligned.experiments.align import ALIGNMENT_FILE
     from stayaligned.experiments.align import align as make
     from stayaligned.experiments.config.alignment import load_alignment
-    from stayaligned.hf.training.processes import refuse_several
+    from stayaligned.hf.training.processes import require_one_process
 
-    refuse_several("stayaligned align")
+    require_one_process("stayaligned align")
     given: dict[str, Any] = {"data": data, "chat_template": chat_template}
     settings = {name: value for name, value in given.items() if value is not None}
     alignment = load_alignment(base, settings, overrides or ())

@@ -38,9 +38,9 @@ def curvature(
     seed: Annotated[int, typer.Option(help="Of rows, fresh LoRA and start.")] = 0,
 ) -> None:
     """Estimate L of the training loss at these weights, and compare Lisa's rho with it."""
-    from stayaligned.hf.training.curvature import CurvatureSettings, Trained, loss_curvatures
+    from stayaligned.hf.training.curvature import CurvatureSettings, TrainedWeights, loss_curvatures
 
-    trained = Trained(model, adapter, _settings(lora) if lora else None)
+    trained = TrainedWeights(model, adapter, _settings(lora) if lora else None)
     settings = CurvatureSettings(
         rows=rows,
         max_length=max_length,

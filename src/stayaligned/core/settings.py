@@ -7,6 +7,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+TrainerKind = Literal["transformers", "sft"]
+"""The class that trains: transformers' Trainer or TRL's SFTTrainer."""
 Measure = Literal["refusal_margin", "alignment_loss"]
 
 

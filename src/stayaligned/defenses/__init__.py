@@ -1,19 +1,21 @@
-"""The contracts of a defense: during fine-tuning (a Trainer), or after it (a patched adapter).
+"""Defenses: the abstract classes that a defense implements, during fine-tuning or after it.
 
-One file per defense beside this one; the file's name is the defense's name.
+A defense is a frozen value whose fields are its hyper-parameters and its YAML. Each is one file in this package, in a
+plug-in file or in an installed package with an entry point; the file's name is the defense's name.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from stayaligned.core.component import Component, Registry
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Example, LayerReport
+from stayaligned.core.settings import TrainerKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -22,101 +24,150 @@ if TYPE_CHECKING:
     from stayaligned.weights.checkpoints import Checkpoint
     from stayaligned.weights.deltas import BytesDone
 
-TrainerKind = Literal["transformers", "sft"]
-
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """Everything a training defense may use; `trainer()` is plain supervised fine-tuning of it.
+    """The model, the data and the settings of one fine-tuning run, from which a training defense builds a trainer.
 
-    `model` already carries its LoRA where the experiment asks for one.
+    Example:
+        def make_trainer(self, setup):
+            trainer = setup.trainer()              # plain supervised fine-tuning on the user's rows
+            trainer.add_callback(MyCallback())
+            return trainer
     """
 
     model: PreTrainedModel
+    """The model to train; already a PEFT model if the experiment trains a LoRA."""
     tokenizer: PreTrainedTokenizerBase
+    """The model's tokenizer, with its chat template."""
     examples: Sequence[Example]
-    """The user's rows, possibly poisoned."""
+    """The user's rows, which an attack may have poisoned."""
     alignment_examples: Sequence[Example]
-    """Safety rows; empty if the experiment names none."""
+    """The alignment rows (requests with safe completions); empty if the experiment has no `alignment_data`."""
     arguments: Mapping[str, Any]
-    """Fields of TrainingArguments (or SFTConfig), `output_dir` and `seed` included."""
+    """Fields of TrainingArguments (of SFTConfig for `kind="sft"`), including `output_dir` and `seed`."""
     kind: TrainerKind = "transformers"
+    """The class of trainer that `trainer()` builds."""
     max_length: int = 1024
-    """Tokens after which an example is cut."""
-    callbacks: Sequence[Any] = field(default_factory=tuple)
+    """Number of tokens at which a row is cut."""
+    callbacks: Sequence[Any] = ()
+    """Callbacks that every trainer of this setup gets."""
 
     def trainer(self, examples: Sequence[Example] | None = None) -> Trainer:
-        """Plain fine-tuning on `examples` (the user's rows if not given): a Trainer or an SFTTrainer."""
+        """Build a Trainer or SFTTrainer for plain supervised fine-tuning.
+
+        Args:
+            examples: the rows to train on; the user's rows if None.
+        """
         from stayaligned.hf.training.finetuning import build_trainer
 
-        return build_trainer(self, self.examples if examples is None else examples)
+        return build_trainer(
+            self.model,
+            self.tokenizer,
+            self.examples if examples is None else examples,
+            self.arguments,
+            kind=self.kind,
+            max_length=self.max_length,
+            callbacks=self.callbacks,
+        )
 
     def alignment_dataset(self, defense: str) -> Any:
-        """The alignment rows as the dataset that this setup's kind of trainer takes.
+        """Build the dataset of the alignment rows, in the form that this setup's kind of trainer reads.
+
+        Args:
+            defense: the name of the defense that needs them, for the error.
 
         Raises:
-            StayalignedError: if there are none; the message names `defense` as the one that needs them.
+            StayalignedError: if there are no alignment rows.
         """
         self._require_alignment_examples(defense)
         from stayaligned.hf.training.finetuning import build_dataset
 
-        return build_dataset(self, self.alignment_examples)
+        return build_dataset(self.tokenizer, self.alignment_examples, kind=self.kind, max_length=self.max_length)
 
     def preference_trainer(self, defense: str, beta: float) -> Callable[[Any], Trainer]:
-        """Builds, on the model it is given, a DPOTrainer of the alignment rows, each of which has a rejected answer.
+        """Return a function that builds a DPOTrainer of the alignment rows on the model that it receives.
+
+        Args:
+            defense: the name of the defense that needs them, for the error.
+            beta: β of DPO.
 
         Raises:
-            StayalignedError: if there are none; the message names `defense` as the one that needs them.
+            StayalignedError: if there are no alignment rows.
         """
         self._require_alignment_examples(defense)
         from stayaligned.hf.training.preferences import build_preference_trainer
 
-        return lambda model: build_preference_trainer(self, model, beta)
+        return lambda model: build_preference_trainer(
+            model, self.tokenizer, self.alignment_examples, self.arguments, max_length=self.max_length, beta=beta
+        )
 
     def _require_alignment_examples(self, defense: str) -> None:
         if not self.alignment_examples:
             raise StayalignedError(
-                f"defense {defense!r} needs alignment data, and the experiment names none",
-                hint="Set `alignment_data:` to a JSONL file of requests and safe answers.",
+                f"defense {defense!r} needs alignment data, but the experiment has none",
+                hint="Set `alignment_data:` to a JSONL file of requests and safe completions.",
             )
 
 
 class TrainingDefense(Component):
-    """A defense that acts during fine-tuning."""
+    """A defense that acts during fine-tuning, by the trainer that it builds.
+
+    Implement `make_trainer`. Declare hyper-parameters as pydantic fields, and set `name` to the name of the file.
+    Import torch and transformers inside methods, so that configurations are validated without them.
+    """
 
     stage: ClassVar[str] = "finetuning"
+    """The stage that the defense acts in, as the survey of harmful fine-tuning names it."""
     needs_alignment_data: ClassVar[bool] = False
-    """Whether `make_trainer` asks for alignment rows, so that a missing file is an error before training."""
-
-    def notes(self, steps: int) -> Sequence[str]:
-        """What a reader of a run of that many optimizer steps must know; nothing unless overridden."""
-        del steps
-        return ()
+    """Whether `make_trainer` uses `setup.alignment_examples`; if so, missing `alignment_data` is an error before any
+    training starts."""
 
     @abstractmethod
     def make_trainer(self, setup: TrainingSetup) -> Trainer:
-        """A Trainer, ready for `train()`, that fine-tunes `setup.model` in this defense's way."""
+        """Build the trainer that fine-tunes `setup.model`; the caller calls its `train()` and saves the result.
+
+        Start from `setup.trainer()`, and change its data, loss or callbacks. The trainer must resume from checkpoints
+        in its output directory, as the Trainers of transformers and TRL do, and its training must be determined by
+        `setup.arguments["seed"]`.
+
+        Raises:
+            StayalignedError: if this setup can't be trained with the defense.
+        """
+
+    def notes(self, steps: int) -> Sequence[str]:
+        """Return caveats for the readers of a result, after a run of that many optimizer steps; none by default."""
+        del steps
+        return ()
 
 
 @dataclass(frozen=True)
 class ModelPair:
-    """The checkpoints that a patch defense compares (a local directory or a hub id each), or what stands for them."""
+    """The two checkpoints that a patch defense compares, each a local directory or a hub id, or a subspace file."""
 
     aligned: str | Path | None
-    """The model that was fine-tuned."""
+    """The aligned model, which was fine-tuned."""
     base: str | Path | None
-    """Its unaligned ancestor."""
+    """The base model: the unaligned ancestor of the aligned model."""
     subspace: Path | None = None
-    """A subspace file, which needs neither."""
+    """A subspace file, with which neither model is needed."""
 
     def require_aligned(self, defense: str) -> str | Path:
-        """`aligned`, or an error that names the defense that needs it."""
+        """Return `aligned`.
+
+        Raises:
+            StayalignedError: if there is none; the message names the defense that needs it.
+        """
         if self.aligned is None:
-            raise StayalignedError(f"defense {defense!r} needs the aligned model", hint="Name the aligned model.")
+            raise StayalignedError(f"defense {defense!r} needs the aligned model", hint="Set the aligned model.")
         return self.aligned
 
     def require_base(self, defense: str) -> str | Path:
-        """`base`, or an error that names the defense that needs it."""
+        """Return `base`.
+
+        Raises:
+            StayalignedError: if there is none; the message names the defense that needs it.
+        """
         if self.base is None:
             raise StayalignedError(
                 f"defense {defense!r} needs the unaligned base model",
@@ -127,54 +178,66 @@ class ModelPair:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a patch is worked out; it changes nothing of the outcome but its last bits."""
+    """How a patch is computed; the result depends on it only in its last bits."""
 
     device: str = "cpu"
-    """Where the products are made: "cpu" or a GPU ("cuda")."""
+    """The device of the matrix products: "cpu" or a GPU ("cuda")."""
     progress: Callable[[BytesDone], None] | None = None
-    """Called as the weights stream past."""
+    """Called as the weights are read."""
 
 
 @dataclass(frozen=True)
 class PatchedAdapter:
-    """The outcome of a patch: the new adapter and what was done to each layer."""
+    """The result of a patch: the new adapter, and what was done to each layer."""
 
     adapter: Adapter
     layers: Sequence[LayerReport]
+    """One report for each LoRA layer, changed or not."""
     notes: Sequence[str] = ()
-    """What a reader of the record must know besides."""
+    """Caveats for the readers of the record."""
 
 
 class PatchDefense(Component):
-    """A defense that acts on a finished adapter or fine-tuned model. It never changes its input."""
+    """A defense that patches a finished adapter or fully fine-tuned model, and never changes its input.
+
+    Implement `patch`. A defense that also patches full weights sets `patches_full_weights` and overrides `patch_model`.
+    Declare hyper-parameters as pydantic fields, and set `name` to the name of the file. Import torch inside methods, so
+    that configurations are validated without it.
+    """
 
     stage: ClassVar[str] = "post_finetuning"
+    """The stage that the defense acts in, as the survey of harmful fine-tuning names it."""
     needs_base: ClassVar[bool] = True
-    """Whether `patch` compares the aligned model with its base."""
+    """Whether `patch` reads the base model; if so, a missing `base_model` is an error before any work starts."""
     patches_full_weights: ClassVar[bool] = False
-    """Whether `patch_model` is there."""
+    """Whether `patch_model` is implemented."""
 
     @abstractmethod
     def patch(self, adapter: Adapter, models: ModelPair) -> PatchedAdapter:
-        """A new adapter of the same rank and configuration, and a report per LoRA layer."""
+        """Return a new adapter of the same rank and configuration, with a report for each LoRA layer.
+
+        Raises:
+            StayalignedError: if the adapter or the models can't be patched.
+        """
 
     def patch_all(self, adapters: Sequence[Adapter], models: ModelPair, how: Execution) -> list[PatchedAdapter]:
-        """`patch` for several adapters; override it to read the models' weights once for all of them."""
+        """Patch several adapters of one model; override it to read the models' weights once for all adapters."""
         del how
         return [self.patch(adapter, models) for adapter in adapters]
 
     def patch_model(self, finetuned: Checkpoint, out: Path, models: ModelPair, how: Execution) -> list[LayerReport]:
-        """Write a fully fine-tuned model with changed weights into the empty directory `out`.
+        """Write the patched copy of a fully fine-tuned model into the empty directory `out`, and report each layer.
 
         Raises:
-            StayalignedError: unless the defense overrides it.
+            StayalignedError: unless the defense overrides this method.
         """
         del out, models, how
         raise StayalignedError(
             f"{finetuned.directory}: {self.name} patches LoRA adapters, not full weights",
-            hint="Name an adapter, or a defense that does (safe_lora, complement and their controls).",
+            hint="Name an adapter, or use a defense that patches full weights (safe_lora, complement, their controls).",
         )
 
 
 Defense = TrainingDefense | PatchDefense
 DEFENSES: Registry[Any] = Registry("defense", __name__, TrainingDefense, PatchDefense)
+"""The registry of all defenses."""

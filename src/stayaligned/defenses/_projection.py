@@ -71,7 +71,7 @@ class ProjectionDefense(PatchDefense):
         Raises:
             StayalignedError: if `lowest` is larger than the number of layers.
         """
-        from stayaligned.algorithms.safe_lora import below, every, lowest
+        from stayaligned.algorithms.safe_lora import select_all, select_below, select_lowest
 
         rule: Selection
         if self.lowest is not None:
@@ -80,9 +80,9 @@ class ProjectionDefense(PatchDefense):
                     f"{self.name}: lowest is {self.lowest}, but there are {len(similarities)} layers",
                     hint="Lower it, or set all_layers.",
                 )
-            rule = lowest(self.lowest)
+            rule = select_lowest(self.lowest)
         else:
-            rule = every if self.threshold is None else below(self.threshold)
+            rule = select_all if self.threshold is None else select_below(self.threshold)
         return rule(similarities)
 
 

@@ -1,43 +1,43 @@
-"""BSO: bi-state optimization, Lisa without the pull (Huang et al., NeurIPS 2024, Algorithm 1)."""
+"""BSO: bi-state optimization, Lisa without the proximal term (Huang et al., NeurIPS 2024, Algorithm 1)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from stayaligned.algorithms.lisa_schedule import LisaSettings, StepBudget
 from stayaligned.defenses import TrainingDefense, TrainingSetup
+from stayaligned.defenses.lisa import cycle_notes
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 
 class BSO(TrainingDefense):
-    """Alternate between safety data and user data; no pull. Lisa with ρ = 0, and the control for its ρ."""
+    """Alternate between alignment data and user data without a proximal term: Lisa with ρ = 0, its control."""
 
     name: ClassVar[str] = "bso"
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.18641"
     needs_alignment_data: ClassVar[bool] = True
 
     alignment_steps: int = Field(default=100, ge=1)
-    """K1, optimizer steps in the alignment state."""
+    """Number of optimizer steps in each alignment phase (K1)."""
     finetuning_steps: int = Field(default=900, ge=1)
-    """K2, optimizer steps in the fine-tuning state."""
-    budget: Literal["shared", "cover"] = "shared"
-    """As for Lisa."""
+    """Number of optimizer steps in each fine-tuning phase (K2)."""
+    budget: StepBudget = "shared"
+    """`shared`: as many steps as plain fine-tuning on the user's rows, including the alignment steps (the paper).
+    `cover`: enough steps that after e epochs every user row has been drawn at least e times."""
 
     def notes(self, steps: int) -> list[str]:
-        """Whether the run ended inside a cycle."""
-        from stayaligned.defenses.lisa import cycle_notes
-
+        """Return a note if the run ended inside a cycle."""
         return cycle_notes(self.alignment_steps, self.finetuning_steps, steps)
 
     def make_trainer(self, setup: TrainingSetup) -> Trainer:
-        """A trainer of the setup's kind that alternates between the two states."""
-        from stayaligned.defenses.lisa import Lisa
+        """Build a trainer of the setup's kind that alternates between the two phases."""
         from stayaligned.hf.training.lisa.trainer import attach_lisa
 
-        lisa = Lisa(
+        settings = LisaSettings(
             alignment_steps=self.alignment_steps, finetuning_steps=self.finetuning_steps, rho=0.0, budget=self.budget
         )
-        return attach_lisa(setup.trainer(), alignment_dataset=setup.alignment_dataset(self.name), lisa=lisa)
+        return attach_lisa(setup.trainer(), lisa=settings, alignment_dataset=setup.alignment_dataset(self.name))

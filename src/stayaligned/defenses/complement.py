@@ -60,6 +60,6 @@ class Complement(ProjectionDefense):
 
     def operator_for(self, delta: AlignmentDelta) -> Operator:
         """Return ΔW ↦ (I - U_k U_kᵀ) ΔW (I - Q_k Q_kᵀ)."""
-        from stayaligned.algorithms.safe_lora import Complement as ComplementOperator
+        from stayaligned.algorithms.safe_lora import ComplementOperator
 
         return ComplementOperator(delta.subspace(rank=self.rank, energy=self.energy), self.side)

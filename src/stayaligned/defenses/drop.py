@@ -25,6 +25,6 @@ class Drop(Control):
 
     def patch_layer(self, layer: ProjectedLayer) -> LayerPatch:
         """B ← 0."""
-        from stayaligned.algorithms.safe_lora import scaled
+        from stayaligned.algorithms.safe_lora import scale_update
 
-        return LayerPatch(scaled(layer.before, 0.0), None)
+        return LayerPatch(scale_update(layer.before, 0.0), None)

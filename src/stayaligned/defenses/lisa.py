@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from dataclasses import fields
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import Field, model_validator
 
+from stayaligned.algorithms.lisa_schedule import (
+    AlignmentLossName,
+    AnchorDevice,
+    LisaSettings,
+    ProximalMode,
+    RhoSchedule,
+    RunEnd,
+    StepBudget,
+)
+from stayaligned.core.errors import StayalignedError
 from stayaligned.defenses import TrainingDefense, TrainingSetup
 
 if TYPE_CHECKING:
@@ -13,19 +24,20 @@ if TYPE_CHECKING:
 
 
 _FEW_CYCLES = 3
-"""Below it a run is noted: one cycle costs half of the accuracy on the testbed, eight a few points."""
+"""Number of cycles below which a run gets a note: on the testbed one cycle costs half of the accuracy, eight a few
+points."""
 
 
 class Lisa(TrainingDefense):
-    """Alternate between safety data and user data, each state pulled to the weights at which it began.
+    """Alternate between alignment data and user data, with a proximal term towards the weights at the phase's start.
 
     In turn K1 optimizer steps on f (alignment loss) and K2 on h (the user's loss), each with a proximal term
     (Algorithm 2, equation 2):
 
         min f(w) + ρ/2·‖w − w_t‖²,    min h(w) + ρ/2·‖w − w̃_{t+1}‖²
 
-    Differs from the published code: a step is an optimizer step, not a micro-batch; user rows are not drawn and
-    thrown away during alignment steps; the proximal term is in no logged loss. `docs/paper_index.md` has the list.
+    Differences from the published code: a step is an optimizer step, not a micro-batch; user rows are not drawn and
+    discarded during alignment steps; the proximal term is in no logged loss. `docs/paper_index.md` lists all of them.
 
     Not to be confused with layerwise importance sampling (LISA), an optimizer.
     """
@@ -35,87 +47,86 @@ class Lisa(TrainingDefense):
     needs_alignment_data: ClassVar[bool] = True
 
     alignment_steps: int = Field(default=100, ge=0)
-    """K1, optimizer steps in the alignment state; 0 leaves the pull to the initial weights alone."""
+    """Number of optimizer steps in each alignment phase (K1); 0 leaves only the proximal term towards the initial
+    weights."""
     finetuning_steps: int = Field(default=900, ge=0)
-    """K2, optimizer steps in the fine-tuning state."""
+    """Number of optimizer steps in each fine-tuning phase (K2)."""
     rho: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
-    """ρ, strength of the pull; 0 is BSO and needs no memory for an anchor."""
-    proximal: Literal["coupled", "decoupled"] = "coupled"
-    """`coupled`: ρ(w − anchor) is added to the gradient, and the optimizer sees both (the paper).
-    `decoupled`: after the optimizer's step w ← w − lr·ρ·(w − anchor), as AdamW decays weights. ρ then lives on the
-    scale of 1 / learning rate. Not from the paper."""
+    """Strength of the proximal term (ρ); 0 is BSO, which needs no memory for an anchor."""
+    proximal: ProximalMode = "coupled"
+    """`coupled`: ρ(w − anchor) is added to the gradient before the optimizer's step (the paper).
+    `decoupled`: after the optimizer's step w ← w − lr·ρ·(w − anchor), as AdamW decays weights; ρ is then on the scale
+    of 1 / learning rate. Not from the paper."""
     proximal_warmup_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
-    """Share of the steps before the pull sets in. In the published code and in its figures, not in the paper's text."""
-    rho_schedule: Literal["constant", "rising", "falling"] = "constant"
-    """`rising` from 0 to ρ or `falling` from ρ to 0 over the steps after the warm-up. Not from the paper."""
+    """Share of all steps before the proximal term is switched on. In the published code and in the paper's figures, but
+    not in its text."""
+    rho_schedule: RhoSchedule = "constant"
+    """`rising` from 0 to ρ, or `falling` from ρ to 0, over the steps after the warm-up. Not from the paper."""
     alignment_loss_budget: float | None = Field(default=None, ge=0.0, allow_inf_nan=False)
-    """Rise of the alignment loss, in nats a token, over that of the first alignment state. While it is exceeded ρ is
-    doubled from cycle to cycle, and else halved, between `rho` and `rho_ceiling`. Not from the paper."""
+    """Allowed rise of the alignment loss above that of the first alignment phase, in nats per token. After each cycle ρ
+    is doubled if the rise is exceeded and halved if not, between `rho` and `rho_ceiling`. Not from the paper."""
     rho_ceiling: float = Field(default=100.0, gt=0.0, allow_inf_nan=False)
-    """What `alignment_loss_budget` raises ρ to at most."""
-    budget: Literal["shared", "cover"] = "shared"
-    """`shared`: as many steps as plain fine-tuning of the user's rows, alignment steps included (the paper's count).
+    """Largest ρ that `alignment_loss_budget` may reach."""
+    budget: StepBudget = "shared"
+    """`shared`: as many steps as plain fine-tuning on the user's rows, including the alignment steps (the paper).
     `cover`: enough steps that after e epochs every user row has been drawn at least e times.
-    Where the training settings name `max_steps`, that many are taken either way."""
-    finish: Literal["cycle", "alignment"] = "cycle"
-    """`cycle`: the run ends where its last cycle is, in the paper after a fine-tuning state.
-    `alignment`: its last K1 steps are alignment steps, taken out of the fine-tuning ones."""
-    alignment_loss: Literal["sft", "kl", "dpo"] = "sft"
-    """`sft`: cross-entropy of the safe answers (the paper). `kl`: divergence from the model without its adapter on
-    them. `dpo`: DPO on rows with `prompt`, `chosen` and `rejected`, which needs the trl extra."""
+    If the training settings have `max_steps`, that number of steps is taken in both cases."""
+    finish: RunEnd = "cycle"
+    """`cycle`: the run ends where its last cycle ends, in the paper after a fine-tuning phase.
+    `alignment`: the last K1 steps of the run are alignment steps, which replace fine-tuning steps."""
+    alignment_loss: AlignmentLossName = "sft"
+    """`sft`: cross-entropy of the safe completions (the paper). `kl`: divergence from the model without its adapter on
+    these completions. `dpo`: DPO on rows with `prompt`, `chosen` and `rejected`, which needs the trl extra."""
     dpo_beta: float = Field(default=0.1, gt=0.0, allow_inf_nan=False)
-    """β of DPO."""
-    anchor_device: Literal["model", "cpu"] = "model"
-    """`cpu` keeps the anchor in the host's memory, which costs the accelerator no memory and some time a step."""
+    """β of DPO, for `alignment_loss: dpo`."""
+    anchor_device: AnchorDevice = "model"
+    """Where the anchor is stored. `cpu` uses main memory instead of the accelerator's, and takes some time per step."""
     drift_from_start: bool = False
-    """Log the distance to the initial weights too, for the memory of one more copy."""
+    """Whether to log the distance to the initial weights too, which needs memory for one more copy of the weights."""
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Lisa:
-        if self.alignment_steps + self.finetuning_steps == 0:
-            raise ValueError("alignment_steps and finetuning_steps are both 0; give optimizer steps to one of them")
-        if self.budget == "cover" and self.finetuning_steps == 0:
-            raise ValueError("budget='cover' asks for every user row, but finetuning_steps=0 takes none")
-        if self.finish == "alignment" and self.alignment_steps == 0:
-            raise ValueError("finish='alignment' ends the run with alignment steps, but alignment_steps=0 has none")
-        adapts = self.alignment_loss_budget is not None
-        if adapts and not (self.rho and self.alignment_steps and self.finetuning_steps):
-            raise ValueError(
-                "alignment_loss_budget adapts rho once a cycle; give rho, alignment_steps and finetuning_steps"
-            )
-        if adapts and self.rho_ceiling < self.rho:
-            raise ValueError(f"rho_ceiling={self.rho_ceiling:g} is below rho={self.rho:g}")
+    def _is_consistent(self) -> Self:
+        try:
+            self.settings()
+        except StayalignedError as error:
+            raise ValueError(error.message) from None
         return self
 
+    def settings(self) -> LisaSettings:
+        """Return the settings in the form that `attach_lisa` and `with_lisa` take."""
+        return LisaSettings(**{field.name: getattr(self, field.name) for field in fields(LisaSettings)})
+
     def notes(self, steps: int) -> list[str]:
-        """Whether the run ended inside a cycle, or had too few of them."""
+        """Return a note if the run ended inside a cycle, and one if it had few cycles."""
         cycle = self.alignment_steps + self.finetuning_steps
         found = [] if self.finish == "alignment" else cycle_notes(self.alignment_steps, self.finetuning_steps, steps)
         if self.rho and self.alignment_steps and self.finetuning_steps and steps < _FEW_CYCLES * cycle:
             found.append(
-                f"the run had {steps / cycle:.1f} cycles of {cycle} steps: with so few the pull is nearly always to "
-                "the first weights, which costs accuracy; shorten alignment_steps and finetuning_steps alike"
+                f"the run had {steps / cycle:.1f} cycles of {cycle} steps: with so few cycles the proximal term acts "
+                "mostly towards the initial weights, which costs accuracy; lower alignment_steps and finetuning_steps "
+                "in the same proportion"
             )
         return found
 
     def make_trainer(self, setup: TrainingSetup) -> Trainer:
-        """A trainer of the setup's kind with Lisa in it."""
+        """Build a trainer of the setup's kind that trains with Lisa."""
         from stayaligned.hf.training.lisa.trainer import attach_lisa
 
-        trainer = setup.trainer()
+        trainer, settings = setup.trainer(), self.settings()
         if self.alignment_steps and self.alignment_loss == "dpo":
-            return attach_lisa(trainer, lisa=self, alignment_trainer=setup.preference_trainer(self.name, self.dpo_beta))
+            preference_trainer = setup.preference_trainer(self.name, self.dpo_beta)
+            return attach_lisa(trainer, lisa=settings, alignment_trainer=preference_trainer)
         alignment = setup.alignment_dataset(self.name) if self.alignment_steps else None
-        return attach_lisa(trainer, alignment_dataset=alignment, lisa=self)
+        return attach_lisa(trainer, lisa=settings, alignment_dataset=alignment)
 
 
 def cycle_notes(alignment_steps: int, finetuning_steps: int, steps: int) -> list[str]:
-    """A note where a run ended inside a cycle: the paper's result is the iterate after a whole fine-tuning state."""
+    """Return a note if a run ended inside a cycle: the paper's result is the iterate after a full fine-tuning phase."""
     cycle = alignment_steps + finetuning_steps
     if not alignment_steps or not finetuning_steps or steps % cycle == 0:
         return []
     nearest = max(1, round(steps / cycle)) * cycle
     return [
         f"the run ended after {steps % cycle} of {cycle} steps of a cycle, which can change harm a lot; "
-        f"max_steps={nearest} makes it whole"
+        f"max_steps={nearest} completes the cycle"
     ]

@@ -34,8 +34,7 @@ class RandomSubspace(Control):
         import torch
 
         from stayaligned.algorithms.alignment_delta import random_subspace
-        from stayaligned.algorithms.safe_lora import Complement as ComplementOperator
-        from stayaligned.algorithms.safe_lora import Orthogonal, RandomlyRotated, ScaledGram
+        from stayaligned.algorithms.safe_lora import ComplementOperator, Orthogonal, RandomlyRotated, ScaledGram
 
         digest = hashlib.sha256(f"{self.seed}/{layer.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

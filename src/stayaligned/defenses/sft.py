@@ -1,4 +1,4 @@
-"""Plain supervised fine-tuning: no defense, the honest control of every other one."""
+"""Plain supervised fine-tuning: no defense, the control of every defense."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 class SFT(TrainingDefense):
-    """Fine-tune on the user's rows and nothing else: what every defense is compared with."""
+    """Fine-tune on the user's rows and nothing else: the control that every defense is compared with."""
 
     name: ClassVar[str] = "sft"
 
     def make_trainer(self, setup: TrainingSetup) -> Trainer:
-        """The setup's own trainer."""
+        """Build the setup's plain trainer."""
         return setup.trainer()

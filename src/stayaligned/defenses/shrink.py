@@ -28,7 +28,7 @@ class Shrink(Control):
 
     def patch_layer(self, layer: ProjectedLayer) -> LayerPatch:
         """B ← f B."""
-        from stayaligned.algorithms.safe_lora import compare, scaled
+        from stayaligned.algorithms.safe_lora import compare, scale_update
 
         factor = compare(layer.before, layer.projected).shrinkage if self.factor is None else self.factor
-        return LayerPatch(scaled(layer.before, factor), None)
+        return LayerPatch(scale_update(layer.before, factor), None)

@@ -39,16 +39,16 @@ def run_experiment(
     """
     store = Store(out)
     run = Run(experiment, store, progress, announce=announce)
-    if processes.several() and not processes.leads():
+    if processes.is_distributed() and not processes.is_leader():
         _help_to_train(run)
         return None
     refuse_foreign(out, EXPERIMENT_FILE)
     _refuse_other_experiment(experiment, out / EXPERIMENT_FILE)
     with store.locked():
         write_text(out / EXPERIMENT_FILE, yaml.safe_dump(experiment.spec(), sort_keys=False, allow_unicode=True))
-        if processes.several():
+        if processes.is_distributed():
             run.examples()
-            processes.share(experiment.trains and not store.directory("train", run.adapter_key).exists())
+            processes.broadcast(experiment.trains and not store.directory("train", run.adapter_key).exists())
         result = run.write_into(out)
         for product in ("adapter", "model"):
             _link(out / product, run.finetuned() if run.product == product else None)
@@ -57,7 +57,7 @@ def run_experiment(
 
 def _help_to_train(run: Run) -> None:
     """Train with the leader, once it has the data and says that there is training to do; keep nothing."""
-    if processes.share():
+    if processes.broadcast():
         with tempfile.TemporaryDirectory() as unused:
             run.train_into(Path(unused))
 

@@ -23,7 +23,7 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.data.sources import read_examples
 from stayaligned.hf.features import PaddingCollator, encode_examples
 from stayaligned.hf.models import load_model, load_tokenizer
-from stayaligned.hf.training.curvature import CurvatureSettings, LossCurvature, Trained, loss_curvatures
+from stayaligned.hf.training.curvature import CurvatureSettings, LossCurvature, TrainedWeights, loss_curvatures
 from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
 from support.world import write_rows
 
@@ -41,7 +41,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def measure(trained: Trained, source: Path, **settings: Any) -> LossCurvature:
+def measure(trained: TrainedWeights, source: Path, **settings: Any) -> LossCurvature:
     return loss_curvatures(trained, [str(source)], CurvatureSettings(**settings))[0]
 
 
@@ -74,7 +74,9 @@ def test_on_an_adapter_the_ends_are_those_of_the_dense_hessian_of_the_host_s_los
     assert len(names) == 4
     columns = [(gradient(step * e) - gradient(-step * e)) / (2 * step) for e in torch.eye(n, dtype=torch.float64)]
     dense = torch.linalg.eigvalsh(torch.stack(columns))
-    found = measure(Trained(str(world / "model"), adapter=world / "adapter"), world / "rows.jsonl", iterations=60)
+    found = measure(
+        TrainedWeights(str(world / "model"), adapter=world / "adapter"), world / "rows.jsonl", iterations=60
+    )
     assert found.weights == n
     assert found.loss == pytest.approx(model(**batch_of(world)).loss.item(), rel=1e-5)
     scale = dense.abs().max().item()
@@ -95,14 +97,14 @@ def test_on_all_weights_the_ends_are_those_that_arpack_finds(world: Path) -> Non
 
     operator = LinearOperator((n, n), matvec=product, dtype=np.float64)
     smallest, largest = eigsh(operator, k=2, which="BE", return_eigenvectors=False, tol=1e-4, v0=np.ones(n))
-    found = measure(Trained(str(world / "model")), world / "rows.jsonl", iterations=40)
+    found = measure(TrainedWeights(str(world / "model")), world / "rows.jsonl", iterations=40)
     assert found.weights == n
     assert found.spectrum.largest.value == pytest.approx(largest, abs=1e-3 * max(largest, -smallest))
     assert found.spectrum.smallest.value == pytest.approx(smallest, abs=1e-3 * max(largest, -smallest))
 
 
 def test_batches_change_nothing_and_little_memory_next_to_nothing(world: Path) -> None:
-    trained = Trained(str(world / "model"), adapter=world / "adapter")
+    trained = TrainedWeights(str(world / "model"), adapter=world / "adapter")
     whole = measure(trained, world / "rows.jsonl", batch_size=7, iterations=12)
     for changed in (
         measure(trained, world / "rows.jsonl", batch_size=2, iterations=12),
@@ -117,7 +119,7 @@ def test_batches_change_nothing_and_little_memory_next_to_nothing(world: Path) -
 
 
 def test_a_fresh_adapter_is_that_of_the_seed_and_leaves_the_random_state_alone(world: Path) -> None:
-    trained = Trained(str(world / "model"), lora=SMALL)
+    trained = TrainedWeights(str(world / "model"), lora=SMALL)
     state = torch.get_rng_state()
     first = measure(trained, world / "rows.jsonl", iterations=5)
     assert torch.equal(torch.get_rng_state(), state)
@@ -132,7 +134,7 @@ def test_a_fresh_adapter_is_that_of_the_seed_and_leaves_the_random_state_alone(w
 
 
 def test_so_many_rows_are_taken_and_each_source_by_itself(world: Path) -> None:
-    trained = Trained(str(world / "model"), lora=SMALL)
+    trained = TrainedWeights(str(world / "model"), lora=SMALL)
     write_rows(world / "other.jsonl", ROWS[:2])
     sources = [str(world / "rows.jsonl"), str(world / "other.jsonl")]
     told: list[tuple[str, float]] = []
@@ -168,7 +170,7 @@ def test_second_derivatives_are_right_on_every_kind_of_model(architecture: str, 
 def test_a_loss_that_torch_can_t_differentiate_twice_is_refused(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.nn.attention.sdpa_kernel", lambda _backend: contextlib.nullcontext())
     with pytest.raises(StayalignedError, match="its loss can't be differentiated twice"):
-        measure(Trained(str(world / "model"), lora=SMALL), world / "rows.jsonl")
+        measure(TrainedWeights(str(world / "model"), lora=SMALL), world / "rows.jsonl")
 
 
 def test_a_loss_that_is_not_finite_is_refused(world: Path, tmp_path: Path) -> None:
@@ -178,19 +180,19 @@ def test_a_loss_that_is_not_finite_is_refused(world: Path, tmp_path: Path) -> No
     tensors["lm_head.weight"][0] = float("inf")
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(StayalignedError, match=r"rows\.jsonl: the model's loss on these rows is nan"):
-        measure(Trained(str(tmp_path / "model"), lora=SMALL), world / "rows.jsonl")
+        measure(TrainedWeights(str(tmp_path / "model"), lora=SMALL), world / "rows.jsonl")
 
 
 def test_a_basis_that_memory_can_t_hold_is_refused_before_the_work(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sysconf", lambda _name: 1000)
-    trained = Trained(str(world / "model"))
+    trained = TrainedWeights(str(world / "model"))
     with pytest.raises(StayalignedError, match="20 Lanczos vectors of"):
         measure(trained, world / "rows.jsonl")
     assert measure(trained, world / "rows.jsonl", low_memory=True, iterations=1).weights > 10_000
 
 
 def test_an_adapter_and_a_fresh_one_exclude_each_other(world: Path) -> None:
-    with pytest.raises(StayalignedError, match="an adapter and settings of a fresh one"):
-        measure(Trained(str(world / "model"), world / "adapter", SMALL), world / "rows.jsonl")
+    with pytest.raises(StayalignedError, match="both an adapter and the settings of a fresh LoRA"):
+        measure(TrainedWeights(str(world / "model"), world / "adapter", SMALL), world / "rows.jsonl")

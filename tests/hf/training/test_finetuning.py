@@ -18,7 +18,7 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Example, Message
 from stayaligned.defenses import TrainingSetup
 from stayaligned.hf.features import encode_example
-from stayaligned.hf.training.finetuning import build_dataset, build_trainer, save_trained, train
+from stayaligned.hf.training.finetuning import build_dataset, save_trained, train
 from stayaligned.testing import byte_tokenizer, pico_model
 
 KINDS: tuple[Literal["transformers", "sft"], ...] = ("transformers", "sft")
@@ -56,7 +56,7 @@ def setup(directory: Path, kind: Literal["transformers", "sft"] = "transformers"
 def test_both_kinds_of_trainer_learn_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logs = []
     for kind, trainer_class in zip(KINDS, (Trainer, SFTTrainer), strict=True):
-        trainer = build_trainer(setup(tmp_path, kind), examples(7))
+        trainer = setup(tmp_path, kind).trainer()
         assert type(trainer) is trainer_class
         logs.append([(row["loss"], row["learning_rate"]) for row in train(trainer) if "loss" in row])
     assert len(logs[0]) == 4
@@ -68,8 +68,8 @@ def test_both_kinds_of_trainer_learn_the_same(tmp_path: Path, capsys: pytest.Cap
 
 def test_both_kinds_of_rows_are_those_of_encode_example(tmp_path: Path) -> None:
     expected = [encode_example(byte_tokenizer(), example, 64) for example in examples(7)]
-    assert build_dataset(setup(tmp_path), examples(7)) == expected
-    prepared: Any = build_trainer(setup(tmp_path, "sft"), examples(7)).train_dataset
+    assert build_dataset(byte_tokenizer(), examples(7), kind="transformers", max_length=64) == expected
+    prepared: Any = setup(tmp_path, "sft").trainer().train_dataset
     assert [{key: row[key] for key in ("input_ids", "labels")} for row in prepared] == expected
 
 
@@ -84,7 +84,7 @@ def test_training_lowers_the_loss_and_reports_progress(tmp_path: Path) -> None:
 
 def test_training_runs_on_the_cpu_in_full_precision_where_there_is_no_accelerator(tmp_path: Path) -> None:
     for kind in KINDS:
-        arguments = build_trainer(setup(tmp_path, kind), examples(3)).args
+        arguments = setup(tmp_path, kind).trainer(examples(3)).args
         assert arguments.use_cpu is not torch.accelerator.is_available()
         assert arguments.bf16 is (kind == "sft" and torch.accelerator.is_available())
         assert not arguments.gradient_checkpointing
@@ -97,23 +97,23 @@ def test_training_runs_on_the_cpu_in_full_precision_where_there_is_no_accelerato
         ({"warmup_ratio": 0.1}, "training.warmup_ratio: TrainingArguments has no such setting", "`warmup_steps`"),
         ({"learning_rat": 0.1}, "training.learning_rat", "Did you mean 'learning_rate'?"),
         ({"learning_rate": "1e-5"}, "training.learning_rate: '1e-5' is text", "write 1.0e-5"),
-        ({"optim": "adamm"}, "training.optim: TrainingArguments refuses: adamm is not a valid", "documentation"),
-        ({"fp16": True, "bf16": True}, "training.bf16, training.fp16: TrainingArguments refuses", "documentation"),
-        ({"eval_strategy": "epoch"}, "training.eval_strategy: Trainer refuses: You have set", "documentation"),
+        ({"optim": "adamm"}, "training.optim: TrainingArguments rejects: adamm is not a valid", "documentation"),
+        ({"fp16": True, "bf16": True}, "training.bf16, training.fp16: TrainingArguments rejects", "documentation"),
+        ({"eval_strategy": "epoch"}, "training.eval_strategy: Trainer rejects: You have set", "documentation"),
     ],
 )
 def test_arguments_that_the_host_refuses_are_named(
     tmp_path: Path, argument: dict[str, Any], message: str, hint: str
 ) -> None:
     with pytest.raises(StayalignedError) as caught:
-        build_trainer(setup(tmp_path, **argument), examples(3))
+        setup(tmp_path, **argument).trainer(examples(3))
     assert message in caught.value.message
     assert hint in str(caught.value.hint)
 
 
 def test_every_mistaken_argument_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(StayalignedError) as caught:
-        build_trainer(setup(tmp_path, "sft", warmup_ratio=0.1, tokenizer="x", max_steps="3"), examples(3))
+        setup(tmp_path, "sft", warmup_ratio=0.1, tokenizer="x", max_steps="3").trainer(examples(3))
     assert [line.split(":")[0] for line in caught.value.message.splitlines()] == [
         "training.warmup_ratio",
         "training.tokenizer",
@@ -124,12 +124,12 @@ def test_every_mistaken_argument_is_named_at_once(tmp_path: Path) -> None:
 
 def test_no_rows_and_no_template_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StayalignedError, match="no rows to train on"):
-        build_trainer(setup(tmp_path), [])
+        setup(tmp_path).trainer([])
     for kind in KINDS:
         made = setup(tmp_path, kind)
         made.tokenizer.chat_template = None
         with pytest.raises(StayalignedError, match="no chat template"):
-            build_trainer(made, examples(3))
+            made.trainer(examples(3))
 
 
 @pytest.mark.parametrize("moment", ["before a checkpoint", "after a checkpoint"])
@@ -151,22 +151,18 @@ def test_layers_of_an_adapter_that_get_no_gradient_are_named(tmp_path: Path, cap
     for architecture, targets in (("llama", "all-linear"), ("mamba", ["dt_proj", "in_proj"])):
         given = setup(tmp_path, max_steps=2)
         model: Any = get_peft_model(pico_model(architecture), LoraConfig(r=2, target_modules=targets))
-        train(build_trainer(dataclasses.replace(given, model=model), given.examples), resume=False)
+        train(dataclasses.replace(given, model=model).trainer(), resume=False)
     said = [record.getMessage() for record in caplog.records if record.name.startswith("stayaligned")]
     (line,) = said
-    assert line.startswith("LoRA gets no gradient in 2 layers dt_proj, and will learn nothing there")
+    assert line.startswith("LoRA gets no gradient in 2 layers dt_proj and will learn nothing there")
 
 
 def test_a_mixture_whose_router_loss_trl_can_not_compute_is_refused(tmp_path: Path) -> None:
     given = dataclasses.replace(setup(tmp_path, "sft", max_steps=1), model=pico_model("granitemoehybrid"))
     with pytest.raises(StayalignedError, match=r"router loss of a GraniteMoeHybridConfig") as caught:
-        build_trainer(given, given.examples)
+        given.trainer()
     assert "training.router_aux_loss_coef to 0.0" in str(caught.value)
-    train(
-        build_trainer(
-            dataclasses.replace(given, arguments={**given.arguments, "router_aux_loss_coef": 0.0}), given.examples
-        )
-    )
+    train(dataclasses.replace(given, arguments={**given.arguments, "router_aux_loss_coef": 0.0}).trainer())
 
 
 def test_a_full_disk_is_one_error_when_the_result_is_written(tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import SchedulerType, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from stayaligned import Guard, Lisa, StayalignedError, Watch, attach_lisa, attach_watch
+from stayaligned import Guard, LisaSettings, StayalignedError, Watch, attach_lisa, attach_watch
 from stayaligned.data.sources import read_examples
 from stayaligned.hf.features import PaddingCollator, encode_example
+from stayaligned.hf.training.dead_adapters import dead_adapters
 from stayaligned.hf.training.finetuning import train
-from stayaligned.hf.training.safety_probe import Probe, dead_adapters
+from stayaligned.hf.training.safety_probe import Probe
 from stayaligned.testing import byte_tokenizer, pico_model
 
 TOKENIZER = byte_tokenizer()
@@ -64,7 +65,9 @@ def trainer(directory: Path, *, lisa: bool = False, steps: int = 6, rate: float 
     )
     if lisa:
         attach_lisa(
-            built, alignment_dataset=rows, lisa=Lisa(alignment_steps=1, finetuning_steps=2, proximal_warmup_ratio=0)
+            built,
+            alignment_dataset=rows,
+            lisa=LisaSettings(alignment_steps=1, finetuning_steps=2, proximal_warmup_ratio=0.0),
         )
     return built
 
@@ -246,7 +249,7 @@ def test_settings_that_undo_a_guard_are_refused(tmp_path: Path, sources: dict[st
     plateau = trainer(tmp_path)
     plateau.args.lr_scheduler_type = SchedulerType.REDUCE_ON_PLATEAU
     attach_watch(plateau, guarded(sources, "lower_learning_rate"))
-    with pytest.raises(StayalignedError, match="cannot lower the learning rate of a ReduceLROnPlateau"):
+    with pytest.raises(StayalignedError, match="can't lower the learning rate of a ReduceLROnPlateau"):
         plateau.train()
     assert plateau.state.global_step == 0
 
@@ -287,10 +290,10 @@ def test_lora_layers_without_a_gradient_are_named(tmp_path: Path, caplog: pytest
         train_dataset=rows,  # pyright: ignore
         data_collator=PaddingCollator(0),
     )
-    attach_lisa(built, alignment_dataset=rows * 2, lisa=Lisa(alignment_steps=1, finetuning_steps=1, rho=1.0))
+    attach_lisa(built, alignment_dataset=rows * 2, lisa=LisaSettings(alignment_steps=1, finetuning_steps=1, rho=1.0))
     built.train()
     (said,) = (r.getMessage() for r in caplog.records if "no gradient" in r.getMessage())
-    assert "in 1 layers v_proj, and will learn nothing" in said
+    assert "in 1 layers v_proj and will learn nothing" in said
     model.zero_grad()
     model(input_ids=torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
     assert dead_adapters(model) == ["base_model.model.model.layers.1.self_attn.v_proj"]

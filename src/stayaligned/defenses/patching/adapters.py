@@ -77,8 +77,8 @@ def map_updates(operator: Operator, updates: Sequence[LoraFactors]) -> list[Lora
 
     ranks = [update.b.shape[1] for update in updates]
     stacked = torch.cat([update.a for update in updates])
-    outputs = operator.outputs(torch.cat([update.b for update in updates], dim=1)).split(ranks, dim=1)
-    mapped = operator.inputs(stacked)
+    outputs = operator.map_outputs(torch.cat([update.b for update in updates], dim=1)).split(ranks, dim=1)
+    mapped = operator.map_inputs(stacked)
     # `compare` reuses the Gram matrix of an A that is the same tensor before and after.
     inputs = [update.a for update in updates] if mapped is stacked else mapped.split(ranks)
     return [LoraFactors(a, b, update.scaling) for a, b, update in zip(inputs, outputs, updates, strict=True)]

@@ -1,1 +1,1 @@
-"""Fine-tuning by the Trainers of transformers and TRL."""
+"""Training with the Trainers of transformers and TRL."""

@@ -1,4 +1,4 @@
-"""The curvature of a model's training loss on rows, in the weights that would be trained."""
+"""The curvature of a model's training loss, measured on rows and in the weights that are trained."""
 
 from __future__ import annotations
 
@@ -26,70 +26,72 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
-    """Which weights are trained, and from where."""
+class TrainedWeights:
+    """The weights in which the curvature is measured: an adapter's, a fresh LoRA's, or all weights of a model."""
 
     model: str
     """The aligned model: a checkpoint directory or a hub id."""
     adapter: Path | None = None
-    """A LoRA adapter on it, whose factors are trained."""
+    """A LoRA adapter of the model, whose factors are trained."""
     lora: Mapping[str, Any] | None = None
-    """Fields of PEFT's LoraConfig: a fresh adapter is trained. With neither, all of the model's weights."""
+    """Fields of PEFT's LoraConfig, for a fresh adapter that is trained."""
 
 
 @dataclass(frozen=True, slots=True)
 class CurvatureSettings:
-    """On how much data, and how closely."""
+    """The amount of data and the precision of a measurement."""
 
     rows: int = 32
-    """At most so many rows of each source, drawn at random."""
+    """Maximal number of rows of each source, drawn at random."""
     max_length: int = 1024
-    """Tokens after which a row is cut."""
+    """Number of tokens at which a row is cut."""
     batch_size: int = 4
-    """Rows that are differentiated at once."""
+    """Number of rows that are differentiated at once."""
     iterations: int = 20
-    """Products with the Hessian: passes over the rows, of about four forward passes each."""
+    """Number of products with the Hessian, each a pass over the rows that costs about four forward passes."""
     low_memory: bool = False
-    """Keep no Lanczos basis; see `stayaligned.algorithms.curvature.spectrum_ends`."""
+    """Whether to keep no Lanczos basis; see `stayaligned.algorithms.curvature.spectrum_ends`."""
     seed: int = 0
-    """Of the rows, of a fresh adapter and of Lanczos' start."""
+    """Seed of the drawn rows, of a fresh adapter and of Lanczos' start."""
 
 
 @dataclass(frozen=True, slots=True)
 class LossCurvature:
-    """Of one source's loss: the mean cross-entropy of the answers' tokens over all rows, as in training."""
+    """The curvature of one source's loss: the mean cross-entropy of the completions' tokens, as in training."""
 
     source: str
     rows: int
     tokens: int
     loss: float
     weights: int
-    """How many are trained."""
+    """Number of trained weights."""
     spectrum: Spectrum
 
 
 def loss_curvatures(
-    trained: Trained,
+    trained: TrainedWeights,
     sources: Sequence[str],
     settings: CurvatureSettings,
     progress: Progress = silent,
 ) -> list[LossCurvature]:
-    """The ends of the loss's Hessian for each source, in fp32 and in evaluation mode (no dropout).
+    """Measure the ends of the spectrum of the loss's Hessian for each source, in fp32 and without dropout.
 
     Args:
-        trained: the weights that the Hessian is about.
-        sources: rows as `stayaligned.data.sources` reads them; for Lisa the alignment data and the user's.
-        settings: how many rows and products.
-        progress: is told what is done and the share of it.
+        trained: the weights by which the loss is differentiated.
+        sources: rows as `stayaligned.data.sources` reads them; for Lisa, the alignment data and the user's data.
+        settings: the number of rows and of products.
+        progress: called with a description of the work and the share that is done.
 
     Raises:
-        StayalignedError: if rows, model or adapter can't be used, the loss is not finite or can't be differentiated
-            twice, or memory does not suffice.
+        StayalignedError: if rows, model or adapter are invalid, the loss is not finite or can't be differentiated
+            twice, or memory is too small.
     """
     import torch
 
     if trained.adapter is not None and trained.lora is not None:
-        raise StayalignedError("an adapter and settings of a fresh one are given", hint="Give one of the two.")
+        raise StayalignedError(
+            "both an adapter and the settings of a fresh LoRA are given", hint="Give one of the two."
+        )
     examples = [read_examples(source, origin="task") for source in sources]
     rng = [random.Random(settings.seed) for _ in sources]  # noqa: S311 (no secret)
     chosen = [sample(e, min(settings.rows, len(e)), r) for e, r in zip(examples, rng, strict=True)]
@@ -107,7 +109,7 @@ def loss_curvatures(
         except torch.OutOfMemoryError as error:
             raise StayalignedError(
                 f"{trained.model}: out of memory: {' '.join(str(error).split())[:200]}",
-                hint="Lower the batch size or the maximal length, or train fewer weights.",
+                hint="Lower the batch size or the maximum length, or train fewer weights.",
             ) from None
         except RuntimeError as error:
             if "is not implemented" not in str(error):
@@ -124,24 +126,24 @@ class _Loss:
 
     def __init__(self, model: Any, collate: PaddingCollator, rows: list[dict[str, list[int]]], batch_size: int) -> None:
         self._model = model
-        # Rows of like length together: less padding. The sum does not depend on the order.
+        # Sorted by length for less padding. The sum does not depend on the order.
         ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
         self._batches = [collate(ordered[at : at + batch_size]) for at in range(0, len(ordered), batch_size)]
         self.rows = len(rows)
         self.tokens = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in self._batches)
 
     def parts(self) -> list[Callable[[], Tensor]]:
-        """Each computes one batch's share of the loss."""
+        """Return one function per batch, which computes its share of the loss."""
         return [lambda batch=batch: self._share(batch) for batch in self._batches]
 
     def _share(self, batch: Mapping[str, Tensor]) -> Tensor:
         from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.nn.functional import cross_entropy
 
-        there = {name: value.to(self._model.device) for name, value in batch.items()}
-        labels = there.pop("labels")
+        moved = {name: value.to(self._model.device) for name, value in batch.items()}
+        labels = moved.pop("labels")
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
-            logits = self._model(**there, use_cache=False).logits
+            logits = self._model(**moved, use_cache=False).logits
         return (
             cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum") / self.tokens
         )
@@ -163,7 +165,7 @@ def _curvature(
     if not math.isfinite(value):
         raise StayalignedError(
             f"{source}: the model's loss on these rows is {value}",
-            hint="Check that model and adapter hold finite weights and belong together.",
+            hint="Check that the weights are finite and the adapter belongs to the model.",
         )
     done = 0
 
@@ -179,12 +181,12 @@ def _curvature(
     return LossCurvature(source, loss.rows, loss.tokens, value, start.numel(), spectrum)
 
 
-def _trainable(trained: Trained, seed: int) -> Any:
-    """The model in fp32, whose trained weights require gradients and no others; evaluation mode throughout."""
+def _trainable(trained: TrainedWeights, seed: int) -> Any:
+    """Load the model in fp32 and evaluation mode, with gradients required of the trained weights only."""
     import torch
 
     with bars_off(True), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # Of PEFT's, about an attribute of transformers; no user can answer it.
+        # PEFT's warning about an attribute of transformers, which users can't act on.
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         model: Any = load_finetuned(trained.model, trained.adapter, dtype=torch.float32, trainable=True)
         if trained.lora is not None:
@@ -194,12 +196,12 @@ def _trainable(trained: Trained, seed: int) -> Any:
 
 
 def _require_memory(weights: int, settings: CurvatureSettings) -> None:
-    """Refuse a Lanczos basis that main memory can't hold, rather than be killed halfway."""
+    """Check that main memory is large enough for the Lanczos basis, before the process is killed for it."""
     needed = 0 if settings.low_memory else settings.iterations * weights * 4
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > available:
         raise StayalignedError(
-            f"{settings.iterations} Lanczos vectors of {weights:,} weights need {needed / 1e9:.0f} GB of memory, "
-            f"and there are {there / 1e9:.0f}",
-            hint="Keep no basis (low memory), ask for fewer iterations, or measure a LoRA instead of all weights.",
+            f"{settings.iterations} Lanczos vectors of {weights:,} weights need {needed / 1e9:.0f} GB of memory; "
+            f"this machine has {available / 1e9:.0f} GB",
+            hint="Use low memory (no basis), fewer iterations, or a LoRA instead of all weights.",
         )

@@ -1,59 +1,64 @@
-"""A trainer of preferences, of which Lisa takes the loss of its alignment state."""
+"""A preference trainer, whose loss Lisa uses in its alignment phase."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.hf.quiet import bars_off
 from stayaligned.hf.training import processes
-from stayaligned.hf.training.finetuning import FinetuningSetup
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from transformers import Trainer
+    from transformers import PreTrainedTokenizerBase, Trainer
 
     from stayaligned.core.records import Example
 
 _SHARED = ("output_dir", "per_device_train_batch_size", "seed", "use_cpu", "bf16", "fp16", "disable_tqdm")
-"""Settings of the fine-tuning that its alignment state has too."""
+"""Settings of the fine-tuning that also apply to its alignment phase."""
 
 
-class PreferenceSetup(FinetuningSetup, Protocol):
-    """What is read of `stayaligned.defenses.TrainingSetup`."""
+def build_preference_trainer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    arguments: Mapping[str, Any],
+    *,
+    max_length: int,
+    beta: float,
+) -> Trainer:
+    """Build TRL's DPOTrainer on alignment rows: the safe completion is preferred to the rejected one.
 
-    @property
-    def alignment_examples(self) -> Sequence[Example]: ...  # noqa: D102
-
-
-def build_preference_trainer(setup: PreferenceSetup, model: Any, beta: float) -> Trainer:
-    """TRL's DPOTrainer on the alignment rows: the safe answer is preferred to the rejected one.
-
-    The reference is the model as it is now: with its adapter switched off where it has a fresh one, and else by
-    log-probabilities that are computed beforehand.
+    The reference is the model before training: with its adapter switched off if the adapter is fresh, and otherwise by
+    precomputed log-probabilities.
 
     Args:
-        setup: the fine-tuning whose alignment state this is.
         model: what is trained.
+        tokenizer: the model's tokenizer.
+        examples: the alignment rows, each with a rejected completion.
+        arguments: settings of the fine-tuning, of which the DPOTrainer takes those that apply to both phases.
+        max_length: number of tokens at which a row is cut.
         beta: β of DPO (Rafailov et al. 2023, equation 7).
 
     Raises:
-        StayalignedError: if a row has no rejected answer, or TRL is not installed.
+        StayalignedError: if a row has no rejected completion, TRL is not installed, or the weights of the full model
+            are trained in several processes.
     """
     from peft import PeftModel
 
-    without = [example.id for example in setup.alignment_examples if not example.rejected.strip()]
+    without = [example.id for example in examples if not example.rejected.strip()]
     if without:
         raise StayalignedError(
-            f"alignment_loss='dpo' needs a rejected answer in every alignment row; "
-            f"{len(without)} of {len(setup.alignment_examples)} have none ({without[0]} among them)",
-            hint='Give alignment_data in the form {"prompt": "…", "chosen": "…", "rejected": "…"}.',
+            f"alignment_loss='dpo' needs a rejected completion in every alignment row; "
+            f"{len(without)} of {len(examples)} rows have none, the first is {without[0]}",
+            hint='Give alignment_data rows of the form {"prompt": "…", "chosen": "…", "rejected": "…"}.',
         )
-    if processes.several() and not isinstance(model, PeftModel):
+    if processes.is_distributed() and not isinstance(model, PeftModel):
         raise StayalignedError(
-            "alignment_loss='dpo' on all weights computes its reference beforehand, which works in one process only",
-            hint="Train a LoRA, or start it without torchrun or accelerate launch.",
+            "alignment_loss='dpo' on full weights precomputes its reference, which is not supported in several "
+            "processes",
+            hint="Train a LoRA, or start without torchrun or accelerate launch.",
         )
     try:
         from trl import DPOConfig, DPOTrainer
@@ -62,29 +67,27 @@ def build_preference_trainer(setup: PreferenceSetup, model: Any, beta: float) ->
     import torch
     from datasets import Dataset
 
-    def turn(content: str) -> list[dict[str, str]]:
+    def as_turn(content: str) -> list[dict[str, str]]:
         return [{"role": "assistant", "content": content}]
 
     rows = [
         {
             "prompt": [{"role": message.role, "content": message.content} for message in example.prompt],
-            "chosen": turn(example.completion),
-            "rejected": turn(example.rejected),
+            "chosen": as_turn(example.completion),
+            "rejected": as_turn(example.rejected),
         }
-        for example in setup.alignment_examples
+        for example in examples
     ]
     settings: dict[str, Any] = {"gradient_checkpointing": None}
     if not torch.accelerator.is_available():
         settings |= {"use_cpu": True, "bf16": False}
-    settings |= {key: setup.arguments[key] for key in _SHARED if key in setup.arguments}
-    arguments = DPOConfig(
+    settings |= {key: arguments[key] for key in _SHARED if key in arguments}
+    config = DPOConfig(
         **settings,
         beta=beta,
-        max_length=setup.max_length,
+        max_length=max_length,
         precompute_ref_log_probs=not isinstance(model, PeftModel),
         report_to="none",
     )
-    with bars_off(bool(arguments.disable_tqdm)):
-        return DPOTrainer(
-            model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=setup.tokenizer
-        )
+    with bars_off(bool(config.disable_tqdm)):
+        return DPOTrainer(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)

@@ -1,6 +1,6 @@
-"""Several processes of one run, as `torchrun` and `accelerate launch` start them: one leads, the others help to train.
+"""The processes of one distributed run, as `torchrun` and `accelerate launch` start them.
 
-Only training is done by all. The leader alone reads and writes stages, generates and judges. Imports no torch.
+All processes train. Only the first, the leader, reads and writes stages, generates and judges. Imports no torch.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import Any
 from stayaligned.core.errors import StayalignedError
 
 
-def several() -> bool:
-    """Whether this process was started as one of several."""
+def is_distributed() -> bool:
+    """Return whether this process was started as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def leads() -> bool:
-    """Whether this process is the first of them, or alone."""
+def is_leader() -> bool:
+    """Return whether this process is the first of its run, or the only one."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def share(value: Any = None) -> Any:
-    """What the leader calls it with, in every process; each waits here for the leader."""
+def broadcast(value: Any = None) -> Any:
+    """Return the leader's value in every process; each process waits here for the leader."""
     import torch
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
@@ -33,14 +33,14 @@ def share(value: Any = None) -> Any:
     return values[0]
 
 
-def refuse_several(command: str) -> None:
-    """Refuse a command that runs in one process, where it was started in several.
+def require_one_process(command: str) -> None:
+    """Check that a command that runs in one process was not started in several.
 
     Raises:
-        StayalignedError: then.
+        StayalignedError: if this process is one of several.
     """
-    if several():
+    if is_distributed():
         raise StayalignedError(
-            f"`{command}` runs in one process, and this is one of {os.environ['WORLD_SIZE']}",
+            f"`{command}` runs in one process, but was started in {os.environ['WORLD_SIZE']}",
             hint="Start it without torchrun or accelerate launch.",
         )

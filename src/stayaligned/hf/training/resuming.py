@@ -1,4 +1,4 @@
-"""What the host leaves out when it loads a checkpoint of its own: weights that are stored in another layout."""
+"""Loading of checkpoint weights that the host's Trainer skips because they are stored in another layout."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from stayaligned.weights.checkpoints import Checkpoint
 
 
 def restore_converted(trainer: Any, checkpoint: Path) -> None:
-    """Load the weights of a Trainer's checkpoint that the Trainer passes over with a line in its log.
+    """Load the weights of a Trainer's checkpoint that the Trainer skips with a line in its log.
 
-    transformers writes the experts of a mixture one by one, as their publishers do, and stacks them as it loads a
-    model. Its Trainer loads by name alone: a resumed run would go on with the experts of the start.
+    transformers writes the experts of a mixture one by one, as their publishers do, and stacks them when it loads a
+    model. Its Trainer loads by name alone, so a resumed run would continue with the initial experts.
 
     Args:
-        trainer: a transformers.Trainer that has loaded the checkpoint. Adapters, and what FSDP or DeepSpeed load in
-            their own way, are left as they are.
+        trainer: a transformers.Trainer that has loaded the checkpoint. Adapters, and models under FSDP or DeepSpeed,
+            are unchanged.
         checkpoint: the checkpoint's directory.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Copies of a model's trainable weights as files, each process's shards apart where the weights are sharded."""
+"""Files with copies of a model's trainable weights; if the weights are sharded, one file per process."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from stayaligned.algorithms.lisa import Anchor, Device, empty_anchor, local
+from stayaligned.algorithms.lisa import Anchor, empty_anchor, local_shard
+from stayaligned.algorithms.lisa_schedule import AnchorDevice
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import replace_file
 
 
 def trainable_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable weights by name; of FSDP2 this process's shards."""
+    """Return the trainable weights by name; with FSDP2, this process's shards."""
     reshard(model)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def reshard(model: nn.Module) -> None:
-    """Give up what FSDP2 has gathered.
+    """Free the full weights that FSDP2 has gathered.
 
-    After a forward pass without a backward one it keeps some weights whole, as other tensors than the optimizer's, in
-    memory that it frees later.
+    After a forward pass without a backward pass it keeps some weights gathered, as tensors other than the optimizer's.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -32,26 +32,26 @@ def reshard(model: nn.Module) -> None:
 
 
 def is_sharded(params: Mapping[str, Tensor]) -> bool:
-    """Whether each process holds a part of the weights only."""
+    """Return whether each process has only a part of the weights."""
     return any(isinstance(param, DTensor) for param in params.values())
 
 
 def weights_file(name: str, params: Mapping[str, Tensor], *, rank: int, processes: int) -> str:
-    """The name of the file in which this process keeps a copy of its weights."""
+    """Return the name of the file for this process's copy of the weights."""
     part = f"-{rank:05}-of-{processes:05}" if is_sharded(params) else ""
     return f"{name}{part}.safetensors"
 
 
 def write_weights(path: Path, weights: Anchor) -> None:
-    """Write copies of weights; the file appears whole or not at all."""
+    """Write copies of weights to a file, atomically."""
     from safetensors.torch import save_file
 
     with replace_file(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
 
 
-def read_weights(path: Path, params: Mapping[str, Tensor], *, device: Device) -> Anchor:
-    """The weights that `write_weights` wrote, where a copy of `params` is kept.
+def read_weights(path: Path, params: Mapping[str, Tensor], *, device: AnchorDevice) -> Anchor:
+    """Read the weights that `write_weights` wrote, onto `device`.
 
     Raises:
         StayalignedError: if the file is missing, damaged, or of other weights than `params`.
@@ -64,14 +64,14 @@ def read_weights(path: Path, params: Mapping[str, Tensor], *, device: Device) ->
     except SafetensorError as error:
         raise StayalignedError(f"{path} is damaged: {error}", hint="Resume an earlier checkpoint.") from None
     described = {name: (tuple(t.shape), t.dtype) for name, t in stored.items()}
-    expected = {name: (tuple(local(p).shape), p.dtype) for name, p in params.items()}
+    expected = {name: (tuple(local_shard(p).shape), p.dtype) for name, p in params.items()}
     if described != expected:
         differing = sorted(
             name for name in described.keys() | expected.keys() if described.get(name) != expected.get(name)
         )
         raise StayalignedError(
-            f"{path} holds the weights of another model; differing in name, shape or type: {', '.join(differing)}",
-            hint="Resume with the model and LoRA settings that the checkpoint was made with.",
+            f"{path} has the weights of another model; they differ in name, shape or type: {', '.join(differing)}",
+            hint="Resume with the model and LoRA settings of the checkpoint.",
         )
     weights = empty_anchor(params, device=device)
     for name, tensor in stored.items():
@@ -80,14 +80,14 @@ def read_weights(path: Path, params: Mapping[str, Tensor], *, device: Device) ->
 
 
 def require_file(file: Path) -> Path:
-    """The file itself, if it is there.
+    """Return the file if it exists.
 
     Raises:
-        StayalignedError: if not; what the host wrote alone cannot be resumed.
+        StayalignedError: if the file is missing, as in a checkpoint that was written without Lisa.
     """
     if not file.is_file():
         raise StayalignedError(
-            f"{file.parent} cannot be resumed with Lisa: it has no {file.name}",
-            hint="Resume a checkpoint that Lisa wrote (not one with save_only_model), or start anew.",
+            f"{file.parent} can't be resumed with Lisa: {file.name} is missing",
+            hint="Resume a checkpoint that was written with Lisa and without save_only_model, or start a new run.",
         )
     return file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
-from stayaligned import Lisa, StayalignedError, attach_lisa, with_lisa
+from stayaligned import LisaSettings, StayalignedError, attach_lisa, with_lisa
 from stayaligned.hf.features import PaddingCollator
 from stayaligned.hf.training.lisa.losses import reference_kl
 from stayaligned.testing import byte_tokenizer, pico_model
@@ -36,7 +37,7 @@ TALK = [
     for i in range(6)
 ]
 TOKENIZER = byte_tokenizer()
-LISA = Lisa(alignment_steps=1, finetuning_steps=1, rho=0.5, proximal_warmup_ratio=0.0)
+LISA = LisaSettings(alignment_steps=1, finetuning_steps=1, rho=0.5, proximal_warmup_ratio=0.0)
 
 
 def lora_model(dropout: float = 0.0) -> Any:
@@ -274,7 +275,7 @@ def test_kl_to_the_model_without_its_adapter_starts_at_0_and_is_the_same_for_any
         changes |= {"optim": "sgd", "learning_rate": 20.0}  # Adam would blow up the rounding of the gradient at 0
         trainer = build(lora_model(), tmp_path, **changes)
         rows: Any = Dataset.from_list(TALK) if build is sft else trainer.train_dataset
-        attach_lisa(trainer, alignment_dataset=rows, lisa=LISA.model_copy(update={"alignment_loss": "kl"}))
+        attach_lisa(trainer, alignment_dataset=rows, lisa=replace(LISA, alignment_loss="kl"))
         trainer.train()
         losses = [row["alignment_loss"] for row in trainer.state.log_history if "alignment_loss" in row]
         assert losses[0] == pytest.approx(0, abs=1e-6)
@@ -288,7 +289,7 @@ def test_the_reference_has_no_dropout_and_frozen_weights_stay_frozen(tmp_path: P
     trainer: Any = attach_lisa(
         plain(model, tmp_path),
         alignment_dataset=[{"input_ids": [3, 10, 11], "labels": [3, 10, 11]}] * 4,
-        lisa=LISA.model_copy(update={"alignment_loss": "kl"}),
+        lisa=replace(LISA, alignment_loss="kl"),
     )
     frozen = [p for n, p in model.named_parameters() if "lora_A" in n]
     for parameter in frozen:
@@ -296,10 +297,10 @@ def test_the_reference_has_no_dropout_and_frozen_weights_stay_frozen(tmp_path: P
     loss = trainer._alignment_loss
     batch = PaddingCollator(0)([{"input_ids": [3, 10, 11, 12], "labels": [3, 10, 11, 12]}])
     model.train()
-    first, second = (loss.loss(trainer, model, dict(batch), None) for _ in range(2))
+    first, second = (loss.compute_loss(trainer, model, dict(batch), None) for _ in range(2))
     assert first != second, "the model itself keeps its dropout"
     model.eval()
-    assert loss.loss(trainer, model, dict(batch), None).item() == pytest.approx(0, abs=1e-7)
+    assert loss.compute_loss(trainer, model, dict(batch), None).item() == pytest.approx(0, abs=1e-7)
     assert not any(parameter.requires_grad for parameter in frozen)
     assert not model.training
 
@@ -313,7 +314,7 @@ def test_kl_without_an_adapter_is_refused(tmp_path: Path) -> None:
         attach_lisa(
             trainer,
             alignment_dataset=trainer.train_dataset,
-            lisa=LISA.model_copy(update={"alignment_loss": "kl"}),
+            lisa=replace(LISA, alignment_loss="kl"),
         )
 
 
@@ -329,10 +330,10 @@ def trained_adapter() -> Any:
 @pytest.mark.parametrize(
     ("model", "build", "settings_of_lisa", "named"),
     [
-        (lora_model, lambda model: "no trainer", {}, "gave str, not a trainer"),
+        (lora_model, lambda model: "no trainer", {}, "returned str, not a trainer"),
         (lora_model, lambda model: plain(lora_model(), Path("out")), {}, "built on another model"),
         (trained_adapter, dpo(Path("out")), {}, "keeps a copy of the adapter"),
-        (lora_model, dpo(Path("out")), {"alignment_loss": "kl"}, "two losses for one state"),
+        (lora_model, dpo(Path("out")), {"alignment_loss": "kl"}, "two losses for one phase"),
         (lora_model, dpo(Path("out")), {"alignment_steps": 0}, "alignment_steps=0 never uses it"),
         (lora_model, None, {"alignment_loss": "dpo"}, "takes its loss from a trainer"),
     ],
@@ -350,7 +351,7 @@ def test_alignment_trainers_that_do_not_fit_are_refused(
     core: Any = trainer.model.get_base_model()  # pyright: ignore
     forward = core.forward
     with pytest.raises(StayalignedError, match=named) as caught:
-        attach_lisa(trainer, alignment_trainer=build, lisa=LISA.model_copy(update=settings_of_lisa))
+        attach_lisa(trainer, alignment_trainer=build, lisa=replace(LISA, **settings_of_lisa))
     assert caught.value.hint
     # The trainer and its model are as they were.
     assert type(trainer) is Trainer
@@ -363,4 +364,4 @@ def test_an_alignment_trainer_beside_sharded_weights_is_refused(tmp_path: Path) 
     trainer = plain(lora_model(), tmp_path)
     trainer.is_fsdp_enabled = True
     with pytest.raises(StayalignedError, match="another trainer shards"):
-        attach_lisa(trainer, alignment_trainer=dpo(tmp_path), lisa=LISA.model_copy(update={"rho": 0.0}))
+        attach_lisa(trainer, alignment_trainer=dpo(tmp_path), lisa=replace(LISA, rho=0.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 from trl import DPOTrainer, SFTConfig, SFTTrainer
 
-from stayaligned import Lisa, StayalignedError, attach_lisa, with_lisa
+from stayaligned import LisaSettings, StayalignedError, attach_lisa, with_lisa
 from stayaligned.hf.features import IGNORED, PaddingCollator
 from stayaligned.testing import byte_tokenizer, pico_model
 
@@ -55,8 +56,8 @@ def plain(
     )
 
 
-def lisa(**changes: Any) -> Lisa:
-    return Lisa(**{"alignment_steps": 1, "finetuning_steps": 2, "proximal_warmup_ratio": 0.0, **changes})
+def lisa(**changes: Any) -> LisaSettings:
+    return LisaSettings(**{"alignment_steps": 1, "finetuning_steps": 2, "proximal_warmup_ratio": 0.0, **changes})
 
 
 # ---- logging -------------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def test_a_broken_loss_stops_training_before_it_breaks_the_weights(tmp_path: Pat
         alignment_dataset=rows(4),
         lisa=lisa(),
     )
-    with pytest.raises(StayalignedError, match="the loss is nan at optimizer step 1, in the finetuning state"):
+    with pytest.raises(StayalignedError, match="the loss is nan at optimizer step 1, in the finetuning phase"):
         trainer.train()
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
@@ -220,7 +221,7 @@ def test_packed_rows_train(tmp_path: Path) -> None:
 def test_alignment_rows_too_long_to_teach_anything_are_refused(tmp_path: Path) -> None:
     long = [{**row, "prompt": [{"role": "user", "content": "q" * 60}]} for row in PROMPTED]
     trainer = sft(tmp_path, PROMPTED, max_length=20)
-    with pytest.raises(StayalignedError, match="no alignment row leaves an answer to learn within max_length=20"):
+    with pytest.raises(StayalignedError, match="no alignment row has a completion within max_length=20"):
         attach_lisa(trainer, alignment_dataset=Dataset.from_list(long), lisa=lisa())
 
 
@@ -245,10 +246,10 @@ class Stream(IterableDataset):
         ({"dataloader_num_workers": 2}, Stream(), {}, "alignment_dataset streamed with dataloader_num_workers=2"),
         ({"train_dataset": []}, rows(4), {}, "train_dataset is empty"),
         ({}, [], {}, "alignment_dataset is empty"),
-        ({}, 7, {}, "alignment_dataset is int, no dataset"),
-        ({}, None, {}, "no alignment_dataset given"),
+        ({}, 7, {}, "alignment_dataset is of type int, which is not a dataset"),
+        ({}, None, {}, "alignment_dataset is missing"),
         ({}, rows(1), {}, "alignment_dataset has 1 rows, fewer than a batch of 2"),
-        ({}, [{"text": "a"}] * 4, {}, "the alignment rows have no input_ids and no labels"),
+        ({}, [{"text": "a"}] * 4, {}, "the alignment rows lack input_ids and labels"),
         ({}, [{**row, "labels": [IGNORED] * 6} for row in rows(4)], {}, "every label of alignment_dataset is masked"),
         (
             {"train_dataset": [{**row, "labels": [IGNORED] * 6} for row in rows(4)]},
@@ -304,7 +305,7 @@ def test_optimizers_that_step_inside_the_backward_pass_are_refused(tmp_path: Pat
 
 def test_a_negative_rho_is_refused_where_the_settings_are_not_a_lisa(tmp_path: Path) -> None:
     with pytest.raises(StayalignedError, match="rho=-1"):
-        attach_lisa(plain(tmp_path), alignment_dataset=rows(4), lisa=lisa().model_copy(update={"rho": -1.0}))
+        attach_lisa(plain(tmp_path), alignment_dataset=rows(4), lisa=replace(lisa(), rho=-1.0))
 
 
 def test_other_trainers_of_trl_are_refused_by_name(tmp_path: Path) -> None:
@@ -333,7 +334,7 @@ def test_a_trainer_with_its_own_loader_is_refused_before_its_first_step(tmp_path
 def test_lisa_is_put_in_once(tmp_path: Path) -> None:
     assert with_lisa(Trainer) is with_lisa(Trainer)
     trainer = attach_lisa(plain(tmp_path), alignment_dataset=rows(4), lisa=lisa())
-    with pytest.raises(StayalignedError, match="LisaTrainer already has Lisa"):
+    with pytest.raises(StayalignedError, match="LisaTrainer already trains with Lisa"):
         attach_lisa(trainer, alignment_dataset=rows(4), lisa=lisa())
 
 

@@ -1,1 +1,1 @@
-"""Lisa inside any Trainer: rows, pull, losses and checkpoints, each a module; `trainer` puts them into the host."""
+"""Lisa inside any Trainer: rows, proximal term, losses and checkpoints; `trainer` connects them to the host."""

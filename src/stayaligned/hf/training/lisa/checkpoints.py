@@ -1,7 +1,7 @@
-"""What Lisa adds to a checkpoint of the host, and whether a checkpoint is of the same run.
+"""Lisa's files in a checkpoint of the host, and the check that a checkpoint is of the same run.
 
-- `lisa.json`: what must be equal for a resumed run to be the same run, and how far an adaptive pull has got.
-- `lisa_anchor.safetensors`: the anchor. Where the weights are sharded (FSDP2) each process keeps its own shards in
+- `lisa.json`: what must be equal for a resumed run to be the same run, and the progress of an adaptive ρ.
+- `lisa_anchor.safetensors`: the anchor. If the weights are sharded (FSDP2), each process writes its own shards to
   `lisa_anchor-RANK-of-PROCESSES.safetensors`.
 - `lisa_start.safetensors`: in the output directory, once: the weights that `drift_from_start` is measured from.
 """
@@ -28,29 +28,31 @@ def write_run(checkpoint: Path, run: Mapping[str, Any], progress: Mapping[str, A
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
-    """The progress that `write_run` was given.
+    """Read the progress that `write_run` wrote.
 
     Raises:
-        StayalignedError: if the file is not there or damaged.
+        StayalignedError: if the file is missing or damaged.
     """
     return _read_state(checkpoint).get(_PROGRESS, {})
 
 
 def require_same_run(checkpoint: Path, expected: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that another run wrote.
+    """Check that a checkpoint was written by a run with the expected settings and data.
 
     Raises:
-        StayalignedError: that names every setting that differs.
+        StayalignedError: if a setting differs; the message lists every difference.
     """
     found = _read_state(checkpoint)
     differing = [
-        f"{key}={found.get(key)} there, {value} here" for key, value in expected.items() if found.get(key) != value
+        f"{key}={found.get(key)} in the checkpoint, {value} now"
+        for key, value in expected.items()
+        if found.get(key) != value
     ]
     if differing:
         raise StayalignedError(
-            f"{checkpoint} was made by another run: {'; '.join(differing)}",
-            hint="Resume with the settings, data, batch size and number of processes it was made with, "
-            "or start anew from its weights.",
+            f"{checkpoint} is of another run: {'; '.join(differing)}",
+            hint="Resume with the settings, data, batch size and number of processes of the checkpoint, "
+            "or start a new run from its weights.",
         )
 
 
@@ -59,4 +61,4 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         return json.loads(state_file.read_text(encoding="utf-8"))
     except ValueError:
-        raise StayalignedError(f"{state_file} is not JSON", hint="Resume an earlier checkpoint.") from None
+        raise StayalignedError(f"{state_file} is not valid JSON", hint="Resume an earlier checkpoint.") from None
