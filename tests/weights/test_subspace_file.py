@@ -311,7 +311,7 @@ def test_what_was_not_checked_and_what_is_not_stored_is_said(pair: tuple[Path, P
     patch_directory(adapter, tmp_path / "out", DEFENSES.parse(projection_spec("scaled_gram", {}, {})), models)
     (note,) = json.loads((tmp_path / "out/projection.json").read_text())["notes"]
     assert "names org/chat, which is not a local directory" in note
-    with pytest.raises(StayalignedError, match="3 directions asked for, but 2 directions"):
+    with pytest.raises(StayalignedError, match="3 directions required, but 2 directions"):
         patch_directory(adapter, tmp_path / "k", DEFENSES.parse(projection_spec("complement", {}, {"rank": 3})), models)
     assert not (tmp_path / "k").exists()
 
