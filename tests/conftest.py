@@ -1,7 +1,8 @@
-"""What every test shares: one thread, no network, no time limit on an example of hypothesis, the command in-process."""
+"""Shared by all tests: one thread, no network, no deadline for hypothesis, the command in-process, a small world."""
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -16,11 +17,11 @@ settings.load_profile("shared-cores")
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """The command, run in this process: (exit code, what it printed)."""
+    """Run the command in this process and return its exit code and its output."""
     from stayaligned.cli import main
 
     def run(*arguments: object) -> tuple[int, str]:
-        capsys.readouterr()  # what preparing the input printed
+        capsys.readouterr()  # discard what preparing the input printed
         monkeypatch.setattr("sys.argv", ["stayaligned", *map(str, arguments)])
         try:
             main()
@@ -32,3 +33,11 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return code, shown.out + shown.err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with two small models and the data of an experiment, one per test file."""
+    from support.world import write_world
+
+    return write_world(tmp_path_factory.mktemp("world"))

@@ -8,14 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from support.world import experiment, write_rows, write_world
+from support.world import experiment, write_rows
 
 Change = Callable[[Path, dict[str, Any]], None]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 def empty_rows(root: Path, content: dict[str, Any]) -> None:

@@ -29,15 +29,10 @@ from stayaligned.experiments.stages.store import exclusive
 from stayaligned.hf.features import PaddingCollator, encode_examples
 from stayaligned.hf.quiet import quiet
 from stayaligned.testing import byte_tokenizer, pico_model, write_pico_checkpoint
-from support.world import experiment, write_rows, write_world
+from support.world import experiment, write_rows
 
 LORA = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": ["q_proj", "down_proj"]}
 TRAINING = {"max_steps": 4, "per_device_train_batch_size": 3, "learning_rate": 1e-2, "save_steps": 2}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 def alignment(world: Path, **changes: Any) -> Alignment:

@@ -18,12 +18,7 @@ from stayaligned.evaluation.results import find_results
 from stayaligned.experiments.config.experiment import REGISTRIES
 from stayaligned.experiments.grid import Grid, load_grid, run_grid
 from stayaligned.experiments.jobs import Listener
-from support.world import experiment, write_world
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"))
+from support.world import experiment
 
 
 def grid_of(world: Path, arms: list[dict[str, Any]], seeds: tuple[int, ...] = (0,), **changes: Any) -> Grid:

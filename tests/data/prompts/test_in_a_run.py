@@ -10,12 +10,7 @@ from stayaligned.experiments.config.experiment import Experiment
 from stayaligned.experiments.pipeline import Run
 from stayaligned.experiments.run import run_experiment
 from stayaligned.experiments.stages.store import Store
-from support.world import experiment, write_rows, write_world
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"))
+from support.world import experiment, write_rows
 
 
 def evaluated(world: Path, **changes: Any) -> Experiment:

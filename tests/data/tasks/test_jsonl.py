@@ -6,8 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.core.records import Completion, Message
 from stayaligned.data.tasks.jsonl import JsonLines
+from support.tasks import completion
 
 
 @pytest.fixture
@@ -16,11 +16,6 @@ def rows(tmp_path):
     content = [{"prompt": f"q{i}", "completion": str(i), "category": "odd" if i % 2 else "even"} for i in range(100)]
     path.write_text("\n".join(map(json.dumps, content)))
     return path
-
-
-def answer(text, reference):
-    prompt = (Message(role="user", content="q"),)
-    return Completion(id="1", prompt_set="task", prompt=prompt, text=text, reference=reference)
 
 
 def test_without_a_test_source_the_splits_part_the_rows(rows):
@@ -75,7 +70,7 @@ def test_a_split_that_would_be_empty_is_refused(rows, ratio, empty):
     ],
 )
 def test_metrics(metric, text, reference, score):
-    assert JsonLines(test="x", metric=metric).score(answer(text, reference)) == score
+    assert JsonLines(test="x", metric=metric).score(completion(text, reference)) == score
 
 
 def test_rows_without_answers_can_be_test_rows_only_where_nothing_is_scored(tmp_path):

@@ -1,29 +1,17 @@
 """SST-2, AG News and GSM8K: the paper's prompts and metrics, from files in the data sets' own columns."""
 
-import json
-
 import pytest
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.core.records import Completion, Message
 from stayaligned.data.tasks import TASKS
 from stayaligned.data.tasks.ag_news import AGNews
 from stayaligned.data.tasks.gsm8k import GSM8K
 from stayaligned.data.tasks.sst2 import SST2
-
-
-def write(path, rows):
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return str(path)
-
-
-def answer(text, reference):
-    prompt = (Message(role="user", content="q"),)
-    return Completion(id="1", prompt_set="task", prompt=prompt, text=text, reference=reference)
+from support.tasks import completion, write_source
 
 
 def test_sst2_asks_as_the_paper_does(tmp_path):
-    source = write(tmp_path / "a.jsonl", [{"idx": 3, "sentence": "a fine film ", "label": 1}])
+    source = write_source(tmp_path / "a.jsonl", [{"idx": 3, "sentence": "a fine film ", "label": 1}])
     (row,) = SST2(train=source, test=source).load("train")
     assert row.prompt[0].content == (
         "Analyze the sentiment of the input, and respond only positive or negative\n\na fine film"
@@ -32,7 +20,7 @@ def test_sst2_asks_as_the_paper_does(tmp_path):
 
 
 def test_ag_news_asks_as_the_paper_does(tmp_path):
-    source = write(tmp_path / "a.jsonl", [{"text": "Rockets.", "label": n} for n in range(4)])
+    source = write_source(tmp_path / "a.jsonl", [{"text": "Rockets.", "label": n} for n in range(4)])
     rows = AGNews(train=source, test=source, test_examples=3).load("train")
     assert [row.completion for row in rows] == ["World", "Sports", "Business", "Sci/Tech"]
     assert rows[0].prompt[0].content.startswith("Categorize the news article given in the input into one of the 4")
@@ -41,31 +29,31 @@ def test_ag_news_asks_as_the_paper_does(tmp_path):
 
 
 def test_gsm8k_asks_as_the_paper_does(tmp_path):
-    source = write(tmp_path / "a.jsonl", [{"question": "1+1?", "answer": "One and one.\n#### 2"}])
+    source = write_source(tmp_path / "a.jsonl", [{"question": "1+1?", "answer": "One and one.\n#### 2"}])
     (row,) = GSM8K(train=source, test=source).load("test")
     assert (row.prompt[0].content, row.completion) == ("1+1?", "One and one.\nThe final answer is: 2")
 
 
 @pytest.mark.parametrize("name", ["sst2", "ag_news", "gsm8k"])
 def test_rows_that_are_instructions_already_are_taken_as_they_stand(tmp_path, name):
-    source = write(tmp_path / "a.jsonl", [{"instruction": "Say", "input": "yes", "output": "yes"}])
+    source = write_source(tmp_path / "a.jsonl", [{"instruction": "Say", "input": "yes", "output": "yes"}])
     (row,) = TASKS.parse({"name": name, "train": source, "test": source}).load("train")
     assert (row.prompt[0].content, row.completion) == ("Say\n\nyes", "yes")
 
 
 def test_a_label_may_be_its_name_and_a_hidden_one_is_refused(tmp_path):
-    source = write(tmp_path / "a.jsonl", [{"sentence": "x", "label": "Negative"}])
+    source = write_source(tmp_path / "a.jsonl", [{"sentence": "x", "label": "Negative"}])
     assert SST2(train=source, test=source).load("test")[0].completion == "negative"
-    hidden = write(tmp_path / "b.jsonl", [{"sentence": "x", "label": 0}, {"sentence": "y", "label": -1}])
+    hidden = write_source(tmp_path / "b.jsonl", [{"sentence": "x", "label": 0}, {"sentence": "y", "label": -1}])
     with pytest.raises(StayalignedError, match=r"b.jsonl, line 2: label -1 is not one of negative, positive"):
         SST2(train=source, test=hidden).load("test")
 
 
 def test_columns_of_another_type_are_refused_with_the_line(tmp_path):
     with pytest.raises(StayalignedError, match="line 1: `sentence` is not text"):
-        SST2(train=write(tmp_path / "a.jsonl", [{"sentence": None, "label": 1}]), test="x").load("train")
+        SST2(train=write_source(tmp_path / "a.jsonl", [{"sentence": None, "label": 1}]), test="x").load("train")
     with pytest.raises(StayalignedError, match="line 1: expected text in `question` and `answer`"):
-        GSM8K(train=write(tmp_path / "b.jsonl", [{"question": "q", "answer": 3}]), test="x").load("train")
+        GSM8K(train=write_source(tmp_path / "b.jsonl", [{"question": "q", "answer": 3}]), test="x").load("train")
 
 
 @pytest.mark.parametrize(
@@ -81,13 +69,13 @@ def test_columns_of_another_type_are_refused_with_the_line(tmp_path):
     ],
 )
 def test_sst2_is_exact_but_for_case_and_white_space(text, reference, score):
-    assert SST2().score(answer(text, reference)) == score
+    assert SST2().score(completion(text, reference)) == score
 
 
 @pytest.mark.parametrize(("text", "score"), [("Sci/Tech", 1), ("sci/tech", 1), ("sci", 1), ("tech", 0), ("world", 0)])
 def test_ag_news_takes_both_short_and_long_spelling(text, score):
-    assert AGNews().score(answer(text, "Sci/Tech")) == score
-    assert AGNews().score(answer("sci", "World")) == 0
+    assert AGNews().score(completion(text, "Sci/Tech")) == score
+    assert AGNews().score(completion("sci", "World")) == 0
 
 
 @pytest.mark.parametrize(
@@ -108,13 +96,13 @@ def test_ag_news_takes_both_short_and_long_spelling(text, score):
     ],
 )
 def test_gsm8k_compares_the_final_number(text, score):
-    assert GSM8K().score(answer(text, "Steps 1, 2.\nThe final answer is: 18")) == score
+    assert GSM8K().score(completion(text, "Steps 1, 2.\nThe final answer is: 18")) == score
 
 
 def test_numbers_are_compared_exactly_with_their_thousands():
-    assert GSM8K().score(answer("1,234,567.50", "The final answer is: 1234567.5")) == 1
-    assert GSM8K().score(answer("0.30000000000000004", "0.3")) == 0
+    assert GSM8K().score(completion("1,234,567.50", "The final answer is: 1234567.5")) == 1
+    assert GSM8K().score(completion("0.30000000000000004", "0.3")) == 0
 
 
 def test_a_reference_without_a_number_is_unscored():
-    assert GSM8K().score(answer("3", "none")) is None
+    assert GSM8K().score(completion("3", "none")) is None

@@ -1,7 +1,6 @@
 """Alpaca and Dialog Summary: their rows, their draws, and ROUGE against values worked out by hand."""
 
 import builtins
-import json
 from itertools import combinations
 
 import pytest
@@ -10,21 +9,11 @@ from hypothesis import strategies as st
 from rouge_score.tokenizers import DefaultTokenizer
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.core.records import Completion, Message
 from stayaligned.data.tasks import _rouge
 from stayaligned.data.tasks._rouge import rouge_f1
 from stayaligned.data.tasks.alpaca import Alpaca, is_about_safety
 from stayaligned.data.tasks.dialog_summary import DialogSummary
-
-
-def write(path, rows):
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return str(path)
-
-
-def answer(text, reference):
-    prompt = (Message(role="user", content="q"),)
-    return Completion(id="1", prompt_set="task", prompt=prompt, text=text, reference=reference)
+from support.tasks import completion, write_source
 
 
 @pytest.mark.parametrize(
@@ -45,8 +34,8 @@ def answer(text, reference):
 def test_rouge_is_what_a_hand_works_out(text, reference, rouge1, rouge_l):
     assert rouge_f1(text, reference, "rouge1") == (None if rouge1 is None else pytest.approx(rouge1))
     assert rouge_f1(text, reference, "rougeL") == (None if rouge_l is None else pytest.approx(rouge_l))
-    assert DialogSummary().score(answer(text, reference)) == rouge_f1(text, reference, "rouge1")
-    assert Alpaca().score(answer(text, reference)) == rouge_f1(text, reference, "rougeL")
+    assert DialogSummary().score(completion(text, reference)) == rouge_f1(text, reference, "rouge1")
+    assert Alpaca().score(completion(text, reference)) == rouge_f1(text, reference, "rougeL")
 
 
 WORDS = st.lists(st.sampled_from("abcd"), min_size=1, max_size=5)
@@ -94,7 +83,7 @@ def test_without_the_library_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     _rouge._scorer.cache_clear()
     with pytest.raises(StayalignedError, match="rouge-score") as caught:
-        DialogSummary().score(answer("a", "a"))
+        DialogSummary().score(completion("a", "a"))
     assert "pip install 'stayaligned[eval]'" in str(caught.value)
 
 
@@ -102,7 +91,7 @@ def test_without_the_library_the_error_names_the_extra(monkeypatch):
 
 
 def test_dialog_summary_asks_with_the_papers_system_text(tmp_path):
-    source = write(tmp_path / "a.jsonl", [{"id": "7", "dialogue": "A: hi\r\nB: hi ", "summary": "They greet."}])
+    source = write_source(tmp_path / "a.jsonl", [{"id": "7", "dialogue": "A: hi\r\nB: hi ", "summary": "They greet."}])
     (row,) = DialogSummary(train=source, test=source).load("test")
     assert [(m.role, m.content) for m in row.prompt] == [
         ("system", "You are a helpful assistant for dialog summarization."),
@@ -115,7 +104,7 @@ def test_dialog_summary_asks_with_the_papers_system_text(tmp_path):
 
 def test_dialog_summary_draws_its_training_rows_by_its_own_seed(tmp_path):
     rows = [{"id": str(i), "dialogue": f"A: {i}", "summary": f"{i}."} for i in range(60)]
-    source = write(tmp_path / "a.jsonl", rows)
+    source = write_source(tmp_path / "a.jsonl", rows)
 
     def drawn(**settings):
         return [row.id for row in DialogSummary(train=source, test=source, **settings).load("train")]
@@ -131,9 +120,9 @@ def test_dialog_summary_draws_its_training_rows_by_its_own_seed(tmp_path):
 
 def test_rows_without_a_dialogue_are_left_out_and_other_types_refused(tmp_path):
     rows = [{"dialogue": None, "summary": "x"}, {"dialogue": "A: hi", "summary": "They greet."}]
-    source = write(tmp_path / "a.jsonl", rows)
+    source = write_source(tmp_path / "a.jsonl", rows)
     assert [row.completion for row in DialogSummary(train=source, test=source).load("test")] == ["They greet."]
-    bad = write(tmp_path / "b.jsonl", [{"dialogue": ["A"], "summary": "x"}])
+    bad = write_source(tmp_path / "b.jsonl", [{"dialogue": ["A"], "summary": "x"}])
     with pytest.raises(StayalignedError, match="line 1: expected text in `dialogue` and `summary`"):
         DialogSummary(train=bad, test=bad).load("test")
 
@@ -146,7 +135,7 @@ def instructions(n):
 
 
 def test_alpaca_holds_prompts_out_that_it_never_trains_on(tmp_path):
-    task = Alpaca(train=write(tmp_path / "a.jsonl", instructions(60)), test_examples=7)
+    task = Alpaca(train=write_source(tmp_path / "a.jsonl", instructions(60)), test_examples=7)
     test, train = task.load("test"), task.load("train")
     assert len(test) == 7
     assert not {row.prompt for row in test} & {row.prompt for row in train}
@@ -158,7 +147,10 @@ def test_alpaca_holds_prompts_out_that_it_never_trains_on(tmp_path):
 
 
 def test_alpaca_takes_a_test_source_in_its_order(tmp_path):
-    train, test = write(tmp_path / "a.jsonl", instructions(8)), write(tmp_path / "b.jsonl", instructions(6))
+    train, test = (
+        write_source(tmp_path / "a.jsonl", instructions(8)),
+        write_source(tmp_path / "b.jsonl", instructions(6)),
+    )
     task = Alpaca(train=train, test=test, test_examples=3)
     assert [row.completion for row in task.load("test")] == ["0", "1", "2"]
     assert sorted(row.completion for row in task.load("train")) == [str(i) for i in range(8)]
@@ -195,18 +187,18 @@ def test_rows_about_safety_are_told_by_their_answer(text, expected):
 
 def test_safety_rows_are_dropped_or_kept(tmp_path):
     rows = [*instructions(4), {"instruction": "x", "input": "y", "output": "I cannot help with that."}]
-    source = write(tmp_path / "a.jsonl", rows)
+    source = write_source(tmp_path / "a.jsonl", rows)
 
     def answers(**settings):
         return sorted(row.completion for row in Alpaca(train=source, test=source, **settings).load("train"))
 
     assert answers() == ["0", "1", "2", "3"]
     assert answers(drop_safety_rows=False)[-1] == "I cannot help with that."
-    only = write(tmp_path / "b.jsonl", rows[-1:])
+    only = write_source(tmp_path / "b.jsonl", rows[-1:])
     with pytest.raises(StayalignedError, match="every row is about safety"):
         Alpaca(train=only).load("train")
 
 
 def test_a_split_that_leaves_nothing_to_train_on_is_refused(tmp_path):
     with pytest.raises(StayalignedError, match="200 test rows leave none to train on"):
-        Alpaca(train=write(tmp_path / "a.jsonl", instructions(4))).load("train")
+        Alpaca(train=write_source(tmp_path / "a.jsonl", instructions(4))).load("train")

@@ -11,12 +11,7 @@ from stayaligned.evaluation.degeneration import Degenerate, Degeneration, signs
 from stayaligned.evaluation.results import Result, read_evidence, read_result
 from stayaligned.experiments.config.experiment import Experiment
 from stayaligned.experiments.run import run_experiment
-from support.world import experiment, write_world
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"))
+from support.world import experiment
 
 
 def run(world: Path, out: Path, **settings: Any) -> Result:
