@@ -15,6 +15,15 @@ settings.register_profile("shared-cores", deadline=None, database=None)
 settings.load_profile("shared-cores")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of `tests/faults`, which kill processes and start process groups, as slow."""
+    faults = Path(__file__).with_name("faults")
+    for item in items:
+        if faults in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """Run the command in this process and return its exit code and its output."""

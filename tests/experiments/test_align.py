@@ -242,6 +242,7 @@ def test_two_processes_never_make_the_same_one(world: Path, tmp_path: Path, monk
 # ---- killed, diverged, out of disk ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
 def test_killed_and_run_again_gives_the_same_bytes(world: Path, tmp_path: Path, lora: dict[str, Any] | None) -> None:
     training = {**TRAINING, "max_steps": 60, "save_steps": 1, "learning_rate": 1e-3}

@@ -106,6 +106,7 @@ def test_overrides_apply_to_the_base(world: Path, tmp_path: Path) -> None:
     assert grid.expand()[0].training["max_steps"] == 2
 
 
+@pytest.mark.slow
 def test_a_killed_grid_leaves_no_orphans_and_continues(world: Path, tmp_path: Path) -> None:
     """SIGKILL to the parent: its workers die with it, and the rerun ends with every result."""
     config, out = tmp_path / "g.yaml", tmp_path / "out"

@@ -243,6 +243,7 @@ def test_a_finished_adapter_is_patched_and_judged_without_training(finished: Pat
     assert {p.name: p.read_bytes() for p in adapter.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_result(world: Path, tmp_path: Path) -> None:
     """SIGKILL while the training stage writes; the rerun ends as the run that was never interrupted."""
     content = experiment(world, training={**experiment(world)["training"], "max_steps": 6, "save_steps": 2})

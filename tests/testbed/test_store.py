@@ -96,6 +96,7 @@ def test_two_that_ask_at_once_build_once(miniature: Recipe, tmp_path: Path, monk
     assert built == [0]
 
 
+@pytest.mark.slow
 def test_a_killed_build_leaves_nothing_that_looks_finished_and_the_next_one_clears_up(
     miniature: Recipe, tmp_path: Path
 ) -> None:

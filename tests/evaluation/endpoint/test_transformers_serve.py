@@ -27,7 +27,10 @@ from stayaligned.hf.generation.generate import complete
 from stayaligned.testing import write_pico_checkpoint
 
 MISSING = [name for name in ("fastapi", "openai", "uvicorn") if importlib.util.find_spec(name) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"transformers[serving] is not installed: no {MISSING}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"transformers[serving] is not installed: no {MISSING}"),
+]
 
 EXAMPLES = [
     Example(id=str(i), prompt=(Message(role="user", content=f"How to flarn zorb {i}?"),), origin="harmful")
