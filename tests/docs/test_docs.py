@@ -1,4 +1,4 @@
-"""The text of the project is true: links lead somewhere, commands exist, examples are valid, budgets hold."""
+"""README, docs and examples agree with the code: links, commands, options, make targets, paths and settings exist."""
 
 import ast
 import inspect
@@ -72,6 +72,17 @@ def test_every_source_path_that_is_named_exists(page: Path) -> None:
         assert (ROOT / path).exists(), path
 
 
+def test_every_module_that_the_changelog_calls_new_exists() -> None:
+    cells = re.findall(
+        r"^\| `stayaligned\.[^|]+\| ([^|]+) \|$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE
+    )
+    names = [name.removeprefix("stayaligned.") for cell in cells for name in re.findall(r"`([\w.]+)`", cell)]
+    assert len(names) >= 40
+    for name in names:
+        path = ROOT / "src" / "stayaligned" / name.replace(".", "/")
+        assert path.is_dir() or path.with_suffix(".py").exists(), name
+
+
 def commands_in(page: Path) -> list[list[str]]:
     text = re.sub(r"\\\n\s*", " ", page.read_text())
     found = re.findall(r"(?:^(?: {4}|\$ )|`)(stayaligned [a-z][^`\n]*)", text, flags=re.MULTILINE)
@@ -136,7 +147,7 @@ def test_every_example_is_valid_and_says_its_command(path: Path, monkeypatch: py
 
 
 def placeholder_overrides(path: Path) -> list[str]:
-    """`data/….jsonl` stands for the user's own file; here any existing file serves."""
+    """Replace each `data/….jsonl`, a file of the user's own, by a file that exists."""
 
     def places(value: object, place: str = "") -> list[str]:
         if isinstance(value, dict):
