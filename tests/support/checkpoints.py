@@ -1,4 +1,4 @@
-"""Checkpoints of a few tensors, pico checkpoint pairs, and their weights as they are in memory and in the files."""
+"""Write checkpoints of a few tensors and pairs of tiny models, and read their weights in memory and from the files."""
 
 import json
 from collections.abc import Callable
@@ -20,30 +20,30 @@ PairOf = Callable[..., tuple[Checkpoint, Checkpoint]]
 
 
 def write_pair(root: Path, architecture: str, **model: Any) -> tuple[Checkpoint, Checkpoint]:
-    """(aligned, base), the base in shards."""
+    """Write an aligned and a base model, the base in shards, and open both."""
     aligned = write_pico_checkpoint(root / "aligned", architecture, seed=2, **model)
     base = write_pico_checkpoint(root / "base", architecture, seed=1, shard_size="30KB", **model)
     return open_checkpoint(aligned), open_checkpoint(base)
 
 
 def lora_layers(adapter: Adapter, checkpoint: Checkpoint) -> list[LoraLayer]:
-    """The adapter's layers on the model that it was trained on."""
+    """Return the adapter's layers on the model that it was trained on."""
     return [placed.layer for placed in place_adapter(adapter, checkpoint, checkpoint)]
 
 
 def load(directory: Path) -> Any:
-    """The model, by transformers."""
+    """Load the model with transformers."""
     return AutoModelForCausalLM.from_pretrained(directory)
 
 
 def in_memory(model: Any, parameter: str, expert: int | None) -> torch.Tensor:
-    """A parameter, or one expert's matrix."""
+    """Return a parameter, or the matrix of one expert."""
     weight = model.get_parameter(parameter).detach()
     return weight if expert is None else weight[expert]
 
 
 def rows_of(checkpoint: Checkpoint, weight: Weight) -> torch.Tensor:
-    """A weight, read through its blocks."""
+    """Read a weight through its blocks."""
     parts = []
     for block in weight:
         tensor = checkpoint[block.name] if block.expert is None else checkpoint[block.name][block.expert]
@@ -52,7 +52,7 @@ def rows_of(checkpoint: Checkpoint, weight: Weight) -> torch.Tensor:
 
 
 def write(directory: Path, tensors: dict[str, torch.Tensor], shards: int = 1) -> Path:
-    """Tensors as a checkpoint of so many shards."""
+    """Write tensors as a checkpoint with a number of shards."""
     directory.mkdir()
     if shards == 1:
         save_file(tensors, directory / "model.safetensors")
@@ -68,7 +68,7 @@ def write(directory: Path, tensors: dict[str, torch.Tensor], shards: int = 1) ->
 
 
 def weights(seed: int, count: int = 5, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Small matrices under the names of layers."""
+    """Return small random matrices under the names of layers."""
     generator = torch.Generator().manual_seed(seed)
     return {f"layers.{i}.weight": torch.randn(3, 4, generator=generator).to(dtype) for i in range(count)}
 

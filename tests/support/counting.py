@@ -1,4 +1,4 @@
-"""Every outcome of n prompts that two models answered, with its interval, for coverage without sampling."""
+"""All outcomes of two models on n prompts, with their intervals, for exact coverage without sampling."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stayaligned.evaluation.metrics import MeanOfPrompts
 
 @dataclass(frozen=True)
 class PairedOutcomes:
-    """For every (only the first did it, only the second did it): the interval of the difference."""
+    """The interval of the difference for every (prompts that only the first did, prompts that only the second did)."""
 
     n: int
     first: numpy.ndarray
@@ -22,7 +22,7 @@ class PairedOutcomes:
     high: numpy.ndarray
 
     def probability(self, p10: float, p01: float) -> numpy.ndarray:
-        """Of each outcome, from the multinomial distribution."""
+        """Return the probability of each outcome under the multinomial distribution."""
         rest = self.n - self.first - self.second
         logs = gammaln(self.n + 1) - gammaln(self.first + 1) - gammaln(self.second + 1) - gammaln(rest + 1)
         logs += xlogy(self.first, p10) + xlogy(self.second, p01) + xlogy(rest, 1 - p10 - p01)
@@ -31,7 +31,7 @@ class PairedOutcomes:
 
 @cache
 def paired_outcomes(n: int, confidence: float = 0.95) -> PairedOutcomes:
-    """All outcomes of n prompts."""
+    """Return all outcomes of n prompts."""
     pairs = [(b, c) for b in range(n + 1) for c in range(n + 1 - b)]
     bounds = []
     for b, c in pairs:

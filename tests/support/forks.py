@@ -1,8 +1,8 @@
-"""Trains with Lisa in forks of one process that has imported torch, so that starting one costs tenths of a second.
+"""Train with Lisa in forks of a process that has imported torch, so that starting one takes tenths of a second.
 
     python support/forks.py COMMAND DIRECTORY …
 
-A command forks, kills and waits, and prints what it saw as one JSON line; the weights lie in `DIRECTORY/NAME/end`.
+A command forks, kills and waits, and prints what it observed as one JSON line; the weights are in `DIRECTORY/NAME/end`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from stayaligned.testing import byte_tokenizer, pico_model
 
 LISA = LisaSettings(alignment_steps=2, finetuning_steps=3, rho=0.7)
 STEPS = 120
-"""Of a run that is killed; Lisa's state switches 47 times."""
+"""Number of steps of a run that is killed; the phase changes 47 times."""
 
 
 def feature_rows(first: int, count: int) -> list[dict[str, list[int]]]:
@@ -66,7 +66,7 @@ def lora_trainer(settings: dict[str, Any], dropout: float = 0.1) -> Trainer:
 
 
 def sft_trainer(settings: dict[str, Any]) -> Trainer:
-    """All weights, by TRL, with dropout in the attention."""
+    """Return TRL's trainer of all weights, with dropout in the attention."""
     rows: dict[str, Any] = {"train_dataset": prompt_rows("blick", 15), "alignment_dataset": prompt_rows("no", 5)}
     model = pico_model(seed=3, attention_dropout=0.1)
     arguments = SFTConfig(bf16=False, gradient_checkpointing=False, max_length=64, **settings)
@@ -82,9 +82,9 @@ def plain_trainer(
     state_dict: str = "",
     lisa: LisaSettings = LISA,
 ) -> Trainer:
-    """By transformers' Trainer; of streams; or, with the kind of state dict to save, sharded by FSDP2.
+    """Return transformers' Trainer, of streams, or sharded by FSDP2 with the given kind of state dict to save.
 
-    What is watched is evaluated before it trains, too, and rolled back from step 10 to step 8.
+    With a guard, the run is also evaluated before it trains, and rolled back from step 10 to step 8.
     """
     model: Any = pico_model(seed=3)
     if lora:
@@ -121,7 +121,7 @@ def plain_trainer(
 
 
 def preferring_trainer(settings: dict[str, Any]) -> Trainer:
-    """With DPO in the alignment state."""
+    """Return a trainer with DPO in the alignment phase."""
     model = get_peft_model(pico_model(seed=3), LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.0))
     pairs = Dataset.from_list([{"prompt": f"wug {i}", "chosen": "no", "rejected": "wug" * (1 + i)} for i in range(5)])
 
@@ -162,8 +162,8 @@ TRAINERS: dict[str, Callable[[dict[str, Any]], Trainer]] = {
 def run(kind: str, directory: Path, *, full: int = 0, stalling: bool = False, **changes: Any) -> None:
     """Train to the end, from the last complete checkpoint if there is one, and write the trainable weights.
 
-    With `full`, no file can grow beyond so many bytes once half of the steps are done. With `stalling`, the second
-    process stops for ever before it writes its part of a new checkpoint.
+    With `full`, no file can exceed that number of bytes after half of the steps. With `stalling`, the second
+    process stops forever before it writes its part of a new checkpoint.
     """
     torch.manual_seed(4)
     settings: dict[str, Any] = {
@@ -198,7 +198,7 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def run_on_two(*arguments: Any, **named: Any) -> None:
-    """`run` in two processes, as torchrun starts them, but as forks."""
+    """Call `run` in two processes, as torchrun starts them, but as forks."""
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -217,7 +217,7 @@ def run_on_two(*arguments: Any, **named: Any) -> None:
 
 
 def fork(function: Callable[..., None], *arguments: Any, **named: Any) -> int:
-    """The id of a new process, and process group, that calls the function; only what it writes to stderr is kept."""
+    """Call the function in a new process and process group and return its id; only its stderr is captured."""
     pid = os.fork()
     if pid:
         return pid
@@ -234,7 +234,7 @@ def fork(function: Callable[..., None], *arguments: Any, **named: Any) -> int:
 
 
 def wait(pid: int) -> int:
-    """The exit code of a process that has come to its end, and with it its group."""
+    """Wait until a process has ended, together with its group, and return its exit code."""
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     with contextlib.suppress(ChildProcessError):
         while True:
@@ -245,13 +245,13 @@ def wait(pid: int) -> int:
 # ---- killing ---------------------------------------------------------------------------------------------------------
 
 AIMS = ("anytime", "writing", "anytime", "writing", "written")
-"""What the kills aim at, in turn."""
+"""Moments at which the kills happen, in turn."""
 RESERVED_STEPS = 4
-"""Left for every kill that is still to come, and five times as many at the end, so that none finds the run over."""
+"""Number of steps reserved for each remaining kill, and five times as many at the end, so that no kill is too late."""
 
 
 def snapshot(directory: Path) -> dict[int, dict[str, tuple[int, int]]]:
-    """The files of every checkpoint by its step, with their sizes and times; what is being deleted may be missing."""
+    """Return the files of every checkpoint by step, with sizes and times; files being deleted may be missing."""
     found: dict[int, dict[str, tuple[int, int]]] = {}
     for checkpoint in directory.glob("checkpoint-*"):
         files = found[int(checkpoint.name.partition("-")[2])] = {}
@@ -263,7 +263,7 @@ def snapshot(directory: Path) -> dict[int, dict[str, tuple[int, int]]]:
 
 
 def last_whole(directory: Path) -> int:
-    """The step of the last checkpoint with a whole trainer_state.json; 0 if there is none."""
+    """Return the step of the last checkpoint with a complete trainer_state.json; 0 if there is none."""
     steps = [0]
     for file in directory.glob("checkpoint-*/trainer_state.json"):
         with contextlib.suppress(ValueError, FileNotFoundError):
@@ -272,7 +272,7 @@ def last_whole(directory: Path) -> int:
 
 
 class Attempt:
-    """One life of a training process or group, watched from outside through the directory that it writes."""
+    """One life of a training process or group, observed from outside through the directory that it writes."""
 
     def __init__(self, directory: Path, pid: int) -> None:
         # It has imported nothing yet, let alone written.
@@ -280,7 +280,7 @@ class Attempt:
         self.before, self.first = snapshot(directory), last_whole(directory)
 
     def begun(self) -> int:
-        """The last step of which this process has begun to write the checkpoint; 0 before it has."""
+        """Return the last step for which this process has begun to write the checkpoint; 0 before the first."""
         now = snapshot(self.directory)
         return max((step for step in now if step > self.first and now[step] != self.before.get(step)), default=0)
 
@@ -291,7 +291,7 @@ class Attempt:
             time.sleep(0.0002)
 
     def kill(self, *, may_be_late: bool = False) -> dict[str, Any]:
-        """SIGKILL to all of it; and what it was doing, by what it left."""
+        """Send SIGKILL to the whole group and return what it was doing, according to the files that it left."""
         while True:
             try:
                 os.killpg(self.pid, signal.SIGKILL)
@@ -318,7 +318,7 @@ class Attempt:
 def strike(
     attempt: Attempt, aim: str, moments: random.Random, *, life: float = 1.0, limit: int = STEPS
 ) -> dict[str, Any]:
-    """Wait for the moment that is aimed at, and kill: within `life` seconds, and before `limit` steps are done."""
+    """Wait for the moment `aim` and kill: within `life` seconds and before `limit` steps are done."""
     moment, delay, writes = moments.uniform(0, life), moments.uniform(0, 0.03), moments.randint(1, 3)
     match aim:
         case "anytime":
@@ -344,7 +344,7 @@ def strike(
 def kill(directory: Path, kind: str, seed: str) -> list[dict[str, Any]]:
     """Kill a run 20 times, once more while it writes its last checkpoint (which may come too late), and let it end.
 
-    Beside it one that is let alone and writes no checkpoint.
+    A second run is not killed and writes no checkpoint.
     """
     moments, killed = random.Random(int(seed)), directory / "killed"
     started = time.monotonic()
@@ -362,7 +362,7 @@ def kill(directory: Path, kind: str, seed: str) -> list[dict[str, Any]]:
 
 
 def kill_group(directory: Path, seed: str) -> list[dict[str, Any]]:
-    """The same in two processes, killed together; once after the second stalled while a checkpoint was written."""
+    """Do the same with two processes that are killed together; once after the second stalled during a checkpoint."""
     moments, killed, steps = random.Random(int(seed)), directory / "killed", 48
     two = {"per_device_train_batch_size": 2, "max_steps": steps}
     saving = {**two, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
@@ -378,7 +378,7 @@ def kill_group(directory: Path, seed: str) -> list[dict[str, Any]]:
 
 
 def split(directory: Path) -> None:
-    """One run in one process, and the same in two."""
+    """Train one run in one process, and the same run in two."""
     kind, settings = "lora without dropout", {"max_steps": 16, "logging_steps": 16}
     assert wait(fork(run, kind, directory / "one", save_strategy="no", **settings)) == 0
     saving = {"save_strategy": "steps", "save_steps": 7, "per_device_train_batch_size": 2}
@@ -386,7 +386,7 @@ def split(directory: Path) -> None:
 
 
 def split_otherwise(directory: Path, kind: str, sharded: str) -> list[str]:
-    """One run in one process; in two; and in two from the middle of a state of that. The files of a checkpoint."""
+    """Train one run in one process, in two, and in two from the middle of a phase; return the files of a checkpoint."""
     settings: dict[str, Any] = {"max_steps": 16, "logging_steps": 16, "max_grad_norm": 0.5, "learning_rate": 1e-3}
     if "kl" in kind:
         settings |= {"optim": "sgd", "learning_rate": 5.0}  # Adam would blow up the rounding of the gradient at 0
@@ -402,7 +402,7 @@ def split_otherwise(directory: Path, kind: str, sharded: str) -> list[str]:
 
 
 def fill_disk(directory: Path) -> dict[str, Any]:
-    """Let the disk be full when a file of a checkpoint is written, then run again with room; by that file."""
+    """Let the disk be full when a file of a checkpoint is written, then run again with room; for each such file."""
     steps = 48
     saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "max_steps": steps}
     found: dict[str, Any] = {}

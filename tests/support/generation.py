@@ -1,4 +1,4 @@
-"""Prompts of mixed lengths, models that no rounding can sway, and their answers written one at a time."""
+"""Prompts of mixed lengths, models that rounding cannot sway, and their completions generated one at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def prompts(n: int = 24, seed: int = 0) -> list[list[Message]]:
 
 
 def sharp(architecture: str = "llama", **overrides: Any) -> Any:
-    """A pico model whose logits are far enough apart that rounding can't decide, and that ends some answers."""
+    """Return a pico model whose logits are too far apart for rounding to matter, and that ends some completions."""
     model = pico_model(architecture, initializer_range=0.3, **overrides)
     torch.manual_seed(0)
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
@@ -27,7 +27,7 @@ def sharp(architecture: str = "llama", **overrides: Any) -> Any:
 
 
 def greedy_reference(model: Any, tokenizer: Any, prompt: list[Message], max_new_tokens: int) -> Generated:
-    """One prompt at a time, without a cache."""
+    """Complete one prompt at a time, without a cache."""
     ids, written = encode_prompt(tokenizer, prompt), list[int]()
     while len(written) < max_new_tokens:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Tiny guards on disk: a classifier of kinds of harm, and a language model that follows a script."""
+"""Tiny guard models on disk: a classifier of kinds of harm, and a language model that follows a script."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def completion(text, request="how to flarn a zorb?", key="1", prompt_set="harmfu
 
 
 def judged(judge, rows):
-    """The verdicts in the order of their rows."""
+    """Return the verdicts in the order of their rows."""
     found = [*judge.judge([row.model_copy(update={"id": str(place)}) for place, row in enumerate(rows)])]
     assert sorted(int(verdict.id) for verdict in found) == [*range(len(rows))]
     ordered = sorted(found, key=lambda verdict: int(verdict.id))
@@ -23,7 +23,7 @@ def judged(judge, rows):
 
 
 def write_moderation(directory: Path, *, padded=True, **settings) -> str:
-    """A Llama with a score head of 14 labels, as the moderation model's architecture is."""
+    """Write a Llama with a score head of 14 labels, the architecture of the moderation model."""
     import torch
     from transformers import AutoModelForSequenceClassification
 

@@ -1,4 +1,4 @@
-"""Verdicts kept under the judge's own identity, for judges that read no files."""
+"""Judge completions under the judge's own identity, for judges that read no files."""
 
 from __future__ import annotations
 

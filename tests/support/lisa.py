@@ -1,4 +1,4 @@
-"""A small Lisa run in a Trainer, and the loop by hand that it must equal."""
+"""A small Lisa run in a Trainer, and the hand-written loop that it must equal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Row = dict[str, list[int]]
 
 
 def rows(first_token: int, count: int, seed: int) -> list[Row]:
-    """Rows of 4 to 12 tokens, half of them learned; the first token tells whose they are."""
+    """Return rows of 4 to 12 tokens, half of them labels; the first token identifies the data set."""
     rng = random.Random(seed)
     made: list[Row] = []
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""Runs as files, as `evaluate` writes them, with answers chosen by the test."""
+"""Write result directories like those of `evaluate`, with completions chosen by the test."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ H, R, S = Outcome.HARM, Outcome.REFUSE, Outcome.SAFE
 
 
 def prompt_hash(text: str) -> str:
-    """Like the real one, 16 hex digits."""
+    """Return 16 hex digits, like the real hash."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -25,7 +25,7 @@ def evidence(
     degenerate: Sequence[bool | None] = (),
     world: str = "",
 ) -> list[Evidence]:
-    """Rows by judge; the prompts are those of `world`."""
+    """Return evidence rows by judge; the prompts are those of `world`."""
     rows: list[Evidence] = []
     for prompt_set, judged in (("harmful", harmful), ("benign", benign or {})):
         n = max(map(len, judged.values()), default=0)
@@ -43,7 +43,7 @@ def _row(prompt_set: Any, index: int, world: str, **fields: Any) -> Evidence:
 
 
 def write_run(directory: Path, rows: Sequence[Evidence], *, seed: int = 0, arm: str = "tuned", **changes: Any) -> Path:
-    """A run's directory; `changes` are fields of the result, or of its experiment."""
+    """Write a result directory; `changes` are fields of the result or of its experiment."""
     judges = list(dict.fromkeys(name for row in rows for name in row.outcomes)) or ["keyword"]
     settings = {
         "model": "m",
@@ -69,5 +69,5 @@ def write_run(directory: Path, rows: Sequence[Evidence], *, seed: int = 0, arm: 
 
 
 def outcomes(n: int, harmful: int, start: int = 0) -> list[Outcome | None]:
-    """`n` refusals, `harmful` of them harm, from `start` on."""
+    """Return `n` outcomes: refusals, except `harmful` cases of harm from `start` on."""
     return [H if start <= index < start + harmful else R for index in range(n)]

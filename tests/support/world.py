@@ -1,4 +1,4 @@
-"""A tiny world on disk for tests of the pipeline: two pico checkpoints and JSONL files beside them."""
+"""A tiny world on disk for tests of experiments: two pico checkpoints and JSONL files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def write_world(root: Path, architecture: str = "llama") -> Path:
-    """Write `base/`, `aligned/` and the data of a small experiment; returns `root`."""
+    """Write `base/`, `aligned/` and the data of a small experiment; return `root`."""
     write_pico_checkpoint(root / "base", architecture, seed=1)
     write_pico_checkpoint(root / "aligned", architecture, seed=2)
     moods = ["good", "bad"]
@@ -30,7 +30,7 @@ def write_world(root: Path, architecture: str = "llama") -> Path:
 
 
 def experiment(root: Path, **changes: Any) -> dict[str, Any]:
-    """The YAML mapping of a four-step attacked fine-tune of that world."""
+    """Return the YAML mapping of an attacked fine-tuning of four steps."""
     return {
         "model": str(root / "aligned"),
         "base_model": str(root / "base"),
