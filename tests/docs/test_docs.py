@@ -1,6 +1,7 @@
 """README, docs and examples agree with the code: links, commands, options, make targets, paths and settings exist."""
 
 import ast
+import importlib
 import inspect
 import re
 import shlex
@@ -14,7 +15,7 @@ from typer.main import get_command
 import stayaligned
 from stayaligned.cli import app
 from stayaligned.experiments.config.alignment import load_alignment
-from stayaligned.experiments.config.experiment import load_experiment
+from stayaligned.experiments.config.experiment import Experiment, load_experiment
 from stayaligned.experiments.grid import load_grid
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +102,25 @@ def test_every_command_and_option_that_is_named_exists(page: Path) -> None:
         options = {option for parameter in command.params for option in parameter.opts}
         named = {word.split("=")[0] for word in arguments if word.startswith("--")}
         assert named <= options, (name, named - options)
+
+
+def blocks_in(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks_in(p, "python")], ids=relative)
+def test_every_python_block_parses_and_imports_names_that_exist(page: Path) -> None:
+    for block in blocks_in(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("stayaligned"):
+                module = importlib.import_module(str(node.module))
+                assert [name.name for name in node.names if not hasattr(module, name.name)] == []
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks_in(p, "yaml")], ids=relative)
+def test_every_yaml_block_sets_fields_of_an_experiment(page: Path) -> None:
+    for block in blocks_in(page, "yaml"):
+        assert yaml.safe_load(block).keys() <= Experiment.model_fields.keys()
 
 
 TARGETS = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
