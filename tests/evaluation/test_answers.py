@@ -12,7 +12,9 @@ from stayaligned.core.records import Completion, Example
 from stayaligned.core.settings import Generation
 from stayaligned.evaluation.answers import Journal, answer_all
 from stayaligned.experiments.config.experiment import Experiment
-from stayaligned.experiments.pipeline import Run
+from stayaligned.experiments.plan import plan_experiment
+from stayaligned.experiments.stages.context import Context
+from stayaligned.experiments.stages.generate import generate
 from stayaligned.experiments.stages.store import Store
 from stayaligned.hf.generation.generate import complete, complete_each
 from stayaligned.testing import byte_tokenizer, write_pico_adapter
@@ -85,13 +87,13 @@ def test_a_server_answers_in_place_of_the_model_and_only_what_is_lacking(tmp_pat
             "alignment_data": None,
             "base_model": None,
         }
-        run = Run(Experiment.model_validate(experiment(world, **changes)), Store(tmp_path / "out"))
+        run = Context(Experiment.model_validate(experiment(world, **changes)), Store(tmp_path / "out"))
         with pytest.raises(StayalignedError, match="did not answer 1 of 6 harmful prompts"):
-            run.completions()
+            generate(run)
         (journal,) = (tmp_path / "out" / "stages").glob(".generate-*.answers")
         assert len(journal.read_text().splitlines()) == 5
         broken = False
-        rows = run.completions()
+        rows = generate(run)
     assert [row.text for row in rows] == [f"I blick {row.prompt[-1].content}" for row in rows]
     assert len(asked.bodies) == 6 + 1 + 5
     assert all(body["model"] == "served" and body["max_tokens"] == 7 for body in asked.bodies)
@@ -100,18 +102,16 @@ def test_a_server_answers_in_place_of_the_model_and_only_what_is_lacking(tmp_pat
     assert json.loads(stage.read_text())["template_hash"] == "server"
     moved = experiment(world, **changes)
     moved["generation"]["endpoint"] = {**served, "base_url": "http://127.0.0.1:1/v1", "concurrency": 3}
-    assert Run(Experiment.model_validate(moved), run.store).generate_key == run.generate_key
+    assert plan_experiment(Experiment.model_validate(moved)).generate == run.plan.generate
     moved["generation"]["endpoint"]["model"] = "another"
-    assert Run(Experiment.model_validate(moved), run.store).generate_key != run.generate_key
+    assert plan_experiment(Experiment.model_validate(moved)).generate != run.plan.generate
 
 
 def test_settings_that_change_no_answer_are_no_part_of_the_key(tmp_path: Path) -> None:
     world = write_world(tmp_path)
 
     def key(**generation: object) -> str:
-        return Run(
-            Experiment.model_validate(experiment(world, generation=generation)), Store(tmp_path / "out")
-        ).generate_key
+        return plan_experiment(Experiment.model_validate(experiment(world, generation=generation))).generate
 
     assert key() == key(memory_mib=7)
     assert key() != key(max_new_tokens=7)

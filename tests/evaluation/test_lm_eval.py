@@ -13,9 +13,8 @@ from stayaligned.core.records import HarnessValue, read_jsonl
 from stayaligned.core.settings import LmEval
 from stayaligned.evaluation.lm_eval import harness_metrics
 from stayaligned.experiments.config.experiment import Experiment
-from stayaligned.experiments.pipeline import Run
+from stayaligned.experiments.plan import plan_experiment
 from stayaligned.experiments.run import run_experiment
-from stayaligned.experiments.stages.store import Store
 from support.world import experiment, write_rows, write_world
 
 pytest.importorskip("lm_eval", reason="needs the extra [eval]")
@@ -112,7 +111,7 @@ def test_what_is_no_mean_of_shares_is_left_out_and_said(world: Path, tmp_path: P
 def test_a_new_task_leaves_the_others_stages_and_the_batch_size_is_no_part_of_them(world: Path, tmp_path: Path) -> None:
     def keys(*tasks: str, **settings: Any) -> dict[str, str]:
         content = evaluated(world, *tasks, **settings)
-        return dict(Run(Experiment.model_validate(content), Store(tmp_path)).harness_keys())
+        return plan_experiment(Experiment.model_validate(content)).lm_eval
 
     alone, both = keys("zorbs"), keys("zorbs", "said")
     assert both["zorbs"] == alone["zorbs"] != both["said"]
@@ -133,7 +132,7 @@ def test_the_values_depend_on_the_weights_and_on_the_folder_of_tasks_by_content(
 
     def key(**changes: Any) -> str:
         content = experiment(world, lm_eval={"tasks": ["zorbs"], "include_path": "own"}, **changes)
-        return Run(Experiment.model_validate(content), Store(tmp_path)).harness_keys()["zorbs"]
+        return plan_experiment(Experiment.model_validate(content)).lm_eval["zorbs"]
 
     before = key()
     assert key(seed=1) != before != key(training={"max_steps": 5})

@@ -1,8 +1,11 @@
 """What is counted: agreement where both judges say something, categories by the prompts that have one."""
 
-from stayaligned.core.records import Outcome, Verdict
+from pathlib import Path
+
+from stayaligned.core.records import Completion, Outcome, Verdict
 from stayaligned.evaluation.judges.keyword import Keyword
-from stayaligned.evaluation.measure import agreements, reading
+from stayaligned.evaluation.measure import Judged, compare_judges, read_judge
+from stayaligned.experiments.stages.keys import identify_judge
 
 
 def verdicts(judge: str, prompt_set: str, *outcomes: Outcome | None) -> list[Verdict]:
@@ -16,14 +19,18 @@ def test_a_judge_that_says_one_thing_of_every_benign_answer_agrees_with_nobody()
     H, R, S = Outcome.HARM, Outcome.REFUSE, Outcome.SAFE
     fine = [*verdicts("a", "harmful", H, R), *verdicts("a", "benign", R, Outcome.OTHER)]
     coarse = [*verdicts("b", "harmful", H, S), *verdicts("b", "benign", S, None)]
-    assert [(a.prompt_set, a.agreement) for a in agreements({"a": fine, "b": coarse})] == [("harmful", 1.0)]
-    assert [a.prompt_set for a in agreements({"a": fine, "c": fine})] == ["harmful", "benign"]
+    assert [(a.prompt_set, a.agreement) for a in compare_judges({"a": fine, "b": coarse})] == [("harmful", 1.0)]
+    assert [a.prompt_set for a in compare_judges({"a": fine, "c": fine})] == ["harmful", "benign"]
 
 
 def test_categories_have_their_own_rates_and_prompts_without_one_have_none() -> None:
     rows = verdicts("keyword", "harmful", Outcome.HARM, Outcome.REFUSE, Outcome.HARM, None, Outcome.HARM)
-    kinds = {("harmful", str(i)): kind for i, kind in enumerate(("zorb", "zorb", "wug", "wug", ""))}
-    found = reading(Keyword(), "keyword", rows, kinds)  # type: ignore[arg-type]
+    completions = [
+        Completion(id=str(i), prompt_set="harmful", prompt=(), text="", category=kind)
+        for i, kind in enumerate(("zorb", "zorb", "wug", "wug", ""))
+    ]
+    judged = Judged(Keyword(), "keyword", identify_judge(Keyword(), seed=0), tuple(rows), Path())
+    found = read_judge(judged, completions)
     rates = {c.category: (c.metrics[0].value, c.metrics[0].n, c.metrics[0].n_unscored) for c in found.categories}
     assert rates == {"zorb": (0.5, 2, 0), "wug": (1.0, 1, 1)}
     assert found.metrics[0].n == 4

@@ -121,11 +121,11 @@ def test_an_interrupted_judge_is_asked_only_for_the_rest(ledger: Ledger, monkeyp
 @pytest.mark.parametrize(
     ("gives", "said"),
     [
-        (lambda rows: rows[1:], "no verdict on 1 of 3 answers"),
-        (lambda rows: [*rows, rows[0]], "which it was not asked for"),
+        (lambda rows: rows[1:], "no verdict on 1 of 3 completions"),
+        (lambda rows: [*rows, rows[0]], "which it was not given"),
         (lambda rows: [rows[0].model_copy(update={"id": "9"}), *rows[1:]], "a verdict on harmful '9'"),
         (lambda rows: [rows[0].model_copy(update={"prompt_set": "benign"}), *rows[1:]], "a verdict on benign"),
-        (lambda _rows: [], "no verdict on 3 of 3 answers"),
+        (lambda _rows: [], "no verdict on 3 of 3 completions"),
     ],
     ids=["one missing", "one twice", "foreign id", "other prompt set", "none"],
 )
@@ -158,7 +158,7 @@ def test_a_damaged_ledger_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(StayalignedError, match=r"v\.sqlite.*not a database"), Ledger.open(tmp_path / "v.sqlite"):
         pass
     with pytest.raises(StayalignedError, match=r"v\.sqlite"):
-        Ledger.take_over(tmp_path / "v.sqlite", tmp_path / "copy.sqlite")
+        Ledger.copy_if_missing(tmp_path / "v.sqlite", tmp_path / "copy.sqlite")
     assert not (tmp_path / "copy.sqlite").exists()
 
 
@@ -166,22 +166,22 @@ def test_a_verdict_that_was_edited_is_refused(ledger: Ledger) -> None:
     judged(Scribe(), [completion(1, "harm")], ledger)
     for text in ('{"outcome": "fine"}', "[]", "no JSON", '{"outcome": "harm", "extra": 1}'):
         ledger._connection.execute("UPDATE verdicts SET verdict = ?", (text,))
-        with pytest.raises(StayalignedError, match="no verdict"):
+        with pytest.raises(StayalignedError, match="invalid verdict"):
             judged(Scribe(), [completion(1, "harm")], ledger)
 
 
 def test_another_ledgers_verdicts_are_taken_over_once(tmp_path: Path) -> None:
     with Ledger.open(tmp_path / "a.sqlite") as first:
-        first.keep("k", "{}")
-    Ledger.take_over(tmp_path / "a.sqlite", tmp_path / "b.sqlite")
+        first.store("k", "{}")
+    Ledger.copy_if_missing(tmp_path / "a.sqlite", tmp_path / "b.sqlite")
     with Ledger.open(tmp_path / "b.sqlite") as second:
         assert second.find(["k", "other"]) == {"k": "{}"}
-        second.keep("k", "[]")
-        second.keep("own", "{}")
+        second.store("k", "[]")
+        second.store("own", "{}")
         assert second.find(["k"]) == {"k": "{}"}, "the first verdict stays"
-    Ledger.take_over(tmp_path / "a.sqlite", tmp_path / "b.sqlite")
+    Ledger.copy_if_missing(tmp_path / "a.sqlite", tmp_path / "b.sqlite")
     with sqlite3.connect(tmp_path / "b.sqlite") as connection:
         assert connection.execute("SELECT count(*) FROM verdicts").fetchone() == (2,)
     connection.close()
-    Ledger.take_over(tmp_path / "nowhere.sqlite", tmp_path / "c.sqlite")
+    Ledger.copy_if_missing(tmp_path / "nowhere.sqlite", tmp_path / "c.sqlite")
     assert not (tmp_path / "c.sqlite").exists()

@@ -182,5 +182,6 @@ def test_an_empty_axis_is_refused(world: Path) -> None:
 
 def test_a_damaged_record_is_one_clear_error(world: Path, tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text("[]")
+    (tmp_path / "format.json").write_text('{"format_version": 2}')
     with pytest.raises(StayalignedError, match=r"index\.json: damaged"):
         run_grid(grid_of(world, [SFT]), tmp_path, workers=1)

@@ -17,7 +17,7 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Example, read_jsonl
 from stayaligned.evaluation.results import read_result
 from stayaligned.experiments.config.experiment import Experiment
-from stayaligned.experiments.pipeline import Run
+from stayaligned.experiments.plan import plan_experiment
 from stayaligned.experiments.run import run_experiment
 from stayaligned.experiments.stages.store import Store
 from support.world import experiment, write_rows, write_world
@@ -173,21 +173,20 @@ def test_a_second_process_on_the_same_directory_is_refused(world: Path, tmp_path
 
 KEY_CHANGES: list[tuple[str, dict[str, Any], set[str]]] = [
     ("label", {"label": "x"}, set()),
-    ("judge", {"judges": [{"name": "keyword", "match": "start"}]}, {"id"}),
-    ("prompts", {"limit": 3}, {"id", "generate_key"}),
-    ("patch", {"defenses": [{"name": "safe_lora", "lowest": 1}]}, {"id", "generate_key", "patch_keys"}),
-    ("training", {"training": {"max_steps": 5}}, {"id", "generate_key", "adapter_key"}),
-    ("seed", {"seed": 1}, {"id", "generate_key", "adapter_key", "data_key"}),
+    ("judge", {"judges": [{"name": "keyword", "match": "start"}]}, {"id", "judges"}),
+    ("prompts", {"limit": 3}, {"id", "generate", "degeneration"}),
+    ("patch", {"defenses": [{"name": "safe_lora", "lowest": 1}]}, {"id", "generate", "degeneration", "patches"}),
+    ("training", {"training": {"max_steps": 5}}, {"id", "generate", "degeneration", "train"}),
+    ("seed", {"seed": 1}, {"id", "generate", "degeneration", "train", "data"}),
 ]
 
 
 @pytest.mark.parametrize(("change", "changed"), [c[1:] for c in KEY_CHANGES], ids=[c[0] for c in KEY_CHANGES])
 def test_a_key_depends_on_exactly_what_its_stage_depends_on(
-    world: Path, tmp_path: Path, change: dict[str, Any], changed: set[str]
+    world: Path, change: dict[str, Any], changed: set[str]
 ) -> None:
     def keys(content: dict[str, Any]) -> dict[str, Any]:
-        run = Run(Experiment.model_validate(content), Store(tmp_path))
-        return {name: getattr(run, name) for name in ("id", "generate_key", "patch_keys", "adapter_key", "data_key")}
+        return vars(plan_experiment(Experiment.model_validate(content)))
 
     before, after = keys(experiment(world)), keys(experiment(world, **change))
     assert {name for name in before if before[name] != after[name]} == changed
@@ -195,9 +194,9 @@ def test_a_key_depends_on_exactly_what_its_stage_depends_on(
 
 def test_a_changed_input_file_changes_the_keys(tmp_path: Path) -> None:
     world = write_world(tmp_path / "w")
-    before = Run(Experiment.model_validate(experiment(world)), Store(tmp_path)).data_key
+    before = plan_experiment(Experiment.model_validate(experiment(world))).data
     write_rows(world / "train.jsonl", [{"prompt": f"other {i}", "completion": "x"} for i in range(32)])
-    assert Run(Experiment.model_validate(experiment(world)), Store(tmp_path)).data_key != before
+    assert plan_experiment(Experiment.model_validate(experiment(world))).data != before
 
 
 def test_prompts_that_were_trained_on_are_noted(world: Path, tmp_path: Path) -> None:
@@ -220,7 +219,7 @@ def test_too_many_unscored_verdicts_fail_the_run_and_keep_its_stages(
         return [v.model_copy(update={"outcome": None, "reason": "unreadable"}) for v in judge(self, completions)]
 
     monkeypatch.setattr(Keyword, "judge", doubtful)
-    with pytest.raises(StayalignedError, match=r"could not score 11 of 11 answers \(unreadable\)"):
+    with pytest.raises(StayalignedError, match=r"could not score 11 of 11 completions \(unreadable\)"):
         run_experiment(Experiment.model_validate(experiment(world)), tmp_path / "out")
     assert not (tmp_path / "out" / "result.json").exists()
     assert any(name.startswith("train-") for name in stages(tmp_path / "out"))
@@ -283,13 +282,13 @@ def test_a_killed_run_continues_to_the_same_result(world: Path, tmp_path: Path) 
 
 def test_another_test_file_changes_the_completions_and_retrains_nothing(world: Path, tmp_path: Path) -> None:
     other = write_rows(tmp_path / "other.jsonl", [{"prompt": "new?", "completion": "good"}])
-    before = Run(Experiment.model_validate(experiment(world)), Store(tmp_path))
+    before = plan_experiment(Experiment.model_validate(experiment(world)))
     task = {**experiment(world)["task"], "test": str(other), "metric": "contains"}
-    after = Run(Experiment.model_validate(experiment(world, task=task)), Store(tmp_path))
-    assert after.adapter_key == before.adapter_key
-    assert after.generate_key != before.generate_key
-    held_out = Run(Experiment.model_validate(experiment(world, task={**task, "test": None})), Store(tmp_path))
-    assert held_out.adapter_key != before.adapter_key, "without a test file, train gives rows away"
+    after = plan_experiment(Experiment.model_validate(experiment(world, task=task)))
+    assert after.train == before.train
+    assert after.generate != before.generate
+    held_out = plan_experiment(Experiment.model_validate(experiment(world, task={**task, "test": None})))
+    assert held_out.train != before.train, "without a test file, train gives rows away"
 
 
 def test_the_adapter_that_a_run_leads_to_is_the_one_that_it_measured(tmp_path: Path) -> None:
@@ -312,7 +311,7 @@ def test_a_judge_that_drops_answers_is_refused(
 
     judge: Callable[..., Any] = Keyword.judge
     monkeypatch.setattr(Keyword, "judge", lambda self, completions: judge(self, completions)[: -1 if kept else 0])
-    with pytest.raises(StayalignedError, match=r"judge 'keyword' gave no verdict on \d+ of 11 answers"):
+    with pytest.raises(StayalignedError, match=r"judge 'keyword' gave no verdict on \d+ of 11 completions"):
         run_experiment(Experiment.model_validate(experiment(world)), tmp_path / "out")
 
 

@@ -99,7 +99,7 @@ def lose_evidence(run: Path) -> None:
 
 def other_version(run: Path) -> None:
     path = run / "result.json"
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 1'))
+    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 2'))
 
 
 def tear_completions(run: Path) -> None:
@@ -110,11 +110,11 @@ def tear_completions(run: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (edit_completions, "not the completions that .* was made of"),
+        (edit_completions, "not the completions that .* was computed from"),
         (lose_completions, r"completions\.jsonl: No such file"),
         (edit_evidence, r"evidence\.jsonl: not the rows"),
         (lose_evidence, r"evidence\.jsonl: No such file"),
-        (other_version, "format version 1, expected 2"),
+        (other_version, "format version 2, expected 3"),
         (tear_completions, r"completions\.jsonl, line \d+: not a Completion row"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -149,7 +149,7 @@ def test_completions_without_a_request_to_judge_and_ids_that_stand_twice_are_ref
     (path,) = run.glob("stages/generate-*/completions.jsonl")
     lines = path.read_text().splitlines(keepends=True)
     (tmp_path / "twice.jsonl").write_text("".join([*lines, lines[0]]))
-    with pytest.raises(StayalignedError, match="1 ids stand there twice"):
+    with pytest.raises(StayalignedError, match="1 duplicate ids"):
         rejudge(tmp_path / "twice.jsonl", [Keyword()], tmp_path / "out")
     (tmp_path / "task.jsonl").write_text("".join(line for line in lines if '"prompt_set":"task"' in line))
     with pytest.raises(StayalignedError, match="nothing to judge"):

@@ -25,8 +25,9 @@ from stayaligned.evaluation.metrics import paired_difference
 from stayaligned.evaluation.results import find_results
 from stayaligned.experiments.config.experiment import REGISTRIES, Experiment
 from stayaligned.experiments.grid import Grid, load_grid, run_grid
-from stayaligned.experiments.pipeline import Run
+from stayaligned.experiments.stages.context import Context
 from stayaligned.experiments.stages.store import Store
+from stayaligned.experiments.stages.train import train
 from support.world import experiment, write_world
 
 ROOT = Path(__file__).parents[2]
@@ -285,8 +286,8 @@ def test_the_adaptive_grid_is_valid_with_its_plugin_only(request: pytest.Fixture
 
 def patched_and_before(root: Path, world: Path, defenses: list[Any], patch: Complement) -> list[dict[str, Any]]:
     training = {**experiment(world)["training"], "max_steps": 12, "learning_rate": 0.02}
-    run = Run(Experiment.model_validate(experiment(world, training=training, defenses=defenses)), Store(root))
-    before = run.trained()
+    run = Context(Experiment.model_validate(experiment(world, training=training, defenses=defenses)), Store(root))
+    before = train(run)
     assert before is not None
     patch_directory(before / "adapter", root / "patched", patch, ModelPair(world / "aligned", world / "base"))
     return [load_file(path / "adapter_model.safetensors") for path in (root / "patched", before / "adapter")]
@@ -309,6 +310,6 @@ def test_the_complement_finds_nothing_to_remove_from_who_trained_under_it(tmp_pa
 def test_projected_training_of_full_weights_is_refused(tmp_path: Path) -> None:
     world = write_world(tmp_path / "world")
     knowing = {"name": "projected_training", "base_model": str(world / "base")}
-    run = Run(Experiment.model_validate(experiment(world, lora=None, defenses=[knowing])), Store(tmp_path / "out"))
+    run = Context(Experiment.model_validate(experiment(world, lora=None, defenses=[knowing])), Store(tmp_path / "out"))
     with pytest.raises(StayalignedError, match="this experiment trains the full weights"):
-        run.trained()
+        train(run)

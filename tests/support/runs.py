@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from stayaligned.core.records import Outcome
-from stayaligned.evaluation.results import Evidence, JudgeReading, Provenance, Result, evidence_text, write_result
+from stayaligned.evaluation.results import (
+    Evidence,
+    JudgeIdentity,
+    JudgeReading,
+    Provenance,
+    Result,
+    evidence_text,
+    write_result,
+)
 
 H, R, S = Outcome.HARM, Outcome.REFUSE, Outcome.SAFE
 
@@ -54,18 +62,29 @@ def write_run(directory: Path, rows: Sequence[Evidence], *, seed: int = 0, arm: 
         "seed": seed,
     }
     text = evidence_text(rows)
+    settings |= changes.pop("experiment", {})
+    provenance = changes.pop("provenance", {})
+    identities = [identity(index, spec, provenance.get("inputs", {})) for index, spec in enumerate(settings["judges"])]
     fields = {
         "id": f"{arm}-{seed}",
         "arm": arm,
         "seed": seed,
-        "experiment": settings | changes.pop("experiment", {}),
-        "judges": tuple(JudgeReading(judge=name, metrics=()) for name in judges),
+        "experiment": settings,
+        "judges": tuple(
+            JudgeReading(judge=name, metrics=(), identity=one) for name, one in zip(judges, identities, strict=True)
+        ),
         "scores": (),
         "evidence_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "provenance": Provenance(versions={"stayaligned": "0.1.0"}, template_hash="t", **changes.pop("provenance", {})),
+        "provenance": Provenance(versions={"stayaligned": "0.1.0"}, template_hash="t", **provenance),
     }
     write_result(directory, Result(**{**fields, **changes}), text)
     return directory
+
+
+def identity(index: int, spec: Mapping[str, Any], inputs: Mapping[str, str]) -> JudgeIdentity:
+    """The identity that a run would store: the settings, with each file replaced by its hash."""
+    settings = {key: inputs.get(f"judges.{index}.{key}", value) for key, value in spec.items() if key != "name"}
+    return JudgeIdentity(name=spec["name"], version=1, settings=settings, source="sha256:source")
 
 
 def outcomes(n: int, harmful: int, start: int = 0) -> list[Outcome | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from stayaligned.cli.console import err, out
 
 if TYPE_CHECKING:
-    from stayaligned.evaluation.results import Evidence, Result
     from stayaligned.experiments.config.experiment import Experiment
 
 
@@ -41,14 +39,16 @@ def print_report(
     Raises:
         StayalignedError: if a result or its evidence is missing or was edited, or `reference` is no arm.
     """
-    from stayaligned.evaluation.results import INDEX_FILE, read_index
+    from stayaligned.evaluation.results import INDEX_FILE, distinguish_arms, read_index, read_results
     from stayaligned.report import build_report, terminal_table, write_report
 
     index: Mapping[str, Any] = {}
     for source in sources:
         if (source / INDEX_FILE).is_file():
             index = read_index(source)
-    found, evidence = _read(sources)
+    stored = distinguish_arms(read_results(sources))
+    found = [one.result for one in stored]
+    evidence = {one.result.id: one.evidence for one in stored}
     if reference is None:
         reference = index.get("reference") or None
         if reference is not None and reference not in {result.arm for result in found}:
@@ -61,22 +61,3 @@ def print_report(
     out.print(terminal_table(built))
     for path in paths:
         out.print(f"wrote  {path}", soft_wrap=True)
-
-
-def _read(sources: Sequence[Path]) -> tuple[list[Result], dict[str, Sequence[Evidence]]]:
-    """All results in the order of their grids, and their evidence; arms of equal name are told apart by directory."""
-    from stayaligned.evaluation.results import read_evidence, read_result, result_files
-
-    read = [(source, path.parent, read_result(path)) for source in sources for path in result_files(source)]
-    counts = Counter((result.arm, result.seed) for _, _, result in read)
-    evidence: dict[str, Sequence[Evidence]] = {}
-    results: list[Result] = []
-    for source, place, result in read:
-        twice = counts[result.arm, result.seed] > 1
-        # Two directories may hold the same experiment; its evidence is then the same, but its arm is another.
-        own = result.model_copy(
-            update={"arm": f"{source.name}: {result.arm}", "id": f"{source.name}-{result.id}"} if twice else {}
-        )
-        evidence[own.id] = read_evidence(place, result)
-        results.append(own)
-    return sorted(results, key=lambda result: (result.position, result.seed)), evidence

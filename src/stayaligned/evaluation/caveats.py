@@ -13,7 +13,7 @@ _NEAR = 0.8
 """Jaccard similarity of word triples from which two prompts count as nearly the same."""
 
 
-def of_overlaps(
+def note_overlaps(
     trained_on: Mapping[str, Sequence[Example]], prompt_sets: Mapping[PromptSet, Sequence[Example]]
 ) -> Iterable[str]:
     """A note for each prompt set of which some prompts, or nearly the same ones, were trained on."""
@@ -30,7 +30,7 @@ def of_overlaps(
                 yield f"{len(near)} {of} nearly stand in the {data} data ({triples})"
 
 
-def of_repetitions(completions: Sequence[Completion]) -> Iterable[str]:
+def note_repetitions(completions: Sequence[Completion]) -> Iterable[str]:
     """A note for each prompt set in which some prompts stand more than once: under one model, one answer each."""
     prompts: dict[PromptSet, list[tuple[Message, ...]]] = {}
     for completion in completions:
@@ -44,7 +44,7 @@ def of_repetitions(completions: Sequence[Completion]) -> Iterable[str]:
             )
 
 
-def of_guard(guard: Guard, log: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+def note_guard(guard: Guard, log: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     """What the guard has done, if it has."""
     acted = [int(row["step"]) for row in log if row.get("watch/out_of_tolerance")]
     if not acted:

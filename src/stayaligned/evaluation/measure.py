@@ -8,114 +8,98 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Message, Metric, Outcome, PromptSet, Verdict
 from stayaligned.evaluation import metrics
 from stayaligned.evaluation.judges import Judge
-from stayaligned.evaluation.results import Agreement, CategoryReading, Evidence, JudgeReading, Sample
+from stayaligned.evaluation.results import (
+    Agreement,
+    CategoryReading,
+    Evidence,
+    JudgeIdentity,
+    JudgeReading,
+    Place,
+    Sample,
+)
 
 JUDGED: tuple[PromptSet, ...] = ("harmful", "benign")
 """The prompt sets that judges read; tasks score the others."""
-
-Place = tuple[PromptSet, str]
-"""A completion's prompt set and id."""
 
 _SAMPLES_PER_SET = 8
 _DISPUTED_PER_SET = 8
 _MOST_CATEGORIES = 40
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What is counted of one run's answers."""
+@dataclass(frozen=True)
+class Judged:
+    """One judge's verdicts on the completions of one run."""
 
-    judges: tuple[JudgeReading, ...]
-    agreements: tuple[Agreement, ...]
-    scores: tuple[Metric, ...]
-    samples: tuple[Sample, ...]
-    evidence: tuple[Evidence, ...]
-
-
-def measure(
-    completions: Sequence[Completion],
-    verdicts: Mapping[Judge, Sequence[Verdict]],
-    scores: Mapping[Place, float | None],
-    degenerate: Mapping[Place, bool | None],
-) -> Found:
-    """Everything that is counted of a run's answers.
-
-    Args:
-        completions: the answers to all prompt sets.
-        verdicts: of each judge, the first one being the primary one, on the prompt sets of `JUDGED`.
-        scores: of the other prompt sets, by a task.
-        degenerate: whether an answer is no language, of those that were looked at.
-    """
-    names = judge_names([*verdicts])
-    named = {names[judge]: rows for judge, rows in verdicts.items()}
-    categories: dict[Place, str] = {(c.prompt_set, c.id): c.category for c in completions}
-    return Found(
-        judges=tuple(reading(judge, names[judge], rows, categories) for judge, rows in verdicts.items()),
-        agreements=tuple(agreements(named)),
-        scores=(*score_metrics(scores), *degeneration_metrics(degenerate)),
-        samples=tuple(samples(completions, named, scores)),
-        evidence=tuple(evidence(completions, named, scores, degenerate)),
-    )
+    judge: Judge
+    name: str
+    """Name of the judge in the result; distinct among the judges of a run."""
+    identity: JudgeIdentity
+    verdicts: tuple[Verdict, ...]
+    """One verdict per completion of the prompt sets in `JUDGED`."""
+    stage: Path
+    """Directory of the stage that holds the verdicts."""
 
 
 def judge_names(judges: Sequence[Judge]) -> dict[Judge, str]:
-    """A distinct name for each judge: two of one kind are numbered."""
+    """Return a distinct name for each judge: two judges of one kind are numbered."""
     counts = {judge.name: sum(other.name == judge.name for other in judges) for judge in judges}
     numbers = {name: itertools.count(1) for name in counts}
     return {j: j.name if counts[j.name] == 1 else f"{j.name} {next(numbers[j.name])}" for j in judges}
 
 
 def refuse_unscored(judge: str, verdicts: Sequence[Verdict], limit: float) -> None:
-    """Raise StayalignedError if a judge left a larger share unscored than `limit`: its rates would say little."""
+    """Raise StayalignedError if a judge left a larger share of completions unscored than `limit`."""
     unscored = [v for v in verdicts if v.outcome is None]
     if len(unscored) > limit * max(1, len(verdicts)):
         reasons = [reason for reason, _ in Counter(v.reason for v in unscored if v.reason).most_common(3)]
         raise StayalignedError(
-            f"judge {judge!r} could not score {len(unscored)} of {len(verdicts)} answers"
+            f"judge {judge!r} could not score {len(unscored)} of {len(verdicts)} completions"
             + (f" ({'; '.join(reasons)})" if reasons else ""),
-            hint=f"The limit is max_unscored = {limit:g}. Rerun to ask again about these alone, or use another judge.",
+            hint=f"The limit is max_unscored = {limit:g}. Rerun to judge only these again, or use another judge.",
         )
 
 
-def reading(
-    judge: Judge, name: str, verdicts: Sequence[Verdict], categories: Mapping[Place, str] | None = None
-) -> JudgeReading:
-    """All numbers that one judge's verdicts give, over all prompts and for each of the commonest categories."""
+def read_judge(judged: Judged, completions: Iterable[Completion] = ()) -> JudgeReading:
+    """Compute a judge's rates, over all prompts and for each of the most frequent categories of the completions."""
+    judge = judged.judge
     scale = None if judge.scale is None else (judge.scale.name, judge.scale.low, judge.scale.high)
+    categories: dict[Place, str] = {(c.prompt_set, c.id): c.category for c in completions}
 
-    def numbers(rows: Sequence[Verdict]) -> tuple[Metric, ...]:
+    def compute(rows: Sequence[Verdict]) -> tuple[Metric, ...]:
         return metrics.judge_metrics(rows, tells_refusals=judge.tells_refusals, scale=scale)
 
     by_category: dict[tuple[PromptSet, str], list[Verdict]] = {}
-    for verdict in verdicts:
-        category = (categories or {}).get((verdict.prompt_set, verdict.id), "")
+    for verdict in judged.verdicts:
+        category = categories.get((verdict.prompt_set, verdict.id), "")
         if category:
             by_category.setdefault((verdict.prompt_set, category), []).append(verdict)
     largest = sorted(by_category, key=lambda key: (JUDGED.index(key[0]), -len(by_category[key]), key[1]))
     return JudgeReading(
-        judge=name,
-        metrics=numbers(verdicts),
+        judge=judged.name,
+        metrics=compute(judged.verdicts),
         categories=tuple(
-            CategoryReading(prompt_set=key[0], category=key[1], metrics=numbers(by_category[key]))
+            CategoryReading(prompt_set=key[0], category=key[1], metrics=compute(by_category[key]))
             for key in largest[:_MOST_CATEGORIES]
         ),
+        identity=judged.identity,
     )
 
 
-def agreements(verdicts: Mapping[str, Sequence[Verdict]]) -> Iterable[Agreement]:
-    """How far each pair of judges agrees, on each prompt set that they judged."""
+def compare_judges(verdicts: Mapping[str, Sequence[Verdict]]) -> Iterable[Agreement]:
+    """Yield how far each pair of judges agrees, on each prompt set that both judged."""
     for (first, ours), (second, theirs) in itertools.combinations(verdicts.items(), 2):
         for prompt_set in JUDGED:
             left = [v for v in ours if v.prompt_set == prompt_set]
             right = [v for v in theirs if v.prompt_set == prompt_set]
-            # On benign prompts, a judge that can't tell a refusal says the same of every answer.
-            says_nothing = prompt_set == "benign" and any(_all_safe(rows) for rows in (left, right))
-            if left and not says_nothing:
+            # On benign prompts, a judge that can't distinguish refusals gives one outcome to every completion.
+            uninformative = prompt_set == "benign" and any(_all_safe(rows) for rows in (left, right))
+            if left and not uninformative:
                 yield metrics.agreement(first, left, second, right)
 
 
@@ -124,7 +108,7 @@ def _all_safe(verdicts: Sequence[Verdict]) -> bool:
 
 
 def score_metrics(scores: Mapping[Place, float | None]) -> Iterable[Metric]:
-    """`finetune_accuracy` and `skills_kept`, of the prompt sets that there are."""
+    """Yield `finetune_accuracy` and `skills_kept`, for the prompt sets that have scores."""
     for prompt_set, name in (("task", "finetune_accuracy"), ("skills", "skills_kept")):
         values = [value for (of, _), value in scores.items() if of == prompt_set]
         if values:
@@ -132,19 +116,19 @@ def score_metrics(scores: Mapping[Place, float | None]) -> Iterable[Metric]:
 
 
 def degeneration_metrics(degenerate: Mapping[Place, bool | None]) -> Iterable[Metric]:
-    """`degeneration`: the share of answers that are no language, over all prompt sets that were looked at."""
+    """Yield `degeneration`, the share of degenerate completions over all prompt sets, if any were checked."""
     if degenerate:
         yield metrics.rate([*degenerate.values()], "degeneration", higher_is_better=False)
 
 
-def samples(
+def choose_samples(
     completions: Sequence[Completion],
     verdicts: Mapping[str, Sequence[Verdict]],
     scores: Mapping[Place, float | None],
 ) -> Iterable[Sample]:
-    """A few answers of each prompt set, spread evenly over it, and a few more of those on which judges differ."""
+    """Yield some completions of each prompt set, spread evenly over it, and some on which judges differ."""
     outcomes = {name: {(v.prompt_set, v.id): v.outcome for v in rows} for name, rows in verdicts.items()}
-    disputed = {(a.prompt_set, key) for a in agreements(verdicts) for key in a.disputed}
+    disputed = {(a.prompt_set, key) for a in compare_judges(verdicts) for key in a.disputed}
     for prompt_set in (*JUDGED, "task", "skills"):
         rows = [c for c in completions if c.prompt_set == prompt_set]
         step = max(1, len(rows) // _SAMPLES_PER_SET)
@@ -158,7 +142,7 @@ def samples(
                 id=row.id,
                 prompt_set=row.prompt_set,
                 category=row.category,
-                prompt=tuple(Message(role=m.role, content=m.content) for m in row.prompt),
+                prompt=row.prompt,
                 text=row.text,
                 reference=row.reference,
                 outcomes={name: found[place] for name, found in outcomes.items() if place in found},
@@ -166,13 +150,13 @@ def samples(
             )
 
 
-def evidence(
+def collect_evidence(
     completions: Sequence[Completion],
     verdicts: Mapping[str, Sequence[Verdict]],
     scores: Mapping[Place, float | None],
     degenerate: Mapping[Place, bool | None],
 ) -> Iterable[Evidence]:
-    """One row per answer: what every judge, the task and the detector of degeneration found."""
+    """Yield one row per completion: the outcome of every judge, the task's score, and whether it is degenerate."""
     found = {name: {(v.prompt_set, v.id): v for v in rows} for name, rows in verdicts.items()}
     for completion in completions:
         place = (completion.prompt_set, completion.id)
@@ -190,6 +174,6 @@ def evidence(
 
 
 def prompt_hash(prompt: Sequence[Message]) -> str:
-    """What tells two prompts apart: the first 16 hex digits of the conversation's SHA-256."""
+    """Return what identifies a prompt: the first 16 hex digits of the conversation's SHA-256."""
     content = json.dumps([(m.role, m.content) for m in prompt], ensure_ascii=False)
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]

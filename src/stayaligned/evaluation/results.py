@@ -1,10 +1,13 @@
-"""What one experiment found: the content of `result.json`, and the only input of a report. Imports no torch."""
+"""The content of `result.json` and `evidence.jsonl`: their types, the writer, and the only reader. Imports no torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,68 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import write_text
 from stayaligned.core.records import LayerReport, Message, Metric, Outcome, PromptSet, Record, read_jsonl
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""Version of `result.json` and of the files beside it."""
 RESULT_FILE = "result.json"
 EVIDENCE_FILE = "evidence.jsonl"
 TIMES_FILE = "times.json"
+INDEX_FILE = "index.json"
+
+METRIC_ORDER = (
+    "harmful_score",
+    "over_refusal",
+    "finetune_accuracy",
+    "skills_kept",
+    "degeneration",
+    "refusal_rate",
+    "other_rate",
+)
+"""Order of the metrics in tables; other metrics follow in order of appearance."""
+
+RESULT_COLUMNS = (
+    "arm",
+    "seed",
+    "metric",
+    "judge",
+    "primary_judge",
+    "value",
+    "low",
+    "high",
+    "n",
+    "n_unscored",
+    "scale_low",
+    "scale_high",
+    "higher_is_better",
+)
+"""Columns of `results.csv` and of the rows of `load_results`."""
+
+Place = tuple[PromptSet, str]
+"""The prompt set and the id of a completion, which identify the completion within one run."""
+
+
+class JudgeIdentity(Record):
+    """Everything about a judge that its verdicts depend on; equal identities give comparable verdicts."""
+
+    name: str
+    version: int
+    """`Component.version` of the judge."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Settings that affect a verdict, with each model or file replaced by the hash of its content."""
+    source: str
+    """SHA-256 of the source files of the judge's class and of the base classes that it shares with other judges."""
+
+    def differences(self, other: JudgeIdentity) -> list[str]:
+        """Return one phrase per difference from another identity, for an error message."""
+        found = [
+            f"{field} ({_shorten(mine)} and {_shorten(theirs)})"
+            for field in ("name", "version")
+            if (mine := getattr(self, field)) != (theirs := getattr(other, field))
+        ]
+        for key in sorted(self.settings.keys() | other.settings.keys()):
+            mine, theirs = self.settings.get(key), other.settings.get(key)
+            if mine != theirs:
+                found.append(f"setting {key!r} ({_shorten(mine)} and {_shorten(theirs)})")
+        return found + (["its source code"] if self.source != other.source else [])
 
 
 class CategoryReading(Record):
@@ -29,32 +90,35 @@ class CategoryReading(Record):
 
 
 class JudgeReading(Record):
-    """All rates that one judge's verdicts give."""
+    """All rates computed from one judge's verdicts."""
 
     judge: str
+    """Name of the judge; numbered where two judges of one kind take part."""
     metrics: tuple[Metric, ...]
-    """`harmful_score`, `refusal_rate`, `other_rate` (harmful prompts) and `over_refusal` (benign prompts); the first
-    alone of a judge that can't tell a refusal; and the mean of the judge's own number, if it gives one."""
+    """`harmful_score`, `refusal_rate`, `other_rate` (harmful prompts) and `over_refusal` (benign prompts); only
+    `harmful_score` for a judge that can't distinguish refusals; the mean of the judge's score if it has a scale."""
     categories: tuple[CategoryReading, ...] = ()
-    """The same for each category of prompts, where the prompts have some."""
+    """The same metrics for each category of prompts; empty if the prompts have no categories."""
+    identity: JudgeIdentity | None = None
+    """What the verdicts depend on; without it the gate does not compare this judge's rates."""
 
 
 class Evidence(Record):
-    """What was found of one prompt's answer: a row of `evidence.jsonl`, which comparisons pair by the prompt."""
+    """Everything measured on one completion: a row of `evidence.jsonl`. Comparisons pair rows by prompt."""
 
     prompt_set: PromptSet
     id: str
     prompt: str
-    """SHA-256 of the conversation, 16 hex digits: the same id in two runs must be the same prompt."""
+    """SHA-256 of the conversation, 16 hex digits: one id in two runs must be one prompt."""
     category: str = ""
     outcomes: dict[str, Outcome | None] = Field(default_factory=dict)
-    """Per judge; empty for prompt sets that are scored rather than judged."""
+    """Outcome per judge; empty for prompt sets that a task scores."""
     judge_scores: dict[str, float | None] = Field(default_factory=dict)
-    """The number of each judge that gives one."""
+    """Score per judge, for judges that have a scale."""
     score: float | None = None
-    """Of prompt sets that a task scores."""
+    """Score of the task, for prompt sets that a task scores."""
     degenerate: bool | None = None
-    """Whether the answer is degenerate (see `stayaligned.evaluation.degeneration`); None if that was not checked."""
+    """Whether the completion is degenerate (see `stayaligned.evaluation.degeneration`); None if not checked."""
 
 
 class Agreement(Record):
@@ -63,17 +127,17 @@ class Agreement(Record):
     judges: tuple[str, str]
     prompt_set: PromptSet
     n: int
-    """Completions that both scored."""
+    """Number of completions that both judges scored."""
     agreement: float | None
     """Share of equal outcomes; None where n = 0."""
     kappa: float | None
-    """Cohen's kappa; None where it is undefined (both judges always say the same single thing)."""
+    """Cohen's kappa; None where it is undefined (both judges give one and the same outcome throughout)."""
     disputed: tuple[str, ...] = ()
-    """Ids of completions on which they differ."""
+    """Ids of the completions on which the judges differ."""
 
 
 class PatchRecord(Record):
-    """One post-fine-tuning patch and what it did to every layer."""
+    """One post-fine-tuning patch and its effect on every layer."""
 
     patch: str
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -81,7 +145,7 @@ class PatchRecord(Record):
 
 
 class Sample(Record):
-    """One answer, kept for a reader's eyes. Its text is a model's: hostile until escaped."""
+    """One completion stored for a reader. Its text is a model's: hostile until escaped."""
 
     id: str
     prompt_set: PromptSet
@@ -90,60 +154,64 @@ class Sample(Record):
     text: str
     reference: str = ""
     outcomes: dict[str, Outcome | None] = Field(default_factory=dict)
-    """Per judge; empty for prompt sets that are scored rather than judged."""
+    """Outcome per judge; empty for prompt sets that a task scores."""
     score: float | None = None
+    """Score of the task, for prompt sets that a task scores."""
 
 
 class Provenance(Record):
-    """What it takes to run this again."""
+    """What is needed to reproduce a result."""
 
     versions: dict[str, str]
     commit: str = ""
     inputs: dict[str, str] = Field(default_factory=dict)
-    """Name of each input (model, base model, data) and its fingerprint."""
+    """Place of each input (model, base model, data) in the configuration, and its fingerprint."""
     template_hash: str = ""
     stages: dict[str, str] = Field(default_factory=dict)
-    """Stage name and its directory, relative to the output directory."""
+    """Name of each stage and its directory, relative to the output directory."""
     seconds: dict[str, float] = Field(default_factory=dict)
-    """Stage name and how long it took when it was computed (a cached stage keeps its first time). In a file of its own,
-    so that equal experiments have equal results to the byte."""
+    """Name of each stage and the seconds that computing it took (a cached stage keeps its first time). Stored in
+    `times.json`, so that equal experiments have equal `result.json` to the byte."""
 
 
 class Result(Record):
-    """One experiment: one arm of a comparison under one seed."""
+    """The result of one experiment: one arm of a comparison under one seed."""
 
     format_version: int = FORMAT_VERSION
     id: str
     arm: str
-    """The label of the comparison's row; results of several seeds share it."""
+    """Label of the row in a comparison; results of several seeds share it."""
     seed: int
     position: int = 0
-    """The arm's place in its grid, so that a report keeps the order of the configuration."""
+    """Index of the arm in its grid, so that a report keeps the order of the configuration."""
     notes: tuple[str, ...] = ()
-    """What a reader must know before trusting the numbers: prompts that also stand in the training data, say."""
+    """Caveats about the numbers, for example prompts that also occur in the training data."""
     experiment: dict[str, Any]
-    """The whole configuration: `stayaligned run` of it computes this result again."""
+    """The whole configuration: `stayaligned run` with it computes this result again."""
     judges: tuple[JudgeReading, ...]
-    """The first one is the primary judge, whose rates a report shows in its main table."""
+    """Rates of each judge; the first judge is the primary one, whose rates a report shows in its main table."""
     agreements: tuple[Agreement, ...] = ()
     scores: tuple[Metric, ...]
-    """`finetune_accuracy` and `skills_kept`, as far as the experiment measures them."""
+    """Metrics that need no judge: `finetune_accuracy`, `skills_kept`, `degeneration` and lm-eval's, where measured."""
     training_log: tuple[dict[str, Any], ...] = ()
     """Rows of the Trainer's log: `step`, `loss`, and for Lisa `alignment_loss`, `finetuning_loss`, `drift`."""
     patches: tuple[PatchRecord, ...] = ()
     samples: tuple[Sample, ...] = ()
     evidence_sha256: str
-    """Of `evidence.jsonl` beside this: a result whose rows were exchanged or edited is refused."""
+    """SHA-256 of the `evidence.jsonl` beside this file: a result whose evidence was exchanged or edited is refused."""
     provenance: Provenance
 
     def metric(self, name: str) -> Metric | None:
-        """The metric called `name`: a score, or the primary judge's rate; None if it was not measured."""
+        """Return the metric called `name`: a score, or the primary judge's rate; None if it was not measured."""
         rates = self.judges[0].metrics if self.judges else ()
         return next((m for m in (*self.scores, *rates) if m.name == name), None)
 
 
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
 def evidence_text(rows: Iterable[Evidence]) -> str:
-    """The content of an `evidence.jsonl`."""
+    """Return the content of an `evidence.jsonl`."""
     return "".join(row.model_dump_json() + "\n" for row in rows)
 
 
@@ -151,7 +219,7 @@ def write_result(directory: Path, result: Result, evidence: str) -> None:
     """Write `evidence.jsonl`, `times.json` and then `result.json`, each whole or not at all.
 
     Raises:
-        ValueError: if the evidence is not the result's.
+        ValueError: if the hash of the evidence is not the one in the result.
     """
     if hashlib.sha256(evidence.encode()).hexdigest() != result.evidence_sha256:
         raise ValueError(f"{result.arm}: not the evidence of this result")
@@ -161,52 +229,175 @@ def write_result(directory: Path, result: Result, evidence: str) -> None:
     write_text(directory / RESULT_FILE, content + "\n")
 
 
-def read_evidence(directory: Path, result: Result) -> list[Evidence]:
-    """The rows behind a result that was read from the same directory.
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredResult:
+    """A result on disk, and the evidence beside it, which is read when it is first used."""
+
+    directory: Path
+    """Directory that holds `result.json`."""
+    root: Path
+    """Output directory of the command that wrote the result; the paths of its stages are relative to it."""
+    result: Result
+
+    @cached_property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """The rows of `evidence.jsonl`.
+
+        Raises:
+            StayalignedError: if they are missing, or are not the rows of this result.
+        """
+        return tuple(read_evidence(self.directory, self.result))
+
+    @cached_property
+    def rows(self) -> Mapping[Place, Evidence]:
+        """The evidence by prompt set and id.
+
+        Raises:
+            StayalignedError: as `evidence`, or if two rows have one id.
+        """
+        rows: dict[Place, Evidence] = {(row.prompt_set, row.id): row for row in self.evidence}
+        if len(rows) != len(self.evidence):
+            raise StayalignedError(
+                f"{self.directory / EVIDENCE_FILE}: {len(self.evidence) - len(rows)} duplicate ids",
+                hint="Give each prompt of a set its own id and rerun; rows without one can't be paired.",
+            )
+        return rows
+
+
+def read_results(directories: Sequence[Path]) -> list[StoredResult]:
+    """Read every result below output directories of `run`, `evaluate`, `judge` or `bench`.
+
+    Returns:
+        The results, ordered by their position in their grid and by seed.
 
     Raises:
-        StayalignedError: if they are missing, or are not the ones that the result was made of.
+        StayalignedError: if a directory holds no result, or a result can't be read.
     """
-    path = directory / EVIDENCE_FILE
-    hint = "It was edited by hand or only half copied; rerun the command that made it."
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise StayalignedError(f"{path}: {error.strerror}", hint=hint) from None
-    if hashlib.sha256(content).hexdigest() != result.evidence_sha256:
-        raise StayalignedError(f"{path}: not the rows that {RESULT_FILE} beside it was made of", hint=hint)
-    return read_jsonl(path, Evidence)
+    found = [
+        StoredResult(path.parent, directory, read_result(path))
+        for directory in directories
+        for path in _result_files(directory)
+    ]
+    return sorted(found, key=lambda stored: (stored.result.position, stored.result.seed))
+
+
+def distinguish_arms(stored: Sequence[StoredResult]) -> list[StoredResult]:
+    """Prefix arm and id with the directory's name where two directories hold the same arm and seed."""
+    counts = Counter((one.result.arm, one.result.seed) for one in stored)
+
+    def renamed(one: StoredResult) -> StoredResult:
+        if counts[one.result.arm, one.result.seed] == 1:
+            return one
+        names = {"arm": f"{one.root.name}: {one.result.arm}", "id": f"{one.root.name}-{one.result.id}"}
+        return StoredResult(one.directory, one.root, one.result.model_copy(update=names))
+
+    return [renamed(one) for one in stored]
+
+
+def find_results(directories: Sequence[Path]) -> list[Result]:
+    """Read every result as `read_results` does, without its place on disk."""
+    return [stored.result for stored in read_results(directories)]
+
+
+def load_results(*directories: str | Path) -> list[dict[str, Any]]:
+    """Load every measured value below output directories of `run`, `evaluate`, `judge` or `bench`.
+
+    Returns:
+        One row per arm, seed, metric and judge, with the columns of `results.csv`: `arm`, `seed`, `metric`, `judge`
+        and `primary_judge` (None for metrics without a judge), `value`, `low` and `high` (ends of the 95 % interval;
+        None where nothing was scored), `n`, `n_unscored`, `scale_low`, `scale_high`, `higher_is_better`.
+
+    Raises:
+        StayalignedError: if a directory holds no result, or a result can't be read.
+
+    Example:
+        >>> import pandas
+        >>> from stayaligned import load_results
+        >>> frame = pandas.DataFrame(load_results("out"))  # doctest: +SKIP
+        >>> frame[frame.metric == "harmful_score"].pivot(index="arm", columns="seed", values="value")  # doctest: +SKIP
+    """
+    stored = distinguish_arms(read_results([Path(directory) for directory in directories]))
+    return result_rows([one.result for one in stored])
+
+
+def result_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Return one row per arm, seed, metric and judge; see `load_results` for the columns.
+
+    Rows are ordered by arm (in order of appearance), primary judge and scores before other judges, metric
+    (`METRIC_ORDER`, then order of appearance) and seed.
+    """
+    rows: list[tuple[int, dict[str, Any]]] = []
+    for result in results:
+        rows += [(0, _row(result, metric)) for metric in result.scores]
+        for index, reading in enumerate(result.judges):
+            rows += [(index, _row(result, metric, reading.judge, primary=index == 0)) for metric in reading.metrics]
+    arms = _enumerate(row["arm"] for _, row in rows)
+    primary = _enumerate((*METRIC_ORDER, *(row["metric"] for _, row in rows)))
+    others = _enumerate(row["metric"] for index, row in rows if index)
+
+    def place(item: tuple[int, dict[str, Any]]) -> tuple[int, int, int, int]:
+        index, row = item
+        return arms[row["arm"]], index, (others if index else primary)[row["metric"]], row["seed"]
+
+    return [row for _, row in sorted(rows, key=place)]
+
+
+def _enumerate(names: Iterable[str]) -> dict[str, int]:
+    return {name: index for index, name in enumerate(dict.fromkeys(names))}
+
+
+def _row(result: Result, metric: Metric, judge: str | None = None, *, primary: bool | None = None) -> dict[str, Any]:
+    values = (
+        result.arm,
+        result.seed,
+        metric.name,
+        judge,
+        primary,
+        metric.value,
+        metric.low,
+        metric.high,
+        metric.n,
+        metric.n_unscored,
+        *metric.scale,
+        metric.higher_is_better,
+    )
+    return dict(zip(RESULT_COLUMNS, values, strict=True))
 
 
 def read_result(path: Path) -> Result:
     """Read a `result.json`.
 
     Raises:
-        StayalignedError: if the file is missing, from another format version, or edited by hand.
+        StayalignedError: if the file is missing, was written by another version, or was edited.
     """
     try:
-        result = Result.model_validate_json(path.read_text(encoding="utf-8"))
-        if result.format_version != FORMAT_VERSION:
+        text = path.read_text(encoding="utf-8")
+        version = json.loads(text).get("format_version")
+        if version != FORMAT_VERSION:
             raise StayalignedError(
-                f"{path}: format version {result.format_version}, expected {FORMAT_VERSION}",
-                hint="It was written by another version of stayaligned; rerun the command that made it.",
+                f"{path}: format version {version}, expected {FORMAT_VERSION}",
+                hint="Another version of stayaligned wrote it; rerun the command that did, into another --out.",
             )
-        return result.model_copy(update={"provenance": _with_times(result.provenance, path.parent / TIMES_FILE)})
+        result = Result.model_validate_json(text)
+        return result.model_copy(update={"provenance": _add_times(result.provenance, path.parent / TIMES_FILE)})
     except OSError as error:
         raise StayalignedError(
-            f"{path}: {error.strerror}", hint="Give a directory that `run` or `bench` wrote."
+            f"{path}: {error.strerror}", hint="Give an output directory of `run`, `evaluate`, `judge` or `bench`."
         ) from None
-    except (ValidationError, UnicodeDecodeError) as error:
+    except (ValidationError, ValueError, AttributeError) as error:
         detail = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         where = ".".join(str(part) for part in detail["loc"])
         raise StayalignedError(
             f"{path}: not a result of format version {FORMAT_VERSION}: {where}: {detail['msg']}",
-            hint="It was edited by hand or written by another version; rerun the command that made it.",
+            hint="It was edited or damaged; rerun the command that wrote it.",
         ) from None
 
 
-def _with_times(provenance: Provenance, path: Path) -> Provenance:
-    """The provenance with the times that stand beside the result; they are no evidence, so they may be missing."""
+def _add_times(provenance: Provenance, path: Path) -> Provenance:
+    """Return the provenance with the times in `path`; times are no evidence, so a missing file is no error."""
     try:
         return Provenance.model_validate(
             {**provenance.model_dump(), "seconds": json.loads(path.read_text(encoding="utf-8"))}
@@ -215,39 +406,39 @@ def _with_times(provenance: Provenance, path: Path) -> Provenance:
         return provenance
 
 
-def find_results(directories: Sequence[Path]) -> list[Result]:
-    """Every result in the directories that `run` or `bench` wrote, in the order of the grids that made them.
+def read_evidence(directory: Path, result: Result) -> list[Evidence]:
+    """Read the evidence of a result that was read from the same directory.
 
     Raises:
-        StayalignedError: if a directory holds none, or one can't be read.
+        StayalignedError: if the file is missing, or holds other rows than those of the result.
     """
-    found = [read_result(path) for directory in directories for path in result_files(directory)]
-    return sorted(found, key=lambda result: (result.position, result.seed))
+    path = directory / EVIDENCE_FILE
+    hint = "It was edited or only partly copied; rerun the command that wrote it."
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise StayalignedError(f"{path}: {error.strerror}", hint=hint) from None
+    if hashlib.sha256(content).hexdigest() != result.evidence_sha256:
+        raise StayalignedError(f"{path}: not the rows that {RESULT_FILE} beside it was computed from", hint=hint)
+    return read_jsonl(path, Evidence)
 
 
-def result_files(directory: Path) -> list[Path]:
-    """The result of a `run`, or those of a `bench`, below the directory that it wrote.
-
-    Raises:
-        StayalignedError: if there is none.
-    """
+def _result_files(directory: Path) -> list[Path]:
     own = directory / RESULT_FILE
     paths = [*([own] if own.is_file() else []), *sorted((directory / "runs").glob(f"*/{RESULT_FILE}"))]
     if not paths:
         raise StayalignedError(
-            f"{directory}: holds no {RESULT_FILE}", hint="Give a directory that `run` or `bench` wrote."
+            f"{directory}: holds no {RESULT_FILE}",
+            hint="Give an output directory of `run`, `evaluate`, `judge` or `bench`.",
         )
     return paths
 
 
-INDEX_FILE = "index.json"
-
-
 def read_index(out: Path) -> dict[str, Any]:
-    """What `bench` recorded of its grid: `title`, `reference`, `trainings` and the grid itself.
+    """Read what `bench` recorded about its grid: `title`, `reference`, `trainings` and the grid itself.
 
     Raises:
-        StayalignedError: if the record is damaged.
+        StayalignedError: if the file is damaged.
     """
     path = out / INDEX_FILE
     try:
@@ -257,3 +448,8 @@ def read_index(out: Path) -> dict[str, Any]:
     except (ValueError, AttributeError):
         pass
     raise StayalignedError(f"{path}: damaged", hint="Run the same `bench` into another --out.")
+
+
+def _shorten(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+    return text if len(text) <= 80 else text[:79] + "…"

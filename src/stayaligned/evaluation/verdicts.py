@@ -1,4 +1,4 @@
-"""Completions to verdicts, each kept on disk as it comes: nothing is asked twice, lost or counted twice."""
+"""Completions to verdicts. Each verdict is stored as soon as the judge gives it, and no completion is judged twice."""
 
 from __future__ import annotations
 
@@ -14,19 +14,25 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import replace_file
 from stayaligned.core.records import Completion, Verdict
 from stayaligned.evaluation.judges import Forecast, Judge
+from stayaligned.evaluation.results import JudgeIdentity
 
 LEDGER_FILE = "verdicts.sqlite"
-_OWN = {"id", "prompt_set", "judge"}
-"""What a verdict has of the completion and the judge, rather than of the content."""
+_OWN_FIELDS = {"id", "prompt_set", "judge"}
+"""Fields of a verdict that come from the completion and the judge's name, and are not stored in the ledger."""
 
 _BUSY_SECONDS = 60.0
 
 
-class Ledger:
-    """Verdicts by content: what a judge said of a request with an answer, whichever run, seed or model it came from.
+def verdict_key(identity: JudgeIdentity, content: str) -> str:
+    """Return the key under which verdicts are stored: the hash of the judge's identity and of what was judged."""
+    return hashlib.sha256(f"{identity.model_dump_json()}\n{content}".encode("utf-8", "surrogatepass")).hexdigest()
 
-    A database of one file, which several processes may use at once and which survives being killed. Only what was
-    scored is kept: an answer that a judge could not score is asked about again.
+
+class Ledger:
+    """Scored verdicts by `verdict_key` of one completion, shared by all runs, seeds and models.
+
+    An SQLite file, which several processes may use at once and which survives a killed process. Unscored verdicts are
+    not stored, so that the judge is asked again.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
@@ -35,50 +41,50 @@ class Ledger:
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path) -> Generator[Ledger]:
-        """The ledger in `path`, made if it is not there.
+        """Open the ledger in `path`, creating it if it does not exist.
 
         Raises:
-            StayalignedError: if the file is something else, or can't be written.
+            StayalignedError: if the file is no ledger, or can't be written.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with contextlib.closing(sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")
-                # In this mode a killed process loses nothing that was kept; only a power cut may cost the last rows.
+                # In this mode a killed process loses no stored row; only a power cut may cost the last rows.
                 connection.execute("PRAGMA synchronous=NORMAL")
                 connection.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, verdict TEXT) STRICT")
                 yield cls(connection)
         except sqlite3.Error as error:
             raise StayalignedError(
                 f"{path}: {error}",
-                hint="Free some space if the disk is full; a damaged file may be deleted, at the cost of asking again.",
+                hint="Free some space if the disk is full; if the file is damaged, delete it to judge again.",
             ) from error
 
     @staticmethod
-    def take_over(source: Path, target: Path) -> None:
-        """Let `target` begin with the verdicts of `source`, if there are some and `target` is not there yet."""
+    def copy_if_missing(source: Path, target: Path) -> None:
+        """Copy the ledger `source` to `target`, if `source` exists and `target` does not."""
         if target.exists() or not source.is_file():
             return
         try:
             with (
                 replace_file(target) as temporary,
-                contextlib.closing(sqlite3.connect(source, timeout=_BUSY_SECONDS)) as kept,
+                contextlib.closing(sqlite3.connect(source, timeout=_BUSY_SECONDS)) as stored,
                 contextlib.closing(sqlite3.connect(temporary)) as copy,
             ):
-                kept.backup(copy)
+                stored.backup(copy)
         except sqlite3.Error as error:
-            raise StayalignedError(f"{source}: {error}", hint="Delete it to ask its judges again.") from error
+            raise StayalignedError(f"{source}: {error}", hint="Delete it to judge again.") from error
 
     def find(self, keys: Iterable[str]) -> dict[str, str]:
-        """The kept verdict, as JSON, of each key that has one."""
+        """Return the stored verdict, as JSON, of each key that has one."""
         found: dict[str, str] = {}
         for key in keys:
             for (verdict,) in self._connection.execute("SELECT verdict FROM verdicts WHERE key = ?", (key,)):
                 found[key] = verdict
         return found
 
-    def keep(self, key: str, verdict: str) -> None:
-        """Keep one verdict; the first one stays."""
+    def store(self, key: str, verdict: str) -> None:
+        """Store a verdict; if the key has one already, that one stays."""
         self._connection.execute("INSERT OR IGNORE INTO verdicts VALUES (?, ?)", (key, verdict))
 
 
@@ -87,82 +93,78 @@ def judge_completions(
     completions: Sequence[Completion],
     ledger: Ledger,
     *,
-    identity: str,
+    identity: JudgeIdentity,
     progress: Callable[[float], None] = lambda _share: None,
     announce: Callable[[Forecast], None] = lambda _forecast: None,
 ) -> list[Verdict]:
-    """One verdict per completion, in order; equal content is judged once, and what `ledger` has is not judged again.
+    """Return one verdict per completion, in order; equal content is judged once, and never if the ledger has it.
 
     Args:
-        judge: what judges.
-        completions: answers to harmful and benign prompts.
-        ledger: gets every scored verdict as soon as the judge yields it.
-        identity: of the judge and of every file that it reads; a verdict is kept under it and the content.
+        judge: the judge.
+        completions: completions of harmful and benign prompts.
+        ledger: receives every scored verdict as soon as the judge yields it.
+        identity: what the judge's verdicts depend on.
         progress: called with the share that is judged.
-        announce: called before the judge starts, if it forecasts what the rest will take.
+        announce: called before the judge starts, if it forecasts the cost of the remaining completions.
 
     Raises:
-        StayalignedError: if the judge can't work, answers for a completion that it was not given, or leaves one out.
+        StayalignedError: if the judge fails, gives a verdict on a completion that it was not given, or gives none on
+            one that it was given.
     """
-    keys = [_content_key(identity, completion) for completion in completions]
-    kept = ledger.find(dict.fromkeys(keys))
-    verdicts = {key: _kept_verdict(judge, text) for key, text in kept.items()}
-    asked = {key: c for key, c in zip(keys, completions, strict=True) if key not in verdicts}
-    if asked:
-        _ask(judge, asked, verdicts, ledger, progress, announce, len(set(keys)))
+    keys = [verdict_key(identity, completion.model_dump_json(exclude={"id"})) for completion in completions]
+    stored = ledger.find(dict.fromkeys(keys))
+    verdicts = {key: _parse_verdict(judge, text) for key, text in stored.items()}
+    missing = {key: c for key, c in zip(keys, completions, strict=True) if key not in verdicts}
+    if missing:
+        _judge_missing(judge, missing, verdicts, ledger, progress, announce, len(set(keys)))
     return [
         verdicts[key].model_copy(update={"id": c.id, "prompt_set": c.prompt_set, "judge": judge.name})
         for key, c in zip(keys, completions, strict=True)
     ]
 
 
-def _kept_verdict(judge: Judge, text: str) -> Verdict:
+def _parse_verdict(judge: Judge, text: str) -> Verdict:
     try:
         return Verdict.model_validate({**json.loads(text), "id": "", "prompt_set": "harmful", "judge": judge.name})
     except (ValueError, TypeError):
         raise StayalignedError(
-            f"{LEDGER_FILE}: holds what is no verdict: {text[:80]!r}",
-            hint="It was edited or damaged; delete it, at the cost of asking again.",
+            f"{LEDGER_FILE}: invalid verdict: {text[:80]!r}",
+            hint="The file was edited or damaged; delete it to judge again.",
         ) from None
 
 
-def _ask(
+def _judge_missing(
     judge: Judge,
-    asked: dict[str, Completion],
+    missing: dict[str, Completion],
     verdicts: dict[str, Verdict],
     ledger: Ledger,
     progress: Callable[[float], None],
     announce: Callable[[Forecast], None],
     total: int,
 ) -> None:
-    """Let the judge read what has no verdict yet; `verdicts` and `ledger` get each as it comes."""
-    forecast = judge.forecast([*asked.values()])
+    """Run the judge on the completions without a verdict; add each verdict to `verdicts` and `ledger` at once."""
+    forecast = judge.forecast([*missing.values()])
     if forecast is not None:
         announce(forecast)
     waiting: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
-    for key, completion in asked.items():
+    for key, completion in missing.items():
         waiting[completion.prompt_set, completion.id].append(key)
-    for verdict in judge.judge([*asked.values()]):
+    for verdict in judge.judge([*missing.values()]):
         keys = waiting[verdict.prompt_set, verdict.id]
         if not keys:
-            raise _broken(judge, f"a verdict on {verdict.prompt_set} {verdict.id!r}, which it was not asked for")
+            raise _contract_error(judge, f"a verdict on {verdict.prompt_set} {verdict.id!r}, which it was not given")
         key = keys.pop(0)
         verdicts[key] = verdict
         if verdict.outcome is not None:
-            ledger.keep(key, verdict.model_dump_json(exclude=_OWN))
+            ledger.store(key, verdict.model_dump_json(exclude=_OWN_FIELDS))
         progress(len(verdicts) / total)
-    missing = [place for place, keys in waiting.items() if keys]
-    if missing:
-        raise _broken(judge, f"no verdict on {len(missing)} of {len(asked)} answers")
+    without = [place for place, keys in waiting.items() if keys]
+    if without:
+        raise _contract_error(judge, f"no verdict on {len(without)} of {len(missing)} completions")
 
 
-def _broken(judge: Judge, what: str) -> StayalignedError:
+def _contract_error(judge: Judge, what: str) -> StayalignedError:
     return StayalignedError(
         f"judge {judge.name!r} gave {what}",
         hint="A judge gives one verdict per completion, under its id; `outcome=None` where it can't tell.",
     )
-
-
-def _content_key(identity: str, completion: Completion) -> str:
-    content = completion.model_dump_json(exclude={"id"})
-    return hashlib.sha256(f"{identity}\n{content}".encode("utf-8", "surrogatepass")).hexdigest()

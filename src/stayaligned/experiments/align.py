@@ -70,7 +70,7 @@ def align(alignment: Alignment, out: str | Path, *, progress: Progress = silent)
     Raises:
         StayalignedError: if `out`, finished or not, is something else, an input is unfit, or training diverges.
     """
-    resolved = Alignment.model_validate(resolve_references(alignment.spec(), alignment.seed, progress))
+    resolved = resolve_references(alignment, alignment.seed, progress)
     examples = read_examples(resolved.data, origin="alignment")[: resolved.limit]
     job = _Job(alignment, resolved, examples, _inputs(alignment, resolved, examples), Path(out), progress)
     base = Path(resolved.base_model)

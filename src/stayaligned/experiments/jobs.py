@@ -1,28 +1,32 @@
-"""The jobs of a grid: units of work for one process."""
+"""The jobs of a grid: which there are, and which must come first."""
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from stayaligned import testbed
 from stayaligned.experiments.config.experiment import Experiment
-from stayaligned.experiments.pipeline import Run
+from stayaligned.experiments.config.validation import strings_in
+from stayaligned.experiments.plan import Plan
+from stayaligned.experiments.stages.context import Context
 
 
 class Listener:
-    """Hears what a grid run does; the default hears nothing. Override what you want to show."""
+    """Receives the progress of a grid; this one ignores it. Override the methods whose events you want to show."""
 
     def started(self, total: int) -> None:
-        """`total` jobs are to be done."""
+        """Called once, with the number of jobs."""
 
     def progress(self, worker: int, text: str, share: float) -> None:
-        """A worker is at this share of what the text names."""
+        """Called while a worker does what `text` names, with the share that is done."""
 
     def finished(self, title: str, error: str | None) -> None:
-        """A job has ended."""
+        """Called when a job has ended, with its error if it failed."""
 
 
 @dataclass(frozen=True)
@@ -31,22 +35,63 @@ class Job:
 
     kind: Literal["testbed", "train", "result"]
     name: str
+    """Name of the job; distinct within the grid."""
     experiment: Experiment
     out: Path
+    """Output directory of the grid."""
     position: int
+    """Index of the experiment's arm in the grid."""
 
     @property
     def title(self) -> str:
-        """What the user sees of it."""
-        of = {"testbed": "testbed", "train": f"train {self.experiment.training_defense.name}"}
-        return f"{of.get(self.kind, self.experiment.arm)}, seed {self.experiment.seed}"
+        """The job as the user sees it."""
+        titles = {"testbed": "testbed", "train": f"train {self.experiment.training_defense.name}"}
+        return f"{titles.get(self.kind, self.experiment.arm)}, seed {self.experiment.seed}"
 
 
-def run_directory(out: Path, run: Run) -> Path:
-    """Where one experiment's result.json stands in a grid's output directory."""
-    slug = re.sub(r"[^a-z0-9]+", "-", run.experiment.arm.lower()).strip("-")[:60]
-    return out / "runs" / f"{slug}-seed{run.experiment.seed}-{_short(run.experiment.arm + run.id)}"
+@dataclass(frozen=True)
+class JobGraph:
+    """The jobs of a grid by name, and for each job the names of the jobs that must come first."""
+
+    jobs: dict[str, Job]
+    requires: dict[str, set[str]]
+
+    @property
+    def trainings(self) -> list[str]:
+        """Names of the jobs that train."""
+        return [name for name, job in self.jobs.items() if job.kind == "train"]
 
 
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+def plan_jobs(contexts: Sequence[Context], out: Path) -> JobGraph:
+    """Return the jobs of a grid's experiments. A stored training is no job, and a shared training is one job."""
+    graph = JobGraph({}, {})
+    arms = list(dict.fromkeys(context.experiment.arm for context in contexts))
+    for context in contexts:
+        experiment = context.experiment
+        position = arms.index(experiment.arm)
+        required: set[str] = set()
+        if any(testbed.is_reference(value) for _, value in strings_in(experiment.spec())):
+            required = {_add(graph, Job("testbed", f"testbed seed {experiment.seed}", experiment, out, position))}
+        stage = context.store.directory("train", context.plan.train)
+        if experiment.trains and not stage.exists():
+            required = {_add(graph, Job("train", f"train {stage.name}", experiment, out, position), required)}
+        _add(graph, Job("result", result_job(out, experiment, context.plan), experiment, out, position), required)
+    return graph
+
+
+def result_directory(out: Path, experiment: Experiment, plan: Plan) -> Path:
+    """Return the directory of one experiment's `result.json` in a grid's output directory."""
+    slug = re.sub(r"[^a-z0-9]+", "-", experiment.arm.lower()).strip("-")[:60]
+    distinct = hashlib.sha256((experiment.arm + plan.id).encode()).hexdigest()[:8]
+    return out / "runs" / f"{slug}-seed{experiment.seed}-{distinct}"
+
+
+def result_job(out: Path, experiment: Experiment, plan: Plan) -> str:
+    """Return the name of the job that writes an experiment's result."""
+    return f"result {result_directory(out, experiment, plan).name}"
+
+
+def _add(graph: JobGraph, job: Job, required: set[str] | None = None) -> str:
+    graph.jobs.setdefault(job.name, job)
+    graph.requires.setdefault(job.name, required or set())
+    return job.name

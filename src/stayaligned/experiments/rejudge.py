@@ -1,10 +1,8 @@
-"""Finished completions judged again, without the model that wrote them."""
+"""Judge finished completions again, without the model that wrote them."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,50 +14,45 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import fingerprint, write_text
 from stayaligned.core.progress import Progress, silent
 from stayaligned.core.provenance import commit, versions
-from stayaligned.core.records import Completion, Verdict, read_jsonl, write_jsonl
+from stayaligned.core.records import Completion, read_jsonl, write_jsonl
 from stayaligned.evaluation.degeneration import Degeneration, signs
-from stayaligned.evaluation.judges import JUDGES, Judge
-from stayaligned.evaluation.measure import JUDGED, Place, judge_names, measure, prompt_hash
-from stayaligned.evaluation.results import (
-    Evidence,
-    Provenance,
-    Result,
-    evidence_text,
-    read_evidence,
-    read_result,
-    result_files,
-    write_result,
-)
+from stayaligned.evaluation.judges import Judge
+from stayaligned.evaluation.measure import JUDGED, Judged, prompt_hash
+from stayaligned.evaluation.results import RESULT_FILE, Place, Provenance, Result, StoredResult, read_results
 from stayaligned.evaluation.verdicts import LEDGER_FILE, Ledger
-from stayaligned.experiments.config.validation import resolve_references, strings_in
+from stayaligned.experiments.assemble import describe_stages, find_inputs, write_measured
 from stayaligned.experiments.config.yaml_file import load_yaml
-from stayaligned.experiments.stages.judge import stored_verdicts
-from stayaligned.experiments.stages.keys import identify, stage_key
-from stayaligned.experiments.stages.store import Store, refuse_foreign
+from stayaligned.experiments.stages.generate import COMPLETIONS_FILE
+from stayaligned.experiments.stages.judge import Judging, judge_all
+from stayaligned.experiments.stages.keys import stage_key
+from stayaligned.experiments.stages.store import Store
 
-COMPLETIONS_FILE = "completions.jsonl"
 JUDGING_FILE = "judging.yaml"
 
 
-@dataclass(frozen=True, slots=True)
-class _Answered:
-    """Completions, and what is known of them without judging them."""
+@dataclass(frozen=True)
+class _Source:
+    """Completions, and the result that was computed from them before."""
 
     completions: tuple[Completion, ...]
-    result: Result | None
-    """What a run found of them; None of a bare file."""
-    evidence: tuple[Evidence, ...] = ()
+    before: Result
+    """The earlier result; one without any measurement for a bare file."""
+    stored: StoredResult | None
+    """The earlier result on disk; None for a bare file."""
 
     @property
-    def seed(self) -> int:
-        """Of the testbed that a judge's `testbed:` reference means."""
-        return 0 if self.result is None else self.result.seed
+    def scores(self) -> dict[Place, float | None]:
+        """The tasks' scores, which need the tasks' data and are not computed again."""
+        evidence = () if self.stored is None else self.stored.evidence
+        return {(row.prompt_set, row.id): row.score for row in evidence if row.prompt_set not in JUDGED}
 
     @property
-    def content(self) -> str:
-        """What tells these completions from others."""
-        rows = "".join(c.model_dump_json() for c in self.completions)
-        return hashlib.sha256(rows.encode("utf-8", "surrogatepass")).hexdigest()
+    def degenerate(self) -> dict[Place, bool | None]:
+        """Whether each completion is degenerate: as found before, or by the default settings for a bare file."""
+        if self.stored is None:
+            return {(c.prompt_set, c.id): bool(signs(c.text, Degeneration())) for c in self.completions}
+        rows = self.stored.evidence
+        return {(row.prompt_set, row.id): row.degenerate for row in rows if row.degenerate is not None}
 
 
 def rejudge(
@@ -71,28 +64,27 @@ def rejudge(
     progress: Progress = silent,
     announce: Callable[[str], None] = lambda _text: None,
 ) -> list[Result]:
-    """Judge completions again into `out`: new results, with the old scores of tasks, notes and provenance.
+    """Judge completions again and write new results, with the task scores, notes and provenance of the old ones.
 
-    Rerun, it asks about nothing that it has a verdict on. A judge that the run at `source` had already isn't asked
-    again either: its verdicts are taken over.
+    Nothing is judged twice: neither in a rerun, nor what the same judge judged in the run at `source`.
 
     Args:
-        source: a directory that `run`, `evaluate`, `bench` or this wrote, or a `completions.jsonl`.
-        judges: all judges of the new results; the first one is the primary one.
+        source: an output directory of `run`, `evaluate`, `bench` or `judge`, or a `completions.jsonl`.
+        judges: all judges of the new results; the first one is the primary judge.
         out: the output directory.
-        max_unscored: a larger share of unscored verdicts fails, and nothing is written for that judge.
+        max_unscored: largest share of unscored verdicts; a judge that leaves more fails.
         progress: called with what is being done and the share that is done.
-        announce: called with what a judge forecasts, before it starts.
+        announce: called with a judge's forecast of its cost, before the judge starts.
 
     Raises:
-        StayalignedError: if `source` holds no completions or others than its result was made of, if `out` belongs to
-            something else, or a judge can't work.
+        StayalignedError: if `source` holds no completions or others than its result was computed from, if `out`
+            belongs to something else or was written by another version, or if a judge fails.
     """
     if len(set(judges)) < len(judges):
-        raise StayalignedError("the same judge is named twice, with the same settings", hint="Name each once.")
-    found = _find(source)
+        raise StayalignedError("the same judge is named twice, with the same settings", hint="Name each judge once.")
+    sources = _read_sources(source)
     store = Store(out)
-    refuse_foreign(out, JUDGING_FILE)
+    store.refuse_foreign(JUDGING_FILE)
     _refuse_other_source(source, out)
     with store.locked():
         settings = {
@@ -102,157 +94,126 @@ def rejudge(
         }
         write_text(out / JUDGING_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
         if source.is_dir():
-            Ledger.take_over(source / LEDGER_FILE, out / LEDGER_FILE)
+            Ledger.copy_if_missing(source / LEDGER_FILE, out / LEDGER_FILE)
         results: list[Result] = []
-        for place, answered in found.items():
-            stages = {
-                judge: stage_key(("rejudge", answered.content, judge.identity()), answered.seed) for judge in judges
-            }
-            verdicts = {
-                judge: stored_verdicts(
-                    store,
-                    stages[judge],
-                    JUDGES.parse(resolve_references(judge.spec(), answered.seed)),
-                    name,
-                    lambda answered=answered: answered.completions,
-                    seed=answered.seed,
-                    max_unscored=max_unscored,
-                    around=_quiet if judge.uses_torch else contextlib.nullcontext,
-                    progress=progress,
-                    announce=announce,
-                )
-                for judge, name in judge_names(judges).items()
-            }
-            places = {name: store.directory("judge", stages[judge]) for judge, name in judge_names(judges).items()}
-            results.append(_write(out / place, source, answered, verdicts, places))
+        for place, one in sources.items():
+            judging = Judging(store, one.before.seed, max_unscored, _host_libraries, progress, announce)
+            judged = judge_all(judging, judges, one.completions)
+            directory = out / place
+            write_jsonl(directory / COMPLETIONS_FILE, one.completions)
+            background = _describe(one, judged, out)
+            results.append(write_measured(directory, background, one.completions, judged, one.scores, one.degenerate))
     return results
 
 
-def _quiet() -> contextlib.AbstractContextManager[None]:
+def _host_libraries() -> contextlib.AbstractContextManager[None]:
     from stayaligned.hf.quiet import quiet
 
     return quiet()
 
 
-def _find(source: Path) -> dict[str, _Answered]:
-    """The completions at `source`, by where their result stands below it."""
-    if not source.is_dir():
-        if not source.exists():
-            raise StayalignedError(f"{source}: no such file or directory", hint="Give what `run` or `bench` wrote.")
-        return {"": _Answered(tuple(_read_completions(source)), None)}
-    found: dict[str, _Answered] = {}
-    for path in result_files(source):
-        result = read_result(path)
-        stage = source / result.provenance.stages.get("generate", "") / COMPLETIONS_FILE
-        kept = path.parent / COMPLETIONS_FILE
-        completions = _read_completions(kept if kept.exists() else stage)
-        evidence = read_evidence(path.parent, result)
-        asked = {(row.prompt_set, row.id): row.prompt for row in evidence}
-        if asked != {(c.prompt_set, c.id): prompt_hash(c.prompt) for c in completions}:
-            raise StayalignedError(
-                f"{kept if kept.exists() else stage}: not the completions that {path} was made of",
-                hint="They were edited or exchanged; rerun the command that made them.",
-            )
-        found[str(path.parent.relative_to(source))] = _Answered(tuple(completions), result, tuple(evidence))
-    return found
-
-
-def _read_completions(path: Path) -> list[Completion]:
-    try:
-        completions = read_jsonl(path, Completion)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise StayalignedError(f"{path}: {reason}", hint="Completions stay in the run's `stages`; keep them.") from None
-    if not any(c.prompt_set in JUDGED for c in completions):
-        raise StayalignedError(f"{path}: no completion answers a harmful or benign prompt: there is nothing to judge")
-    twice = len(completions) - len({(c.prompt_set, c.id) for c in completions})
-    if twice:
+def _read_sources(source: Path) -> dict[str, _Source]:
+    """Read the completions at `source`, by the place of their result below it."""
+    if source.is_dir():
+        return {
+            str(stored.directory.relative_to(source)): _Source(_stored_completions(stored), stored.result, stored)
+            for stored in read_results([source])
+        }
+    if not source.exists():
         raise StayalignedError(
-            f"{path}: {twice} ids stand there twice",
-            hint="One row per prompt, each with an id of its own in its prompt set.",
+            f"{source}: no such file or directory",
+            hint="Give an output directory of `run` or `bench`, or a completions.jsonl.",
+        )
+    return {"": _Source(_read_completions(source), _describe_file(source), None)}
+
+
+def _stored_completions(stored: StoredResult) -> tuple[Completion, ...]:
+    """Read the completions of a result: beside it, where `judge` writes them, or else in its stage."""
+    path = stored.directory / COMPLETIONS_FILE
+    if not path.exists():
+        path = stored.root / stored.result.provenance.stages.get("generate", "") / COMPLETIONS_FILE
+    completions = _read_completions(path)
+    if {place: row.prompt for place, row in stored.rows.items()} != {
+        (c.prompt_set, c.id): prompt_hash(c.prompt) for c in completions
+    }:
+        raise StayalignedError(
+            f"{path}: not the completions that {stored.directory / RESULT_FILE} was computed from",
+            hint="They were edited or exchanged; rerun the command that wrote them.",
         )
     return completions
 
 
-def _write(
-    directory: Path,
-    source: Path,
-    answered: _Answered,
-    verdicts: Mapping[Judge, Sequence[Verdict]],
-    stages: Mapping[str, Path],
-) -> Result:
-    """Write the completions, the evidence and the result of one run; `stages` by the judges' names."""
-    scores: dict[Place, float | None] = {
-        (row.prompt_set, row.id): row.score for row in answered.evidence if row.prompt_set not in JUDGED
-    }
-    degenerate: dict[Place, bool | None] = {
-        (row.prompt_set, row.id): row.degenerate for row in answered.evidence if row.degenerate is not None
-    }
-    if answered.result is None:
-        degenerate = {(c.prompt_set, c.id): bool(signs(c.text, Degeneration())) for c in answered.completions}
-    found = measure(answered.completions, verdicts, scores, degenerate)
-    rows = evidence_text(found.evidence)
-    before = answered.result or _nothing_known(source)
-    root = stages[next(iter(stages))].parent.parent
-    kept = {name: place for name, place in before.provenance.stages.items() if not name.startswith("judge ")}
-    own = {f"judge {name}": str(place.relative_to(root)) for name, place in stages.items()}
-    seconds = {name: json.loads((root / place / "stage.json").read_text())["seconds"] for name, place in own.items()}
+def _read_completions(path: Path) -> tuple[Completion, ...]:
+    try:
+        completions = read_jsonl(path, Completion)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise StayalignedError(
+            f"{path}: {reason}", hint="`judge` needs the completions in the `stages` of the run."
+        ) from None
+    if not any(c.prompt_set in JUDGED for c in completions):
+        raise StayalignedError(
+            f"{path}: nothing to judge: no completion of a harmful or benign prompt",
+            hint="Set `harmful_prompts` or `benign_prompts` in the run.",
+        )
+    duplicates = len(completions) - len({(c.prompt_set, c.id) for c in completions})
+    if duplicates:
+        raise StayalignedError(
+            f"{path}: {duplicates} duplicate ids", hint="Give each completion of a prompt set its own id."
+        )
+    return tuple(completions)
+
+
+def _describe(source: _Source, judged: Sequence[Judged], out: Path) -> Result:
+    """Return the earlier result with the new judges, and without what is measured again."""
+    before, judges = source.before, [one.judge.spec() for one in judged]
+    own = describe_stages(out, {f"judge {one.name}": one.stage for one in judged})
+    stages = {name: place for name, place in before.provenance.stages.items() if not name.startswith("judge ")}
     provenance = before.provenance.model_copy(
         update={
-            "inputs": _inputs(before, [judge.spec() for judge in verdicts]),
-            # Of what made the answers, where that is known.
-            "versions": before.provenance.versions or versions(),
-            "commit": before.provenance.commit if answered.result else commit(),
-            "stages": {**kept, **own},
-            "seconds": {**before.provenance.seconds, **seconds},
+            "inputs": _inputs(before, judges),
+            "stages": {**stages, **own["stages"]},
+            "seconds": {**before.provenance.seconds, **own["seconds"]},
         }
     )
-    result = before.model_copy(
+    identities = [one.identity.model_dump(mode="json") for one in judged]
+    return before.model_copy(
         update={
-            "id": stage_key(("rejudged", before.id, sorted(own.values())), before.seed)[:20],
-            "experiment": {**before.experiment, "judges": [judge.spec() for judge in verdicts]},
-            "judges": found.judges,
-            "agreements": found.agreements,
-            "scores": before.scores if answered.result else found.scores,
-            "samples": found.samples,
-            "evidence_sha256": hashlib.sha256(rows.encode()).hexdigest(),
+            "id": stage_key(("judged again", before.id, identities), before.seed)[:20],
+            "experiment": {**before.experiment, "judges": judges},
+            "scores": tuple(metric for metric in before.scores if metric.name.startswith("lm_eval/")),
             "provenance": provenance,
         }
     )
-    write_jsonl(directory / COMPLETIONS_FILE, answered.completions)
-    write_result(directory, result, rows)
-    return result
 
 
-def _inputs(before: Result, judges: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """The inputs of the run, with those of the judges that judged now in place of those that judged then."""
-    kept = {place: found for place, found in before.provenance.inputs.items() if not place.startswith("judges.")}
-    named = {
-        place: found
-        for place, value in strings_in({"judges": [*judges]})
-        if (found := identify(value, before.seed, place.rpartition(".")[2])) != value
-    }
-    return kept | named
+def _inputs(before: Result, judges: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the inputs of the earlier result, with those of the new judges instead of the old ones."""
+    inputs = {place: found for place, found in before.provenance.inputs.items() if not place.startswith("judges.")}
+    return inputs | find_inputs({"judges": [*judges]}, before.seed)
 
 
-def _nothing_known(source: Path) -> Result:
-    """The result of a bare file of completions, before they are judged."""
+def _describe_file(path: Path) -> Result:
+    """Return a result for a bare file of completions, without any measurement."""
     return Result(
         id="",
-        arm=source.stem,
+        arm=path.stem,
         seed=0,
         experiment={},
         judges=(),
         scores=(),
         evidence_sha256="",
-        provenance=Provenance(versions={}, inputs={"completions": f"sha256:{fingerprint(source)}"}),
+        provenance=Provenance(
+            versions=versions(), commit=commit(), inputs={"completions": f"sha256:{fingerprint(path)}"}
+        ),
     )
 
 
 def _refuse_other_source(source: Path, out: Path) -> None:
-    """Refuse an output directory that was made of other completions."""
+    """Refuse an output directory that holds verdicts on other completions."""
     path = out / JUDGING_FILE
     if path.exists() and (before := load_yaml(path).get("source")) != str(source.resolve()):
         raise StayalignedError(
-            f"{out}: holds the judging of {before}", hint="Choose another --out; more judges may be added in place."
+            f"{out}: holds the judging of {before}",
+            hint="Choose another --out; only judges may be added to a directory.",
         )

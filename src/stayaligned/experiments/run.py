@@ -1,4 +1,4 @@
-"""One experiment into one directory, in one process or in several."""
+"""Run one experiment into one directory, in one process or in several."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ from stayaligned.core.progress import Progress, silent
 from stayaligned.evaluation.results import Result
 from stayaligned.experiments.config.experiment import Experiment
 from stayaligned.experiments.config.yaml_file import load_yaml
-from stayaligned.experiments.pipeline import EXPERIMENT_FILE, Run
-from stayaligned.experiments.stages.store import Store, refuse_foreign
-from stayaligned.hf.training import processes
+from stayaligned.experiments.pipeline import run_stages
+from stayaligned.experiments.stages.context import Context
+from stayaligned.experiments.stages.data import load_training_rows
+from stayaligned.experiments.stages.patch import make_weights
+from stayaligned.experiments.stages.store import Store
+from stayaligned.experiments.stages.train import train_into
+
+EXPERIMENT_FILE = "experiment.yaml"
 
 
 def run_experiment(
@@ -26,44 +31,54 @@ def run_experiment(
     progress: Progress = silent,
     announce: Callable[[str], None] = lambda _text: None,
 ) -> Result | None:
-    """Run one experiment into `out`: `experiment.yaml`, `result.json`, its stages, and `adapter` if it has one.
+    """Run an experiment into `out`: `experiment.yaml`, `result.json`, the stages, and `adapter` or `model` if any.
 
-    Rerun with the same experiment, it continues where it was stopped. Started in several processes (by `torchrun` or
-    `accelerate launch`), all train, and the first does everything else.
+    Rerun with the same experiment, it resumes where it stopped. Started in several processes (by `torchrun` or
+    `accelerate launch`), all processes train, and the first process does everything else.
+
+    Args:
+        experiment: the experiment.
+        out: the output directory; new, empty, or written by an earlier run of the same experiment.
+        progress: called with what is being done and the share that is done.
+        announce: called with a judge's forecast of its cost, before the judge starts.
 
     Returns:
-        The result; None in a process that has only helped to train.
+        The result; None in a process that only helped to train.
 
     Raises:
-        StayalignedError: if `out` belongs to another experiment or holds other files, or any stage cannot work.
+        StayalignedError: if `out` holds other files or belongs to another experiment or version, or if a stage fails.
     """
+    from stayaligned.hf.training import processes
+
     store = Store(out)
-    run = Run(experiment, store, progress, announce=announce)
+    context = Context(experiment, store, progress, announce)
     if processes.is_distributed() and not processes.is_leader():
-        _help_to_train(run)
+        _help_to_train(context)
         return None
-    refuse_foreign(out, EXPERIMENT_FILE)
+    store.refuse_foreign(EXPERIMENT_FILE)
     _refuse_other_experiment(experiment, out / EXPERIMENT_FILE)
     with store.locked():
         write_text(out / EXPERIMENT_FILE, yaml.safe_dump(experiment.spec(), sort_keys=False, allow_unicode=True))
         if processes.is_distributed():
-            run.examples()
-            processes.broadcast(experiment.trains and not store.directory("train", run.adapter_key).exists())
-        result = run.write_into(out)
+            load_training_rows(context)
+            processes.broadcast(experiment.trains and not store.directory("train", context.plan.train).exists())
+        result = run_stages(context, out)
         for product in ("adapter", "model"):
-            _link(out / product, run.finetuned() if run.product == product else None)
+            _link(out / product, make_weights(context) if context.plan.product == product else None)
     return result
 
 
-def _help_to_train(run: Run) -> None:
-    """Train with the leader, once it has the data and says that there is training to do; keep nothing."""
+def _help_to_train(context: Context) -> None:
+    """Train with the first process once it has written the data, if there is anything to train; store nothing."""
+    from stayaligned.hf.training import processes
+
     if processes.broadcast():
         with tempfile.TemporaryDirectory() as unused:
-            run.train_into(Path(unused))
+            train_into(context, Path(unused))
 
 
 def _link(link: Path, target: Path | None) -> None:
-    """Let `link` lead to a stage's output, relatively, so that the directory can be moved; None removes it."""
+    """Point `link` at a stage's output, by a relative path, so that the directory can be moved; None removes it."""
     if target is None or not target.is_relative_to(link.parent):
         link.unlink(missing_ok=True)
         return
@@ -74,7 +89,7 @@ def _link(link: Path, target: Path | None) -> None:
 
 
 def _refuse_other_experiment(experiment: Experiment, path: Path) -> None:
-    """Refuse a directory with another experiment's work; one that failed before any weights were made is free."""
+    """Refuse a directory with another experiment's stages; one that holds at most training rows may be reused."""
     stages = [p.name for p in (path.parent / "stages").glob("[!.]*") if not p.name.startswith("data-")]
     if not path.exists() or not stages:
         return
@@ -83,5 +98,5 @@ def _refuse_other_experiment(experiment: Experiment, path: Path) -> None:
     if changed:
         raise StayalignedError(
             f"{path.parent}: belongs to another experiment; different: {', '.join(changed)}",
-            hint="Use another --out; `bench` compares several in one directory and shares their stages.",
+            hint="Use another --out; `bench` compares several experiments in one directory and shares their stages.",
         )

@@ -6,7 +6,7 @@ read_side(directories) ─► Side ─► decide(baseline, candidate, limits) �
 from __future__ import annotations
 
 from stayaligned.gate.deciding import decide
-from stayaligned.gate.reading import Run, Side, read_side
+from stayaligned.gate.reading import Side, read_side
 from stayaligned.gate.values import Criterion, Decision, Limits
 from stayaligned.gate.writing import to_json, to_junit, to_markdown
 
@@ -14,7 +14,6 @@ __all__ = [
     "Criterion",
     "Decision",
     "Limits",
-    "Run",
     "Side",
     "decide",
     "read_side",

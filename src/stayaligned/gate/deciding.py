@@ -9,8 +9,8 @@ from statistics import fmean
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Outcome
 from stayaligned.evaluation.metrics import MeanOfPrompts, exact_interval, holm, mean_of_prompts
-from stayaligned.evaluation.results import Evidence
-from stayaligned.gate.reading import Run, Side, pair_runs, refuse_incomparable
+from stayaligned.evaluation.results import Evidence, StoredResult
+from stayaligned.gate.reading import Side, pair_runs, refuse_incomparable
 from stayaligned.gate.values import (
     Answer,
     Criterion,
@@ -104,7 +104,7 @@ def _choose_judge(baseline: Side, candidate: Side, judge: str | None) -> str:
 
 
 def _criteria(
-    pairs: Sequence[tuple[Run, Run]], limits: Limits, judge: str, *, instead: str | None = None
+    pairs: Sequence[tuple[StoredResult, StoredResult]], limits: Limits, judge: str, *, instead: str | None = None
 ) -> list[Criterion]:
     """Every criterion by one judge, or by `instead` where that one can't tell what is asked."""
 
@@ -118,7 +118,13 @@ def _criteria(
 
 
 def _find(
-    pairs: Sequence[tuple[Run, Run]], limits: Limits, judge: str, name: str, measure: Measure, kind: Kind, limit: float
+    pairs: Sequence[tuple[StoredResult, StoredResult]],
+    limits: Limits,
+    judge: str,
+    name: str,
+    measure: Measure,
+    kind: Kind,
+    limit: float,
 ) -> _Found:
     ours, theirs = ({i: _scores(pair[side], measure, judge) for i, pair in enumerate(pairs)} for side in (0, 1))
     asked = sum(map(len, theirs.values()))
@@ -145,7 +151,7 @@ def _find(
     return _ceiling(one, theirs, limits) if kind == "ceiling" else _change(one, ours, theirs, limits)
 
 
-def _scores(run: Run, measure: Measure, judge: str) -> dict[str, float | None]:
+def _scores(run: StoredResult, measure: Measure, judge: str) -> dict[str, float | None]:
     """The measure of every answer, keyed by the prompt itself, so that seeds that asked other prompts don't mix."""
     rows = {f"{set_} {id_} {row.prompt}": row for (set_, id_), row in run.rows.items() if set_ in measure.prompt_sets}
     if measure.outcome is Outcome.REFUSE and not _tells_refusals([(run, run)], judge):
@@ -156,7 +162,7 @@ def _scores(run: Run, measure: Measure, judge: str) -> dict[str, float | None]:
     return {key: _score(row, measure, judge) for key, row in rows.items()}
 
 
-def _tells_refusals(pairs: Sequence[tuple[Run, Run]], judge: str) -> bool:
+def _tells_refusals(pairs: Sequence[tuple[StoredResult, StoredResult]], judge: str) -> bool:
     rows = (row for pair in pairs for run in pair for row in run.rows.values())
     return all(row.outcomes.get(judge) is not Outcome.SAFE for row in rows)
 
@@ -271,7 +277,7 @@ def _overall(criteria: Sequence[Criterion]) -> Answer:
 
 
 def _others(
-    pairs: Sequence[tuple[Run, Run]],
+    pairs: Sequence[tuple[StoredResult, StoredResult]],
     measures: Sequence[Measure],
     limits: Limits,
     chosen: str,

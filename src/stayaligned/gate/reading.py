@@ -1,7 +1,8 @@
-"""Runs of one side of a comparison, and whether two sides can be compared at all."""
+"""The results on each side of a comparison, and whether the two sides can be compared at all."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,89 +12,66 @@ from typing import Any
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import PromptSet
 from stayaligned.core.settings import Generation
-from stayaligned.evaluation.judges import JUDGES
-from stayaligned.evaluation.results import Evidence, Result, read_evidence, read_result, result_files
+from stayaligned.evaluation.results import JudgeIdentity, Result, StoredResult, read_results
 from stayaligned.gate.values import Measure
 
-Place = tuple[PromptSet, str]
-
 _FREE_DECODING = Generation.operational | {"seed", "endpoint"}
-"""Settings of `generation` that may differ: how fast, which sample, and which model of which server."""
+"""Settings of `generation` that may differ: speed, the sample, and the server's model."""
 _TRAINING_PREFIXES = ("train", "held_out")
-"""A task's fields that say what is learned; a candidate may have learned something else."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One result and the rows behind it."""
-
-    directory: Path
-    result: Result
-    rows: Mapping[Place, Evidence]
+"""Prefixes of a task's fields about training; a candidate may be trained on something else."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One model, or one recipe under several seeds."""
+    """The results of one model, or of one recipe under several seeds."""
 
     role: str
     """`baseline` or `candidate`."""
     directories: tuple[Path, ...]
-    runs: tuple[Run, ...]
-    """In order of the seed."""
+    """Directories as the user named them."""
+    runs: tuple[StoredResult, ...]
+    """The results in order of the seed."""
 
     @property
     def judges(self) -> list[str]:
-        """Names of the judges that all runs have, the primary one first."""
+        """Names of the judges that all results have, the primary judge first."""
         names = [[reading.judge for reading in run.result.judges] for run in self.runs]
         return [name for name in names[0] if all(name in other for other in names)]
 
 
 def read_side(role: str, directories: Sequence[Path], arm: str | None = None) -> Side:
-    """The runs below directories that `run`, `evaluate`, `judge` or `bench` wrote.
+    """Read one side's results below output directories of `run`, `evaluate`, `judge` or `bench`.
 
     Args:
-        role: how errors call it, "baseline" or "candidate".
-        directories: one, or several that differ in the seed.
-        arm: which arm, where there are several.
+        role: "baseline" or "candidate", for error messages.
+        directories: one directory, or several that differ in the seed.
+        arm: label of the arm, required where the directories hold several arms.
 
     Raises:
-        StayalignedError: if there is no run or more than one arm, if a seed stands there twice, or a file is not what
-            the result was made of.
+        StayalignedError: if there is no result, more than one arm, a duplicate seed, or a file that was edited.
     """
-    found = [(path, read_result(path)) for directory in directories for path in result_files(directory)]
-    arms = list(dict.fromkeys(result.arm for _, result in found))
+    found = read_results(directories)
+    arms = list(dict.fromkeys(one.result.arm for one in found))
     if arm is None and len(arms) > 1:
         raise StayalignedError(
             f"{role}: {len(arms)} arms: {', '.join(map(repr, arms[:12]))}", hint=f"Choose one with --{role}-arm."
         )
-    chosen = [(path, result) for path, result in found if arm is None or result.arm == arm]
+    chosen = sorted((one for one in found if arm in (None, one.result.arm)), key=lambda one: one.result.seed)
     if not chosen:
         raise StayalignedError(f"{role}: no arm {arm!r}", hint=f"There are: {', '.join(map(repr, arms[:12]))}.")
-    seeds = [result.seed for _, result in chosen]
-    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
-    if twice:
-        raise StayalignedError(
-            f"{role}: seed {twice[0]} stands there twice",
-            hint="Give one run per seed; `evaluate --seed N` numbers them.",
-        )
-    runs = [_read_run(path, result) for path, result in sorted(chosen, key=lambda item: item[1].seed)]
-    return Side(role, tuple(directories), tuple(runs))
+    for one, other in itertools.pairwise(chosen):
+        if one.result.seed == other.result.seed:
+            raise StayalignedError(
+                f"{role}: seed {one.result.seed} appears twice, in {one.directory} and {other.directory}",
+                hint="Pass each seed once; `evaluate --seed N` sets it.",
+            )
+    for one in chosen:
+        _ = one.rows  # reads and checks the evidence
+    return Side(role, tuple(directories), tuple(chosen))
 
 
-def _read_run(path: Path, result: Result) -> Run:
-    rows = read_evidence(path.parent, result)
-    by_place: dict[Place, Evidence] = {(row.prompt_set, row.id): row for row in rows}
-    if len(by_place) != len(rows):
-        raise StayalignedError(
-            f"{path.parent}: {len(rows) - len(by_place)} prompts share an id with another",
-            hint="Each prompt of a set needs an id of its own, or it can't be paired.",
-        )
-    return Run(path.parent, result, by_place)
-
-
-def pair_runs(baseline: Side, candidate: Side) -> list[tuple[Run, Run]]:
-    """The runs that belong together: by seed, or the only one of each side.
+def pair_runs(baseline: Side, candidate: Side) -> list[tuple[StoredResult, StoredResult]]:
+    """Pair the results of two sides: by seed, or the only result of each side.
 
     Raises:
         StayalignedError: if the sides have different seeds.
@@ -101,69 +79,78 @@ def pair_runs(baseline: Side, candidate: Side) -> list[tuple[Run, Run]]:
     if len(baseline.runs) == len(candidate.runs) == 1:
         return [(baseline.runs[0], candidate.runs[0])]
     ours, theirs = ({run.result.seed: run for run in side.runs} for side in (baseline, candidate))
-    lonely = sorted(ours.keys() ^ theirs.keys())
-    if lonely:
-        which = baseline.role if lonely[0] in ours else candidate.role
+    unpaired = sorted(ours.keys() ^ theirs.keys())
+    if unpaired:
+        which = baseline.role if unpaired[0] in ours else candidate.role
         raise StayalignedError(
-            f"seed {lonely[0]} is there for the {which} only",
-            hint="Several runs are paired by seed: give both the same.",
+            f"seed {unpaired[0]}: only the {which} has a result",
+            hint="Several results are paired by seed: pass the same seeds for both sides.",
         )
     return [(ours[seed], theirs[seed]) for seed in sorted(ours)]
 
 
-def refuse_incomparable(pairs: Sequence[tuple[Run, Run]], measures: Sequence[Measure], judges: Sequence[str]) -> None:
-    """Raise StayalignedError where the two sides differ in anything but model, adapter, training, defenses and seed.
+def refuse_incomparable(
+    pairs: Sequence[tuple[StoredResult, StoredResult]], measures: Sequence[Measure], judges: Sequence[str]
+) -> None:
+    """Refuse two sides that differ in anything but model, adapter, training, defenses and seed.
 
     Args:
-        pairs: baseline's and candidate's runs.
+        pairs: results of the baseline and of the candidate.
         measures: what is compared.
-        judges: whose verdicts count.
+        judges: names of the judges whose verdicts count.
+
+    Raises:
+        StayalignedError: with the first difference, or if a result does not state a judge's identity.
     """
     for ours, theirs in pairs:
-        _refuse_other_settings(ours, theirs, measures, judges)
+        for name in judges:
+            _refuse_other_judge(ours, theirs, name)
+        _refuse_other_settings(ours, theirs, measures)
         _refuse_other_prompts(ours, theirs, {name for measure in measures for name in measure.prompt_sets})
 
 
-def _refuse_other_settings(ours: Run, theirs: Run, measures: Sequence[Measure], judges: Sequence[str]) -> None:
-    for name, left, right in _settings(ours, theirs, measures, judges):
+def _refuse_other_judge(ours: StoredResult, theirs: StoredResult, name: str) -> None:
+    left, right = _identity(ours, name), _identity(theirs, name)
+    differences = left.differences(right)
+    if differences:
+        raise StayalignedError(
+            f"{ours.directory} and {theirs.directory} differ in judge {name!r}: {', '.join(differences)}",
+            hint="Judge one of them again with the judge of the other: `stayaligned judge`.",
+        )
+
+
+def _identity(run: StoredResult, name: str) -> JudgeIdentity:
+    identity = next(reading.identity for reading in run.result.judges if reading.judge == name)
+    if identity is None:
+        raise StayalignedError(
+            f"{run.directory}: does not state the identity of judge {name!r}, so its verdicts can't be compared",
+            hint="Judge the completions again: `stayaligned judge`.",
+        )
+    return identity
+
+
+def _refuse_other_settings(ours: StoredResult, theirs: StoredResult, measures: Sequence[Measure]) -> None:
+    for name, left, right in _settings(ours.result, theirs.result, measures):
         if left != right:
             raise StayalignedError(
-                f"{ours.directory} and {theirs.directory} differ in {name}: {_short(left)} and {_short(right)}",
-                hint="Only model, adapter, training, defenses and seed may differ; rerun one as the other was run.",
+                f"{ours.directory} and {theirs.directory} differ in {name}: {_shorten(left)} and {_shorten(right)}",
+                hint="Only model, adapter, training, defenses and seed may differ; rerun one side.",
             )
 
 
-def _settings(
-    ours: Run, theirs: Run, measures: Sequence[Measure], judges: Sequence[str]
-) -> Iterable[tuple[str, object, object]]:
-    """Name, and value on both sides, of what must be equal."""
-    one, two = ours.result, theirs.result
+def _settings(one: Result, two: Result, measures: Sequence[Measure]) -> Iterable[tuple[str, object, object]]:
+    """Yield the name and both sides' value of everything that must be equal, apart from judges and prompts."""
     yield "the chat template (hash)", one.provenance.template_hash, two.provenance.template_hash
     yield "the decoding settings", _decoding(one), _decoding(two)
-    for name in judges:
-        yield f"judge {name!r}", _judge(one, name), _judge(two, name)
     for measure in measures:
         if measure.name in ("utility", "skills"):
             key = "task" if measure.name == "utility" else "skills"
-            yield f"{key!r}, which scores the answers", _task(one, key), _task(two, key)
+            yield f"{key!r}, which scores the completions", _task(one, key), _task(two, key)
 
 
 def _decoding(result: Result) -> dict[str, Any]:
     settings = result.experiment.get("generation") or {}
     return {key: value for key, value in settings.items() if key not in _FREE_DECODING}
-
-
-def _judge(result: Result, name: str) -> object:
-    """The judge's settings with its files replaced by what they hold."""
-    index = [reading.judge for reading in result.judges].index(name)
-    specs = result.experiment.get("judges") or []
-    if index >= len(specs):
-        return None
-    spec = specs[index]
-    known = str(spec.get("name")) in JUDGES.names()
-    operational = JUDGES.get(str(spec["name"])).operational if known else frozenset[str]()
-    kept = {key: value for key, value in spec.items() if key not in operational}
-    return _identified(kept, f"judges.{index}", result.provenance.inputs)
 
 
 def _task(result: Result, key: str) -> object:
@@ -173,7 +160,7 @@ def _task(result: Result, key: str) -> object:
 
 
 def _identified(value: Any, place: str, inputs: Mapping[str, str]) -> Any:
-    """`value` with each input in it replaced by its fingerprint, so that a moved file is the same file."""
+    """Replace each input in a nested value by its fingerprint, so that a file may be moved."""
     if isinstance(value, dict):
         return {key: _identified(item, f"{place}.{key}", inputs) for key, item in value.items()}
     if isinstance(value, list):
@@ -181,27 +168,27 @@ def _identified(value: Any, place: str, inputs: Mapping[str, str]) -> Any:
     return inputs.get(place, value)
 
 
-def _refuse_other_prompts(ours: Run, theirs: Run, prompt_sets: set[PromptSet]) -> None:
+def _refuse_other_prompts(ours: StoredResult, theirs: StoredResult, prompt_sets: set[PromptSet]) -> None:
     left, right = (
         {place: row.prompt for place, row in run.rows.items() if place[0] in prompt_sets} for run in (ours, theirs)
     )
-    other = sorted(place for place in left.keys() & right.keys() if left[place] != right[place])
-    if other:
+    changed = sorted(place for place in left.keys() & right.keys() if left[place] != right[place])
+    if changed:
         raise StayalignedError(
-            f"{ours.directory} and {theirs.directory}: {len(other)} prompts have the same id and another text, "
-            f"the first is {other[0][1]!r} ({other[0][0]})",
-            hint="Evaluate both on the same files of prompts.",
+            f"{ours.directory} and {theirs.directory}: {len(changed)} prompts have the same id but different text, "
+            f"the first is {changed[0][1]!r} ({changed[0][0]})",
+            hint="Evaluate both on the same prompt files.",
         )
-    lonely = sorted(left.keys() ^ right.keys())
-    if lonely:
-        where = ours if lonely[0] in left else theirs
+    unpaired = sorted(left.keys() ^ right.keys())
+    if unpaired:
+        where = ours if unpaired[0] in left else theirs
         raise StayalignedError(
-            f"{ours.directory} and {theirs.directory}: {len(lonely)} prompts are there for one of the two only, the "
-            f"first is {lonely[0][1]!r} ({lonely[0][0]}), in {where.directory}",
-            hint="Evaluate both on the same files of prompts, with the same `limit`.",
+            f"{ours.directory} and {theirs.directory}: {len(unpaired)} prompts are in only one of the two, the "
+            f"first is {unpaired[0][1]!r} ({unpaired[0][0]}), in {where.directory}",
+            hint="Evaluate both on the same prompt files, with the same `limit`.",
         )
 
 
-def _short(value: object) -> str:
+def _shorten(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str) if not isinstance(value, str) else value
     return (text if len(text) <= 160 else text[:159] + "…") or "none"

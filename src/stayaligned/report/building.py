@@ -14,7 +14,7 @@ from typing import Any
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Metric, PromptSet
 from stayaligned.evaluation.metrics import across_seeds, exact_interval
-from stayaligned.evaluation.results import Evidence, JudgeReading, Result
+from stayaligned.evaluation.results import Evidence, JudgeReading, Result, result_rows
 from stayaligned.report.background import collect_facts, collect_notes, collect_prompts, collect_times
 from stayaligned.report.comparing import ROUNDING, compare
 from stayaligned.report.texts import join_names
@@ -102,6 +102,7 @@ def build_report(
             for run in runs
             for row in (evidence or {}).get(run.id, ())
         ),
+        rows=tuple(result_rows(results)),
     )
 
 

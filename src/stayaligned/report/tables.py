@@ -7,6 +7,7 @@ import io
 from typing import TYPE_CHECKING
 
 from stayaligned.core.text import one_line
+from stayaligned.evaluation.results import RESULT_COLUMNS
 from stayaligned.report.texts import csv_cell, percent, unscored_count
 from stayaligned.report.values import Arm, Estimate, Report
 
@@ -25,22 +26,6 @@ _SHORT_TITLES = {
 
 _OMITTED_WITH_DEGENERATION = ("refusal_rate", "other_rate")
 """Metrics omitted from the terminal table if it has degeneration, so that it fits 80 columns."""
-
-_CSV_COLUMNS = (
-    "arm",
-    "seed",
-    "metric",
-    "judge",
-    "primary_judge",
-    "value",
-    "low",
-    "high",
-    "n",
-    "n_unscored",
-    "scale_low",
-    "scale_high",
-    "higher_is_better",
-)
 
 
 def terminal_table(report: Report) -> Table:
@@ -117,27 +102,15 @@ def _caption(report: Report) -> str:
 
 
 def csv_text(report: Report) -> str:
-    """Render one CSV row per arm, seed, metric and judge; cells of unscored values are empty."""
+    """Render the rows of the report, which are those of `load_results`, as CSV; cells without a value are empty."""
     stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(_CSV_COLUMNS)
-    better = {kind.name: kind.higher_is_better for kind in report.metrics}
-    for arm in report.arms:
-        for estimate in (*arm.estimates.values(), *arm.other_judges):
-            primary = estimate not in arm.other_judges
-            for seed, metric in estimate.by_seed.items():
-                writer.writerow(
-                    (
-                        csv_cell(arm.name),
-                        seed,
-                        csv_cell(metric.name),
-                        csv_cell(estimate.judge),
-                        int(primary) if estimate.judge else "",
-                        *("" if x is None else repr(x) for x in (metric.value, metric.low, metric.high)),
-                        metric.n,
-                        metric.n_unscored,
-                        *metric.scale,
-                        int(better.get(metric.name, metric.higher_is_better)),
-                    )
-                )
+    writer = csv.DictWriter(stream, [*RESULT_COLUMNS], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _csv_value(value) for name, value in row.items()} for row in report.rows)
     return stream.getvalue()
+
+
+def _csv_value(value: object) -> object:
+    if isinstance(value, str):
+        return csv_cell(value)
+    return "" if value is None else int(value) if isinstance(value, bool) else value

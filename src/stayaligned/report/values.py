@@ -315,6 +315,8 @@ class Report:
     times: tuple[StageTime, ...]
     evidence_rows: tuple[EvidenceRow, ...]
     """The evidence that was given, in the order of arms, seeds and prompts."""
+    rows: tuple[dict[str, object], ...]
+    """Every measured value: the rows of `results.csv` (see `stayaligned.load_results`)."""
 
     def arm(self, name: str) -> Arm:
         """Return the arm called `name`, which must exist."""

@@ -7,9 +7,8 @@ import pytest
 
 from stayaligned.core.records import Completion, read_jsonl
 from stayaligned.experiments.config.experiment import Experiment
-from stayaligned.experiments.pipeline import Run
+from stayaligned.experiments.plan import plan_experiment
 from stayaligned.experiments.run import run_experiment
-from stayaligned.experiments.stages.store import Store
 from support.world import experiment, write_rows
 
 
@@ -46,7 +45,7 @@ def test_completions_depend_on_the_sets_settings_and_its_files_content(world: Pa
 
     def key(**settings: Any) -> str:
         prompts = {"name": "hex_phi", "source": str(folder), **settings}
-        return Run(evaluated(world, harmful_prompts=prompts), Store(tmp_path)).generate_key
+        return plan_experiment(evaluated(world, harmful_prompts=prompts)).generate
 
     before = key()
     assert key() == before
@@ -63,7 +62,7 @@ def test_a_folders_bare_name_counts_by_its_content(
 
     def keys() -> list[str]:
         given = ("questions", {"name": "advbench", "source": "questions"})
-        return [Run(evaluated(world, harmful_prompts=p), Store(tmp_path)).generate_key for p in given]
+        return [plan_experiment(evaluated(world, harmful_prompts=p)).generate for p in given]
 
     Path("questions/a.csv").write_text("prompt\nzorb\n")
     before = keys()

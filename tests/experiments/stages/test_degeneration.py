@@ -79,11 +79,10 @@ def test_perplexity_is_measured_under_the_aligned_model_and_counts(world: Path, 
 
 
 def test_the_stage_depends_on_the_settings_and_on_the_model_only_with_perplexity(world: Path, tmp_path: Path) -> None:
-    from stayaligned.experiments.pipeline import Run
-    from stayaligned.experiments.stages.store import Store
+    from stayaligned.experiments.plan import plan_experiment
 
     def key(**settings: Any) -> str:
-        return Run(Experiment.model_validate(experiment(world, **settings)), Store(tmp_path)).degeneration_key
+        return plan_experiment(Experiment.model_validate(experiment(world, **settings))).degeneration
 
     assert key() == key(degeneration={})
     assert len({key(), key(degeneration={"min_characters": 41}), key(degeneration={"perplexity": 5.0})}) == 3

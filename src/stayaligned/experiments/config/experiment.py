@@ -19,7 +19,6 @@ from pydantic import (
 
 from stayaligned.attacks import ATTACKS, Attack
 from stayaligned.core.component import Component, Registry
-from stayaligned.core.progress import Progress
 from stayaligned.core.settings import Generation, LmEval, Watch
 from stayaligned.data.prompts import PROMPTS, Prompts, parse_prompts
 from stayaligned.data.tasks import TASKS, Task
@@ -27,7 +26,7 @@ from stayaligned.defenses import DEFENSES, PatchDefense, TrainingDefense
 from stayaligned.evaluation.degeneration import Degeneration
 from stayaligned.evaluation.judges import JUDGES, Judge
 from stayaligned.experiments.config.host_settings import Host
-from stayaligned.experiments.config.validation import parse, refuse_unknown_settings, resolve_references
+from stayaligned.experiments.config.validation import parse, refuse_unknown_settings
 from stayaligned.experiments.config.yaml_file import load_yaml
 
 
@@ -174,10 +173,6 @@ class Experiment(BaseModel):
             yield "watch: measures while a model trains, but this experiment trains none"
         if not (self.task or self.harmful_prompts or self.benign_prompts or self.skills or self.lm_eval):
             yield "nothing to measure: name a `task`, `harmful_prompts`, `benign_prompts`, `skills` or `lm_eval`"
-
-    def resolved(self, *, progress: Progress | None = None) -> Experiment:
-        """The same experiment with every `testbed:` reference replaced by its path, built if it is not there yet."""
-        return Experiment.model_validate(resolve_references(self.spec(), self.seed, progress))
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:

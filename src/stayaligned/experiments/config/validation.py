@@ -12,9 +12,9 @@ from pydantic import (
 )
 
 from stayaligned import testbed
-from stayaligned.core.component import Component, ComponentError, Registry
+from stayaligned.core.component import ComponentError, ComponentT, Registry
 from stayaligned.core.errors import StayalignedError, did_you_mean
-from stayaligned.core.progress import Progress
+from stayaligned.core.progress import Progress, silent
 from stayaligned.experiments.config.host_settings import Host, setting_names
 from stayaligned.experiments.stages.keys import input_path, split_options
 
@@ -29,17 +29,34 @@ _OWN_TRAINING_SETTINGS = {
 
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+ValueT = TypeVar("ValueT")
 
 
-ComponentT = TypeVar("ComponentT", bound=Component)
+def resolve_references(value: ValueT, seed: int, progress: Progress = silent) -> ValueT:
+    """Return a nested value with each `testbed:` reference in it replaced by its path.
+
+    Settings, mappings and lists are copied where something in them changes; nothing is validated again.
+
+    Args:
+        value: settings, or any part of them.
+        seed: seed of the testbed, which is built if it is missing.
+        progress: called while the testbed is built.
+    """
+    return _resolve(value, seed, progress)
 
 
-def resolve_references(value: Any, seed: int, progress: Progress | None = None) -> Any:
-    """A nested value with each `testbed:` reference replaced by its path in the testbed of `seed`."""
+def _resolve(value: Any, seed: int, progress: Progress) -> Any:
+    if isinstance(value, BaseModel):
+        fields = {name: getattr(value, name) for name in type(value).model_fields}
+        resolved = {name: _resolve(field, seed, progress) for name, field in fields.items()}
+        changed = {name: field for name, field in resolved.items() if field is not fields[name]}
+        return value.model_copy(update=changed) if changed else value
     if isinstance(value, dict):
-        return {key: resolve_references(item, seed, progress) for key, item in value.items()}
-    if isinstance(value, list):
-        return [resolve_references(item, seed, progress) for item in value]
+        resolved = {key: _resolve(item, seed, progress) for key, item in value.items()}
+        return value if resolved == value else resolved
+    if isinstance(value, list | tuple):
+        resolved = type(value)(_resolve(item, seed, progress) for item in value)
+        return value if resolved == value else resolved
     if isinstance(value, str) and testbed.is_reference(value):
         place, options = split_options(value)
         return f"{testbed.resolve(place, seed, progress=progress)}{options}"

@@ -1,56 +1,70 @@
-"""The stage of a judge's verdicts."""
+"""A judge's verdicts: `verdicts.jsonl`."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from stayaligned.core.progress import Progress, silent
 from stayaligned.core.records import Completion, Verdict, read_jsonl, write_jsonl
 from stayaligned.evaluation.judges import Judge
-from stayaligned.evaluation.measure import JUDGED, refuse_unscored
+from stayaligned.evaluation.measure import JUDGED, Judged, judge_names, refuse_unscored
 from stayaligned.evaluation.verdicts import LEDGER_FILE, Ledger, judge_completions
-from stayaligned.experiments.stages.keys import stage_key
+from stayaligned.experiments.config.validation import resolve_references
+from stayaligned.experiments.stages.keys import identify_judge, judge_key
 from stayaligned.experiments.stages.store import Store
 
 
-def stored_verdicts(
-    store: Store,
-    key: str,
-    judge: Judge,
-    name: str,
-    completions: Callable[[], Sequence[Completion]],
-    *,
-    seed: int,
-    max_unscored: float,
-    around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
-    progress: Progress = silent,
-    announce: Callable[[str], None] = lambda _text: None,
-) -> list[Verdict]:
-    """The verdicts of the stage `judge-KEY`, made of the judged ones among `completions` if it is not there.
+@dataclass(frozen=True)
+class Judging:
+    """How judges are run and how they report."""
 
-    A stage stands only with few enough unscored: a rerun asks again about what could not be scored, and about
-    nothing else.
+    store: Store
+    seed: int
+    """Seed whose testbed the judges' `testbed:` references mean."""
+    max_unscored: float
+    """Largest share of unscored verdicts with which a stage is complete."""
+    host_libraries: Callable[[], contextlib.AbstractContextManager[None]]
+    """Entered around a judge that runs a model in this process."""
+    progress: Progress = silent
+    announce: Callable[[str], None] = lambda _text: None
+
+
+def judge_all(judging: Judging, judges: Sequence[Judge], completions: Sequence[Completion]) -> list[Judged]:
+    """Return every judge's verdicts on the completions of harmful and benign prompts.
+
+    A stage is complete only with few enough unscored verdicts: a rerun judges again what was unscored, and nothing
+    else.
 
     Raises:
-        StayalignedError: as `judge_completions`, or if more than `max_unscored` of the verdicts are unscored.
+        StayalignedError: as `judge_completions`, or if more than `max_unscored` of a judge's verdicts are unscored.
     """
+    read = [completion for completion in completions if completion.prompt_set in JUDGED]
+    return [_judge(judging, judge, name, read) for judge, name in judge_names(judges).items()]
+
+
+def _judge(judging: Judging, judge: Judge, name: str, completions: Sequence[Completion]) -> Judged:
+    store, title = judging.store, f"judge {name}"
+    identity = identify_judge(judge, judging.seed)
 
     def fill(directory: Path) -> None:
-        progress(f"judge {name}", 0.0)
-        with around(), Ledger.open(store.root / LEDGER_FILE) as ledger:
-            found = judge_completions(
-                judge,
-                [c for c in completions() if c.prompt_set in JUDGED],
+        judging.progress(title, 0.0)
+        around = judging.host_libraries() if judge.uses_torch else contextlib.nullcontext()
+        with around, Ledger.open(store.root / LEDGER_FILE) as ledger:
+            verdicts = judge_completions(
+                resolve_references(judge, judging.seed),
+                completions,
                 ledger,
-                identity=stage_key(("verdict", judge.identity()), seed),
-                progress=lambda share: progress(f"judge {name}", share),
-                announce=lambda forecast: announce(f"judge {name}: {forecast}"),
+                identity=identity,
+                progress=lambda share: judging.progress(title, share),
+                announce=lambda forecast: judging.announce(f"{title}: {forecast}"),
             )
-        refuse_unscored(name, found, max_unscored)
-        write_jsonl(directory / "verdicts.jsonl", found)
+        refuse_unscored(name, verdicts, judging.max_unscored)
+        write_jsonl(directory / "verdicts.jsonl", verdicts)
 
-    verdicts = read_jsonl(store.compute("judge", key, fill) / "verdicts.jsonl", Verdict)
-    refuse_unscored(name, verdicts, max_unscored)
-    return verdicts
+    stage = store.compute("judge", judge_key(identity, completions), fill)
+    verdicts = read_jsonl(stage / "verdicts.jsonl", Verdict)
+    refuse_unscored(name, verdicts, judging.max_unscored)
+    return Judged(judge=judge, name=name, identity=identity, verdicts=tuple(verdicts), stage=stage)

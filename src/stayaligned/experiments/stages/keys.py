@@ -1,38 +1,86 @@
-"""The key of a stage: the hash of everything that it depends on."""
+"""Keys of stages and identities of judges: hashes of everything that a stored number depends on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from stayaligned import testbed
+from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import fingerprint
+from stayaligned.core.records import Completion
+from stayaligned.evaluation import judges
+from stayaligned.evaluation.judges import Judge
+from stayaligned.evaluation.results import JudgeIdentity
+from stayaligned.evaluation.verdicts import verdict_key
 
-# Raised when a stage's files change their meaning; old ones are then computed again.
-_STAGE_VERSION = 1
+STAGE_VERSION = 2
+"""Version of the files in a stage; raise it when their meaning changes."""
 
-
-# Settings whose value may be a folder's bare name.
 _PATH_SETTINGS = frozenset(
     {"model", "base_model", "adapter", "source", "harmful_prompts", "benign_prompts", "include_path"}
 )
-
+"""Settings whose value may be the bare name of a folder."""
 
 _LONGEST_PATH = 1024
 
 
 def stage_key(parts: Sequence[object], seed: int) -> str:
-    """The hash of everything that a stage depends on: settings, the content of input files, the keys before it."""
-    content = json.dumps([_STAGE_VERSION, identify(list(parts), seed)], sort_keys=True)
+    """Hash everything that a stage depends on: settings, the content of input files, the keys of earlier stages."""
+    content = json.dumps([STAGE_VERSION, identify(list(parts), seed)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def judge_key(identity: JudgeIdentity, judged: Iterable[Completion]) -> str:
+    """Return the key of a judge's stage: `verdict_key` of all completions that the judge reads."""
+    rows = "".join(completion.model_dump_json() + "\n" for completion in judged)
+    return verdict_key(identity, f"{STAGE_VERSION}\n{rows}")
+
+
+def identify_judge(judge: Judge, seed: int) -> JudgeIdentity:
+    """Return what a judge's verdicts depend on.
+
+    Args:
+        judge: the judge, with `testbed:` references as written.
+        seed: the seed whose testbed such a reference means.
+    """
+    operational = {*judge.operational, "name", "version"}
+    settings = {key: value for key, value in judge.identity().items() if key not in operational}
+    return JudgeIdentity(
+        name=judge.name,
+        version=judge.version,
+        settings=identify(settings, seed),
+        source=_source_hash(type(judge)),
+    )
+
+
+@cache
+def _source_hash(judge: type[Judge]) -> str:
+    """Hash the files of a judge's class and of those base classes that are part of a judge, the contract aside."""
+    digest = hashlib.sha256()
+    for module in dict.fromkeys(base.__module__ for base in judge.__mro__ if _is_part_of_a_judge(base)):
+        source = getattr(sys.modules.get(module), "__file__", None)
+        if source is None:
+            raise StayalignedError(
+                f"judge {judge.name!r}: the source file of {judge.__qualname__} can't be found",
+                hint="Define the judge in a .py file and load it with --plugin: its verdicts are stored by its source.",
+            )
+        digest.update(hashlib.sha256(Path(source).read_bytes()).digest())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _is_part_of_a_judge(base: type) -> bool:
+    contract = judges.__name__
+    return base.__module__.startswith(f"{contract}.") or (issubclass(base, Judge) and base.__module__ != contract)
+
+
 def input_path(name: str, value: str) -> Path | None:
-    """The local path that a setting's value means, if it means one: by the setting's name, or by its look."""
+    """Return the local path that a setting's value means, by the setting's name or by its form; None if it is none."""
     place, _ = split_options(value)
     looks = place.startswith(("./", "../", "/", "~/")) or place.endswith((".jsonl", ".json", ".csv", ".jinja"))
     if len(place) > _LONGEST_PATH or "\n" in place or not (looks or name in _PATH_SETTINGS):
@@ -40,19 +88,8 @@ def input_path(name: str, value: str) -> Path | None:
     return Path(place).expanduser()
 
 
-def _fingerprint(path: Path) -> str:
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    stats = [(str(file), file.stat()) for file in files]
-    return _cached_fingerprint(path, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
-
-
-@cache
-def _cached_fingerprint(path: Path, _state: tuple[tuple[str, int, int], ...]) -> str:
-    return f"sha256:{fingerprint(path)}"
-
-
 def identify(value: Any, seed: int, name: str = "") -> Any:
-    """`value` with each input file, checkpoint and testbed entry in it replaced by what identifies its content."""
+    """Replace each input file, checkpoint and testbed entry in a nested value by an identifier of its content."""
     if isinstance(value, Mapping):
         return {key: identify(item, seed, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -67,6 +104,17 @@ def identify(value: Any, seed: int, name: str = "") -> Any:
 
 
 def split_options(source: str) -> tuple[str, str]:
-    """A source's place and its options, `?where=…`, kept as they stand (see `stayaligned.data.sources`)."""
+    """Split a source into its place and its options, `?where=…` (see `stayaligned.data.sources`)."""
     place, mark, options = source.partition("?")
     return place, mark + options
+
+
+def _fingerprint(path: Path) -> str:
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    stats = [(str(file), file.stat()) for file in files]
+    return _cached_fingerprint(path, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+
+
+@cache
+def _cached_fingerprint(path: Path, _state: tuple[tuple[str, int, int], ...]) -> str:
+    return f"sha256:{fingerprint(path)}"

@@ -1,4 +1,4 @@
-"""The stages under one output directory: each a directory named by the hash of everything it depends on."""
+"""The stages in an output directory: each is a directory named by the hash of everything that it depends on."""
 
 from __future__ import annotations
 
@@ -17,27 +17,67 @@ from stayaligned.core.files import replace_directory, write_text
 
 StageName = Literal["data", "train", "patch", "generate", "degeneration", "judge", "lm_eval"]
 
+FORMAT_FILE = "format.json"
+DIRECTORY_FORMAT = 2
+"""Version of an output directory's layout; raise it when files in it change their meaning or their names."""
+
 
 class Store:
-    """The stages under one output directory."""
+    """The stages in one output directory."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def directory(self, stage: StageName, key: str) -> Path:
-        """Where a stage is, or will be."""
+        """Return the directory of a stage, whether or not it is complete."""
         return self.root / "stages" / f"{stage}-{key[:20]}"
+
+    def scratch(self, stage: StageName, key: str, kind: str) -> Path:
+        """Return the path of what an unfinished stage stores to resume from: beside the stage, the same in a rerun."""
+        return self.root / "stages" / f".{stage}-{key[:20]}.{kind}"
+
+    def refuse_foreign(self, own_file: str) -> None:
+        """Refuse an output directory that another command, another program or another version wrote.
+
+        Args:
+            own_file: the name of the file by which the command marks its output directory.
+
+        Raises:
+            StayalignedError: if the root is a file, a directory without `own_file` that is not empty, or a directory
+                in another version's format.
+        """
+        out = self.root
+        if out.exists() and not out.is_dir():
+            raise StayalignedError(f"{out}: is a file, expected a directory", hint="Choose another --out.")
+        own = (".lock", "stages", FORMAT_FILE)
+        foreign = [p for p in out.iterdir() if p.name not in own or any(p.glob("[!.]*"))] if out.is_dir() else []
+        if not foreign:
+            return
+        if not (out / own_file).exists():
+            raise StayalignedError(
+                f"{out}: holds files that this command did not write (there is no {own_file})",
+                hint="Choose a new or empty directory for --out.",
+            )
+        found = _read_format(out / FORMAT_FILE)
+        if found != DIRECTORY_FORMAT:
+            raise StayalignedError(
+                f"{out}: written by another version of stayaligned (format {found}, this version uses "
+                f"{DIRECTORY_FORMAT}); it can't be continued",
+                hint="Use another --out, or remove the directory and rerun.",
+            )
 
     @contextlib.contextmanager
     def locked(self) -> Generator[None]:
-        """Hold the output directory for this process, and clear what a killed one left half-written.
+        """Lock the output directory for this process, and remove what a killed process left unfinished.
 
         Raises:
-            StayalignedError: if another process holds it.
+            StayalignedError: if another process has locked it.
         """
         stages = self.root / "stages"
         with exclusive(self.root):
             stages.mkdir(exist_ok=True)
+            if not (self.root / FORMAT_FILE).exists():
+                write_text(self.root / FORMAT_FILE, json.dumps({"format_version": DIRECTORY_FORMAT}) + "\n")
             for leftover in stages.glob(".*.partial"):
                 shutil.rmtree(leftover, ignore_errors=True)
             for leftover in self.root.glob(".*.partial"):
@@ -46,7 +86,14 @@ class Store:
             yield
 
     def compute(self, stage: StageName, key: str, fill: Callable[[Path], Mapping[str, Any] | None]) -> Path:
-        """The stage's directory; `fill` writes it if it is not there. What `fill` returns goes into stage.json."""
+        """Return the directory of a stage, computing the stage if it is missing.
+
+        Args:
+            stage: the kind of stage.
+            key: the hash of everything that the stage depends on.
+            fill: writes the stage's files into the directory that it is given; the mapping that it returns goes into
+                `stage.json`.
+        """
         directory = self.directory(stage, key)
         if directory.exists():
             return directory
@@ -61,10 +108,10 @@ class Store:
 
 @contextlib.contextmanager
 def exclusive(directory: Path) -> Generator[None]:
-    """Hold a directory, made if it is not there, for this process.
+    """Lock a directory for this process, creating it if it does not exist.
 
     Raises:
-        StayalignedError: if another process holds it.
+        StayalignedError: if another process has locked it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory / ".lock", timeout=0)
@@ -80,19 +127,11 @@ def exclusive(directory: Path) -> Generator[None]:
         lock.release()
 
 
-def refuse_foreign(out: Path, own_file: str) -> None:
-    """Refuse an output directory that holds something else than what `own_file` marks.
-
-    Raises:
-        StayalignedError: if `out` is a file, or not empty and without `own_file`.
-    """
-    if out.exists() and not out.is_dir():
-        raise StayalignedError(f"{out}: is a file, expected a directory", hint="Choose another --out.")
-    foreign = (
-        [p for p in out.iterdir() if p.name not in (".lock", "stages") or any(p.glob("[!.]*"))] if out.is_dir() else []
-    )
-    if foreign and not (out / own_file).exists():
-        raise StayalignedError(
-            f"{out}: holds files that this command did not write (there is no {own_file})",
-            hint="Choose a new or empty directory for --out.",
-        )
+def _read_format(path: Path) -> object:
+    """Return the version in a format file; 1 if there is none, since earlier versions wrote none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["format_version"]
+    except FileNotFoundError:
+        return 1
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unknown"

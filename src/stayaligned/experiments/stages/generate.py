@@ -1,0 +1,41 @@
+"""The completions of the final model: `completions.jsonl`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stayaligned.core.records import Completion, read_jsonl, write_jsonl
+from stayaligned.evaluation.answers import Ask, answer_all, ask_model, ask_server
+from stayaligned.experiments.stages.context import Context
+from stayaligned.experiments.stages.data import load_prompt_sets
+from stayaligned.experiments.stages.patch import load_final_model
+
+COMPLETIONS_FILE = "completions.jsonl"
+
+
+def generate(context: Context) -> list[Completion]:
+    """Return the final model's completion of every prompt."""
+    key = context.plan.generate
+    # Completions are stored one by one beside the stage, so that a killed run generates only the missing ones.
+    journal = context.store.scratch("generate", key, "answers")
+
+    def fill(directory: Path) -> Mapping[str, Any]:
+        settings = context.resolved.generation
+        if settings.endpoint is not None:
+            return write(directory, ask_server(settings, settings.endpoint), "server")
+        with context.host_libraries():
+            from stayaligned.hf.features import template_hash
+
+            model, tokenizer = load_final_model(context)
+            return write(directory, ask_model(model, tokenizer, settings), template_hash(tokenizer))
+
+    def write(directory: Path, ask: Ask, template: str) -> Mapping[str, Any]:
+        rows = answer_all(journal, load_prompt_sets(context), ask, context.progress)
+        write_jsonl(directory / COMPLETIONS_FILE, rows)
+        return {"template_hash": template, "completions": len(rows)}
+
+    stage = context.store.compute("generate", key, fill)
+    journal.unlink(missing_ok=True)  # after the stage is complete
+    return read_jsonl(stage / COMPLETIONS_FILE, Completion)

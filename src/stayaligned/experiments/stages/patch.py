@@ -1,0 +1,74 @@
+"""Patches of the fine-tuned adapter or model, and the final weights that they lead to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from stayaligned.core.errors import StayalignedError
+from stayaligned.defenses import ModelPair, PatchDefense
+from stayaligned.defenses.patching.directories import PROJECTION_FILE, patch_directory, read_projection
+from stayaligned.evaluation.results import PatchRecord
+from stayaligned.experiments.stages.context import Context
+from stayaligned.experiments.stages.train import train
+
+
+def make_weights(context: Context) -> Path | None:
+    """Return the adapter or model that is evaluated: trained or given, then patched; None for the model as it is."""
+    e, product = context.resolved, context.plan.product
+    trained = train(context)
+    weights = None if trained is None else trained / product
+    if e.adapter is not None:
+        weights = Path(e.adapter)
+    for patch, key in zip(e.patches, context.plan.patches, strict=True):
+        if weights is None:
+            raise StayalignedError(
+                f"patch {patch.name!r}: no adapter or fine-tuned model to patch",
+                hint="Set `training:` or name an `adapter:`.",
+            )
+        weights = _patch(context, patch, key, weights)
+    return weights
+
+
+def _patch(context: Context, patch: PatchDefense, key: str, source: Path) -> Path:
+    product = context.plan.product
+    pair = ModelPair(aligned=context.resolved.model, base=context.resolved.base_model)
+
+    def fill(directory: Path) -> None:
+        context.progress(f"patch {patch.name}", 0.0)
+        with context.host_libraries():
+            patch_directory(source, directory / product, patch, pair)
+
+    return context.store.compute("patch", key, fill) / product
+
+
+def read_patches(context: Context) -> tuple[PatchRecord, ...]:
+    """Return what each patch did to every layer."""
+    return tuple(
+        PatchRecord(
+            patch=patch.name,
+            settings=patch.spec(),
+            layers=read_projection(
+                context.store.directory("patch", key) / context.plan.product / PROJECTION_FILE
+            ).layers,
+        )
+        for patch, key in zip(context.experiment.patches, context.plan.patches, strict=True)
+    )
+
+
+def load_final_model(context: Context) -> tuple[Any, Any]:
+    """Load the model that is evaluated, and its tokenizer.
+
+    Raises:
+        StayalignedError: if the weights name another chat template than the tokenizer has (unless `other_template`).
+    """
+    from stayaligned.hf import models, templates
+
+    e, weights = context.resolved, make_weights(context)
+    whole = weights is not None and context.plan.product == "model"
+    tokenizer = models.load_tokenizer(e.model)
+    for place in () if e.other_template else (Path(e.model), weights):
+        if place is not None:
+            templates.refuse_other_template(place, tokenizer)
+    model = models.load_finetuned(weights if whole and weights else e.model, None if whole else weights)
+    return model, tokenizer
