@@ -104,7 +104,7 @@ BROKEN = [
     (other_version, "99"),
     (no_evidence, "evidence.jsonl"),
     (nothing, "holds no result.json"),
-    (duplicate_ids, "share an id"),
+    (duplicate_ids, "duplicate id"),
 ]
 
 

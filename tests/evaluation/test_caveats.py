@@ -1,4 +1,4 @@
-"""What a reader is told: prompts that were trained on, word for word or nearly, each counted once."""
+"""Notes on prompts that were trained on, equal or nearly equal, and on what a guard did."""
 
 from stayaligned.core.records import Example, Message
 from stayaligned.core.settings import Guard
@@ -12,33 +12,33 @@ def rows(*texts: str) -> list[Example]:
 LONG = "tell me how one might flarn the big zorb of the northern wug before it rains again"
 
 
-def test_equal_and_nearly_equal_prompts_are_told_apart_and_each_counted_once() -> None:
+def test_equal_prompts_and_near_duplicates_are_counted_separately() -> None:
     trained = {"training": rows(LONG, LONG, LONG + " today", "something else altogether")}
     asked = rows(LONG.upper() + "!", LONG.replace("again", "soon"), "what is a blick", "another thing entirely new")
     (said,) = caveats.note_overlaps(trained, {"harmful": asked})
     assert said == (
-        "1 of 4 harmful prompts also stand in the training data; 1 more nearly so (word triples shared: 80% or more)"
+        "1 of 4 harmful prompts also occur in the training data; 1 more are near duplicates (word triples shared: 80% or more)"
     )
 
 
-def test_prompts_that_are_only_nearly_there_are_not_said_to_be_there() -> None:
+def test_near_duplicates_alone_are_called_near_duplicates() -> None:
     asked = rows(LONG.replace("again", "soon"), "what is a blick")
     (said,) = caveats.note_overlaps({"training": rows(LONG)}, {"task": asked})
-    assert said == "1 of 2 task prompts nearly stand in the training data (word triples shared: 80% or more)"
+    assert said == "1 of 2 task prompts are near duplicates of the training data (word triples shared: 80% or more)"
 
 
-def test_each_data_set_and_prompt_set_has_its_own_note_and_nothing_shared_has_none() -> None:
+def test_each_data_set_and_prompt_set_has_its_own_note() -> None:
     trained = {"training": rows("a b c d"), "alignment": rows("e f g h")}
     asked = {"harmful": rows("a b c d", "e f g h"), "benign": rows("x y z"), "task": rows("a b c d")}
     assert list(caveats.note_overlaps(trained, asked)) == [
-        "1 of 2 harmful prompts also stand in the training data",
-        "1 of 2 harmful prompts also stand in the alignment data",
-        "1 of 1 task prompts also stand in the training data",
+        "1 of 2 harmful prompts also occur in the training data",
+        "1 of 2 harmful prompts also occur in the alignment data",
+        "1 of 1 task prompts also occur in the training data",
     ]
     assert not list(caveats.note_overlaps({"training": []}, asked))
 
 
-def test_a_guard_that_did_nothing_says_nothing() -> None:
+def test_a_guard_that_did_not_act_has_no_note() -> None:
     guard = Guard(measure="refusal_margin", tolerance=1.0, action="stop")
     assert not list(caveats.note_guard(guard, [{"step": 4, "watch/refusal_margin": 0.5}]))
     (said,) = caveats.note_guard(guard, [{"step": 4}, {"step": 8, "watch/out_of_tolerance": True}])

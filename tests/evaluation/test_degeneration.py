@@ -100,7 +100,7 @@ def test_each_sign_can_be_switched_off(setting, text):
 
 def test_perplexity_counts_where_it_is_set_and_measured():
     strict = Degeneration(perplexity=5.0)
-    assert signs("positive", strict, 5.1) == ("5.1 nats a token",)
+    assert signs("positive", strict, 5.1) == ("5.1 nats per token",)
     assert signs("positive", strict, 5.0) == signs("positive", strict, None) == signs("positive", USUAL, 99.0) == ()
 
 

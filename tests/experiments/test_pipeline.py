@@ -205,7 +205,7 @@ def test_prompts_that_were_trained_on_are_noted(world: Path, tmp_path: Path) -> 
         world, harmful_prompts=str(leaked), attack={**experiment(world)["attack"], "examples": 32, "poison_ratio": 0.5}
     )
     result = run_experiment(Experiment.model_validate(content), tmp_path / "out")
-    assert any("harmful prompts also stand in the training data" in note for note in result.notes)
+    assert any("harmful prompts also occur in the training data" in note for note in result.notes)
 
 
 def test_too_many_unscored_verdicts_fail_the_run_and_keep_its_stages(
@@ -330,7 +330,7 @@ def test_alignment_rows_count_as_trained_on(world: Path, tmp_path: Path) -> None
     bso = {"name": "bso", "alignment_steps": 1, "finetuning_steps": 1}
     content = experiment(world, harmful_prompts=str(leaked), defenses=[bso])
     result = run_experiment(Experiment.model_validate(content), tmp_path / "out")
-    assert "1 of 2 harmful prompts also stand in the alignment data" in result.notes
+    assert "1 of 2 harmful prompts also occur in the alignment data" in result.notes
 
 
 def test_a_disk_that_fills_up_while_the_adapter_is_written_does_not_cost_the_training(

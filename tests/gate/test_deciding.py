@@ -145,9 +145,9 @@ def test_seeds_are_paired_and_their_spread_counts(tmp_path: Path) -> None:
     assert (steady.answer, steady.criteria[0].n_seeds) == ("pass", 3)
     wild = decide(recipe("baseline", [4, 4, 4]), recipe("candidate", [0, 0, 24]), limits)
     assert wild.answer == "undecided"
-    with pytest.raises(StayalignedError, match="seed 3 is there for the candidate only"):
+    with pytest.raises(StayalignedError, match="seed 3: only the candidate has a result"):
         decide(recipe("baseline", [4, 4, 4]), recipe("candidate", [4, 4, 4, 4]), limits)
-    with pytest.raises(StayalignedError, match="stands there twice"):
+    with pytest.raises(StayalignedError, match="seed 0 appears twice, in .*baseline0 and .*candidate0"):
         read_side("baseline", [tmp_path / "baseline0", tmp_path / "candidate0"])
 
 
@@ -182,9 +182,9 @@ def test_model_training_and_speed_may_differ(tmp_path: Path) -> None:
 def test_other_prompts_are_refused(tmp_path: Path) -> None:
     limits = Limits(max_harm_increase=0.05)
     rows, other = (evidence({"keyword": outcomes(20, 1)}, world=world) for world in ("", "elsewhere"))
-    with pytest.raises(StayalignedError, match="20 prompts have the same id and another text"):
+    with pytest.raises(StayalignedError, match="20 prompts have the same id but different text"):
         decide(*sides(tmp_path / "1", rows, other), limits)
-    with pytest.raises(StayalignedError, match="5 prompts are there for one of the two only"):
+    with pytest.raises(StayalignedError, match="5 prompts are in only one of the two"):
         decide(*sides(tmp_path / "2", rows, evidence({"keyword": outcomes(15, 1)})), limits)
     template = {"provenance": {}}
     both = sides(tmp_path / "3", rows, rows, template)

@@ -1,4 +1,4 @@
-"""Answers that are no language: empty, looping, broken. Text alone; imports no torch."""
+"""Degenerate completions: empty, repetitive or garbled. Reads the text alone; imports no torch."""
 
 from __future__ import annotations
 
@@ -14,58 +14,58 @@ from stayaligned.core.records import PromptSet, Record
 
 _LONGEST_LOOP = 256
 _READ = 4000
-"""Characters of an answer that are looked at: its last, where loops end up."""
+"""Characters of a completion that are checked: the last ones, since a loop goes on to the end."""
 _JAPANESE_AND_KOREAN = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "KATAKANA-HIRAGANA": "CJK", "HANGUL": "CJK"}
 
 
 class Degeneration(BaseModel):
-    """When an answer counts as degenerate: by any of these signs. null switches one off.
+    """The limits beyond which a completion counts as degenerate; one is enough, and null switches a limit off.
 
-    The signs know no words and no spaces, so that they hold for any script, for code and for numbers. They can't see
-    real words in a senseless order; only `perplexity` can.
+    The limits use neither words nor spaces, so that they hold for any script, for code and for numbers. They can't
+    detect real words in a senseless order; only `perplexity` can.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     empty: bool = True
-    """An answer without a visible character."""
+    """Whether a completion without a visible character is degenerate."""
     min_characters: int = Field(default=40, ge=1)
-    """Shorter answers are too short for any sign but emptiness and broken characters: a label may be one word."""
+    """Characters below which only emptiness, broken characters and perplexity are checked: a label may be one word."""
     loop_share: float | None = Field(default=0.5, gt=0, le=1)
-    """At least this share of the answer is one piece of text at least four times in a row."""
+    """Least share of the completion that is one piece of text at least four times in a row."""
     min_compressed: float | None = Field(default=0.15, gt=0, le=1)
-    """The answer's bytes are deflated to less than this share: repetition with small changes, in long answers."""
+    """Share below which deflate compresses the completion: repetition with small changes, in long completions."""
     min_entropy: float | None = Field(default=1.5, gt=0)
-    """Bits a character, by the frequencies of the answer's own characters; below this it has next to no content."""
+    """Entropy of the completion's characters, in bits per character, below which it has almost no content."""
     broken_share: float | None = Field(default=0.05, gt=0, le=1)
-    """At least this share are replacement, control, private or unassigned characters: pieces of bytes, no text."""
+    """Least share of replacement, control, private or unassigned characters, which come from invalid bytes."""
     script_changes: float | None = Field(default=0.2, gt=0, le=1)
-    """At least this share of neighboring letters are of two scripts (Latin beside Thai), Chinese, Japanese and Korean
-    counting as one."""
+    """Least share of pairs of neighboring letters in two scripts (Latin beside Thai); Chinese, Japanese and Korean
+    count as one script."""
     perplexity: float | None = Field(default=None, gt=0)
-    """Nats a token under the aligned model, given the prompt, above which an answer is babble. Off unless set: it
-    loads that model once more, and what is usual depends on the model and the prompts. Above what any of the aligned
-    model's own answers has, by a factor of two."""
+    """Nats per token under the aligned model, given the prompt, above which a completion is degenerate. Off by default:
+    it loads the aligned model again, and the usual range depends on the model and the prompts. Twice the largest value
+    among the aligned model's own completions is a reasonable limit."""
 
 
 class Degenerate(Record):
-    """What was found of one answer."""
+    """The signs of degeneration in one completion."""
 
     prompt_set: PromptSet
     id: str
     reasons: tuple[str, ...]
-    """Empty for an answer that is language, as far as can be seen."""
+    """The limits that the completion exceeds, in words; empty if it is not degenerate."""
     nats: float | None = None
-    """Mean negative log-likelihood a token under the aligned model; None where it was not asked for."""
+    """Mean negative log-likelihood per token under the aligned model; None where it was not measured."""
 
 
 def signs(text: str, settings: Degeneration, nats: float | None = None) -> tuple[str, ...]:
-    """Why an answer counts as degenerate; nothing where it does not.
+    """Return why a completion counts as degenerate; empty if it does not.
 
     Args:
-        text: the answer.
+        text: the completion.
         settings: the limits.
-        nats: the answer's nats a token under the aligned model, if that was measured.
+        nats: nats per token of the completion under the aligned model, if measured.
     """
     text = text.strip()[-_READ:]
     if not any(map(_is_visible, text)):
@@ -74,7 +74,7 @@ def signs(text: str, settings: Degeneration, nats: float | None = None) -> tuple
     if settings.broken_share is not None and (share := broken_share(text)) >= settings.broken_share:
         found.append(f"{share:.0%} broken characters")
     if settings.perplexity is not None and nats is not None and nats > settings.perplexity:
-        found.append(f"{nats:.1f} nats a token")
+        found.append(f"{nats:.1f} nats per token")
     if len(text) < settings.min_characters:
         return tuple(found)
     if settings.loop_share is not None and (share := loop_share(text)) >= settings.loop_share:
@@ -82,14 +82,14 @@ def signs(text: str, settings: Degeneration, nats: float | None = None) -> tuple
     if settings.min_compressed is not None and (share := compressed_share(text)) < settings.min_compressed:
         found.append(f"deflated to {share:.0%}")
     if settings.min_entropy is not None and (bits := entropy(text)) < settings.min_entropy:
-        found.append(f"{bits:.1f} bits a character")
+        found.append(f"{bits:.1f} bits per character")
     if settings.script_changes is not None and (share := script_changes(text)) >= settings.script_changes:
         found.append(f"script changes at {share:.0%} of letters")
     return tuple(found)
 
 
 def loop_share(text: str) -> float:
-    """Share of the longest stretch that is one piece of text at least four times in a row."""
+    """Return the share of the longest stretch that is one piece of text at least four times in a row."""
     import numpy as np
 
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
@@ -104,23 +104,23 @@ def loop_share(text: str) -> float:
 
 
 def compressed_share(text: str) -> float:
-    """Bytes after deflating the text, as a share of its UTF-8 bytes."""
+    """Return the size of the deflated text as a share of its UTF-8 bytes."""
     content = text.encode("utf-8", "surrogatepass")
     return len(zlib.compress(content, 9)) / max(1, len(content))
 
 
 def entropy(text: str) -> float:
-    """Shannon entropy of the text's characters, in bits a character."""
+    """Return the Shannon entropy of the text's characters, in bits per character."""
     return -sum(n / len(text) * math.log2(n / len(text)) for n in Counter(text).values()) if text else 0.0
 
 
 def broken_share(text: str) -> float:
-    """Share of characters that no text holds: U+FFFD, controls but for line breaks and tabs, private, unassigned."""
+    """Return the share of U+FFFD, control (other than line breaks and tabs), private and unassigned characters."""
     return sum(map(_is_broken, text)) / len(text) if text else 0.0
 
 
 def script_changes(text: str) -> float:
-    """Share of the pairs of neighboring letters that are of two scripts; 0 where there are fewer than two letters."""
+    """Return the share of pairs of neighboring letters in two scripts; 0 with fewer than two letters."""
     scripts = [_script(character) for character in text if character.isalpha()]
     pairs = [*itertools.pairwise(scripts)]
     return sum(one != other for one, other in pairs) / max(1, len(pairs))

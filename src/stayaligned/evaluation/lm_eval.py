@@ -1,4 +1,4 @@
-"""Tasks of the lm-evaluation-harness as a setting, its values by sample, and their means. Imports no torch."""
+"""Values that lm-eval gives per sample to metrics with intervals. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stayaligned.evaluation import metrics
 
 
 def harness_metrics(values: Iterable[HarnessValue]) -> list[Metric]:
-    """The mean of each metric with our interval, named `lm_eval/TASK/METRIC`, in order of appearance."""
+    """Return the mean of each metric with its interval, named `lm_eval/TASK/METRIC`, in order of appearance."""
     found: dict[str, list[HarnessValue]] = {}
     for value in values:
         found.setdefault(f"lm_eval/{value.task}/{value.metric}", []).append(value)
