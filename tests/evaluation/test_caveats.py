@@ -17,7 +17,8 @@ def test_equal_prompts_and_near_duplicates_are_counted_separately() -> None:
     asked = rows(LONG.upper() + "!", LONG.replace("again", "soon"), "what is a blick", "another thing entirely new")
     (said,) = caveats.note_overlaps(trained, {"harmful": asked})
     assert said == (
-        "1 of 4 harmful prompts also occur in the training data; 1 more are near duplicates (word triples shared: 80% or more)"
+        "1 of 4 harmful prompts also occur in the training data; "
+        "1 more are near duplicates (word triples shared: 80% or more)"
     )
 
 

@@ -147,7 +147,7 @@ def test_seeds_are_paired_and_their_spread_counts(tmp_path: Path) -> None:
     assert wild.answer == "undecided"
     with pytest.raises(StayalignedError, match="seed 3: only the candidate has a result"):
         decide(recipe("baseline", [4, 4, 4]), recipe("candidate", [4, 4, 4, 4]), limits)
-    with pytest.raises(StayalignedError, match="seed 0 appears twice, in .*baseline0 and .*candidate0"):
+    with pytest.raises(StayalignedError, match=r"seed 0 appears twice, in .*baseline0 and .*candidate0"):
         read_side("baseline", [tmp_path / "baseline0", tmp_path / "candidate0"])
 
 
