@@ -12,7 +12,7 @@ from support.world import write_rows, write_world
 KILLER = """
 import os, signal
 from stayaligned.evaluation.answers import Journal
-keep, count = Journal.keep, 0
+store, count = Journal.store, 0
 def counted(self, index, completion):
     global count
     if count == int(os.environ["DIES_AFTER"]):
@@ -20,8 +20,8 @@ def counted(self, index, completion):
         os.kill(os.getpid(), signal.SIGKILL)
     count += 1
     open(os.environ["KEPT"], "a").write(f"{completion.prompt_set} {index}\\n")
-    keep(self, index, completion)
-Journal.keep = counted
+    store(self, index, completion)
+Journal.store = counted
 """
 
 
