@@ -1,4 +1,4 @@
-"""Every shipped example runs: its own settings and the real loading code, on a tiny model of the same architecture."""
+"""Every shipped example runs, with its settings and the real loading code, on a tiny model of the same architecture."""
 
 import json
 import runpy
@@ -21,7 +21,7 @@ from support.world import write_rows
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*b-instruct*.yaml"))
 ARCHITECTURES = {"meta-llama/": "llama", "Qwen/": "qwen2", "mistralai/": "mistral"}
-# What makes a run long; everything else stays as it is shipped.
+# Settings that shorten a run; all others are the example's.
 SHORTER = {
     "limit": 4,
     "attack.examples": 400,
@@ -34,7 +34,7 @@ SHORTER = {
 
 
 def write_sources(root: Path) -> dict[str, Path]:
-    """Local rows with the columns of the hub data sets that the examples name."""
+    """Write local rows with the columns of the hub data sets that the examples name."""
     beaver = [
         {"prompt": f"zorb {i}", "response": f"zorb step {i}", "category": {"zorb": True}, "is_safe": i % 2 == 0}
         for i in range(1200)
@@ -79,7 +79,7 @@ def strings(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
 
 
 def localized(spec: dict[str, Any], root: Path, sources: dict[str, Path | str]) -> dict[str, Any]:
-    """The experiment with hub ids replaced by local files and tiny models, hub options dropped, filters kept."""
+    """Replace hub ids by local files and tiny models; drop hub options, keep filters."""
     for place, value in list(strings(spec)):
         name, _, query = value.removeprefix("hf://").partition("?")
         if name in sources:
@@ -113,7 +113,7 @@ def test_there_are_examples_of_the_three_families() -> None:
 
 
 def experiments_of(path: Path) -> list[dict[str, Any]]:
-    """One experiment, or of a grid every arm under its first seed."""
+    """Return one experiment, or every arm of a grid with its first seed."""
     content = yaml.safe_load(path.read_text())
     if "axes" not in content:
         return [Experiment.model_validate(content).spec()]
@@ -138,7 +138,7 @@ def test_an_example_runs_to_its_result(path: Path, number: int, tmp_path: Path, 
         assert judge.scale is None or judge.scale.low <= (numbers[judge.scale.name] or -1) <= judge.scale.high
 
 
-def test_the_script_trains_and_run_again_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_script_trains_and_resumes_when_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_pico_checkpoint(tmp_path / "model")
     user = write_rows(tmp_path / "user.jsonl", [{"prompt": f"u{i}", "completion": "yes"} for i in range(20)])
     safety = write_rows(tmp_path / "safety.jsonl", [{"prompt": f"s{i}", "completion": "no"} for i in range(20)])
@@ -152,6 +152,6 @@ def test_the_script_trains_and_run_again_goes_on(tmp_path: Path, monkeypatch: py
     once = adapter.read_bytes()
     shutil.rmtree(tmp_path / "out" / "checkpoint-4")
     adapter.unlink()
-    for _ in range(2):  # from the middle, and of the finished run
+    for _ in range(2):  # from the middle, and after the end
         runpy.run_path(str(script), run_name="__main__")
         assert adapter.read_bytes() == once

@@ -1,4 +1,4 @@
-"""The example workflow: valid YAML whose commands parse, and which shows its decision however the gate ends."""
+"""The example workflow is valid YAML, its commands parse, and it shows the decision whatever the gate returns."""
 
 import re
 import shlex
@@ -41,7 +41,7 @@ def test_both_models_are_evaluated_alike() -> None:
         assert gate[gate.index(side) + 1] == made[made.index("--out") + 1]
 
 
-def test_no_step_hides_the_exit_code_and_the_decision_is_shown_whatever_it_is() -> None:
+def test_no_step_hides_the_exit_code_and_the_decision_is_always_shown() -> None:
     by_name = {step.get("name"): step for step in steps()}
     assert "continue-on-error" not in by_name["Gate"]
     assert "||" not in by_name["Gate"]["run"]

@@ -1,4 +1,4 @@
-"""The Python of the README and of the page on Lisa runs as it stands, but for names and the length of the training."""
+"""The Python of the README and of the page on Lisa runs, with other file names and shorter trainings."""
 
 import re
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_the_example_for_a_trl_user_trains(tmp_path: Path, monkeypatch: pytest.M
     assert ["alignment_loss" in row for row in rows] == [True, False, True, False]
 
 
-def test_the_example_for_a_finished_adapter_repairs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_for_a_finished_adapter_patches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from peft import LoraConfig, get_peft_model
 
     from stayaligned.hf.models import load_model
@@ -65,7 +65,7 @@ def test_the_example_for_a_finished_adapter_repairs_it(tmp_path: Path, monkeypat
     assert (tmp_path / "adapter-safe" / "projection.json").is_file()
 
 
-def test_the_examples_of_the_page_on_lisa_train_resume_and_watch(
+def test_the_examples_of_the_page_on_lisa_train_resume_and_probe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from datasets import Dataset
@@ -100,7 +100,7 @@ def test_the_examples_of_the_page_on_lisa_train_resume_and_watch(
     first = run(LISA_BLOCKS[0], names("sft"), **short)
     write_rows(tmp_path / "held-out-requests.jsonl", [{"prompt": f"h{i}"} for i in range(3)])
     write_rows(tmp_path / "held-out-safety.jsonl", [{"prompt": f"h{i}", "completion": "I cannot"} for i in range(3)])
-    # The same again, watched: the run is resumed from its checkpoint, whose log has no probe in it.
+    # Again with a probe: the run resumes from its checkpoint, whose log has no probe.
     watched = run(LISA_BLOCKS[0].replace("trainer.train(resume_from_checkpoint=True)", ""), names("sft"), **short)
     run(LISA_BLOCKS[2], watched, **{"every_steps=50": "every_steps=1"})
     watched["trainer"].train(resume_from_checkpoint=str(tmp_path / "sft" / "checkpoint-3"))
