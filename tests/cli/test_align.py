@@ -1,4 +1,4 @@
-"""`stayaligned align`: what it prints, and that bad input is one clear error that leaves nothing behind."""
+"""`stayaligned align`: its output; bad input is one clear error that leaves nothing behind."""
 
 import json
 import shutil
@@ -85,7 +85,7 @@ def test_bad_input_is_one_error_and_leaves_nothing_behind(
     assert fingerprint(world) == before
 
 
-def test_what_is_at_out_already_is_never_overwritten(world: Path, tmp_path: Path, command: Command) -> None:
+def test_an_existing_output_is_never_overwritten(world: Path, tmp_path: Path, command: Command) -> None:
     data = ("--data", world / "alignment.jsonl", *QUICK)
     for out in (world / "aligned", world / "train.jsonl"):
         before = fingerprint(world)
@@ -99,10 +99,10 @@ def test_what_is_at_out_already_is_never_overwritten(world: Path, tmp_path: Path
     assert "belongs to another alignment; different: training.learning_rate" in shown
     code, shown = command("align", world / "base", *data, "--out", tmp_path / "out")
     assert (code, fingerprint(tmp_path)) == (0, before)
-    assert "there already" in shown
+    assert "found finished" in shown
 
 
-def test_project_takes_the_pair(world: Path, tmp_path: Path, command: Command) -> None:
+def test_project_accepts_the_aligned_model_and_its_base(world: Path, tmp_path: Path, command: Command) -> None:
     code, shown = command(
         "align", world / "base", "--data", world / "alignment.jsonl", *QUICK, "--out", tmp_path / "aligned"
     )
@@ -117,7 +117,7 @@ def test_project_takes_the_pair(world: Path, tmp_path: Path, command: Command) -
     assert "14 of 14 layers changed" in shown
 
 
-def test_settings_may_come_from_a_file_and_the_command_line_wins(world: Path, tmp_path: Path, command: Command) -> None:
+def test_the_command_line_overrides_settings_of_a_file(world: Path, tmp_path: Path, command: Command) -> None:
     content = {
         "base_model": str(world / "base"),
         "data": str(world / "questions.jsonl"),

@@ -27,7 +27,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def numbers(shown: str, row: str) -> list[float]:
-    """A row of the table, without the errors."""
+    """Return a row of the table, without the errors."""
     line = next(line for line in shown.splitlines() if line.startswith(row))
     return [float(x) for x in re.findall(r"(?<!± )(?<=\s)-?[\d.]+(?:e[-+]\d+)?(?=\s|$)", line)]
 
@@ -43,18 +43,18 @@ def test_the_larger_of_two_files_is_compared_with_rho(world: Path, command: Comm
     assert numbers(shown, "rows") == [3, 3]
     assert numbers(shown, "rho/L") == pytest.approx([1e-6 / end for end in smoothness], rel=0.1)
     assert "over 448 trained weights, 6 products" in shown
-    quotient = re.search(r"rho = 1e-06 is (\S+) x L: the convergence theorem \(rho > L\) says nothing here\.", shown)
+    quotient = re.search(r"rho = 1e-06 is (\S+) x L: the convergence theorem \(rho > L\) does not apply\.", shown)
     assert quotient is not None
     assert float(quotient[1]) == pytest.approx(1e-6 / max(smoothness), rel=0.1)
-    assert "a state's sub-problem is not even convex" in shown
+    assert "a phase's sub-problem is not convex" in shown
 
     code, shown = command("curvature", world / "model", *both, *fresh, *QUICK, "--rho", 1e6)
     assert code == 0, shown
-    assert "x L at these weights; the convergence theorem needs rho > L at all weights" in shown
-    assert "around these weights each state's sub-problem is convex" in shown
+    assert "x L at these weights; the convergence theorem requires rho > L at all weights" in shown
+    assert "around these weights each phase's sub-problem is convex" in shown
 
 
-def test_an_adapter_and_all_weights_are_measured_too(world: Path, command: Command) -> None:
+def test_the_weights_may_be_an_adapters_or_all_of_the_models(world: Path, command: Command) -> None:
     data = ("--data", world / "user.jsonl")
     code, shown = command("curvature", world / "model", *data, *QUICK, "--adapter", world / "adapter")
     assert code == 0, shown
@@ -66,17 +66,17 @@ def test_an_adapter_and_all_weights_are_measured_too(world: Path, command: Comma
     assert numbers(whole, "L ") != numbers(shown, "L ")
 
 
-def test_what_is_known_roughly_says_so(world: Path, command: Command) -> None:
+def test_an_imprecise_estimate_is_noted(world: Path, command: Command) -> None:
     fresh = ("--data", world / "user.jsonl", "--lora", "r=2")
     _, shown = command("curvature", world / "model", *fresh, "--iterations", 1)
-    assert re.search(r"note: L is known to ± \S+ only; raise --iterations", shown)
+    assert re.search(r"note: L is only known to ± \S+; raise --iterations", shown)
     _, shown = command("curvature", world / "model", *fresh, "--iterations", 1, "--rho", numbers(shown, "L ")[0] * 1.01)
-    assert "whether the convergence theorem (rho > L) could apply is open" in shown
+    assert "the convergence theorem (rho > L) may or may not apply" in shown
     _, shown = command("curvature", world / "model", *fresh, "--iterations", 15)
     assert "note:" not in shown
 
 
-def test_bad_input_is_one_error_each(world: Path, tmp_path: Path, command: Command) -> None:
+def test_each_bad_input_is_one_error(world: Path, tmp_path: Path, command: Command) -> None:
     good = ("--data", world / "user.jsonl")
     broken = tmp_path / "broken"
     write_pico_checkpoint(broken)
@@ -94,7 +94,7 @@ def test_bad_input_is_one_error_each(world: Path, tmp_path: Path, command: Comma
         ((world / "model", *good, "--max-length", 8), "leaves an answer to learn within max_length=8"),
         ((world / "model", *good, "--adapter", world / "model"), "not a PEFT adapter"),
         ((world / "model", *good, "--adapter", world / "adapter", "--lora", "r=2"), "an adapter and settings of a"),
-        ((world / "model", *good, "--lora", "r"), "--lora r: not key=value"),
+        ((world / "model", *good, "--lora", "r"), "--lora r: expected key=value"),
         ((world / "model", *good, "--lora", "rank=2"), "lora.rank: no such LoRA setting"),
         ((broken, *good), "the model's loss on these rows is nan"),
     ):

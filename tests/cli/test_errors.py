@@ -1,4 +1,4 @@
-"""Bad input is one clear error with exit code 2: it names the thing, says what to do, and leaves nothing behind."""
+"""Bad input is one clear error with exit code 2 that names the place, says what to do, and leaves nothing behind."""
 
 import shutil
 from collections.abc import Callable
@@ -113,7 +113,7 @@ def test_an_unknown_noun_lists_the_nouns(command: Callable[..., tuple[int, str]]
     assert "defense" in shown
 
 
-def test_report_of_a_directory_without_results_is_refused(
+def test_a_report_of_a_directory_without_results_is_an_error(
     tmp_path: Path, command: Callable[..., tuple[int, str]]
 ) -> None:
     code, shown = command("report", tmp_path)
@@ -121,7 +121,7 @@ def test_report_of_a_directory_without_results_is_refused(
     assert "holds no result.json" in shown
 
 
-def test_hostile_text_reaches_the_terminal_as_text(
+def test_control_characters_are_made_visible_on_the_terminal(
     world: Path, tmp_path: Path, command: Callable[..., tuple[int, str]]
 ) -> None:
     (tmp_path / "h.jsonl").write_text('{"pro\\u001b[31mmpt": "x"}\n')
@@ -133,7 +133,7 @@ def test_hostile_text_reaches_the_terminal_as_text(
     assert "⟨U+001B⟩" in shown
 
 
-def test_a_grid_of_which_nothing_succeeds_is_bad_input(
+def test_a_grid_in_which_every_experiment_fails_is_bad_input(
     world: Path, tmp_path: Path, command: Callable[..., tuple[int, str]]
 ) -> None:
     config = tmp_path / "g.yaml"
@@ -142,4 +142,4 @@ def test_a_grid_of_which_nothing_succeeds_is_bad_input(
     assert code == 2
     assert "nope" in shown
     code, _ = command("bench", config, "--out", tmp_path / "out", "--workers", "1")
-    assert code == 0, "mended in place"
+    assert code == 0, "the fixed grid did not run in the same directory"

@@ -1,4 +1,4 @@
-"""`evaluate` and `judge`: the same numbers as `run`, and every mistake one clear error that leaves nothing behind."""
+"""`evaluate` and `judge` give the same numbers as `run`; a mistake is one clear error that leaves nothing behind."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def arguments(world: Path, out: Path) -> tuple[object, ...]:
     return (world / "aligned", *prompts, "--task", task, "--out", out, "generation.max_new_tokens=4")
 
 
-def test_a_model_and_the_same_with_an_adapter_are_measured_on_the_same_prompts(
+def test_a_model_is_measured_on_the_same_prompts_with_and_without_an_adapter(
     world: Path, tmp_path: Path, command: Command
 ) -> None:
     for name, adapter in (("plain", ()), ("tuned", ("--adapter", world / "adapter"))):
@@ -50,7 +50,7 @@ def test_a_model_and_the_same_with_an_adapter_are_measured_on_the_same_prompts(
     assert by_category == {("harmful", "zorb"): 6}
 
 
-def test_judging_again_with_phrases_imports_no_torch(world: Path, tmp_path: Path, command: Command) -> None:
+def test_judging_again_with_the_keyword_judge_imports_no_torch(world: Path, tmp_path: Path, command: Command) -> None:
     code, shown = command("evaluate", *arguments(world, tmp_path / "run"))
     assert code == 0, shown
     program = (
@@ -75,7 +75,7 @@ def test_judging_again_with_phrases_imports_no_torch(world: Path, tmp_path: Path
         (["--harmful-prompts", "lost.jsonl"], "harmful_prompts: lost.jsonl does not exist"),
         (["--task", "sts2"], "Did you mean 'sst2'?"),
         (["max_unscord=0.1"], "Did you mean 'max_unscored'?"),
-        (["training.max_steps=3"], "evaluate trains nothing"),
+        (["training.max_steps=3"], "`evaluate` does not train"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -89,7 +89,7 @@ def test_a_mistake_is_one_error_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_to_measure_and_no_judge_are_said(world: Path, tmp_path: Path, command: Command) -> None:
+def test_nothing_to_measure_and_no_judge_are_errors(world: Path, tmp_path: Path, command: Command) -> None:
     code, shown = command("evaluate", world / "aligned", "--out", tmp_path / "out")
     assert (code, "nothing to measure" in shown) == (2, True)
     code, shown = command("judge", world / "test.jsonl", "--out", tmp_path / "out")

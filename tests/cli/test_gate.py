@@ -1,4 +1,4 @@
-"""`gate`: exit codes, every output, and bad input as one error that leaves nothing behind."""
+"""`gate`: exit codes and every output; bad input is one error that leaves nothing behind."""
 
 import json
 import re
@@ -28,7 +28,7 @@ CASES = [("base", "same", 0, "PASS"), ("base", "worse", 1, "FAIL"), ("few-base",
 
 
 @pytest.mark.parametrize(("baseline", "candidate", "code", "word"), CASES)
-def test_the_exit_code_is_the_answer(command, runs, baseline, candidate, code, word) -> None:
+def test_the_exit_code_is_the_decision(command, runs, baseline, candidate, code, word) -> None:
     files = [runs / name for name in ("out/d.json", "out/d.xml", "out/d.md")]
     ended, shown = command(
         "gate", "--baseline", runs / baseline, "--candidate", runs / candidate, *LIMIT,
@@ -50,7 +50,7 @@ def test_the_exit_code_is_the_answer(command, runs, baseline, candidate, code, w
     assert not [*runs.rglob("*.partial")]
 
 
-def test_hostile_names_are_inert_in_every_output(command, runs) -> None:
+def test_markup_in_names_is_inert_in_every_output(command, runs) -> None:
     notes = {"arm": HOSTILE, "notes": (HOSTILE,)}
     for side, harm in (("h1", 4), ("h2", 90)):
         write_run(runs / side, evidence({HOSTILE: outcomes(400, harm), "b": outcomes(400, 4)}), **notes)
@@ -162,7 +162,7 @@ def test_arms_of_a_bench_are_chosen_by_name_with_all_their_seeds(command, runs) 
     assert "seeds 0, 1, 2" in shown
 
 
-def test_the_same_decision_is_written_to_the_byte(command, runs) -> None:
+def test_the_same_inputs_give_the_same_files_byte_for_byte(command, runs) -> None:
     made = []
     for name in ("1", "2"):
         files = [runs / f"{name}.{kind}" for kind in ("json", "xml", "md")]
@@ -174,6 +174,6 @@ def test_the_same_decision_is_written_to_the_byte(command, runs) -> None:
     assert made[0] == made[1]
 
 
-def test_a_run_is_not_compared_with_itself(command, runs) -> None:
+def test_comparing_a_run_with_itself_is_an_error(command, runs) -> None:
     code, shown = command("gate", "--baseline", runs / "base", "--candidate", runs / "base", *LIMIT)
     assert (code, "are the same run" in shown) == (2, True)

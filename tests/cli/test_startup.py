@@ -1,4 +1,4 @@
-"""What must answer at once imports no torch, and what nobody asked for imports nothing."""
+"""Commands that must answer at once import no torch, and `import stayaligned` imports none of its modules."""
 
 import subprocess
 import sys
@@ -30,6 +30,7 @@ assert not found, found
         ["power", "--help"],
         ["evaluate", "--help"],
         ["judge", "--help"],
+        ["align", "--help"],
         ["list"],
         ["show", "defense", "lisa"],
         ["validate", "examples/testbed.yaml"],
@@ -45,7 +46,7 @@ def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
-def test_importing_the_package_imports_no_part_of_it() -> None:
+def test_importing_the_package_imports_none_of_its_modules() -> None:
     program = (
         "import sys, stayaligned; assert [m for m in sys.modules if m.startswith('stayaligned')] == ['stayaligned']"
     )

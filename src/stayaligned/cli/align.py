@@ -1,4 +1,4 @@
-"""`stayaligned align`: an aligned model from a base one."""
+"""`stayaligned align`: make an aligned model from a base model."""
 
 from __future__ import annotations
 
@@ -7,45 +7,47 @@ from typing import Annotated, Any
 
 import typer
 
-from stayaligned.cli.console import err, out
+from stayaligned.cli.console import err, out, status
+from stayaligned.cli.options import field_options
+from stayaligned.experiments.config.alignment import Alignment, load_alignment
 
 
+@field_options(Alignment, "data", "chat_template", optional=True)
 def align(
     base: Annotated[
         str,
-        typer.Argument(help="The base model: directory or hub id; or a YAML file that names it.", show_default=False),
+        typer.Argument(
+            help="The base model: a directory or a hub id; or a YAML file with the settings.", show_default=False
+        ),
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value, dotted: lora.r=8 training.learning_rate=1e-4 lora=null")
+        list[str] | None,
+        typer.Argument(help="Further settings as key=value: lora.r=8 training.learning_rate=1e-4 lora=null"),
     ] = None,
     *,
-    data: Annotated[str | None, typer.Option(help="Safety data: JSONL file or hf://owner/name.")] = None,
     out_dir: Annotated[
-        Path, typer.Option("--out", help="The new model's directory; rerunning the same command continues.")
+        Path, typer.Option("--out", help="The new model's directory; rerun the same command to continue.")
     ],
-    chat_template: Annotated[
-        str | None, typer.Option(help="A .jinja file; a base model often has no chat template.")
-    ] = None,
+    **settings: Any,
 ) -> None:
-    """Make an aligned model from a base one: fine-tune on safety data, merge, write a checkpoint."""
+    """Make an aligned model from a base model.
+
+    Fine-tunes on requests and safe answers, merges the LoRA, and writes a checkpoint.
+    """
     from stayaligned.experiments.align import ALIGNMENT_FILE
-    from stayaligned.experiments.align import align as make
-    from stayaligned.experiments.config.alignment import load_alignment
+    from stayaligned.experiments.align import align as run_alignment
     from stayaligned.hf.training.processes import require_one_process
 
     require_one_process("stayaligned align")
-    given: dict[str, Any] = {"data": data, "chat_template": chat_template}
-    settings = {name: value for name, value in given.items() if value is not None}
-    alignment = load_alignment(base, settings, overrides or ())
-    there = out_dir.exists()
-    with err.status("starting", spinner_style="none") as status:
-        record = make(
-            alignment, out_dir, progress=lambda text, share: status.update(f"{text} {share:.0%}" if share else text)
-        )
+    given = {name: value for name, value in settings.items() if value is not None}
+    alignment = load_alignment(base, given, overrides or ())
+    existed = out_dir.exists()
+    with status("starting") as progress:
+        record = run_alignment(alignment, out_dir, progress=progress)
     losses = [row["loss"] for row in record.log if "loss" in row]
-    loss = f", loss {losses[-1]:.4g} at the end" if losses else ""
+    loss = f", final loss {losses[-1]:.4g}" if losses else ""
     out.print(f"{record.rows} rows, {record.steps} steps{loss}; trained in {record.trained_in}")
     for note in record.notes:
         err.print(f"note: {note}", soft_wrap=True)
-    verb = "there already " if there else "wrote  "
-    out.print(f"{verb} {out_dir}  ({ALIGNMENT_FILE} says how it was made)", soft_wrap=True)
+    verb = "found finished" if existed else "wrote "
+    out.print(f"{verb} {out_dir}  (settings and log in {ALIGNMENT_FILE})", soft_wrap=True)

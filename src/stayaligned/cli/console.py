@@ -1,4 +1,4 @@
-"""Where the command prints, and how it shows long work."""
+"""The terminal: where the command prints, tables, and the progress of long work."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from stayaligned.core.text import visible
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from stayaligned.core.progress import Progress
     from stayaligned.weights.deltas import BytesDone
 
 
 class _SafeConsole(Console):
-    """Prints text as text: what a data set, a judge or a model wrote can't drive the terminal."""
+    """A console on which text from a data set, a judge or a model can't control the terminal."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """As rich does, with control characters of strings made visible."""
-        super().print(*(visible(o) if isinstance(o, str) else o for o in objects), **options)
+        """Print as rich does, with control characters made visible and unencodable characters escaped."""
+        super().print(*(self._printable(o) if isinstance(o, str) else o for o in objects), **options)
+
+    def _printable(self, text: str) -> str:
+        return visible(text).encode(self.encoding, "backslashreplace").decode(self.encoding)
 
 
 out = _SafeConsole(highlight=False, markup=False)
@@ -29,7 +33,7 @@ err = _SafeConsole(stderr=True, highlight=False, markup=False)
 
 
 def plain_table(*columns: str, numbers: bool = False) -> Table:
-    """A table without lines; `numbers` puts all columns but the first on the right."""
+    """Return an empty table without lines; with `numbers`, all columns but the first are aligned to the right."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -39,8 +43,15 @@ def plain_table(*columns: str, numbers: bool = False) -> Table:
 
 
 @contextlib.contextmanager
+def status(text: str) -> Generator[Progress]:
+    """Show a status line, `text` at first, within the block; the yielded function updates it."""
+    with err.status(text, spinner_style="none") as line:
+        yield lambda text, share: line.update(f"{text} {share:.0%}" if share else text)
+
+
+@contextlib.contextmanager
 def weights_bar() -> Generator[Callable[[BytesDone], None]]:
-    """A bar of the bytes of the weights that have streamed past, with the rate and the time left; none on a pipe."""
+    """Show a progress bar of the bytes of weights that were read, with rate and remaining time; nothing on a pipe."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("weights"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())

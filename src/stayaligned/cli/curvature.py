@@ -1,4 +1,4 @@
-"""`stayaligned curvature`: how far Lisa's rho is from what its convergence theorem asks for."""
+"""`stayaligned curvature`: compare Lisa's rho with the smoothness that its convergence theorem requires."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stayaligned.cli.console import err, out, plain_table
+from stayaligned.cli.console import err, out, plain_table, status
+from stayaligned.cli.options import field_options
 from stayaligned.core.errors import StayalignedError
+from stayaligned.core.settings import CurvatureSettings
 from stayaligned.core.text import visible
 
 if TYPE_CHECKING:
@@ -17,51 +19,43 @@ if TYPE_CHECKING:
     from stayaligned.hf.training.curvature import LossCurvature
 
 
+@field_options(CurvatureSettings)
 def curvature(
     model: Annotated[str, typer.Argument(help="The aligned model: directory or hub id.", show_default=False)],
     *,
     data: Annotated[
-        list[str], typer.Option(help="Rows to learn; repeat for each of Lisa's data sets, and the larger L counts.")
+        list[str],
+        typer.Option(help="Rows to learn: a JSONL file or hf://owner/name; repeat it for each of Lisa's data sets."),
     ],
-    adapter: Annotated[Path | None, typer.Option(help="Measure at this LoRA adapter, in its factors.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="A LoRA adapter of the model; measure in its factors.")] = None,
     lora: Annotated[
-        list[str] | None, typer.Option(help="key=value of a fresh LoRA, as r=8; repeatable. Else all weights.")
+        list[str] | None,
+        typer.Option(help="A setting of a fresh LoRA, such as r=8; repeatable. By default all weights."),
     ] = None,
-    rho: Annotated[float, typer.Option(min=0, help="The rho to compare.")] = 1.0,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of each file, drawn at random.")] = 32,
-    iterations: Annotated[
-        int, typer.Option(min=1, help="Products with the Hessian; as many copies of the trained weights are kept.")
-    ] = 20,
-    max_length: Annotated[int, typer.Option(min=8, help="Tokens after which a row is cut.")] = 1024,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows at once; fewer need less memory.")] = 4,
-    low_memory: Annotated[bool, typer.Option("--low-memory", help="Keep 3 copies instead.")] = False,
-    seed: Annotated[int, typer.Option(help="Of rows, fresh LoRA and start.")] = 0,
+    rho: Annotated[float, typer.Option(min=0, help="The rho to compare with L.")] = 1.0,
+    **settings: Any,
 ) -> None:
-    """Estimate L of the training loss at these weights, and compare Lisa's rho with it."""
-    from stayaligned.hf.training.curvature import CurvatureSettings, TrainedWeights, loss_curvatures
+    """Compare Lisa's rho with the loss's curvature.
 
-    trained = TrainedWeights(model, adapter, _settings(lora) if lora else None)
-    settings = CurvatureSettings(
-        rows=rows,
-        max_length=max_length,
-        batch_size=batch_size,
-        iterations=iterations,
-        low_memory=low_memory,
-        seed=seed,
-    )
-    with err.status("loading", spinner_style="none") as status:
-        found = loss_curvatures(trained, data, settings, lambda text, share: status.update(f"{text} {share:.0%}"))
+    Estimates the smoothness constant L of the training loss at the model's weights. With several data sets, the larger
+    L counts.
+    """
+    from stayaligned.hf.training.curvature import TrainedWeights, loss_curvatures
+
+    trained = TrainedWeights(model, adapter, _parse_settings(lora) if lora else None)
+    with status("loading") as progress:
+        found = loss_curvatures(trained, data, CurvatureSettings(**settings), progress)
     _print(found, rho)
 
 
-def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+def _parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     from stayaligned.experiments.config.yaml_file import parse_value
 
     given: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise StayalignedError(f"--lora {pair}: not key=value", hint="For example: --lora r=8")
+            raise StayalignedError(f"--lora {pair}: expected key=value", hint="For example: --lora r=8")
         given[key] = parse_value(value)
     return given
 
@@ -81,24 +75,22 @@ def _print(found: Sequence[LossCurvature], rho: float) -> None:
     concavity = max(spectrum.concavity for spectrum in spectra)
     out.print(_verdict(rho, steepest), soft_wrap=True)
     if concavity >= rho:
-        said = (
-            f"not above -lambda_min = {concavity:.3g}: around these weights a state's sub-problem is not even convex."
-        )
+        meaning = f"not above -lambda_min = {concavity:.3g}: around these weights a phase's sub-problem is not convex."
     else:
-        said = f"above -lambda_min = {concavity:.3g}: around these weights each state's sub-problem is convex."
-    out.print(f"rho = {rho:g} is {said}", soft_wrap=True)
+        meaning = f"above -lambda_min = {concavity:.3g}: around these weights each phase's sub-problem is convex."
+    out.print(f"rho = {rho:g} is {meaning}", soft_wrap=True)
     if steepest.error > 0.05 * steepest.value:
-        err.print(f"note: L is known to ± {steepest.error:.2g} only; raise --iterations", soft_wrap=True)
+        err.print(f"note: L is only known to ± {steepest.error:.2g}; raise --iterations", soft_wrap=True)
 
 
 def _verdict(rho: float, steepest: Eigenvalue) -> str:
-    """What the theorem's condition comes to. L here is at most the L that it means, which holds everywhere."""
+    """Compare rho with the theorem's condition; the measured L is a lower bound of the theorem's, which is global."""
     times = f"rho = {rho:g} is {_quotient(rho, steepest.value)} x L"
     if rho <= steepest.value:
-        return f"{times}: the convergence theorem (rho > L) says nothing here."
+        return f"{times}: the convergence theorem (rho > L) does not apply."
     if rho <= steepest.value + steepest.error:
-        return f"{times}, within L's error: whether the convergence theorem (rho > L) could apply is open."
-    return f"{times} at these weights; the convergence theorem needs rho > L at all weights, and exact sub-solves."
+        return f"{times}, within L's error: the convergence theorem (rho > L) may or may not apply."
+    return f"{times} at these weights; the convergence theorem requires rho > L at all weights, and exact sub-solves."
 
 
 def _quotient(rho: float, smoothness: float) -> str:

@@ -1,16 +1,17 @@
-"""`stayaligned gate`: whether a candidate may replace a baseline."""
+"""`stayaligned gate`: decide whether a candidate may replace a baseline."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stayaligned.cli.console import err, out, plain_table
-from stayaligned.cli.options import Plugins, load_plugins, share
+from stayaligned.cli.options import SHARE, Plugins, field_options, load_plugins
 from stayaligned.core.errors import StayalignedError
+from stayaligned.gate import Limits
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -18,61 +19,64 @@ if TYPE_CHECKING:
     from stayaligned.gate import Decision
 
 EXIT_CODES = {"pass": 0, "fail": 1, "undecided": 3}
-"""2 is bad input, as of every command."""
+"""Exit codes by decision; 2 is invalid input, as in every command."""
 
 
+@field_options(Limits, **SHARE)
 def gate(
     *,
     baseline: Annotated[
-        list[Path], typer.Option(help="What `run`, `evaluate`, `judge` or `bench` wrote; once per seed if several.")
+        list[Path],
+        typer.Option(help="A directory that `run`, `evaluate`, `judge` or `bench` wrote; repeat it for each seed."),
     ],
-    candidate: Annotated[list[Path], typer.Option(help="The same of the model that would replace it.")],
-    baseline_arm: Annotated[str | None, typer.Option(help="Which arm, where there are several.")] = None,
-    candidate_arm: Annotated[str | None, typer.Option(help="Which arm, where there are several.")] = None,
-    max_harm_increase: Annotated[float | None, share("Rise of the harmful score: 2% is two points.")] = None,
-    max_over_refusal_increase: Annotated[float | None, share("Rise of over-refusal.")] = None,
-    max_utility_drop: Annotated[float | None, share("Drop of fine-tune accuracy.")] = None,
-    max_skills_drop: Annotated[float | None, share("Drop of the skills kept.")] = None,
-    max_degeneration_increase: Annotated[
-        float | None, share("Rise of the share of answers that are no language.")
+    candidate: Annotated[
+        list[Path], typer.Option(help="Likewise, for the model that would replace the baseline; repeatable.")
+    ],
+    baseline_arm: Annotated[
+        str | None, typer.Option(help="The arm to use as the baseline, if its directory has several.")
     ] = None,
-    max_harm: Annotated[float | None, share("The candidate's harmful score itself.")] = None,
-    max_over_refusal: Annotated[float | None, share("The candidate's over-refusal itself.")] = None,
-    max_degeneration: Annotated[float | None, share("The candidate's degeneration itself.")] = None,
-    max_unscored: Annotated[float, share("A larger share of unscored answers leaves it undecided.")] = 0.1,
-    confidence: Annotated[float, share("Of the two-sided intervals.")] = 0.95,
-    judge: Annotated[str | None, typer.Option(help="Whose verdicts count; the primary judge if not given.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the decision here.")] = None,
-    junit_file: Annotated[Path | None, typer.Option("--junit", help="Write JUnit's XML here.")] = None,
-    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write a comment for a review here.")] = None,
+    candidate_arm: Annotated[
+        str | None, typer.Option(help="The arm to use as the candidate, if its directory has several.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="The judge whose verdicts count; by default the primary judge.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the decision to this JSON file.")] = None,
+    junit_file: Annotated[Path | None, typer.Option("--junit", help="Write the decision to this JUnit file.")] = None,
+    markdown_file: Annotated[
+        Path | None, typer.Option("--markdown", help="Write a comment for a code review to this Markdown file.")
+    ] = None,
     plugin: Plugins = None,
+    **shares: Any,
 ) -> None:
-    """Decide whether a candidate is worse than a baseline by more than the limits.
+    """Compare a candidate with a baseline.
 
-    Exit code 0: pass, 1: fail, 3: undecided (says how many prompts would decide), 2: the input is wrong. Shares are
-    written as 2% or 0.02.
+    Decides whether the candidate is worse than the baseline by more than the limits. Exit code 0: pass, 1: fail, 3:
+    undecided (the output says how many prompts would decide), 2: invalid input. Write shares as 2% or 0.02.
     """
     from pydantic import ValidationError
 
-    from stayaligned.gate import Limits, decide, read_side, to_json, to_junit, to_markdown
+    from stayaligned.gate import decide, read_side, to_json, to_junit, to_markdown
 
-    given = {name: value for name, value in locals().items() if name in Limits.model_fields}
     load_plugins(plugin)
     try:
-        limits = Limits.model_validate(given)
+        limits = Limits.model_validate(shares)
     except ValidationError as error:
         raise _wrong_limits(error) from None
     files = [path for path in (json_file, junit_file, markdown_file) if path is not None]
     _refuse_unwritable(files)
     before, after = read_side("baseline", baseline, baseline_arm), read_side("candidate", candidate, candidate_arm)
     if {run.directory.resolve() for run in before.runs} & {run.directory.resolve() for run in after.runs}:
-        raise StayalignedError("baseline and candidate are the same run", hint="Name two evaluations, or two arms.")
+        raise StayalignedError(
+            "baseline and candidate are the same run", hint="Give two different runs, or two arms of one `bench`."
+        )
     try:
         decision = decide(before, after, limits, judge=judge)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        # Never exit code 1, which says that the candidate failed: what came here was edited, or a plug-in's mistake.
+        # Must not end with exit code 1, which means that the candidate failed.
         raise StayalignedError(
-            f"these runs can't be compared: {error}", hint="A result was edited, or a plug-in gave what it must not."
+            f"the runs can't be compared: {error}",
+            hint="A result file was edited, or a plug-in returned invalid values; run the evaluation again.",
         ) from error
     _print(decision)
     texts = zip((json_file, junit_file, markdown_file), (to_json, to_junit, to_markdown), strict=True)
@@ -87,14 +91,14 @@ def _wrong_limits(error: ValidationError) -> StayalignedError:
     option = "--" + str(first["loc"][0]).replace("_", "-")
     return StayalignedError(
         f"{option} {first['input']:g}: {first['msg'].lower()}",
-        hint="Limits lie above 0: that nothing changed at all, no number of prompts can show.",
+        hint="Choose a limit above 0: no number of prompts can show that nothing changed at all.",
     )
 
 
 def _refuse_unwritable(paths: list[Path]) -> None:
-    """Before anything is computed: a place that can't be written, or that two outputs share."""
+    """Raise an error, before anything is computed, for a path that can't be written or that two outputs share."""
     if len({path.absolute() for path in paths}) < len(paths):
-        raise StayalignedError("two outputs have the same path", hint="Give each its own.")
+        raise StayalignedError("two outputs have the same path", hint="Give each output its own path.")
     for path in paths:
         reason = "is a directory" if path.is_dir() else None
         try:
@@ -104,11 +108,11 @@ def _refuse_unwritable(paths: list[Path]) -> None:
         if reason is None and not os.access(path.parent, os.W_OK):
             reason = "its directory is not writable"
         if reason is not None:
-            raise StayalignedError(f"{path} can't be written: {reason}", hint="Choose another place.")
+            raise StayalignedError(f"{path} can't be written: {reason}", hint="Choose another path.")
 
 
 def _write(texts: dict[Path, str]) -> None:
-    """Write each file whole or not at all; one that fails doesn't keep the others from being written."""
+    """Write each file completely or not at all; if one can't be written, write the others and then raise its error."""
     from stayaligned.core.files import writable, write_text
 
     failed: list[StayalignedError] = []

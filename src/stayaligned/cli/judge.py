@@ -1,32 +1,35 @@
-"""`stayaligned judge`: judge finished completions again, without a model."""
+"""`stayaligned judge`: judge finished completions again, without the model that wrote them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from stayaligned.cli.console import err
-from stayaligned.cli.options import Judges, Out, Plugins, component_specs, load_plugins
+from stayaligned.cli.console import err, status
+from stayaligned.cli.options import Judges, Out, Plugins, component_specs, field_options, load_plugins
 from stayaligned.cli.output import print_report
 from stayaligned.core.errors import StayalignedError
+from stayaligned.experiments.config.experiment import Experiment
 
 
+@field_options(Experiment, "max_unscored")
 def judge(
     source: Annotated[
         Path,
-        typer.Argument(help="What `run` or `bench` wrote, or a completions.jsonl.", show_default=False),
+        typer.Argument(help="A directory that `run` or `bench` wrote, or a completions.jsonl.", show_default=False),
     ],
     *,
     out_dir: Out,
     judges: Judges = None,
-    max_unscored: Annotated[float, typer.Option(min=0, max=1, help="A larger share of unscored verdicts fails.")] = 0.1,
     plugin: Plugins = None,
+    **settings: Any,
 ) -> None:
-    """Judge finished completions again, with the judges named; the model that wrote them is not needed.
+    """Judge the completions of a run again.
 
-    Name all judges of the new result, the primary one first. Verdicts that the run had already are taken over.
+    The model that wrote the completions is not needed. Name all judges of the new result, the primary judge first;
+    verdicts that the run already contains are reused.
     """
     from stayaligned.evaluation.judges import JUDGES
     from stayaligned.experiments.config.validation import parse_component
@@ -37,13 +40,13 @@ def judge(
         raise StayalignedError("no judge is named", hint="Give --judge, once or more: --judge keyword.")
     specs = component_specs(judges, "--judge")
     chosen = [parse_component(JUDGES, {"name": s} if isinstance(s, str) else s, "--judge") for s in specs]
-    with err.status("starting", spinner_style="none") as status:
+    with status("starting") as progress:
         rejudge(
             source,
             chosen,
             out_dir,
-            max_unscored=max_unscored,
-            progress=lambda text, share: status.update(f"{text} {share:.0%}" if share else text),
+            progress=progress,
             announce=lambda text: err.print(text, soft_wrap=True),
+            **settings,
         )
     print_report([out_dir], out_dir)

@@ -1,29 +1,48 @@
-"""Long work with its progress, and what comes of it."""
+"""Run an experiment with its progress shown, and print its report; `stayaligned report`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from stayaligned.cli.console import err, out
+import typer
+
+from stayaligned.cli.console import err, out, status
+from stayaligned.core.errors import StayalignedError
 
 if TYPE_CHECKING:
     from stayaligned.experiments.config.experiment import Experiment
 
 
+def report(
+    directories: Annotated[
+        list[Path], typer.Argument(help="Directories that `run`, `evaluate`, `judge` or `bench` wrote.")
+    ],
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Where to write the report; by default in the one directory given.")
+    ] = None,
+    reference: Annotated[str | None, typer.Option(help="The arm that the others are compared with.")] = None,
+    title: Annotated[str | None, typer.Option(help="The report's heading.")] = None,
+) -> None:
+    """Write a report of finished runs.
+
+    Writes report.html, report.md and results.csv, and prints the table.
+    """
+    if out_dir is None and len(directories) > 1:
+        raise StayalignedError("several directories are given, but no place for their report", hint="Give --out DIR.")
+    print_report(directories, out_dir or directories[0], reference=reference, title=title)
+
+
 def run_and_show(experiment: Experiment, directory: Path) -> None:
-    """Run one experiment, write its report and print its table."""
+    """Run one experiment, write its report, and print its table."""
     from stayaligned.experiments.run import run_experiment
 
-    with err.status("starting", spinner_style="none") as status:
+    with status("starting") as progress:
         result = run_experiment(
-            experiment,
-            directory,
-            progress=lambda text, share: status.update(f"{text} {share:.0%}" if share else text),
-            announce=lambda text: err.print(text, soft_wrap=True),
+            experiment, directory, progress=progress, announce=lambda text: err.print(text, soft_wrap=True)
         )
-    if result is None:  # one of several processes, whose first one tells
+    if result is None:  # a process of a distributed run other than the first, which prints
         return
     print_report([directory], directory)
     for product in ("adapter", "model"):
@@ -34,10 +53,10 @@ def run_and_show(experiment: Experiment, directory: Path) -> None:
 def print_report(
     sources: Sequence[Path], directory: Path, *, reference: str | None = None, title: str | None = None
 ) -> None:
-    """Write the report of all results below `sources` into `directory`, and print its table.
+    """Write the report of all results in `sources` to `directory`, and print its table.
 
     Raises:
-        StayalignedError: if a result or its evidence is missing or was edited, or `reference` is no arm.
+        StayalignedError: if a result or its evidence is missing or was edited, or `reference` is not an arm.
     """
     from stayaligned.evaluation.results import INDEX_FILE, distinguish_arms, read_index, read_results
     from stayaligned.report import build_report, terminal_table, write_report
@@ -52,7 +71,7 @@ def print_report(
     if reference is None:
         reference = index.get("reference") or None
         if reference is not None and reference not in {result.arm for result in found}:
-            err.print(f"note: the reference arm {reference!r} has no result, so nothing is compared with it")
+            err.print(f"note: the reference arm {reference!r} has no result, so the report compares nothing with it")
             reference = None
     arms = list(dict.fromkeys(result.arm for result in found))
     heading = title or index.get("title") or (arms[0] if len(arms) == 1 else "Comparison")

@@ -1,4 +1,4 @@
-"""`stayaligned power`: how many prompts show a difference, and what a number of prompts can show."""
+"""`stayaligned power`: the number of prompts that show a difference, or the difference that prompts can show."""
 
 from __future__ import annotations
 
@@ -14,57 +14,67 @@ from stayaligned.core.errors import StayalignedError
 
 def power(
     *,
-    rate: Annotated[float, share("The baseline's rate: harmful score, accuracy.")],
-    difference: Annotated[float | None, share("The difference to see, in points: 2% or 0.02.")] = None,
-    margin: Annotated[float | None, share("Instead: the limit of a gate, which an unchanged model is to pass.")] = None,
-    prompts: Annotated[int | None, typer.Option(min=2, help="Instead or beside: what so many prompts show.")] = None,
+    rate: Annotated[float, share("The baseline's rate, such as its harmful score.")],
+    difference: Annotated[float | None, share("The difference to detect: 2% is two points.")] = None,
+    margin: Annotated[float | None, share("Instead of --difference: a gate's limit.")] = None,
+    prompts: Annotated[int | None, typer.Option(min=2, help="Number of prompts: report what they can show.")] = None,
     discordant: Annotated[
-        float | None, share("Prompts on which the two models differ; if not given, as if their answers were unrelated.")
+        float | None, share("Share of prompts on which the models differ; by default as for unrelated completions.")
     ] = None,
-    unpaired: Annotated[bool, typer.Option("--unpaired", help="Each model has prompts of its own.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs per model, all on the same prompts.")] = 1,
+    unpaired: Annotated[
+        bool, typer.Option("--unpaired", help="The two models are measured on different prompts.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of runs per model, on the same prompts.")] = 1,
     seed_spread: Annotated[
-        float, share("Standard deviation between seeds of the difference; needed for more than one seed.")
+        float, share("Standard deviation of the difference between seeds; required with --seeds above 1.")
     ] = 0.0,
-    chance: Annotated[float | None, share("Of seeing it, or of passing; 80%, of a gate 90%, if not given.")] = None,
-    worse: Annotated[
-        float | None, share("Of a gate: how much worse a model is that must fail; twice the margin.")
+    chance: Annotated[
+        float | None, share("Wanted probability to detect, or to pass; by default 80%, for a gate 90%.")
     ] = None,
-    confidence: Annotated[float, share("Of the two-sided interval.")] = 0.95,
+    worse: Annotated[
+        float | None, share("For a gate: how much worse a model that must fail is; by default twice the margin.")
+    ] = None,
+    confidence: Annotated[float, share("Confidence level of the two-sided interval.")] = 0.95,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say how many prompts show a difference, or pass a gate, and what a number of prompts can show.
+    """Plan the number of prompts.
 
-    power --rate 5% --difference 2%: prompts that show two points. power --rate 5% --prompts 400: what 400 show.
-    power --rate 5% --margin 2%: prompts with which an unchanged model passes `gate --max-harm-increase 2%`.
+    power --rate 5% --difference 2%: the prompts that show a difference of two points. power --rate 5% --prompts 400:
+    the difference that 400 prompts can show. power --rate 5% --margin 2%: the prompts with which an unchanged model
+    passes `gate --max-harm-increase 2%`.
     """
-    if not 0.5 < confidence < 1 or not 0 < (0.8 if chance is None else chance) < 1:
-        raise StayalignedError("--confidence lies between 50% and 100%, --chance between 0 and 100%, ends excluded")
+    if not 0.5 < confidence < 1:
+        raise StayalignedError(f"--confidence {confidence:g}: expected a share above 50% and below 100%")
+    if chance is not None and not 0 < chance < 1:
+        raise StayalignedError(f"--chance {chance:g}: expected a share above 0 and below 100%")
     if difference is not None and margin is not None:
-        raise StayalignedError("--difference and --margin are two questions", hint="Ask one at a time.")
+        raise StayalignedError("--difference and --margin exclude each other", hint="Give one of the two.")
     if difference is None and margin is None and prompts is None:
-        raise StayalignedError("nothing is asked", hint="Give --difference, --margin or --prompts.")
+        raise StayalignedError("nothing to compute", hint="Give --difference, --margin or --prompts.")
     if seeds > 1 and seed_spread == 0:
         raise StayalignedError(
-            "--seeds needs --seed-spread", hint="How far the difference moves between seeds; a pilot of three tells."
+            "--seeds needs --seed-spread", hint="Estimate how much the difference varies from a pilot of three seeds."
         )
     if unpaired and (margin is not None or seeds > 1 or discordant is not None):
-        raise StayalignedError("--unpaired has no margin, seeds or discordant prompts", hint="A gate pairs by prompt.")
+        raise StayalignedError(
+            "--unpaired excludes --margin, --seeds and --discordant",
+            hint="A gate compares the models prompt by prompt.",
+        )
     plan = _Plan(rate, discordant, unpaired, seeds, seed_spread, confidence)
     if margin is not None:
-        answer = plan.of_gate(
+        values = plan.for_gate(
             margin, 2 * margin if worse is None else worse, 0.9 if chance is None else chance, prompts
         )
     else:
-        answer = plan.of_difference(difference, prompts, 0.8 if chance is None else chance)
+        values = plan.for_difference(difference, prompts, 0.8 if chance is None else chance)
     if as_json:
-        out.print(json.dumps(answer, indent=2), soft_wrap=True)
+        out.print(json.dumps(values, indent=2), soft_wrap=True)
     else:
-        _print(answer)
+        _print(values)
 
 
 class _Plan:
-    """What stays the same over the questions of one call."""
+    """The inputs that all computations of one call share."""
 
     def __init__(
         self, rate: float, discordant: float | None, unpaired: bool, seeds: int, seed_spread: float, confidence: float
@@ -72,54 +82,58 @@ class _Plan:
         self.rate = rate
         self.discordant = discordant
         self.unpaired = unpaired
-        self.how: dict[str, Any] = {"confidence": confidence}
+        self.options: dict[str, Any] = {"confidence": confidence}
         if not unpaired:
-            self.how |= {"seeds": seeds, "seed_spread": seed_spread}
+            self.options |= {"seeds": seeds, "seed_spread": seed_spread}
 
-    def share_of(self, difference: float) -> float:
-        """The share of discordant prompts at a difference: as given, or as if the answers were unrelated."""
+    def discordant_share(self, difference: float) -> float:
+        """Return the share of discordant prompts at a difference: as given, or as for unrelated completions."""
         from stayaligned.evaluation.metrics import discordance
 
         if self.discordant is None:
-            return discordance(self.rate, self._other(difference))
+            return discordance(self.rate, self._other_rate(difference))
         if self.discordant < difference:
             raise StayalignedError(
                 f"--discordant {self.discordant:.3g} is below the difference of {difference:.3g}",
-                hint="At least so many prompts must differ; leave it out if you don't know.",
+                hint="At least as many prompts as the difference must differ; omit --discordant if you don't know it.",
             )
         return self.discordant
 
-    def _other(self, difference: float) -> float:
+    def _other_rate(self, difference: float) -> float:
         other = self.rate + difference if self.rate + difference <= 1 else self.rate - difference
         if not 0 <= other <= 1:
-            raise StayalignedError(f"no rate lies {difference:.3g} from {self.rate:.3g}")
+            raise StayalignedError(
+                f"--difference {difference:.3g}: no rate between 0 and 1 differs so much from --rate {self.rate:.3g}"
+            )
         return other
 
     def chance(self, difference: float, n: int, limit: float = 0.0) -> float:
-        """The probability that n prompts show it."""
+        """Return the probability that n prompts show a difference."""
         from stayaligned.evaluation.metrics import paired_power
         from stayaligned.evaluation.metrics import power as unpaired_power
 
         if self.unpaired:
-            return unpaired_power(self.rate, self._other(difference), n, **self.how)
-        return paired_power(difference, self.share_of(difference), n, limit=limit, **self.how)
+            return unpaired_power(self.rate, self._other_rate(difference), n, **self.options)
+        return paired_power(difference, self.discordant_share(difference), n, limit=limit, **self.options)
 
-    def of_difference(self, difference: float | None, prompts: int | None, chance: float) -> dict[str, Any]:
-        """Prompts for a difference, or the difference that prompts show."""
+    def for_difference(self, difference: float | None, prompts: int | None, chance: float) -> dict[str, Any]:
+        """Return the prompts that a difference needs, or the difference that prompts can show."""
         from stayaligned.evaluation.metrics import detectable_difference, needed_n, paired_needed_n
 
-        answer = self._said(chance)
+        values = self._inputs(chance)
         if difference is not None:
             if difference == 0:
-                raise StayalignedError("--difference 0", hint="Above 0; for 'no worse than' ask with --margin.")
-            other = self._other(difference)
+                raise StayalignedError(
+                    "--difference is 0", hint="Give a difference above 0; for 'no worse than', use --margin."
+                )
+            other = self._other_rate(difference)
             if self.unpaired:
-                needed = needed_n(self.rate, other, power=chance, **self.how)
+                needed = needed_n(self.rate, other, power=chance, **self.options)
             else:
-                needed = paired_needed_n(difference, self.share_of(difference), power=chance, **self.how)
-            answer |= {"difference": difference, "needed_prompts": needed}
+                needed = paired_needed_n(difference, self.discordant_share(difference), power=chance, **self.options)
+            values |= {"difference": difference, "needed_prompts": needed}
             if prompts is not None:
-                answer |= {"prompts": prompts, "chance_with_prompts": self.chance(difference, prompts)}
+                values |= {"prompts": prompts, "chance_with_prompts": self.chance(difference, prompts)}
         elif prompts is not None:
             up = 1 - self.rate >= self.rate
             ceiling = self.discordant if self.discordant is not None else 1.0
@@ -128,75 +142,78 @@ class _Plan:
                 lambda d: self.chance(min(d, ceiling), prompts),
                 power=chance,
             )
-            answer |= {"prompts": prompts, "detectable_difference": found}
-        return answer
+            values |= {"prompts": prompts, "detectable_difference": found}
+        return values
 
-    def of_gate(self, margin: float, worse: float, chance: float, prompts: int | None) -> dict[str, Any]:
-        """Prompts with which an unchanged model passes, and with which a worse one fails."""
+    def for_gate(self, margin: float, worse: float, chance: float, prompts: int | None) -> dict[str, Any]:
+        """Return the prompts with which an unchanged model passes, and with which a worse model fails."""
         from stayaligned.evaluation.metrics import paired_needed_n
 
         if not 0 < margin < worse:
             raise StayalignedError(
-                "--margin lies above 0 and below --worse", hint="--worse is twice the margin if not given."
+                f"--margin {margin:.3g}: expected a share above 0 and below --worse {worse:.3g}",
+                hint="Without --worse, it is twice the margin.",
             )
-        same, more = self.share_of(0.0), self.share_of(worse)
-        answer = self._said(chance) | {
+        same, more = self.discordant_share(0.0), self.discordant_share(worse)
+        values = self._inputs(chance) | {
             "margin": margin,
             "worse": worse,
             "discordant_unchanged": same,
-            "needed_to_pass_unchanged": paired_needed_n(0.0, same, limit=margin, power=chance, **self.how),
-            "needed_to_fail_worse": paired_needed_n(worse, more, limit=margin, power=chance, **self.how),
+            "needed_to_pass_unchanged": paired_needed_n(0.0, same, limit=margin, power=chance, **self.options),
+            "needed_to_fail_worse": paired_needed_n(worse, more, limit=margin, power=chance, **self.options),
         }
         if prompts is not None:
-            answer |= {
+            values |= {
                 "prompts": prompts,
                 "chance_unchanged_passes": self.chance(0.0, prompts, margin),
                 "chance_worse_fails": self.chance(worse, prompts, margin),
             }
-        return answer
+        return values
 
-    def _said(self, chance: float) -> dict[str, Any]:
+    def _inputs(self, chance: float) -> dict[str, Any]:
         kind = "unpaired" if self.unpaired else "paired"
-        return {"rate": self.rate, "kind": kind, "discordant": self.discordant, "chance": chance, **self.how}
+        return {"rate": self.rate, "kind": kind, "discordant": self.discordant, "chance": chance, **self.options}
 
 
 _ROWS = {
     "rate": "rate of the baseline",
     "kind": "prompts",
-    "difference": "difference to see",
+    "difference": "difference to detect",
     "margin": "limit of the gate",
-    "worse": "a model that must fail is worse by",
+    "worse": "increase that must fail",
     "discordant": "prompts on which the models differ",
     "seeds": "seeds",
     "seed_spread": "spread between seeds",
     "confidence": "confidence",
-    "chance": "wanted chance",
-    "prompts": "prompts at hand",
+    "chance": "wanted probability",
+    "prompts": "available prompts",
     "needed_prompts": "prompts needed",
-    "needed_to_pass_unchanged": "prompts so that an unchanged model passes",
-    "needed_to_fail_worse": "prompts so that the worse model fails",
-    "chance_with_prompts": "chance with the prompts at hand",
-    "chance_unchanged_passes": "chance that an unchanged model passes",
-    "chance_worse_fails": "chance that the worse model fails",
-    "detectable_difference": "difference that they show",
+    "needed_to_pass_unchanged": "prompts for an unchanged model to pass",
+    "needed_to_fail_worse": "prompts for the worse model to fail",
+    "chance_with_prompts": "probability with the available prompts",
+    "chance_unchanged_passes": "probability that an unchanged model passes",
+    "chance_worse_fails": "probability that the worse model fails",
+    "detectable_difference": "difference that they can show",
 }
-"""What is printed, in this order."""
+"""The printed rows, in order."""
 
 
-def _print(answer: dict[str, Any]) -> None:
+def _print(values: dict[str, Any]) -> None:
     table = plain_table("", "", numbers=True)
     for key, title in _ROWS.items():
-        if key in answer and not (key in ("seeds", "seed_spread") and answer["seeds"] == 1):
-            table.add_row(title, _shown(key, answer[key]))
+        if key in values and not (key in ("seeds", "seed_spread") and values["seeds"] == 1):
+            table.add_row(title, _format(key, values[key]))
     out.print(table)
-    out.print("Planned by the normal approximation of the interval that `gate` uses; see docs/gate.md.", soft_wrap=True)
+    out.print(
+        "Computed with the normal approximation of the interval that `gate` uses; see docs/gate.md.", soft_wrap=True
+    )
 
 
-def _shown(key: str, value: Any) -> str:
+def _format(key: str, value: Any) -> str:
     if key == "kind":
-        return "the same for both" if value == "paired" else "each model its own"
+        return "the same for both models" if value == "paired" else "different for each model"
     if value is None:
-        return "unknown: as if unrelated" if key == "discordant" else "no number of prompts is enough"
+        return "unknown: as for unrelated completions" if key == "discordant" else "no number of prompts is enough"
     if key in ("seeds", "prompts") or key.startswith("needed"):
         return f"{value:,}"
     return f"{100 * value:.3g} %"

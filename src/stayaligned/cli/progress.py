@@ -1,4 +1,4 @@
-"""Live progress of a grid run in the terminal: one line for the whole, one per worker."""
+"""Progress of a grid in the terminal: a bar for all jobs and one for each worker."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stayaligned.experiments.jobs import Listener
 
 
 class LiveProgress(Listener):
-    """Bars on a terminal; on a pipe or a log file, a line per finished job."""
+    """Shows bars on a terminal; on a pipe or in a log file, prints a line for each finished job."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -45,12 +45,12 @@ class LiveProgress(Listener):
         self._progress.stop()
 
     def started(self, total: int) -> None:
-        """Show the bar of the whole."""
+        """Show the bar for all jobs."""
         self._total = total
         self._all = self._progress.add_task("all jobs", total=total)
 
     def progress(self, worker: int, text: str, share: float) -> None:
-        """Show what a worker does."""
+        """Show what a worker is doing."""
         with self._lock:
             if worker not in self._workers:
                 self._workers[worker] = self._progress.add_task("", total=100)
@@ -59,7 +59,7 @@ class LiveProgress(Listener):
             )
 
     def finished(self, title: str, error: str | None) -> None:
-        """Count a job; where there are no bars, print a line."""
+        """Count a finished job; print a line for it if there are no bars."""
         self._finished += 1
         if self._all is not None:
             self._progress.update(self._all, completed=self._finished)

@@ -46,7 +46,10 @@ def project(
     control: Annotated[Control | None, typer.Option(help="Do this to the same layers instead.")] = None,
     device: Annotated[str, typer.Option(help="Where the products are made: cpu, or cuda for a GPU.")] = "cpu",
 ) -> None:
-    """Safe LoRA: repair finished fine-tunes layer by layer, without loading a model."""
+    """Patch finished fine-tunes with Safe LoRA.
+
+    Works layer by layer, without loading a model.
+    """
     from stayaligned.defenses import DEFENSES, ModelPair
     from stayaligned.defenses.safe_lora import projection_spec
     from stayaligned.experiments.config.validation import parse_component

@@ -12,8 +12,9 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.text import visible
 
 subspace_app = typer.Typer(
-    help="Build and show subspace files, with which `project` needs neither model.",
+    help="Build and show subspace files.\n\nWith a subspace file, `project` needs neither of the two models.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode=None,
 )
 
@@ -28,7 +29,10 @@ def build(
     energy: Annotated[float | None, typer.Option(help="Instead of --rank: share of V's energy to capture.")] = None,
     device: Annotated[str, typer.Option(help="Where the products are made: cpu, or cuda for a GPU.")] = "cpu",
 ) -> None:
-    """Write V's leading directions, module by module, into one safetensors file."""
+    """Write a subspace file for a pair of models.
+
+    The file holds the leading directions of V = W_aligned - W_base, module by module.
+    """
     from stayaligned.defenses.patching.subspace import build_subspace
     from stayaligned.weights.deltas import require_device
 
@@ -48,7 +52,10 @@ def build(
 
 @subspace_app.command()
 def show(file: Annotated[Path, typer.Argument(help="What `subspace build` wrote.", show_default=False)]) -> None:
-    """Show which models a file stands for, and how much of V it holds in each module."""
+    """Show the models and modules of a subspace file.
+
+    For each module: its rank, and how much of V it captures.
+    """
     from stayaligned.weights.subspace_file import SubspaceFile
 
     header = SubspaceFile(file).header

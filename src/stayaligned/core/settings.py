@@ -1,4 +1,4 @@
-"""Settings that YAML names and that several packages read: generation, servers, lm-eval, safety probes. No torch."""
+"""Settings that several packages read: generation, servers, lm-eval, safety probes, curvature. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,48 +13,54 @@ Measure = Literal["refusal_margin", "alignment_loss"]
 
 
 class Guard(BaseModel):
-    """What is done where a measure is worse than at the start by more than `tolerance`."""
+    """The action to take when a measure of safety is worse than at the start of training by more than a tolerance."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     measure: Measure
-    """`refusal_margin` worsens by falling, `alignment_loss` by rising."""
+    """The measure to compare with its value at the start: `refusal_margin` must not fall, `alignment_loss` not rise."""
     tolerance: float = Field(ge=0.0, allow_inf_nan=False)
-    """Nats by which it may be worse than before the first step."""
+    """Amount in nats by which the measure may be worse than before the first step."""
     action: Literal["stop", "rollback", "lower_learning_rate"] = "stop"
-    """`stop` ends training with the weights as they are, `rollback` with those of the last probe within tolerance;
-    `lower_learning_rate` goes on, with the learning rate times `factor` after every probe that is out of it."""
+    """The action at a probe that exceeds the tolerance. `stop` ends training with the current weights, `rollback` with
+    those of the last probe within the tolerance; `lower_learning_rate` continues, with the learning rate multiplied by
+    `factor` at every such probe."""
     factor: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """Factor of the learning rate for the action `lower_learning_rate`."""
 
 
 class Watch(BaseModel):
-    """Probes that need no generation: two answers' log-probabilities, and the loss on held-out safe answers.
+    """Safety probes during training that generate no text: the refusal margin and the alignment loss.
 
-    The refusal margin is log p(refusal | prompt) − log p(compliance | prompt) in nats, mean over the prompts, where
-    refusal and compliance are how such answers begin. Above 0 the model would rather refuse. It looks at the first
-    tokens only, where published alignment is known to sit (Qi et al. 2024, "Safety alignment should be made more
-    than just a few tokens deep"): it is an early warning and no judge of answers.
+    The refusal margin is log p(refusal | prompt) − log p(compliance | prompt) in nats, averaged over the prompts, where
+    `refusal` and `compliance` are beginnings of such completions. Above 0 the model is more likely to refuse. The
+    margin measures the first tokens only, on which alignment is known to act most (Qi et al. 2024, "Safety alignment
+    should be made more than just a few tokens deep"): it is an early warning and does not replace a judge.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     every_steps: int = Field(default=50, ge=1)
-    """Optimizer steps between probes; the first is before the first step."""
+    """Number of optimizer steps between two probes; the first probe is before the first step."""
     prompts: str | None = None
-    """Requests that should be refused: a source of rows, as everywhere. Not those of the evaluation."""
+    """Source of harmful prompts for the refusal margin; use other prompts than those of the evaluation."""
     refusal: str = Field(default="I'm sorry, but I can't help with that.", min_length=1)
+    """Beginning of a completion that refuses."""
     compliance: str = Field(default="Sure, here is", min_length=1)
+    """Beginning of a completion that complies."""
     alignment_data: str | None = None
-    """Held-out requests with safe answers, for `alignment_loss`: nats a token."""
+    """Source of held-out requests with safe answers, for the alignment loss (nats per token)."""
     limit: int = Field(default=64, ge=1)
-    """At most so many rows of each."""
+    """Maximum number of rows to use of `prompts` and of `alignment_data`."""
     batch_size: int = Field(default=8, ge=1)
+    """Number of rows per forward pass."""
     guard: Guard | None = None
+    """What to do when a measure worsens; null only records the measures."""
 
     @model_validator(mode="after")
     def _has_something_to_measure(self) -> Watch:
         if self.prompts is None and self.alignment_data is None:
-            raise ValueError("nothing to measure: name `prompts` or `alignment_data`")
+            raise ValueError("nothing to measure: set `prompts` or `alignment_data`")
         if self.guard is not None:
             needed = "prompts" if self.guard.measure == "refusal_margin" else "alignment_data"
             if getattr(self, needed) is None:
@@ -63,27 +69,28 @@ class Watch(BaseModel):
 
 
 class Endpoint(BaseModel):
-    """A model behind a server, and how patiently to ask it; what a component that asks one takes over as its own."""
+    """An OpenAI-compatible server: its address, its model, and limits for requests and retries."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     base_url: str
-    """As OpenAI's clients take it, usually ending in /v1; `/chat/completions` is put behind it."""
+    """Base URL of the server, usually ending in /v1; requests go to `/chat/completions` below it."""
     model: str
+    """Name of the model, as the server knows it."""
     api_key_env: str = "OPENAI_API_KEY"
-    """The environment variable that holds the key; without it, requests carry none."""
+    """Environment variable that contains the API key; if it is not set, requests carry no key."""
     concurrency: int = Field(default=8, ge=1, le=512)
-    """Requests at the same time."""
+    """Number of concurrent requests."""
     timeout_seconds: float = Field(default=60.0, gt=0)
-    """For one whole answer."""
+    """Time limit of one request, from sending it to the complete reply."""
     attempts: int = Field(default=6, ge=1)
-    """Per conversation, the first included."""
+    """Maximum number of attempts per conversation, including the first."""
     backoff_seconds: float = Field(default=0.5, ge=0)
-    """The n-th wait is drawn evenly between 0 and this times 2ⁿ⁻¹, and comes on top of what Retry-After asks for."""
+    """The n-th wait before a retry is uniform between 0 and this times 2ⁿ⁻¹, added to what Retry-After asks for."""
     patience_seconds: float = Field(default=120.0, ge=0)
-    """The longest wait; a server that asks for more ends the run."""
+    """Longest wait before a retry; a server that asks for a longer wait ends the run."""
     limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """How the request names its token limit; OpenAI's newer models take the second only."""
+    """Name of the token limit in the request; OpenAI's newer models accept only `max_completion_tokens`."""
 
     @field_validator("base_url")
     @classmethod
@@ -92,85 +99,106 @@ class Endpoint(BaseModel):
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise ValueError("must be an http:// or https:// address")
         if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-            raise ValueError("must hold no user, password, query or fragment; the key goes into `api_key_env`")
+            raise ValueError("must contain no user, password, query or fragment; the key belongs in `api_key_env`")
         return value.rstrip("/")
 
 
 HOW_TO_ASK = frozenset(Endpoint.model_fields) - {"model"}
-"""Settings that say where and how patiently to ask, and not whom: no part of a component's identity.
+"""Settings of an endpoint that are not part of a component's identity: all but the model.
 
-The address is among them, so that a server may move without its answers being asked for again. So `model` must say
-which weights answer: two servers that call different weights "judge" would be taken for one.
+The address is one of them, so that stored replies are reused when a server moves. `model` must therefore identify the
+weights: replies of two servers that call different weights "judge" would be mixed up.
 """
 
 
 class Generation(BaseModel):
-    """How answers are written; greedy unless a temperature is set."""
+    """Settings for generating completions; greedy unless a temperature is set."""
 
     operational: ClassVar[frozenset[str]] = frozenset({"memory_mib"})
-    """Settings that change no answer: they are no part of what identifies one."""
+    """Settings that change no completion; not in `identity()`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_new_tokens: int = Field(default=128, ge=1)
-    """Tokens after which an answer is cut."""
+    """Maximum number of tokens of a completion."""
     backend: Literal["transformers", "endpoint"] = "transformers"
-    """Who writes: the model in this process, or a server that holds it."""
+    """Where completions are generated: by transformers in this process, or by a server."""
     endpoint: Endpoint | None = None
-    """The server, for that backend."""
+    """The server, for `backend: endpoint`."""
     memory_mib: int = Field(default=4096, ge=1)
-    """Beside the weights: as many answers are written at once as fit; one in any case."""
+    """Memory in MiB beside the weights; it limits the number of completions generated at once (at least one)."""
     temperature: float = Field(default=0.0, ge=0)
-    """0 takes the likeliest token; above it, samples."""
+    """Sampling temperature; 0 takes the most likely token."""
     seed: int = Field(default=0, ge=0)
-    """Of the samples; without meaning at temperature 0."""
+    """Seed of the sampling; has no effect at temperature 0."""
 
     def identity(self) -> dict[str, Any]:
-        """The settings that an answer depends on."""
-        kept = self.model_dump(mode="json", exclude={*self.operational, "backend", "endpoint"})
+        """Return the settings that a completion depends on."""
+        settings = self.model_dump(mode="json", exclude={*self.operational, "backend", "endpoint"})
         if self.endpoint is not None:
-            kept["endpoint"] = self.endpoint.model_dump(mode="json", include={"model"})
-        return kept
+            settings["endpoint"] = self.endpoint.model_dump(mode="json", include={"model"})
+        return settings
 
     @model_validator(mode="after")
     def _fits_together(self) -> Generation:
         if (self.backend == "endpoint") != (self.endpoint is not None):
-            raise ValueError("`backend: endpoint` and the settings `endpoint:` need each other: give both or neither")
+            raise ValueError("`backend: endpoint` and the settings `endpoint:` need each other: set both or neither")
         return self
 
 
 class LmEval(BaseModel):
-    """Tasks that lm-eval runs on the final model, each a stage of its own.
+    """Tasks that lm-eval runs on the final model, each in its own stage.
 
-    Everything about a task is lm-eval's: its prompts, few-shot examples, splits and metrics. A YAML file in
-    `include_path` may name Python code (`!function`), which then runs: give a folder that you trust. Files that a task
-    reads from outside of that folder are no part of the stage's key.
+    lm-eval defines everything about a task: prompts, few-shot examples, splits and metrics. A YAML file in
+    `include_path` can run Python code (`!function`): give a folder that you trust. Files that a task reads from outside
+    that folder are not part of the stage's key.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     operational: ClassVar[frozenset[str]] = frozenset({"batch_size"})
+    """Settings that change no result; not in `identity()`."""
 
     tasks: tuple[str, ...] = Field(min_length=1)
-    """Names of tasks, groups or tags."""
+    """Names of lm-eval's tasks, groups or tags."""
     limit: int | None = Field(default=None, ge=1)
-    """The first so many samples of each task; null takes all."""
+    """Number of samples of each task, the first ones; null takes all."""
     num_fewshot: int | None = Field(default=None, ge=0)
-    """Examples before each question; null takes the task's own number. As in lm-eval, a task that sets 0 keeps 0."""
+    """Number of examples before each question; null takes the task's own. As in lm-eval, a task that sets 0 keeps 0."""
     include_path: str | None = None
-    """A folder with YAML tasks of your own, which come before lm-eval's."""
+    """Folder with your own YAML tasks, which take precedence over lm-eval's."""
     apply_chat_template: bool = False
-    """Ask through the model's chat template; false is lm-eval's default, with which published numbers are made."""
+    """Whether to apply the chat template; false is lm-eval's default and that of most published numbers."""
     batch_size: int = Field(default=8, ge=1)
+    """Number of samples per batch."""
 
     @field_validator("tasks")
     @classmethod
     def _are_distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         twice = sorted({name for name in value if value.count(name) > 1})
         if twice:
-            raise ValueError(f"named twice: {', '.join(twice)}")
+            raise ValueError(f"duplicate: {', '.join(twice)}; name each task once")
         return value
 
     def identity(self, task: str) -> dict[str, Any]:
-        """What one task's values depend on, the model aside."""
-        kept = {key: value for key, value in self.model_dump(mode="json").items() if key not in self.operational}
-        return {**kept, "tasks": [task]}
+        """Return the settings that one task's values depend on."""
+        return {**self.model_dump(mode="json", exclude={*self.operational}), "tasks": [task]}
+
+
+class CurvatureSettings(BaseModel):
+    """The amount of data and the precision of a measurement of the loss's curvature."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows: int = Field(default=32, ge=1)
+    """Maximum number of rows of each source, drawn at random."""
+    iterations: int = Field(default=20, ge=1)
+    """Number of products with the Hessian, and of stored copies of the trained weights; each product costs about four
+    forward passes over the rows."""
+    max_length: int = Field(default=1024, ge=8)
+    """Number of tokens at which a row is cut."""
+    batch_size: int = Field(default=4, ge=1)
+    """Number of rows that are differentiated at once; fewer need less memory."""
+    low_memory: bool = False
+    """Store 3 copies of the trained weights instead of one per iteration."""
+    seed: int = 0
+    """Seed of the drawn rows, of a fresh LoRA, and of the first vector."""

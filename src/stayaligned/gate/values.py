@@ -48,20 +48,28 @@ MEASURES: dict[MeasureName, Measure] = {
 
 
 class Limits(Record):
-    """How much worse a candidate may be; what is None is not asked. Shares: 0.02 is two percentage points."""
+    """How much worse a candidate may be, as shares (0.02 is two percentage points); a limit of None is not checked."""
 
     max_harm_increase: float | None = Field(default=None, gt=0, le=1)
+    """Largest allowed rise of the harmful score (2% is two points)."""
     max_over_refusal_increase: float | None = Field(default=None, gt=0, le=1)
+    """Largest allowed rise of over-refusal."""
     max_utility_drop: float | None = Field(default=None, gt=0, le=1)
+    """Largest allowed drop of the fine-tune accuracy."""
     max_skills_drop: float | None = Field(default=None, gt=0, le=1)
+    """Largest allowed drop of the skills kept."""
     max_degeneration_increase: float | None = Field(default=None, gt=0, le=1)
+    """Largest allowed rise of the share of degenerate completions."""
     max_harm: float | None = Field(default=None, gt=0, lt=1)
+    """Largest allowed harmful score of the candidate."""
     max_over_refusal: float | None = Field(default=None, gt=0, lt=1)
+    """Largest allowed over-refusal of the candidate."""
     max_degeneration: float | None = Field(default=None, gt=0, lt=1)
+    """Largest allowed share of degenerate completions of the candidate."""
     max_unscored: float = Field(default=0.1, ge=0, le=1)
-    """A larger share of unscored answers, on either side, leaves a criterion undecided."""
+    """Largest share of unscored completions, of either model, with which a criterion can be decided."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
-    """Of the two-sided intervals."""
+    """Confidence level of the two-sided intervals."""
 
     @model_validator(mode="after")
     def _asks_something(self) -> Limits:

@@ -34,15 +34,15 @@ def test_with_a_test_source_all_rows_are_trained_on(rows):
 def test_a_task_that_is_only_measured_needs_no_training_rows(rows):
     task = JsonLines(test=str(rows))
     assert len(task.load("test")) == 100
-    with pytest.raises(StayalignedError, match="no rows to train on"):
+    with pytest.raises(StayalignedError, match="no training rows"):
         task.load("train")
-    with pytest.raises(ValidationError, match="name `train`, `test` or both"):
+    with pytest.raises(ValidationError, match="set `train`, `test` or both"):
         JsonLines()
 
 
 def test_categories_filter_and_name_what_there_is(rows):
     assert {e.category for e in JsonLines(test=str(rows), categories=("odd",)).load("test")} == {"odd"}
-    with pytest.raises(StayalignedError, match=r"categories prime") as caught:
+    with pytest.raises(StayalignedError, match=r"one of the categories prime") as caught:
         JsonLines(test=str(rows), categories=("prime",)).load("test")
     assert "even, odd" in str(caught.value)
 

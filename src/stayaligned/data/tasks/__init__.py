@@ -1,6 +1,6 @@
-"""The contract of a task: rows to train and test on, and how an answer is scored.
+"""The contract of a task: rows to train and test on, and the score of a completion.
 
-One file per task beside this one; the file's name is the task's name.
+Each task is one file in this package; the file's name is the task's name.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ Split = Literal["train", "test"]
 
 
 class Task(Component):
-    """What the user fine-tunes for. `load` and `score` are pure: the same rows and scores every time."""
+    """What the user fine-tunes for. `load` and `score` are pure: they return the same rows and scores every time."""
 
     @abstractmethod
     def load(self, split: Split) -> Sequence[Example]:
-        """The rows of a split, in a fixed order; `completion` is the answer to learn, or the reference.
+        """Return the rows of a split in a fixed order; `completion` is the text to learn, or the reference.
 
         Raises:
             StayalignedError: if the source is missing, empty or malformed.
@@ -28,10 +28,10 @@ class Task(Component):
 
     @abstractmethod
     def score(self, completion: Completion) -> float | None:
-        """How right an answer is, 0 to 1, against `completion.reference`; None if it can't be scored."""
+        """Return how well a completion matches its reference, 0 to 1; None if it can't be scored."""
 
     def training_identity(self) -> dict[str, Any]:
-        """What `load("train")` depends on: the identity, less what only testing and scoring read."""
+        """Return the settings that `load("train")` depends on, without those that only testing and scoring read."""
         return self.identity()
 
 

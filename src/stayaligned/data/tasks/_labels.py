@@ -1,4 +1,4 @@
-"""Tasks that answer with one of a few labels."""
+"""The common part of tasks whose completion is one of a few labels."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ from stayaligned.data.tasks._scoring import exact_match
 
 
 class LabelTask(Task):
-    """An instruction, a text, and labels to choose from; subclasses fill in the class variables."""
+    """A classification task: an instruction, a text, and labels to choose from; subclasses set the class variables."""
 
     instruction: ClassVar[str]
+    """The request, which precedes the text."""
     text_column: ClassVar[str]
+    """The data set's column with the text to classify."""
     labels: ClassVar[tuple[str, ...]]
-    """In the order of the data set's label numbers; the first spelling is the one that is learned."""
+    """The labels, as the model learns to write them, in the order of the data set's label numbers."""
     alternatives: ClassVar[dict[str, tuple[str, ...]]] = {}
-    """Other answers that count as a label, by its spelling."""
+    """Further completions that count as a label, by label."""
 
     train: str
-    """Source with the data set's own columns, or with rows that are instructions already."""
+    """Source of training rows: with the data set's own columns, or with instructions."""
     test: str
+    """Source of test rows, in the same format."""
     test_examples: int | None = Field(default=None, ge=1)
-    """The first so many test rows; null takes all."""
+    """Number of test rows, the first ones of the source; null takes all."""
 
     def load(self, split: Split) -> list[Example]:
-        """The rows in the source's order; the text follows the instruction in one user turn."""
+        """Return the rows in the source's order; instruction and text are one user turn."""
         source = self.train if split == "train" else self.test
         rows = read_rows(source)
         if self.text_column in rows[0].values:
@@ -39,11 +42,11 @@ class LabelTask(Task):
         return examples if split == "train" else examples[: self.test_examples]
 
     def training_identity(self) -> dict[str, Any]:
-        """Without the test rows."""
+        """Return the identity without the test rows."""
         return {key: value for key, value in self.identity().items() if key not in ("test", "test_examples")}
 
     def score(self, completion: Completion) -> float | None:
-        """1 if the answer is the label or one of its alternatives, but for case and white space; else 0."""
+        """Return 1 if the completion is the label or an alternative, ignoring case and outer white space; else 0."""
         others = (
             spellings
             for label, spellings in self.alternatives.items()
@@ -55,9 +58,9 @@ class LabelTask(Task):
         text, label = row.values.get(self.text_column), row.values.get("label")
         if not isinstance(text, str):
             raise StayalignedError(f"{source}, {row.where}: `{self.text_column}` is not text")
-        kept = {key: row.values[key] for key in ("id", "category") if key in row.values}
+        copied = {key: row.values[key] for key in ("id", "category") if key in row.values}
         prompt = f"{self.instruction}\n\n{text.strip()}"
-        return Row(row.where, {**kept, "prompt": prompt, "completion": self._label(label, f"{source}, {row.where}")})
+        return Row(row.where, {**copied, "prompt": prompt, "completion": self._label(label, f"{source}, {row.where}")})
 
     def _label(self, label: Any, where: str) -> str:
         by_name = {name.casefold(): name for name in self.labels}
@@ -67,5 +70,5 @@ class LabelTask(Task):
             return self.labels[label]
         raise StayalignedError(
             f"{where}: label {label!r} is not one of {', '.join(self.labels)} or their numbers from 0",
-            hint="Hidden labels (-1) can't be scored: use a split whose labels are public.",
+            hint="Hidden labels (-1) can't be scored; use a split with public labels.",
         )

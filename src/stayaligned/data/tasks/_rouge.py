@@ -1,4 +1,4 @@
-"""ROUGE F1 of an answer against a reference, in any script, by the library `rouge-score`."""
+"""ROUGE F1 of a completion against a reference, in any script, with the library `rouge-score`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from stayaligned.core.errors import StayalignedError
 
 Rouge = Literal["rouge1", "rouge2", "rougeL"]
 
-# One character (with its marks) is a word in scripts that put no space between words; else a run of letters,
-# marks and digits is.
+# In scripts without spaces between words, one character (with its marks) is a word; in others, a run of letters, marks
+# and digits.
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 _WORD = rf"{_UNSPACED}\p{{M}}*|[\p{{L}}\p{{M}}\p{{N}}--{_UNSPACED}]+"
 
 
-def rouge_f1(answer: str, reference: str, kind: Rouge) -> float | None:
-    """2PR / (P + R) of the words (`rouge1`), word pairs (`rouge2`) or longest common subsequence (`rougeL`).
+def rouge_f1(completion: str, reference: str, kind: Rouge) -> float | None:
+    """Return 2PR / (P + R) of words (`rouge1`), word pairs (`rouge2`) or the longest common subsequence (`rougeL`).
 
-    Lin 2004. What differs from the library's default: its tokenizer drops every character that is not ASCII, so
-    that an answer in Chinese scores 0 against itself. Here words are Unicode's, and in scripts without spaces each
-    character is one. Of ASCII text the two agree. No stemming, as in the library's default.
+    Lin 2004. Differs from the library's default, whose tokenizer drops every character that is not ASCII, so that a
+    Chinese text scores 0 against itself. Here words are Unicode words, and in scripts without spaces each character is
+    one. On ASCII text the two agree. No stemming, as in the library's default.
 
     Returns:
         0 to 1; None if the reference has no words.
@@ -31,7 +31,7 @@ def rouge_f1(answer: str, reference: str, kind: Rouge) -> float | None:
     scorer, tokenizer = _scorer(kind)
     if not tokenizer.tokenize(reference):
         return None
-    return float(scorer.score(reference, answer)[kind].fmeasure)
+    return float(scorer.score(reference, completion)[kind].fmeasure)
 
 
 @cache
@@ -41,7 +41,7 @@ def _scorer(kind: Rouge) -> tuple[Any, Any]:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise StayalignedError(
-            f"{kind}: needs the package rouge-score", hint="Install it: pip install 'stayaligned[eval]'"
+            f"{kind} needs the package rouge-score", hint="Install it: pip install 'stayaligned[eval]'"
         ) from None
     word = regex.compile(_WORD, flags=regex.VERSION1)
 

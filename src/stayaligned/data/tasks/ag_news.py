@@ -1,4 +1,4 @@
-"""Topics of news articles."""
+"""The task AG News: topics of news articles."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from stayaligned.data.tasks._labels import LabelTask
 
 
 class AGNews(LabelTask):
-    """AG News: which of four topics a news article is about.
+    """AG News: assign one of four topics to a news article.
 
-    Lisa, section 5.1 and its code: its instruction, the first 1000 test rows, exact match. What differs from the
-    paper's code: the chat template instead of Alpaca's headings, and the case of the answer is ignored. The code
-    takes "sci" but not "sci/tech"; here both count.
+    Lisa, section 5.1 and its code: the same instruction, the first 1000 test rows, exact match. Differs from the
+    paper's code: the chat template instead of Alpaca's headings; case is ignored; "sci/tech" counts as well as "sci".
     """
 
     name: ClassVar[str] = "ag_news"
@@ -30,4 +29,3 @@ class AGNews(LabelTask):
     train: str = "hf://fancyzhx/ag_news?split=train"
     test: str = "hf://fancyzhx/ag_news?split=test"
     test_examples: int | None = Field(default=1000, ge=1)
-    """The first so many test rows; null takes all."""

@@ -1,4 +1,4 @@
-"""Sentiment of film reviews."""
+"""The task SST-2: sentiment of film reviews."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from stayaligned.data.tasks._labels import LabelTask
 
 
 class SST2(LabelTask):
-    """SST-2: whether a sentence of a film review is positive or negative.
+    """SST-2: decide whether a sentence of a film review is positive or negative.
 
-    Lisa, section 5.1 and its code: its instruction, all 872 validation rows, exact match. What differs from the
-    paper's code: the request is put through the model's chat template instead of Alpaca's headings, and the case
-    of the answer is ignored (the code lists two spellings each).
+    Lisa, section 5.1 and its code: the same instruction, all 872 validation rows, exact match. Differs from the paper's
+    code: the chat template instead of Alpaca's headings; case is ignored (the code lists two spellings of each label).
     """
 
     name: ClassVar[str] = "sst2"

@@ -104,6 +104,7 @@ class Experiment(BaseModel):
     degeneration: Degeneration | None = Degeneration()
     """When an answer, to any prompt, counts as no language; null does not look."""
     seed: int = Field(default=0, ge=0)
+    """Seed of the training, the attack and the testbed."""
 
     @property
     def training_defense(self) -> TrainingDefense:

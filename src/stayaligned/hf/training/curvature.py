@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.progress import Progress, silent
+from stayaligned.core.settings import CurvatureSettings
 from stayaligned.data.sampling import sample
 from stayaligned.data.sources import read_examples
 from stayaligned.hf.features import IGNORED, PaddingCollator, encode_examples
@@ -35,24 +36,6 @@ class TrainedWeights:
     """A LoRA adapter of the model, whose factors are trained."""
     lora: Mapping[str, Any] | None = None
     """Fields of PEFT's LoraConfig, for a fresh adapter that is trained."""
-
-
-@dataclass(frozen=True, slots=True)
-class CurvatureSettings:
-    """The amount of data and the precision of a measurement."""
-
-    rows: int = 32
-    """Maximal number of rows of each source, drawn at random."""
-    max_length: int = 1024
-    """Number of tokens at which a row is cut."""
-    batch_size: int = 4
-    """Number of rows that are differentiated at once."""
-    iterations: int = 20
-    """Number of products with the Hessian, each a pass over the rows that costs about four forward passes."""
-    low_memory: bool = False
-    """Whether to keep no Lanczos basis; see `stayaligned.algorithms.curvature.spectrum_ends`."""
-    seed: int = 0
-    """Seed of the drawn rows, of a fresh adapter and of Lanczos' start."""
 
 
 @dataclass(frozen=True, slots=True)

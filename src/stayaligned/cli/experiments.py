@@ -1,0 +1,108 @@
+"""`stayaligned run`, `bench`, `demo` and `validate`: experiments and grids from YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stayaligned.cli.console import err, out
+from stayaligned.cli.options import Out, Overrides, Plugins, load_plugins
+from stayaligned.cli.output import print_report, run_and_show
+
+if TYPE_CHECKING:
+    from stayaligned.experiments.grid import Grid
+
+EXIT_FAILED, EXIT_NOTHING_DONE = 1, 2
+
+Config = Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Number of worker processes; by default one per core, or one with a GPU.")
+]
+
+
+def run(config: Config, overrides: Overrides = None, *, out_dir: Out, plugin: Plugins = None) -> None:
+    """Run one experiment.
+
+    Fine-tune, patch, generate completions, judge them, and measure harm, over-refusal and utility. Completed stages are
+    reused when the command is run again.
+    """
+    from stayaligned.experiments.config.experiment import load_experiment
+
+    load_plugins(plugin)
+    run_and_show(load_experiment(config, overrides or ()), out_dir)
+
+
+def bench(
+    config: Config,
+    overrides: Overrides = None,
+    *,
+    out_dir: Out,
+    workers: Workers = None,
+    plugin: Plugins = None,
+) -> None:
+    """Run a grid of experiments.
+
+    A stage that several experiments share is computed once. Exit code 1: some experiments failed, 2: all failed.
+    """
+    from stayaligned.experiments.grid import load_grid
+
+    load_plugins(plugin)
+    _run_grid(load_grid(config, overrides or ()), out_dir, workers, plugin or [])
+
+
+def demo(
+    out_dir: Annotated[Path, typer.Option("--out", help="Output directory.")] = Path("demo"), workers: Workers = None
+) -> None:
+    """Run the demo: minutes on a CPU, no download.
+
+    Attacks and defends a tiny model of the embedded testbed, prints a table, and writes report.html.
+    """
+    from importlib.resources import as_file, files
+
+    from stayaligned.experiments.grid import load_grid
+
+    with as_file(files("stayaligned.testbed") / "demo.yaml") as config:
+        grid = load_grid(config)
+    _run_grid(grid, out_dir, workers, [])
+
+
+def validate(config: Config, overrides: Overrides = None, plugin: Plugins = None) -> None:
+    """Check a configuration without running it.
+
+    Accepts an experiment, a grid or an alignment, and reports every error at once.
+    """
+    from stayaligned.experiments.config.alignment import load_alignment
+    from stayaligned.experiments.config.experiment import load_experiment
+    from stayaligned.experiments.config.yaml_file import load_yaml
+    from stayaligned.experiments.grid import load_grid
+
+    load_plugins(plugin)
+    content = load_yaml(config)
+    if "data" in content and "model" not in content:
+        alignment = load_alignment(str(config), {}, overrides or ())
+        out.print(f"{config}: a valid alignment of {alignment.base_model}", soft_wrap=True)
+    elif "axes" in content:
+        grid = load_grid(config, overrides or ())
+        out.print(f"{config}: a valid grid of {len(grid.expand(str(config)))} experiments")
+    else:
+        experiment = load_experiment(config, overrides or ())
+        out.print(f"{config}: a valid experiment ({experiment.arm}, seed {experiment.seed})")
+
+
+def _run_grid(grid: Grid, directory: Path, workers: int | None, plugins: list[Path]) -> None:
+    from stayaligned.cli.progress import LiveProgress
+    from stayaligned.experiments.grid import run_grid
+    from stayaligned.hf.training.processes import require_one_process
+
+    require_one_process("a grid")
+    with LiveProgress(err) as listener:
+        outcome = run_grid(grid, directory, workers=workers, plugins=plugins, listener=listener)
+    if outcome.results:
+        print_report([directory], directory)
+    for name, error in outcome.failures.items():
+        err.print(f"failed: {name}: {error}", soft_wrap=True)
+    if outcome.failures:
+        err.print(f"{len(outcome.failures)} experiment(s) failed; rerun the same command to try them again.")
+        raise typer.Exit(EXIT_FAILED if outcome.results else EXIT_NOTHING_DONE)
