@@ -37,7 +37,7 @@ CASES: list[tuple[str, list[str], tuple[str, ...]]] = [
     ("empty data", ["base", "--data", "{}/empty.jsonl"], ("empty.jsonl: holds no rows",)),
     ("no answers", ["base", "--data", "{}/questions.jsonl"], ("questions.jsonl, line 1: has no answer to learn",)),
     ("no such base", ["nowhere", "--data", "DATA"], ("base_model: ", "nowhere does not exist")),
-    ("no such hub id", ["owner/absent", "--data", "DATA"], ("owner/absent: neither a directory here nor",)),
+    ("no such hub id", ["owner/absent", "--data", "DATA"], ("owner/absent: no such directory, and no hub repository",)),
     ("no template", ["plain", "--data", "DATA"], ("plain: the tokenizer has no chat template", "--chat-template FILE")),
     (
         "no such template",

@@ -93,7 +93,10 @@ def test_each_bad_input_is_one_error(world: Path, tmp_path: Path, command: Comma
         ((world / "model", "--data", write_rows(tmp_path / "empty.jsonl", [])), "empty.jsonl: holds no rows"),
         ((world / "model", *good, "--max-length", 8), "leaves an answer to learn within max_length=8"),
         ((world / "model", *good, "--adapter", world / "model"), "not a PEFT adapter"),
-        ((world / "model", *good, "--adapter", world / "adapter", "--lora", "r=2"), "an adapter and settings of a"),
+        (
+            (world / "model", *good, "--adapter", world / "adapter", "--lora", "r=2"),
+            "both an adapter and the settings of a fresh LoRA",
+        ),
         ((world / "model", *good, "--lora", "r"), "--lora r: expected key=value"),
         ((world / "model", *good, "--lora", "rank=2"), "lora.rank: no such LoRA setting"),
         ((broken, *good), "the model's loss on these rows is nan"),

@@ -51,7 +51,7 @@ _MOVED = {
     "hf.classification": "hf.judge_models.classifier",
     "hf.curvature": "hf.training.curvature",
     "hf.finetuning": "hf.training.finetuning",
-    "hf.fitting": "hf.generation.fitting",
+    "hf.fitting": "hf.judge_models.inputs",
     "hf.generation": "hf.generation.generate",
     "hf.guards": "hf.judge_models.guard",
     "hf.harness": "hf.lm_eval",
