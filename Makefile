@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 # The tests of pure functions and small files; the rest of the suite trains or generates.
 QUICK := tests/algorithms tests/attacks tests/core tests/data tests/evaluation/metrics tests/gate tests/weights \
-	tests/docs/test_docs.py tests/docs/test_doctests.py tests/docs/test_words.py
+	tests/test_layout.py tests/docs/test_docs.py tests/docs/test_doctests.py tests/docs/test_words.py
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: setup help demo quick test slow check bench clean
