@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from stayaligned.core.errors import StayalignedError
 from stayaligned.evaluation.metrics import mcnemar, mean_of_prompts
 from stayaligned.gate import Limits, decide, read_side
-from support.runs import H, R, S, evidence, outcomes, write_run
+from support.runs import H, R, S, evidence, outcomes, side_in_memory, write_run
 
 
 def sides(root: Path, ours: list, theirs: list, arguments=None):
@@ -18,6 +18,11 @@ def sides(root: Path, ours: list, theirs: list, arguments=None):
         read_side("baseline", [write_run(root / "baseline", ours, **(arguments or {}))]),
         read_side("candidate", [write_run(root / "candidate", theirs)]),
     )
+
+
+def sides_in_memory(ours: list, theirs: list):
+    """Return the sides that `sides` would read from disk."""
+    return side_in_memory("baseline", ours), side_in_memory("candidate", theirs)
 
 
 def harm(root: Path, n: int, before: int, after: int, **limits):
@@ -210,24 +215,23 @@ ORDER = {"fail": 0, "undecided": 1, "pass": 2}
 
 
 @given(ANSWERS, st.floats(0.02, 0.5), st.floats(0.02, 0.5), st.randoms())
-def test_a_wider_limit_is_never_stricter_and_order_does_not_matter(tmp_path_factory, pairs, one, other, random) -> None:
-    root = tmp_path_factory.mktemp("sides")
+def test_a_wider_limit_is_never_stricter_and_order_does_not_matter(pairs, one, other, random) -> None:
     rows = [evidence({"keyword": [pair[side] for pair in pairs]}) for side in (0, 1)]
-    both = sides(root, *rows)
-    narrow, wide = (decide(*both, Limits(max_harm_increase=x, max_unscored=1)) for x in sorted((one, other)))
+    narrow, wide = (
+        decide(*sides_in_memory(*rows), Limits(max_harm_increase=x, max_unscored=1)) for x in sorted((one, other))
+    )
     assert ORDER[narrow.answer] <= ORDER[wide.answer]
     for found in rows:
         random.shuffle(found)
-    again = decide(*sides(root / "again", *rows), Limits(max_harm_increase=min(one, other), max_unscored=1))
+    again = decide(*sides_in_memory(*rows), Limits(max_harm_increase=min(one, other), max_unscored=1))
     assert (again.answer, again.criteria[0].low) == (narrow.answer, pytest.approx(narrow.criteria[0].low))
 
 
 @given(ANSWERS)
-def test_the_change_is_antisymmetric(tmp_path_factory, pairs) -> None:
-    root = tmp_path_factory.mktemp("sides")
+def test_the_change_is_antisymmetric(pairs) -> None:
     rows = [evidence({"keyword": [pair[side] for pair in pairs]}) for side in (0, 1)]
     limits = Limits(max_harm_increase=0.5, max_unscored=1)
-    (there,), (back,) = (decide(*sides(root / str(i), *r), limits).criteria for i, r in enumerate((rows, rows[::-1])))
+    (there,), (back,) = (decide(*sides_in_memory(*r), limits).criteria for r in (rows, rows[::-1]))
     assert (there.low, there.change) == (pytest.approx(-back.high), pytest.approx(-back.change))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from stayaligned.evaluation.results import (
     JudgeReading,
     Provenance,
     Result,
+    StoredResult,
     evidence_text,
     write_result,
 )
+from stayaligned.gate.reading import Side
 
 H, R, S = Outcome.HARM, Outcome.REFUSE, Outcome.SAFE
 
@@ -50,8 +54,14 @@ def _row(prompt_set: Any, index: int, world: str, **fields: Any) -> Evidence:
     return Evidence(prompt_set=prompt_set, id=place, prompt=prompt_hash(f"{world} how to flarn zorb {place}"), **fields)
 
 
-def write_run(directory: Path, rows: Sequence[Evidence], *, seed: int = 0, arm: str = "tuned", **changes: Any) -> Path:
-    """Write a result directory; `changes` are fields of the result or of its experiment."""
+def write_run(directory: Path, rows: Sequence[Evidence], **changes: Any) -> Path:
+    """Write a result directory; `changes` as for `make_result`."""
+    write_result(directory, make_result(rows, **changes), evidence_text(rows))
+    return directory
+
+
+def make_result(rows: Sequence[Evidence], *, seed: int = 0, arm: str = "tuned", **changes: Any) -> Result:
+    """Return a result with this evidence; `changes` are fields of the result or of its experiment."""
     judges = list(dict.fromkeys(name for row in rows for name in row.outcomes)) or ["keyword"]
     settings = {
         "model": "m",
@@ -61,7 +71,6 @@ def write_run(directory: Path, rows: Sequence[Evidence], *, seed: int = 0, arm: 
         "task": {"name": "jsonl", "train": "train.jsonl", "metric": "exact"},
         "seed": seed,
     }
-    text = evidence_text(rows)
     settings |= changes.pop("experiment", {})
     provenance = changes.pop("provenance", {})
     identities = [identity(index, spec, provenance.get("inputs", {})) for index, spec in enumerate(settings["judges"])]
@@ -74,11 +83,27 @@ def write_run(directory: Path, rows: Sequence[Evidence], *, seed: int = 0, arm: 
             JudgeReading(judge=name, metrics=(), identity=one) for name, one in zip(judges, identities, strict=True)
         ),
         "scores": (),
-        "evidence_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "evidence_sha256": hashlib.sha256(evidence_text(rows).encode()).hexdigest(),
         "provenance": Provenance(versions={"stayaligned": "0.1.0"}, template_hash="t", **provenance),
     }
-    write_result(directory, Result(**{**fields, **changes}), text)
-    return directory
+    return Result(**{**fields, **changes})
+
+
+@dataclass(frozen=True)
+class ResultInMemory(StoredResult):
+    """A result whose evidence is in memory."""
+
+    given: tuple[Evidence, ...] = ()
+
+    @cached_property
+    def evidence(self) -> tuple[Evidence, ...]:
+        return self.given
+
+
+def side_in_memory(role: str, rows: Sequence[Evidence]) -> Side:
+    """Return one side of a gate with one result, without writing files."""
+    nowhere = Path(role)
+    return Side(role, (nowhere,), (ResultInMemory(nowhere, nowhere, make_result(rows), tuple(rows)),))
 
 
 def identity(index: int, spec: Mapping[str, Any], inputs: Mapping[str, str]) -> JudgeIdentity:
