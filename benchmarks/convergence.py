@@ -1,4 +1,4 @@
-"""Lisa's theory (arXiv 2405.18641, section 4.2 and appendix B) put to the test where it can be: exact solves, fp64.
+"""A numerical test of Lisa's theory (arXiv 2405.18641, section 4.2 and appendix B) with exact solves in fp64.
 
     python benchmarks/convergence.py
 
@@ -6,10 +6,10 @@ Four tables:
 
 1. Lemmas 1 and 3 and the theorem for ρ > L, on quadratics of known eigenvalues and on logistic and log-cosh sums.
 2. The theorem's sub-linear case, θ = 3/4.
-3. What goes wrong for ρ < L and what does not; and a case of ρ > L that diverges, by the theorem's other assumption.
-4. K1 and K2 gradient steps in place of the exact solves: where the iterates end, and how fast.
+3. Cases with ρ < L, which fail in some ways; and one with ρ > L that diverges, by the theorem's other assumption.
+4. K1 and K2 gradient steps instead of the exact solves: the limit of the iterates, and the rate.
 
-The exit code is 1 if a statement that must hold does not.
+The exit code is 1 if one of the statements does not hold.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from exact_lisa import (
 )
 
 ROUNDING = 100 * EPS
-"""What a chain of fp64 operations on these vectors may be off by, relative to the terms that are added."""
+"""Allowed rounding error of fp64 operations on these vectors, relative to the terms that are added."""
 STEP = 0.01
 """Learning rate times (L + ρ) in table 4."""
 
 
 class Claim(NamedTuple):
-    """A statement of the theory about one case, and whether it held."""
+    """A statement of the theory about one case, and whether it holds."""
 
     text: str
     holds: bool
@@ -64,7 +64,7 @@ def vector(*values: float) -> Tensor:
 
 
 def lemmas(name: str, pair: Pair, iterates: list[Iterate]) -> tuple[float, float, list[Claim]]:
-    """The largest relative residual of Lemma 1, the largest excess over Lemma 3, and that both are rounding."""
+    """Return the largest relative errors of Lemmas 1 and 3, and the claims that both are rounding."""
     steps = list(itertools.pairwise(iterates))
     first = max(pair.lemma_1(*step) for step in steps)
     third = max(pair.lemma_3(*step) for step in steps)
@@ -79,7 +79,7 @@ def lemmas(name: str, pair: Pair, iterates: list[Iterate]) -> tuple[float, float
 
 
 def problems() -> Iterator[tuple[str, Objective, Objective]]:
-    """(name, f, h); D is bounded below in each for every ρ > L."""
+    """Yield (name, f, h), where D is bounded below for every ρ > L."""
     generator = torch.Generator().manual_seed(0)
     convex = [0.05, 0.2, 0.5, 0.8, 1.0]
     yield "convex quadratics", Quadratic.of(convex, generator), Quadratic.of(convex, generator)
@@ -117,7 +117,7 @@ def theorem() -> list[Claim]:
 
 
 def row_of(label: str, name: str, pair: Pair, iterates: list[Iterate]) -> list[Claim]:
-    """Print one row of table 1; what must hold of it."""
+    """Print one row of table 1, and return its claims."""
     last = iterates[-1]
     first, third, claims = lemmas(label, pair, iterates)
     left = (pair.gradient_sum(last).norm() / pair.gradient_sum(iterates[1]).norm()).item()
@@ -143,7 +143,7 @@ def row_of(label: str, name: str, pair: Pair, iterates: list[Iterate]) -> list[C
 
 
 def sub_linear() -> list[Claim]:
-    """θ = ¾: f = h = w²/2 − log cosh w, which is w⁴/12 at its minimum. The theorem: O(T^(−1/(4θ−2))) = O(T^−1)."""
+    """Test θ = ¾: f = h = w²/2 − log cosh w, which is w⁴/12 at its minimum. The theorem: O(T^(−1/(4θ−2))) = O(T^−1)."""
     flat = LinkSum(FLAT, torch.eye(1, dtype=torch.float64), vector(0.0), vector(1.0), 0.0)
     pair = Pair(flat, flat, 1.5)
     iterates = run(pair, vector(2.0), 3000)
@@ -160,18 +160,18 @@ def sub_linear() -> list[Claim]:
 
 
 class Scalar(NamedTuple):
-    """f = a/2·w² and h = b/2·(w − 1)², and what becomes of them."""
+    """f = a/2·w² and h = b/2·(w − 1)², and the expected behavior of the iterates."""
 
     a: float
     b: float
     rho: float
     has_minima: bool
-    """Whether both sub-problems have one."""
+    """Whether both sub-problems have a minimum."""
     bounded: bool
-    """Whether D has."""
+    """Whether D is bounded below."""
     converges: bool
     descends: bool
-    """Whether D falls in every round."""
+    """Whether D decreases in every round."""
 
 
 SCALARS = (
@@ -186,9 +186,9 @@ SCALARS = (
 
 
 def outcome(case: Scalar) -> tuple[Scalar, float, float, float]:
-    """The case as it was found to be, the factor of a round, and the worst of Lemmas 1 and 3.
+    """Return the measured behavior, the factor of a round, and the largest errors of Lemmas 1 and 3.
 
-    Where a sub-problem has no minimum, its stationary point is taken instead.
+    If a sub-problem has no minimum, its stationary point is used instead.
     """
     one = torch.ones(1, 1, dtype=torch.float64)
     pair = Pair(Quadratic(case.a * one, vector(0.0)), Quadratic(case.b * one, vector(1.0)), case.rho)
@@ -211,7 +211,7 @@ def outcome(case: Scalar) -> tuple[Scalar, float, float, float]:
     return found, norms[-1] / norms[-2], worst[0], worst[1]
 
 
-def below() -> list[Claim]:
+def weak_proximal_term() -> list[Claim]:
     print("\n3. f = a/2·w² and h = b/2·(w−1)²; f + h is strongly convex in every row; L = 2 and m = −a")
     print("   where a sub-problem has no minimum, its stationary point is taken")
     print(
@@ -223,7 +223,7 @@ def below() -> list[Claim]:
         found, factor, first, third = outcome(case)
         name = f"a = {case.a:g}, b = {case.b:g}, ρ = {case.rho:g}"
         claims += [
-            Claim(f"what is said of {name}", found == case),
+            Claim(f"the behavior of {name}", found == case),
             Claim(f"Lemma 1, {name}", first <= ROUNDING),
             Claim(f"Lemma 3, {name}", third <= ROUNDING),
         ]
@@ -256,7 +256,7 @@ def cycle_of(f: Quadratic, h: Quadratic, rho: float, k1: int, k2: int, rate: flo
 
 
 def affine(objective: Quadratic, rho: float, steps: int, rate: float) -> tuple[Tensor, Tensor]:
-    """(M, c) with M w + c the end of `steps` gradient steps from w that are pulled to w."""
+    """Return (M, c) with M w + c the end of `steps` gradient steps from w, with the proximal term towards w."""
     n = len(objective.center)
     one, zero = torch.eye(n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
     force = objective.matrix @ objective.center[:, None]
@@ -292,7 +292,7 @@ def allocation() -> list[Claim]:
 
 
 def allocation_rows(f: Quadratic, h: Quadratic, rho: float, total: int, apart: float) -> list[Claim]:
-    """The rows of one ρ and cycle length, and what must hold of them."""
+    """Print the rows of one ρ and cycle length, and return their claims."""
     pair = Pair(f, h, rho)
     exact = fixed_point(pair).tuned
     losses: list[tuple[float, float]] = []
@@ -325,7 +325,7 @@ def allocation_rows(f: Quadratic, h: Quadratic, rho: float, total: int, apart: f
 
 
 def fixed_point(pair: Pair) -> Iterate:
-    """Where exact solves on convex quadratics end: D's minimum, or for ρ = 0 each at its own."""
+    """Return the limit of exact solves on convex quadratics: D's minimum; for ρ = 0, the minima of f and h."""
     if pair.rho == 0:
         return Iterate(pair.f.center, pair.h.center)
     return run(pair, vector(*[0.0] * 5), 10_000, small=1e-12)[-1]
@@ -334,7 +334,7 @@ def fixed_point(pair: Pair) -> Iterate:
 def main() -> int:
     started = time.perf_counter()
     torch.set_num_threads(1)
-    claims = [*theorem(), *sub_linear(), *below(), *allocation()]
+    claims = [*theorem(), *sub_linear(), *weak_proximal_term(), *allocation()]
     failed = [claim.text for claim in claims if not claim.holds]
     print(f"\n{len(claims) - len(failed)} of {len(claims)} statements hold; {time.perf_counter() - started:.1f} s")
     for text in failed:

@@ -1,4 +1,4 @@
-"""Lisa with exact sub-solves (arXiv 2405.18641, section 4.2), in fp64: what `convergence.py` measures.
+"""Lisa with exact sub-solves (arXiv 2405.18641, section 4.2), in fp64, for `convergence.py`.
 
 One round is w̃ ← argmin f + ρ/2‖· − w‖², then w ← argmin h + ρ/2‖· − w̃‖²: alternating minimization of the potential
 D(w̃, w) = f(w̃) + h(w) + ρ/2‖w̃ − w‖².
@@ -29,12 +29,12 @@ class Objective(ABC):
     @property
     @abstractmethod
     def smoothness(self) -> float:
-        """L: a bound on |eigenvalue| of the Hessian, everywhere."""
+        """L: a bound on the absolute eigenvalues of the Hessian at all points."""
 
     @property
     @abstractmethod
     def concavity(self) -> float:
-        """m: a bound on −(smallest eigenvalue), everywhere; 0 for a convex function. m ≤ L."""
+        """m: a bound on −(smallest eigenvalue) at all points; 0 for a convex function. m ≤ L."""
 
     @abstractmethod
     def value(self, w: Tensor) -> float: ...
@@ -53,7 +53,7 @@ class Quadratic(Objective):
 
     @classmethod
     def of(cls, eigenvalues: list[float], generator: torch.Generator) -> Quadratic:
-        """These eigenvalues in a random orthonormal basis, around a random center."""
+        """Draw a quadratic with these eigenvalues, a random orthonormal basis and a random center."""
         n = len(eigenvalues)
         basis = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
         matrix = basis @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ basis.T
@@ -78,7 +78,7 @@ class Quadratic(Objective):
 
 
 class Link(NamedTuple):
-    """φ of a sum, its derivatives, and the supremum of its second one; all three convex."""
+    """The function φ of a sum, its derivatives, and the supremum of its second derivative; φ is convex."""
 
     value: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor]
@@ -98,7 +98,7 @@ FLAT = Link(lambda z: z**2 / 2 - log_cosh(z), lambda z: z - torch.tanh(z), lambd
 
 @dataclass(frozen=True, eq=False)
 class LinkSum(Objective):
-    """Σ sᵢ φ(aᵢ·w − bᵢ) + μ/2‖w‖²: logistic regression for φ = softplus and s = 1; not convex where an sᵢ is −1."""
+    """Σ sᵢ φ(aᵢ·w − bᵢ) + μ/2‖w‖²: logistic regression for φ = softplus and s = 1; not convex if an sᵢ is −1."""
 
     link: Link
     rows: Tensor
@@ -141,14 +141,14 @@ class LinkSum(Objective):
 
 
 class UnboundedError(Exception):
-    """A sub-problem is not bounded below, so that Lisa's argmin does not exist."""
+    """Raised if a sub-problem is not bounded below, so that Lisa's argmin does not exist."""
 
 
 def solve(objective: Objective, rho: float, anchor: Tensor) -> Tensor:
-    """The argmin of objective + ρ/2‖· − anchor‖², by Newton's method with backtracking, until no step makes it better.
+    """Compute the argmin of objective + ρ/2‖· − anchor‖² by Newton's method with backtracking, to convergence.
 
     Raises:
-        UnboundedError: if it is a quadratic without one.
+        UnboundedError: if it is a quadratic without a minimum.
     """
     if isinstance(objective, Quadratic) and objective.concavity >= rho:
         raise UnboundedError
@@ -162,7 +162,7 @@ def solve(objective: Objective, rho: float, anchor: Tensor) -> Tensor:
         step = newton_step(objective, rho, anchor, w)
         new = w - step
         after = stationarity(objective, rho, anchor, new).norm().item()
-        if after >= residual:  # far from the minimum, where the value says how long a step is; or at it
+        if after >= residual:  # far from the minimum, where the value determines the step size; or at the minimum
             size, before = 1.0, total(w)
             slope = (stationarity(objective, rho, anchor, w) @ step).item()
             while total(w - size * step) > before - 1e-4 * size * slope and size > 1e-3:
@@ -176,7 +176,7 @@ def solve(objective: Objective, rho: float, anchor: Tensor) -> Tensor:
 
 
 def stationary_point(objective: Quadratic, rho: float, anchor: Tensor) -> Tensor:
-    """Where the gradient of a quadratic sub-problem vanishes, be it a minimum or not."""
+    """Return the stationary point of a quadratic sub-problem, whether or not it is a minimum."""
     return anchor - newton_step(objective, rho, anchor, anchor)
 
 
@@ -191,9 +191,9 @@ def newton_step(objective: Objective, rho: float, anchor: Tensor, w: Tensor) -> 
 
 class Iterate(NamedTuple):
     aligned: Tensor
-    """w̃, the end of the alignment state."""
+    """w̃, the end of the alignment phase."""
     tuned: Tensor
-    """w, the end of the fine-tuning state."""
+    """w, the end of the fine-tuning phase."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,34 +213,34 @@ class Pair:
         return Iterate(aligned, solver(self.h, self.rho, aligned))
 
     def potential(self, at: Iterate) -> float:
-        """D(w̃, w)."""
+        """Compute D(w̃, w)."""
         gap = at.aligned - at.tuned
         return self.f.value(at.aligned) + self.h.value(at.tuned) + self.rho / 2 * (gap @ gap).item()
 
     def potential_hessian(self, at: Iterate) -> Tensor:
-        pull = self.rho * torch.eye(len(at.tuned), dtype=torch.float64)
-        f, h = self.f.hessian(at.aligned) + pull, self.h.hessian(at.tuned) + pull
-        return torch.cat([torch.cat([f, -pull], 1), torch.cat([-pull, h], 1)])
+        diagonal = self.rho * torch.eye(len(at.tuned), dtype=torch.float64)
+        f, h = self.f.hessian(at.aligned) + diagonal, self.h.hessian(at.tuned) + diagonal
+        return torch.cat([torch.cat([f, -diagonal], 1), torch.cat([-diagonal, h], 1)])
 
     def gradient_sum(self, at: Iterate) -> Tensor:
-        """∇f(w̃) + ∇h(w): what the theorem sends to zero."""
+        """Compute ∇f(w̃) + ∇h(w), which converges to zero by the theorem."""
         return self.f.gradient(at.aligned) + self.h.gradient(at.tuned)
 
     def lemma_1(self, before: Iterate, after: Iterate) -> float:
-        """‖∇f(w̃') + ∇h(w') + ρ(w' − w)‖, relative to the terms; 0 by Lemma 1."""
+        """Compute ‖∇f(w̃') + ∇h(w') + ρ(w' − w)‖, relative to the terms; 0 by Lemma 1."""
         scale = self.f.gradient(after.aligned).norm() + self.h.gradient(after.tuned).norm()
         scale += self.rho * (after.tuned.norm() + before.tuned.norm() + after.aligned.norm())
         error = self.gradient_sum(after) + self.rho * (after.tuned - before.tuned)
         return (error.norm() / scale).item() if scale else 0.0
 
     def lemma_3(self, before: Iterate, after: Iterate) -> float:
-        """D' − D + (ρ − L)/2·(‖Δw‖² + ‖Δw̃‖²), relative to the terms of D; at most 0 by Lemma 3."""
+        """Compute D' − D + (ρ − L)/2·(‖Δw‖² + ‖Δw̃‖²), relative to the terms of D; at most 0 by Lemma 3."""
         moved = (after.tuned - before.tuned).square().sum() + (after.aligned - before.aligned).square().sum()
         excess = self.potential(after) - self.potential(before) + (self.rho - self.smoothness) / 2 * moved.item()
         return excess / (self.size(before) + self.size(after) + sys.float_info.min)
 
     def size(self, at: Iterate) -> float:
-        """What D's terms sum to without their signs: the unit of its rounding."""
+        """Compute the sum of the absolute terms of D, the scale of its rounding error."""
         gap = at.aligned - at.tuned
         scale = self.smoothness * (at.aligned.norm() ** 2 + at.tuned.norm() ** 2) + self.rho * (gap @ gap)
         return abs(self.f.value(at.aligned)) + abs(self.h.value(at.tuned)) + scale.item()
@@ -249,7 +249,7 @@ class Pair:
 def run(
     pair: Pair, start: Tensor, rounds: int, *, small: float = 0.0, solver: Callable[..., Tensor] = solve
 ) -> list[Iterate]:
-    """The iterates from w̃ = w = start, until ‖∇f(w̃) + ∇h(w)‖ is `small` times the first one or grew by 1e12."""
+    """Return the iterates from w̃ = w = start, until ‖∇f(w̃) + ∇h(w)‖ is `small` or 1e12 times the first."""
     iterates = [Iterate(start, start)]
     first = 0.0
     for _ in range(rounds):
@@ -262,22 +262,22 @@ def run(
 
 
 def contraction(pair: Pair, iterates: list[Iterate]) -> float:
-    """The factor by which ‖∇f(w̃) + ∇h(w)‖ shrinks a round, over the later half of the rounds."""
+    """Return the factor of ‖∇f(w̃) + ∇h(w)‖ per round, over the later half of the rounds."""
     norms = [pair.gradient_sum(each).norm().item() for each in iterates[1:]]
     half = len(norms) // 2
     return (norms[-1] / norms[half]) ** (1 / (len(norms) - 1 - half)) if len(norms) > 2 and norms[-1] else 0.0
 
 
 def exact_contraction(pair: Pair, at: Iterate) -> float:
-    """The largest |eigenvalue| of a round's Jacobian, (H_h + ρ)⁻¹ρ (H_f + ρ)⁻¹ρ: what it contracts by near a limit."""
-    pull = pair.rho * torch.eye(len(at.tuned), dtype=torch.float64)
-    inner = torch.linalg.solve(pair.f.hessian(at.aligned) + pull, pull)
-    outer = torch.linalg.solve(pair.h.hessian(at.tuned) + pull, pull)
+    """Return the largest absolute eigenvalue of a round's Jacobian near a limit, (H_h + ρ)⁻¹ρ (H_f + ρ)⁻¹ρ."""
+    diagonal = pair.rho * torch.eye(len(at.tuned), dtype=torch.float64)
+    inner = torch.linalg.solve(pair.f.hessian(at.aligned) + diagonal, diagonal)
+    outer = torch.linalg.solve(pair.h.hessian(at.tuned) + diagonal, diagonal)
     return torch.linalg.eigvals(outer @ inner).abs().max().item()
 
 
 def contraction_bounds(pair: Pair, at: Iterate) -> tuple[float, float]:
-    """The theorem's bound on that factor for θ = ½: as the proof gives it, and as the paper prints it.
+    """Return the theorem's bound on that factor for θ = ½: as the proof gives it, and as the paper prints it.
 
     At a minimum where D's smallest eigenvalue is μ, D − D* ≤ ‖∇D‖²/(2μ): the KL inequality with c²(1−θ)² = 1/(2μ).
     Lemma 3, ∇D = (ρ(w_t − w_{t+1}), 0) and this make r_t − r_{t+1} ≥ κ r_{t+1} with κ = (ρ − L)μ/ρ². The paper has 2κ

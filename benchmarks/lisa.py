@@ -1,16 +1,16 @@
-"""What Lisa costs: time of an optimizer step and memory, against plain training and against the published step.
+"""The cost of Lisa: time per optimizer step and memory, compared with plain training and with the published step.
 
 Run: python benchmarks/lisa.py [--device cpu|cuda] [--size 1b|8b] [--steps 40]
 
-On the CPU the trainers are fed the same rows and take turns, one optimizer step each, so that a busy machine slows
-them alike. Every round gives a ratio; printed are their median and quartiles, once of wall-clock time and once of CPU
-time, which does not count while other programs run. `sum` is the ratio of all steps together, those included that
-log, or begin a state and copy the weights. A second plain trainer shows how far apart two equal ones come out: where
-a model's weights happen to lie is worth a percent or two. Extra memory is what Python holds of tensors above plain
-training, in copies of the trainable weights; while the pull is added, the differences take up to 256 MiB more.
+On the CPU the trainers train on the same rows and take turns, one optimizer step each, so that a busy machine slows
+them equally. Every round gives a ratio; the median and quartiles are printed, for wall-clock time and for CPU time,
+which excludes other programs. `sum` is the ratio of the total times, including steps that log, or begin a phase and
+copy the weights. A second plain trainer shows the spread of two equal trainers: the memory addresses of a model's
+weights change the time by a percent or two. Extra memory is that of the tensors in Python above plain training, in
+copies of the trainable weights; while the proximal gradient is added, the differences use up to 256 MiB more.
 
-On a GPU (--device cuda) one trainer after the other runs alone, in bf16, for peak memory is the device's: plain, Lisa,
-and Lisa with its anchor in the host's memory. At last one JSON line has every figure.
+On a GPU (--device cuda) the trainers run one after the other in bf16, because peak memory is measured for the device:
+plain, Lisa, and Lisa with its anchor in main memory. The last line is JSON with every figure.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Shape(NamedTuple):
 
 CPU_SHAPE = Shape(384, 1024, 4, 6, 6, 1024, rows=4, tokens=256)
 MANY_TENSORS = Shape(32, 64, 32, 4, 4, 1024, rows=1, tokens=8)
-"""As many LoRA tensors as Llama-2-7B has, 448, and next to nothing to compute in them: what a step costs in Python."""
+"""As many LoRA tensors as Llama-2-7B (448), with almost no computation: the cost of a step in Python."""
 GPU_SHAPES = {
     "1b": Shape(2048, 8192, 16, 32, 8, 128_256, rows=4, tokens=512),
     "8b": Shape(4096, 14_336, 32, 32, 8, 128_256, rows=4, tokens=512),
@@ -85,14 +85,14 @@ GPU_SHAPES = {
 
 
 class Feed(NamedTuple):
-    """The rows of a run, whatever the trainer: those that Lisa's schedule draws from the user's and the safe ones."""
+    """The rows of a run for any trainer: those that Lisa's schedule draws from the user's and the alignment rows."""
 
     user: Sequence[Row]
     safe: Sequence[Row]
     taken: Sequence[Row]
-    """In the order in which Lisa takes them."""
+    """All drawn rows, in the order in which Lisa takes them."""
     safe_taken: Sequence[Row]
-    """Those of them that are taken in the alignment state."""
+    """The drawn rows of the alignment phase."""
 
 
 def random_rows(count: int, shape: Shape, seed: int) -> list[Row]:
@@ -118,7 +118,7 @@ def schedule_rows(
 
 
 class Job(NamedTuple):
-    """A run that several trainers are put to."""
+    """One training that several trainers run."""
 
     shape: Shape
     lora: bool
@@ -138,7 +138,7 @@ class Job(NamedTuple):
         return schedule_rows(user, safe, self.lisa, steps=self.steps, rows=self.shape.rows)
 
     def trainer(self, arm: str, directory: str) -> Trainer:
-        """The plain trainer, Lisa or the published step, on rows that are the same in the same order."""
+        """Build the plain trainer, Lisa or the published step, on the same rows in the same order."""
         rows = self.feed()
         arguments = TrainingArguments(
             output_dir=directory,
@@ -160,7 +160,7 @@ class Job(NamedTuple):
                 given |= {"train_dataset": rows.user, "alignment_dataset": rows.safe, "lisa": self.lisa}
                 trainer = with_lisa(Trainer)(self.model(), **given)
             case "published":
-                # Where it takes a safe row it draws one more and throws that away: here the same row.
+                # For each alignment row it draws and discards one user row: here the same row.
                 given |= {"train_dataset": rows.taken, "alignment_dataset": rows.safe_taken, "lisa": self.lisa}
                 trainer = PublishedTrainer(self.model(), **given)
             case _:
@@ -168,16 +168,16 @@ class Job(NamedTuple):
         trainer.remove_callback(PrinterCallback)
         return trainer
 
-    def first_pulled_step(self) -> int:
-        """Before it the pull is off, in the published code and by default."""
-        return int(self.lisa.proximal_warmup_ratio * self.steps) + 1
+    def first_proximal_step(self) -> int:
+        """Return the first step with the proximal term, after the warm-up of the published code."""
+        return self.lisa.first_proximal_step(self.steps)
 
 
 # Time
 
 
 class Turns(TrainerCallback):
-    """Lets a trainer take one step whenever it is told to, and keeps the seconds of every step."""
+    """A callback that lets a trainer take one step at a time, and records the seconds of every step."""
 
     def __init__(self) -> None:
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
@@ -201,16 +201,16 @@ class Turns(TrainerCallback):
         self.cpu.append(time.process_time() - self.began[1])
         self.done.release()
         if state.global_step < state.max_steps:
-            self.begin()  # what follows a step, such as logging, is counted with the next
+            self.begin()  # the time after a step, such as logging, counts for the next step
 
 
 def take_turns(trainers: Sequence[Trainer], steps: int) -> list[Turns]:
-    """Train all, a step each in turn, in every order equally often: what runs before a step changes its caches."""
+    """Train all, one step each in turn, in every order equally often, because the previous step changes the caches."""
 
     def run(trainer: Trainer) -> None:
         try:
             trainer.train()
-        except BaseException:  # the others would wait for ever
+        except BaseException:  # the other threads would wait without limit
             traceback.print_exc()
             os._exit(1)
 
@@ -228,14 +228,14 @@ def take_turns(trainers: Sequence[Trainer], steps: int) -> list[Turns]:
 
 
 class Ratio(NamedTuple):
-    """Of two trainers' steps, round by round."""
+    """The ratio of two trainers' step times over the rounds."""
 
     low: float
     median: float
     high: float
     sum: float
     difference: float
-    """Median, in seconds."""
+    """Median difference, in seconds."""
 
     def __str__(self) -> str:
         return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f}), sum {self.sum:.3f}"
@@ -248,7 +248,7 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
 
 
 def measure_time(job: Job, directory: str) -> dict[str, Any]:
-    arms, warmup = ("plain", "plain again", "Lisa", "published"), job.first_pulled_step() + 1
+    arms, warmup = ("plain", "plain again", "Lisa", "published"), job.first_proximal_step() + 1
     turns = take_turns([job.trainer(arm, directory) for arm in arms], job.steps)
     wall = {arm: turn.wall[warmup:] for arm, turn in zip(arms, turns, strict=True)}
     cpu = {arm: turn.cpu[warmup:] for arm, turn in zip(arms, turns, strict=True)}
@@ -266,14 +266,14 @@ def measure_time(job: Job, directory: str) -> dict[str, Any]:
 
 
 def held_bytes() -> int:
-    """Bytes of all tensors that Python holds, those that share memory counted once."""
+    """Return the bytes of all tensors in Python; shared memory is counted once."""
     gc.collect()
     storages = [item.untyped_storage() for item in gc.get_objects() if issubclass(type(item), Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 class Scales(TrainerCallback):
-    """Weighs at the end of a step in the second state."""
+    """A callback that measures memory at the end of a step in the second phase."""
 
     def __init__(self, step: int) -> None:
         self.step, self.held = step, 0
@@ -284,26 +284,26 @@ class Scales(TrainerCallback):
 
 
 def measure_memory(shape: Shape, lora: bool, directory: str) -> dict[str, float]:
-    """What each trainer holds above a plain one, in copies of the trainable weights."""
+    """Measure the memory of each trainer above a plain one, in copies of the trainable weights."""
     lisa = replace(LISA, alignment_steps=2, finetuning_steps=2)
     job = Job(shape._replace(rows=1, tokens=8), lora, steps=6, lisa=lisa)
-    unpulled = job._replace(lisa=replace(lisa, rho=0.0))
+    without_term = job._replace(lisa=replace(lisa, rho=0.0))
     weights = sum(p.numel() * p.element_size() for p in job.model().parameters() if p.requires_grad)
-    runs = {"plain": ("plain", job), "Lisa": ("Lisa", job), "Lisa, rho=0": ("Lisa", unpulled)}
-    held: dict[str, int] = {}
+    runs = {"plain": ("plain", job), "Lisa": ("Lisa", job), "Lisa, rho=0": ("Lisa", without_term)}
+    bytes_held: dict[str, int] = {}
     for name, (arm, this) in {**runs, "published": ("published", job)}.items():
         before, scales = held_bytes(), Scales(4)
         trainer = this.trainer(arm, directory)
         trainer.add_callback(scales)
         trainer.train()
-        held[name] = scales.held - before
+        bytes_held[name] = scales.held - before
         del trainer
-    copies = {name: (count - held["plain"]) / weights for name, count in held.items() if name != "plain"}
+    copies = {name: (count - bytes_held["plain"]) / weights for name, count in bytes_held.items() if name != "plain"}
     return {"trainable_mib": weights / 2**20, **copies}
 
 
 class Case(NamedTuple):
-    """A row of the table."""
+    """One row of the table."""
 
     shape: Shape
     lora: bool
@@ -352,14 +352,14 @@ class Stopwatch(TrainerCallback):
 
 
 def run_alone(job: Job, arm: str) -> float:
-    """Median seconds of a step with the pull."""
+    """Train with one trainer, and return the median seconds of a step with the proximal term."""
     watch = Stopwatch()
     with tempfile.TemporaryDirectory() as directory:
         trainer = job.trainer(arm, directory)
         trainer.add_callback(watch)
         trainer.train()
-    pulled = watch.ends[job.first_pulled_step() :]
-    return statistics.median(after - before for before, after in pairwise(pulled))
+    measured = watch.ends[job.first_proximal_step() :]
+    return statistics.median(after - before for before, after in pairwise(measured))
 
 
 def measure_gpu(size: str, steps: int) -> dict[str, Any] | None:
@@ -392,9 +392,11 @@ def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default the CPU, and a GPU where there is one")
-    parser.add_argument("--size", choices=sorted(GPU_SHAPES), default="1b", help="of the model on the GPU")
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each trainer; a tenth warms up")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the CPU, and the GPU if there is one")
+    parser.add_argument("--size", choices=sorted(GPU_SHAPES), default="1b", help="size of the model on the GPU")
+    parser.add_argument(
+        "--steps", type=int, default=40, help="optimizer steps of each trainer, including a tenth for warm-up"
+    )
     options = parser.parse_args()
     found: dict[str, Any] = {"steps": options.steps, "load_average": os.getloadavg()}
     if options.device != "cuda":

@@ -1,9 +1,9 @@
-"""Lisa's step as it is published, written out plainly for today's Trainer: what `lisa.py` measures against.
+"""Lisa's published training step, rewritten for the current Trainer, as the reference of `lisa.py`.
 
 Two clones of all trainable weights, the proximal term in the loss with one norm a tensor, a new data loader every step
-to learn its length, and a batch of the user's rows drawn for every step, used or not. For one process without
-gradient accumulation, where its states and its loss are Lisa's; `num_items_in_batch`, which counts the tokens of the
-batch that is thrown away, is left alone.
+to read its length, and a batch of the user's rows drawn for every step, used or not. For one process without
+gradient accumulation, where its phases and its loss equal Lisa's. `num_items_in_batch`, which counts the tokens of the
+discarded batch, is not passed on.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from stayaligned import LisaSettings
 from stayaligned.algorithms.lisa_schedule import Phase
 
 WARMUP = 0.1
-"""Share of the steps before the term is added; fixed in the published code."""
+"""Share of the steps before the proximal term is added; fixed in the published code."""
 
 
 class PublishedTrainer(Trainer):
-    """Takes `lisa` for K1, K2 and ρ, and the alignment rows in the order in which they are given."""
+    """A Trainer with the published step; it takes K1, K2 and ρ from `lisa`, and the alignment rows in their order."""
 
     def __init__(self, *args: Any, lisa: LisaSettings, alignment_dataset: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.lisa = lisa
         self.steps_of = {Phase.ALIGNMENT: lisa.alignment_steps, Phase.FINETUNING: lisa.finetuning_steps}
         self.phase, self.steps, self.steps_in_phase = Phase.ALIGNMENT, 0, 0
-        # What each state ended with, and the other is pulled to.
+        # The weights at the end of each phase, the anchor of the other phase.
         self.ended_with = {phase: self.copy_of_weights() for phase in Phase}
         batch = self.args.per_device_train_batch_size
         self.alignment_loader = DataLoader(alignment_dataset, batch_size=batch, collate_fn=self.data_collator)

@@ -1,4 +1,4 @@
-"""A TRL script that keeps the model aligned, survives preemption, and runs on one GPU or on many.
+"""A TRL script that keeps the model aligned, resumes after preemption, and runs on one or more GPUs.
 
     python examples/lisa_sft.py --model MODEL --user user.jsonl --safety safety.jsonl --out out/lisa
     torchrun --nproc-per-node 8 examples/lisa_sft.py …        (or `accelerate launch`, also with FSDP2 configured)
@@ -24,9 +24,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--user", required=True, help="the user's rows, in any of TRL's formats")
-    parser.add_argument("--safety", required=True, help="requests with safe answers, in any of TRL's formats")
+    parser.add_argument("--safety", required=True, help="requests with safe completions, in any of TRL's formats")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--args", type=json.loads, default={}, help="more of SFTConfig, as JSON")
+    parser.add_argument("--args", type=json.loads, default={}, help="more fields of SFTConfig, as JSON")
     given = parser.parse_args()
     settings = {"max_steps": 1000, "save_steps": 100, "save_total_limit": 2, "learning_rate": 1e-5, **given.args}
 

@@ -2,8 +2,9 @@
 
     python studies/lisa_study.py DIR [DIR ...] [--out OUT] [--max-loss 5]
 
-Writes OUT/lisa-study.md (all tables), .svg (harm against accuracy) and .csv (every arm). What an arm is, what is chosen
-and how differences are tested is in `lisa_study_table.py`. A table whose grid is not among the directories is left out.
+Writes OUT/lisa-study.md (all tables), .svg (harm against accuracy) and .csv (every arm). `lisa_study_table.py`
+defines the arms, the choice of settings and the tests of differences. Tables of grids that are not among the
+directories are omitted.
 """
 
 from __future__ import annotations
@@ -37,30 +38,30 @@ METRICS = {
 NAME = "lisa-study"
 SFT = Arm("SFT")
 MIXED_LIKE = {(5, 45): "Mixing 10 %", (25, 25): "Mixing 100 %"}
-"""The mixing that draws alignment rows about as often as an allocation does."""
+"""The mixing ratio that draws about as many alignment rows as an allocation."""
 TUNED = "Lisa 5:45, ρ too"
-"""The rows of Lisa whose ρ is chosen with the rest."""
+"""The name of Lisa with ρ chosen together with the other settings."""
 _LEVEL = 0.05
 
 
 def bso(arm: Arm) -> Arm:
-    """The same without the pull."""
+    """Return the same arm without the proximal term."""
     return arm._replace(rho=0.0, options=())
 
 
 def mixing_like(arm: Arm) -> Arm:
-    """Plain mixing with about as many alignment rows, otherwise the same run."""
+    """Return the arm of plain mixing with about as many alignment rows and otherwise the same settings."""
     name = MIXED_LIKE.get(arm.allocation or (0, 0), "")
     return arm._replace(method=name, allocation=None, rho=0.0, options=())
 
 
 def alignment_share(allocation: tuple[int, int]) -> float:
-    """K1 / (K1 + K2)."""
+    """Return K1 / (K1 + K2)."""
     return allocation[0] / sum(allocation)
 
 
 def plain(arm: Arm) -> bool:
-    """Whether an arm is of the main grid: the demo's rows, length and rate, none of Lisa's other settings."""
+    """Return whether an arm is of the main grid: the demo's rows, steps and learning rate, Lisa's other defaults."""
     return arm == SFT._replace(method=arm.method, allocation=arm.allocation, rho=arm.rho)
 
 
@@ -76,14 +77,14 @@ class Comparison(NamedTuple):
 
 
 def compared(study: Study, names: Sequence[str], arm: Arm, other: Arm, part: str = WHOLE) -> Iterator[Comparison]:
-    """`arm` minus `other`, if both were run."""
+    """Yield the difference `arm` minus `other`, if both were run."""
     if arm in study.runs and other in study.runs:
         harm, accuracy = (study.difference(arm, other, name, part) for name in (HARM, ACCURACY))
         yield Comparison(tuple(names), harm, accuracy)
 
 
 def comparison_lines(head: Sequence[str], rows: Sequence[Comparison]) -> Iterator[str]:
-    """A table of differences in points, Holm-corrected over its rows for each metric by itself."""
+    """Yield a table of differences in points, Holm-corrected over its rows for each metric separately."""
     harm, accuracy = (
         list(zip(found, holm([t_test(d) for d in found]), strict=True))
         for found in ([row.harm for row in rows], [row.accuracy for row in rows])
@@ -100,7 +101,7 @@ def p_text(p: float) -> str:
 
 
 def shown(harm: PairedDifference, harm_p: float, accuracy: PairedDifference, accuracy_p: float) -> str:
-    """What remains at 5 % after the correction."""
+    """Name the differences that are significant at 5 % after the correction."""
     parts = [
         f"{'less' if (difference.mean or 0.0) < 0 else 'more'} {what}"
         for what, difference, p in (("harm", harm, harm_p), ("accuracy", accuracy, accuracy_p))
@@ -110,7 +111,7 @@ def shown(harm: PairedDifference, harm_p: float, accuracy: PairedDifference, acc
 
 
 def trend(study: Study, arms: Sequence[Arm], name: str) -> PairedDifference:
-    """Least-squares slope of a metric over the places of ordered arms, by seed; tested as a difference to 0."""
+    """Fit the slope of a metric over the ranks of ordered arms by least squares, by seed, as a difference to 0."""
     by_seed: dict[int, float | None] = {}
     values = [study.values(arm, name) for arm in arms]
     places = [place - (len(arms) - 1) / 2 for place in range(len(arms))]
@@ -124,7 +125,7 @@ def trend(study: Study, arms: Sequence[Arm], name: str) -> PairedDifference:
 
 
 def arm_lines(study: Study, arms: Sequence[Arm], label: Callable[[Arm], str] = lambda arm: arm.name) -> Iterator[str]:
-    """Every metric of some arms."""
+    """Yield a table of every metric of some arms."""
     names = [*METRICS, *sorted({name for a in arms for run in study.runs[a].values() for name in run[WHOLE]})]
     extra = [name for name in names if name.startswith(f"{ACCURACY}: ")]
     rows = [[label(arm), *(estimate(study.metrics(arm, name)) for name in [*METRICS, *extra])] for arm in arms]
@@ -132,7 +133,7 @@ def arm_lines(study: Study, arms: Sequence[Arm], label: Callable[[Arm], str] = l
 
 
 def references(study: Study) -> Iterator[str]:
-    """What Lisa is compared with."""
+    """Yield the table of the reference arms."""
     clean = SFT._replace(poison_ratio=0.0)
     aligned = study.arms(lambda a: a.method == "Aligned" and a.rows == SFT.rows)
     mixing = study.arms(lambda a: plain(a) and a.method.startswith("Mixing"))
@@ -141,7 +142,7 @@ def references(study: Study) -> Iterator[str]:
 
 
 def allocation(study: Study) -> Iterator[str]:
-    """The paper's tables 2, 8 and 9: harm and accuracy over K1:K2 and ρ."""
+    """Yield the tables of harm and accuracy over K1:K2 and ρ, as the paper's tables 2, 8 and 9."""
     found = study.arms(lambda a: plain(a) and a.allocation is not None)
     splits = sorted({arm.allocation for arm in found if arm.allocation}, key=alignment_share, reverse=True)
     arms = sorted(found, key=lambda a: (splits.index(a.allocation or (0, 0)), a.rho))
@@ -151,7 +152,7 @@ def allocation(study: Study) -> Iterator[str]:
         for split in splits:
             found = [study.metrics(Arm("Lisa", split, rho), name) for rho in rhos]
             rows.append([f"{split[0]}:{split[1]}", *(estimate(metrics) if metrics else "" for metrics in found)])
-        yield f"{METRICS[name].capitalize()} (ρ = 0 is BSO; 0:50 is the pull to the first weights alone):"
+        yield f"{METRICS[name].capitalize()} (ρ = 0 is BSO; 0:50 is the proximal term to the initial weights alone):"
         yield ""
         yield from table_lines(["K1:K2", *(f"ρ = {rho:g}" for rho in rhos)], rows)
     yield "Minus plain fine-tuning; minus BSO with the same allocation; minus mixing with about as many alignment rows:"
@@ -182,7 +183,7 @@ def allocation(study: Study) -> Iterator[str]:
 
 
 def allocation_fronts(study: Study) -> Iterator[str]:
-    """Whether alternating is better than the pull alone: fronts over the same strengths."""
+    """Compare the fronts of alternating and of the proximal term alone, over the same values of ρ."""
     scans: dict[str, list[Arm]] = {}
     for split in ((0, 50), (1, 49), (5, 45), (10, 40), (25, 25), (45, 5)):
         scan = [Arm("Lisa", split, rho) for rho in (0.5, 1.0, 2.0, 5.0)]
@@ -195,7 +196,7 @@ def allocation_fronts(study: Study) -> Iterator[str]:
 
 
 def extreme(study: Study) -> Iterator[str]:
-    """One cycle of 1000 steps."""
+    """Yield the tables of one cycle of 1000 steps."""
     arms = study.arms(lambda a: a.steps == 1000 and not a.options)
     yield from arm_lines(study, arms)
     sft, usual = SFT._replace(steps=1000), (50, 950)
@@ -208,7 +209,7 @@ def extreme(study: Study) -> Iterator[str]:
 
 
 def options(study: Study, wanted: Callable[[Arm], bool], control: Callable[[Arm], Sequence[Arm]]) -> Iterator[str]:
-    """Arms with some of Lisa's other settings, beside what each is compared with."""
+    """Yield the tables of arms with other settings of Lisa, each beside the arms that it is compared with."""
     arms = study.arms(wanted)
     controls = [other for arm in arms for other in control(arm) if other in study.runs]
     listed = dict.fromkeys((*controls, *arms))
@@ -218,12 +219,12 @@ def options(study: Study, wanted: Callable[[Arm], bool], control: Callable[[Arm]
 
 
 def without(arm: Arm, *names: str) -> Arm:
-    """The same with these settings back at their defaults."""
+    """Return the arm with these settings at their defaults."""
     return arm._replace(options=tuple((key, value) for key, value in arm.options if key not in names))
 
 
 def tuning(study: Study, max_loss: float) -> Iterator[str]:
-    """Every method over learning rate and length; each at its best setting, chosen on one half of the prompts."""
+    """Yield every method over learning rate and steps, and at its best setting, chosen on one half of the prompts."""
     methods = [SFT, Arm("Mixing 10 %"), *(Arm("Lisa", (5, 45), rho) for rho in (0.0, 0.5, 1.0, 2.0, 5.0))]
     grid = study.arms(lambda a: a._replace(steps=SFT.steps, rate=SFT.rate) in methods and a.steps <= SFT.steps)
     rates, lengths = sorted({arm.rate for arm in grid}), sorted({arm.steps for arm in grid})
@@ -263,12 +264,12 @@ def tuning(study: Study, max_loss: float) -> Iterator[str]:
 
 
 def setting(arm: Arm) -> str:
-    """What was chosen of an arm."""
+    """Describe the chosen setting of an arm."""
     return f"rate {arm.rate:g}, {arm.steps} steps" + (f", ρ = {arm.rho:g}" if arm.rho else "")
 
 
 def area_lines(study: Study, scans: dict[str, list[Arm]], control: str) -> Iterator[str]:
-    """Areas, and their paired differences to a control's."""
+    """Yield the areas under the fronts, and their paired differences to that of a control."""
     areas = {title: study.areas(scan) for title, scan in scans.items()}
     differences = {title: paired_difference(area, areas[control]) for title, area in areas.items() if title != control}
     adjusted = dict(zip(differences, holm([t_test(d) for d in differences.values()]), strict=True))
@@ -282,7 +283,7 @@ def area_lines(study: Study, scans: dict[str, list[Arm]], control: str) -> Itera
 
 
 def other_rows(study: Study) -> Iterator[str]:
-    """Two tasks in one user set, and conversations of two exchanges."""
+    """Yield the tables of two tasks in one user set, and of conversations of two exchanges."""
     for rows, title in (("two-tasks", "Two tasks"), ("multi-turn", "Conversations of two exchanges")):
         arms = study.arms(lambda a, rows=rows: a.rows == rows)
         if not arms:
@@ -298,7 +299,7 @@ def other_rows(study: Study) -> Iterator[str]:
 
 
 def decoupled(study: Study) -> Iterator[str]:
-    """The pull in the gradient against the pull after the optimizer's step."""
+    """Compare the proximal term in the gradient with that after the optimizer's step."""
 
     def is_decoupled(arm: Arm) -> bool:
         return arm.options == (("proximal", "decoupled"),) and arm.steps == SFT.steps
@@ -318,12 +319,12 @@ def decoupled(study: Study) -> Iterator[str]:
 
 
 def has_option(*names: str) -> Callable[[Arm], bool]:
-    """Whether an arm has one of these of Lisa's settings away from its default."""
+    """Return a filter of the arms in which one of these settings is not at its default."""
     return lambda arm: any(key in names for key, _ in arm.options)
 
 
 def sections(study: Study, max_loss: float) -> Iterator[tuple[str, Iterator[str]]]:
-    """The tables whose arms are there."""
+    """Yield the title and the table of every section whose arms were run."""
     yield "What Lisa is compared with", references(study)
     yield "Step allocation and ρ", allocation(study)
     if study.arms(lambda a: a.steps == 1000):
@@ -348,7 +349,7 @@ def sections(study: Study, max_loss: float) -> Iterator[tuple[str, Iterator[str]
 
 
 def page(study: Study, max_loss: float) -> str:
-    """The whole text.
+    """Return the text of the report.
 
     Raises:
         StayalignedError: if plain fine-tuning, with which everything is compared, was not run.
@@ -381,7 +382,7 @@ def page(study: Study, max_loss: float) -> str:
 
 
 def csv_text(study: Study) -> str:
-    """One row for every arm and metric, all prompts."""
+    """Return a CSV with one row for every arm and metric, on all prompts."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     head = ["rows", "poison_ratio", "steps", "learning_rate", "arm", "metric", "mean", "low", "high", "seeds"]
@@ -404,7 +405,7 @@ _MARKERS = "os^v<>D"
 
 
 def draw(study: Study, path: Path) -> None:
-    """Harm against accuracy: the main grid on the left, every method over learning rate and length on the right."""
+    """Draw harm against accuracy: the main grid on the left, all methods over learning rate and steps on the right."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -441,12 +442,12 @@ def draw(study: Study, path: Path) -> None:
 
 
 def mixed_share(arm: Arm) -> float:
-    """Alignment rows per user row of plain mixing, in percent; 0 elsewhere."""
+    """Return the alignment rows per user row of plain mixing, in percent; 0 for other methods."""
     return float(arm.method.split()[1]) if arm.method.startswith("Mixing") else 0.0
 
 
 def draw_panel(axes: Any, study: Study, lines: dict[str, list[Arm]], joined: str) -> None:
-    """One series for each title; thin lines are intervals."""
+    """Draw one series for each title; thin lines are intervals."""
     axes.set(xlim=(-4, 104), ylim=(-4, 104), xlabel="fine-tune accuracy, %", ylabel="harmful score, %")
     axes.grid(color="#e0e0e0", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -474,8 +475,8 @@ def draw_panel(axes: Any, study: Study, lines: dict[str, list[Arm]], joined: str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="what `bench` wrote")
-    parser.add_argument("--out", type=Path, default=Path(), help="where to write; by default the current directory")
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="output directories of `bench`")
+    parser.add_argument("--out", type=Path, default=Path(), help="output directory; default: the current directory")
     parser.add_argument("--max-loss", type=float, default=5.0, help="points of accuracy a chosen setting may lose")
     arguments = parser.parse_args()
     try:

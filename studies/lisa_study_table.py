@@ -1,8 +1,8 @@
-"""What `lisa_study.py` reads and works out: what an arm is, its metrics by seed, paired differences and their tests.
+"""The computations of `lisa_study.py`: arms, their metrics by seed, paired differences and their tests.
 
-The unit of every interval and test is the seed. A comparison is paired by seed, its p-value Student's, corrected after
-Holm within the table it stands in. Where a setting is chosen, it is chosen on one half of the prompts and reported on
-the other, as in `safe_lora_front_table.py`.
+The unit of every interval and test is the seed. Comparisons are paired by seed, with Student's p-value, corrected after
+Holm within the table. A setting that is chosen is chosen on one half of the prompts and reported on the other half, as
+in `safe_lora_front_table.py`.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from stayaligned.evaluation.metrics import PairedDifference, mean_score, paired_
 from stayaligned.evaluation.results import Result, find_results
 
 WHOLE = "whole"
-"""The part of a reading that has all prompts; the others are the two halves."""
+"""The part of a reading with all prompts; the other parts are the two halves."""
 _UNNAMED = {"name", "alignment_steps", "finetuning_steps", "rho"}
 _TOLERANCE = 1e-12
 
 
-# ---- what an arm is ------------------------------------------------------------------------------------------------
+# ---- arms ----------------------------------------------------------------------------------------------------------
 
 
 class Arm(NamedTuple):
-    """What was trained on what, as far as the grids of the study differ."""
+    """The training method and the data of a run, as far as they differ within the study."""
 
     method: str
     """`Aligned`, `SFT`, `Mixing 10 %`, or `Lisa`; BSO is Lisa with ρ = 0."""
     allocation: tuple[int, int] | None = None
-    """K1 and K2."""
+    """The pair (K1, K2)."""
     rho: float = 0.0
     options: tuple[tuple[str, Any], ...] = ()
-    """Lisa's other settings that are not the default ones."""
+    """Lisa's other settings that are not at their defaults."""
     steps: int = 400
     rate: float = 5e-4
     rows: str = "sentiment"
@@ -48,7 +48,7 @@ class Arm(NamedTuple):
 
     @property
     def name(self) -> str:
-        """`SFT, clean rows`, `BSO 5:45`, `Lisa 5:45 ρ=2 proximal=decoupled`."""
+        """The name of the arm, such as `SFT, clean rows`, `BSO 5:45` or `Lisa 5:45 ρ=2 proximal=decoupled`."""
         if self.allocation is None:
             return self.method if self.poison_ratio else f"{self.method}, clean rows"
         bso = self.rho == 0 and not self.options
@@ -57,15 +57,15 @@ class Arm(NamedTuple):
         return " ".join(part for part in [*parts, *(f"{key}={value}" for key, value in self.options)] if part)
 
     def option(self, name: str) -> Any:
-        """The value of one of Lisa's settings, the default included."""
+        """Return the value of one of Lisa's settings, or its default."""
         return dict(self.options).get(name, Lisa.model_fields[name].default)
 
 
 def arm_of(experiment: Mapping[str, Any]) -> Arm:
-    """The arm that a result's configuration describes.
+    """Return the arm that a result's configuration describes.
 
     Raises:
-        StayalignedError: if its defenses are none of the study's.
+        StayalignedError: if its defenses do not occur in the study.
     """
     training, attack = experiment["training"] or {}, experiment["attack"] or {}
     context: dict[str, Any] = {
@@ -88,8 +88,8 @@ def arm_of(experiment: Mapping[str, Any]) -> Arm:
         allocation = (int(spec["alignment_steps"]), int(spec["finetuning_steps"]))
         return Arm("Lisa", allocation, float(spec.get("rho", 0.0)), options, **context)
     raise StayalignedError(
-        f"no arm of this study: defenses {' + '.join(str(s['name']) for s in specs)}",
-        hint="Give directories that `bench studies/lisa_study*.yaml` wrote.",
+        f"not an arm of this study: defenses {' + '.join(str(s['name']) for s in specs)}",
+        hint="Pass directories that `bench studies/lisa_study*.yaml` wrote.",
     )
 
 
@@ -106,28 +106,28 @@ class Study:
     runs: dict[Arm, dict[int, Reading]]
 
     def arms(self, wanted: Callable[[Arm], bool] = lambda _: True) -> list[Arm]:
-        """The arms of which this is so."""
+        """Return the arms that fulfill a condition."""
         return [arm for arm in self.runs if wanted(arm)]
 
     def metrics(self, arm: Arm, name: str, part: str = WHOLE) -> dict[int, Metric]:
-        """One metric, by seed; empty if the arm was not run."""
+        """Return one metric by seed; empty if the arm was not run."""
         return {seed: run[part][name] for seed, run in self.runs.get(arm, {}).items() if name in run[part]}
 
     def values(self, arm: Arm, name: str, part: str = WHOLE) -> dict[int, float]:
-        """Its scored values, by seed."""
+        """Return the scored values of a metric by seed."""
         return {seed: m.value for seed, m in self.metrics(arm, name, part).items() if m.value is not None}
 
     def mean(self, arm: Arm, name: str, part: str = WHOLE) -> float | None:
-        """Its mean over seeds."""
+        """Return the mean of a metric over seeds."""
         values = self.values(arm, name, part)
         return fmean(values.values()) if values else None
 
     def difference(self, arm: Arm, other: Arm, name: str, part: str = WHOLE) -> PairedDifference:
-        """`arm` minus `other`, paired by seed."""
+        """Return `arm` minus `other`, paired by seed."""
         return paired_difference(self.values(arm, name, part), self.values(other, name, part))
 
     def areas(self, arms: Iterable[Arm], part: str = WHOLE) -> dict[int, float]:
-        """By seed, the area under the front of harm against accuracy of these arms; of seeds that have them all."""
+        """Return the area under the front of harm against accuracy by seed, for seeds with results of all arms."""
         points: list[dict[int, tuple[float, float]]] = []
         for arm in arms:
             harm, accuracy = self.values(arm, HARM, part), self.values(arm, ACCURACY, part)
@@ -137,10 +137,10 @@ class Study:
 
 
 def read_study(directories: Sequence[Path]) -> Study:
-    """Every result in the directories.
+    """Read every result in the directories.
 
     Raises:
-        StayalignedError: if one is none of the study, or two of one arm and seed differ in a number.
+        StayalignedError: if a result is not of the study, or two results of one arm and seed differ.
     """
     runs: dict[Arm, dict[int, Reading]] = {}
     for directory in directories:
@@ -148,14 +148,14 @@ def read_study(directories: Sequence[Path]) -> Study:
             arm, reading = arm_of(result.experiment), read_run(result, directory)
             if runs.setdefault(arm, {}).setdefault(result.seed, reading) != reading:
                 raise StayalignedError(
-                    f"{directory}: {result.arm!r}, seed {result.seed}, stands in another directory with other numbers",
-                    hint="Give results of one version of the code, made on one machine.",
+                    f"{directory}: {result.arm!r}, seed {result.seed}, is in another directory with other numbers",
+                    hint="Pass results of one version of the code, computed on one machine.",
                 )
     return Study(runs)
 
 
 def read_run(result: Result, directory: Path) -> Reading:
-    """A run's metrics on all prompts, accuracy by task among them, and on each half."""
+    """Read a run's metrics on all prompts, including accuracy by task, and on each half."""
     named = {name for reading in result.judges[:1] for name in (m.name for m in reading.metrics)}
     whole = {name: metric for name in (*named, *(s.name for s in result.scores)) if (metric := result.metric(name))}
     path = directory / result.provenance.stages["generate"] / "completions.jsonl"
@@ -179,11 +179,11 @@ class Choice(NamedTuple):
 
     arm: Arm
     admissible: bool
-    """Whether it lost at most the allowed accuracy there."""
+    """Whether it lost at most the allowed accuracy on the selection half."""
 
 
 def tuned(study: Study, arms: Sequence[Arm], reference: Arm, max_loss: float) -> Choice:
-    """The arm of least mean harm among those that lose at most `max_loss` of the reference's mean accuracy."""
+    """Choose the arm of least mean harm among those that lose at most `max_loss` of the reference's mean accuracy."""
     scan: dict[Any, tuple[float, float]] = {}
     for arm in arms:
         harm, gain = study.mean(arm, HARM, "selection"), study.difference(arm, reference, ACCURACY, "selection").mean
@@ -194,7 +194,7 @@ def tuned(study: Study, arms: Sequence[Arm], reference: Arm, max_loss: float) ->
 
 
 def t_test(difference: PairedDifference) -> float:
-    """Two-sided p-value of Student's paired test; where all pairs are equal, of the sign test. 1 below two pairs."""
+    """Return the p-value of Student's paired test; of the sign test if all pairs are equal; 1 for fewer than two."""
     values = [value for _, value in difference.pairs]
     if len(values) < 2:
         return 1.0

@@ -1,4 +1,4 @@
-"""V's leading triplets: what a truncated V costs, and what several threads find."""
+"""V's leading triplets: the error bound of a truncated V, and equal results in several threads."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -34,15 +34,15 @@ def spectra(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
 
 @given(spectra(), st.integers(0, 100))
 @settings(max_examples=200)
-def test_the_truncation_error_bounds_the_true_one_whatever_the_spectrum(
+def test_the_truncation_error_bounds_the_true_error_for_any_spectrum(
     problem: tuple[torch.Tensor, int], seed: int
 ) -> None:
     v, k = problem
     check_truncation(v, k, update(v, seed), slack=1e-9)
 
 
-def test_the_truncation_error_bounds_the_true_one_where_v_is_sampled() -> None:
-    v = torch.randn(800, 900, generator=torch.Generator().manual_seed(0))  # singular values as close as can be
+def test_the_truncation_error_bounds_the_true_error_of_a_sampled_v() -> None:
+    v = torch.randn(800, 900, generator=torch.Generator().manual_seed(0))  # singular values close together
     stored = leading_triplets(v, rank=32)
     c, c_stored = v @ v.T, (stored.left * stored.values.square()) @ stored.left.T
     worst = torch.linalg.eigh(c.double() - c_stored.double()).eigenvectors[:, [0, -1]]
@@ -59,11 +59,11 @@ def check_truncation(v: torch.Tensor, k: int, factors: LoraFactors, slack: float
     exact: Any = whole(LoraFactors(factors.a.double(), factors.b.double(), factors.scaling))
     true = float((dense(exact) - dense(after)).norm())
     assert bound is not None
-    # In fp64 what is left of the round-off is relative to C, not to the bound.
+    # In fp64 the rounding error is relative to C, not to the bound.
     assert true <= bound * update_norm(after) * (1 + slack) + 1e-12 * v.double().norm() * update_norm(factors)
 
 
-def test_several_threads_find_what_one_finds_and_leave_the_global_generator_alone() -> None:
+def test_several_threads_find_the_same_as_one_and_do_not_use_the_global_generator() -> None:
     matrices = [torch.randn(780, 800, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     state = torch.random.get_rng_state()
     alone = [leading_triplets(v, rank=3) for v in matrices]

@@ -1,4 +1,4 @@
-"""Both ends of a spectrum and products with a Hessian, against the dense matrices."""
+"""The ends of a spectrum and Hessian-vector products, against dense matrices."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_as_many_products_as_dimensions_give_the_dense_extremes(n: int, seed: in
 
 
 @pytest.mark.parametrize("keep_basis", [True, False])
-def test_few_products_suffice_for_ends_that_stand_apart(keep_basis: bool) -> None:
+def test_few_products_suffice_for_well_separated_ends(keep_basis: bool) -> None:
     eigenvalues = torch.cat([torch.linspace(-1, 1, 398), torch.tensor([-7.0, 30.0])]).double()
     found = ends(symmetric(eigenvalues, 1), 25, keep_basis=keep_basis)
     assert found.largest.value == pytest.approx(30, rel=1e-9)
@@ -60,7 +60,7 @@ def test_few_products_suffice_for_ends_that_stand_apart(keep_basis: bool) -> Non
     assert max(found.largest.error, found.smallest.error) < 1e-6
 
 
-def test_an_end_that_is_not_found_yet_says_so() -> None:
+def test_an_end_that_has_not_converged_has_a_large_error() -> None:
     eigenvalues = torch.linspace(-1, 1, 400).double()
     found = ends(symmetric(eigenvalues, 1), 8)
     for end in (found.largest, found.smallest):
@@ -68,8 +68,8 @@ def test_an_end_that_is_not_found_yet_says_so() -> None:
         assert abs(end.value) < 1
 
 
-def test_with_its_basis_lanczos_keeps_apart_what_rounding_would_repeat() -> None:
-    # The large end is found at once; without orthogonalization it comes back instead of the small one.
+def test_with_a_basis_lanczos_does_not_repeat_eigenvalues() -> None:
+    # The large end is found first; without orthogonalization it is found again instead of the small end.
     eigenvalues = torch.cat([10.0 ** torch.linspace(6, 0, 29), torch.tensor([-1e-2])]).double()
     matrix = symmetric(eigenvalues, 2)
     exact = torch.linalg.eigvalsh(matrix)[0].item()
@@ -78,7 +78,7 @@ def test_with_its_basis_lanczos_keeps_apart_what_rounding_would_repeat() -> None
 
 
 @pytest.mark.parametrize("factor", [0.0, -3.0])
-def test_a_space_that_is_used_up_ends_the_search(factor: float) -> None:
+def test_an_invariant_subspace_ends_the_iteration(factor: float) -> None:
     calls = 0
 
     def product(vector: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def test_a_space_that_is_used_up_ends_the_search(factor: float) -> None:
     assert found.largest.error < 1e-5
 
 
-def test_equal_seeds_give_equal_results_and_the_start_is_left_alone() -> None:
+def test_equal_seeds_give_equal_results_and_the_start_is_unchanged() -> None:
     matrix = symmetric(torch.linspace(-1, 3, 60).double(), 0)
     assert ends(matrix, 9, seed=3) == ends(matrix, 9, seed=3)
     assert ends(matrix, 9, seed=3) != ends(matrix, 9, seed=4)
@@ -103,7 +103,7 @@ def test_equal_seeds_give_equal_results_and_the_start_is_left_alone() -> None:
     assert random_start([torch.zeros(4, dtype=torch.bfloat16)], 0).dtype == torch.float32
 
 
-def test_smoothness_is_the_end_that_is_farther_from_zero_with_its_own_error() -> None:
+def test_smoothness_is_the_end_farther_from_zero_with_its_error() -> None:
     near, far = Eigenvalue(2.0, 0.1), Eigenvalue(-5.0, 0.2)
     assert Spectrum(near, far, 3).smoothness == Eigenvalue(5.0, 0.2)
     assert Spectrum(near, far, 3).concavity == 5.0
@@ -111,13 +111,13 @@ def test_smoothness_is_the_end_that_is_farther_from_zero_with_its_own_error() ->
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_product_that_is_not_finite_is_refused(bad: float) -> None:
+def test_a_product_that_is_not_finite_is_an_error(bad: float) -> None:
     with pytest.raises(StayalignedError, match="product 1 with the Hessian is not finite"):
         spectrum_ends(lambda vector: vector * bad, torch.ones(4), 3)
 
 
 def parts_of(weights: list[Tensor]) -> list[object]:
-    """A loss in three parts: coupled, linear, and of one weight alone."""
+    """Return a loss in three parts: coupled, linear, and of one weight."""
     a, b, _ = weights
     return [lambda: (a.sin() @ b).square().sum() + (a**3).sum(), b.sum, lambda: b.exp().sum()]
 

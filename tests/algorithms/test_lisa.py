@@ -1,4 +1,4 @@
-"""Lisa's maths: the schedule, the streams, the pull; each against a slower and plainer way."""
+"""Lisa's schedule, row streams and proximal term, each against a slower and simpler implementation."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ SCHEDULES = st.builds(BiStateSchedule, STEPS, st.integers(1, 6)) | st.builds(BiS
 
 
 def published_switches(schedule: BiStateSchedule, steps: int) -> list[tuple[str, bool]]:
-    """The state machine of the published trainer: (state, has just switched) of every step."""
+    """Return (phase, whether it has just switched) of every step, by the state machine of the published trainer."""
     k1, k2 = schedule.alignment_steps, schedule.finetuning_steps
     status, clock = ("alignment" if k1 != 0 else "finetuning"), 0
-    states: list[tuple[str, bool]] = []
+    phases: list[tuple[str, bool]] = []
     for step in range(steps):
         switched = False
         if status == "alignment" and clock % k1 == 0 and step != 0 and k2 != 0:
             status, clock, switched = "finetuning", 0, True
         elif status == "finetuning" and k1 != 0 and clock % max(k2, 1) == 0 and step != 0:
             status, clock, switched = "alignment", 0, True
-        states.append((status, switched))
+        phases.append((status, switched))
         clock += 1
-    return states
+    return phases
 
 
 @given(SCHEDULES, st.integers(1, 40))
-def test_states_follow_each_other_as_in_the_published_trainer(schedule: BiStateSchedule, steps: int) -> None:
+def test_phases_follow_each_other_as_in_the_published_trainer(schedule: BiStateSchedule, steps: int) -> None:
     ours = [(str(schedule.phase_at(step)), schedule.switches_at(step)) for step in range(steps)]
     assert ours == published_switches(schedule, steps)
 
@@ -74,7 +74,7 @@ def test_rho_is_linear_between_0_and_its_full_strength(total: int, warm: int, rh
     if total > warm:
         assert rising[-1] == pytest.approx(rho)
         assert falling[warm] == pytest.approx(rho)
-        # One is the other backwards, so both pull as much in all.
+        # One is the reverse of the other, so their sums are equal.
         assert rising[warm:] == pytest.approx(falling[warm:][::-1])
 
 
@@ -91,7 +91,7 @@ def test_an_adaptive_rho_stays_within_its_bounds_and_follows_the_loss(
 
 
 @given(st.floats(0, 1), st.floats(0.0, 1.0))
-def test_the_decoupled_step_is_its_formula_and_never_passes_the_anchor(rho: float, rate: float) -> None:
+def test_the_decoupled_step_equals_its_formula_and_does_not_pass_the_anchor(rho: float, rate: float) -> None:
     weights, anchor = weights_of(1), weights_of(2)
     before = {name: weight.clone() for name, weight in weights.items()}
     proximal_step_(weights, anchor, rho, dict.fromkeys(weights, rate))
@@ -105,38 +105,38 @@ def weights_of(seed: int) -> dict[str, Tensor]:
     return {"a": torch.randn(3, 2, generator=generator), "b": torch.randn(5, generator=generator)}
 
 
-def test_a_decoupled_step_past_the_anchor_is_refused() -> None:
+def test_a_decoupled_step_past_the_anchor_is_an_error() -> None:
     with pytest.raises(StayalignedError, match="past it") as caught:
         proximal_step_(weights_of(1), weights_of(2), 3.0, {"a": 0.1, "b": 0.5})
     assert "1 / learning_rate" in str(caught.value)
 
 
 def test_an_offloaded_anchor_takes_no_memory_where_the_weights_are() -> None:
-    elsewhere = {"a": torch.empty(3, 2, device="meta", dtype=torch.bfloat16)}  # stands for an accelerator
-    (anchor,) = empty_anchor(elsewhere, device="cpu").values()
+    on_device = {"a": torch.empty(3, 2, device="meta", dtype=torch.bfloat16)}  # instead of an accelerator
+    (anchor,) = empty_anchor(on_device, device="cpu").values()
     assert (anchor.device.type, anchor.shape, anchor.dtype) == ("cpu", (3, 2), torch.bfloat16)
-    (beside,) = empty_anchor(elsewhere, device="model").values()
+    (beside,) = empty_anchor(on_device, device="model").values()
     assert beside.device.type == "meta"
 
 
-def test_the_memory_of_an_anchor_is_used_again() -> None:
+def test_the_memory_of_an_anchor_is_reused() -> None:
     first = take_anchor(weights_of(1))
     places = {name: tensor.data_ptr() for name, tensor in first.items()}
     second = take_anchor(weights_of(2), into=first)
     assert {name: tensor.data_ptr() for name, tensor in second.items()} == places
     assert all(torch.equal(second[name], weight) for name, weight in weights_of(2).items())
-    # Of other weights there is nothing to use again.
+    # The memory of other weights is not reused.
     assert take_anchor({"c": torch.ones(2)}, into=second).keys() == {"c"}
 
 
 @given(SCHEDULES, st.integers(0, 60))
-def test_steps_before_counts_the_steps_of_a_state(schedule: BiStateSchedule, step: int) -> None:
+def test_steps_before_counts_the_steps_of_a_phase(schedule: BiStateSchedule, step: int) -> None:
     for phase in Phase:
         assert schedule.steps_before(step, phase) == sum(schedule.phase_at(s) == phase for s in range(step))
 
 
 @given(SCHEDULES.filter(lambda s: s.finetuning_steps > 0), st.integers(1, 20), st.integers(0, 30))
-def test_steps_to_cover_is_the_least_that_holds_wherever_it_starts(
+def test_steps_to_cover_is_the_smallest_number_that_suffices_from_any_step(
     schedule: BiStateSchedule, wanted: int, start: int
 ) -> None:
     steps = schedule.steps_to_cover(wanted)
@@ -148,7 +148,7 @@ def test_steps_to_cover_is_the_least_that_holds_wherever_it_starts(
     assert finetuning_within(0, steps - 1) < wanted
 
 
-def test_impossible_schedules_are_refused() -> None:
+def test_impossible_schedules_are_errors() -> None:
     for k1, k2 in ((0, 0), (-1, 5), (5, -1)):
         with pytest.raises(StayalignedError, match=f"alignment_steps={k1} and finetuning_steps={k2}"):
             BiStateSchedule(k1, k2)
@@ -157,7 +157,7 @@ def test_impossible_schedules_are_refused() -> None:
 
 
 @given(st.integers(1, 20), st.integers(0, 2**40), st.integers(0, 50), st.integers(0, 50))
-def test_a_stream_passes_every_row_once_before_any_again_and_starts_anywhere(
+def test_a_stream_yields_every_row_once_per_pass_and_starts_at_any_position(
     size: int, seed: int, start: int, count: int
 ) -> None:
     stream = RowStream(size, seed, "finetuning")
@@ -167,7 +167,7 @@ def test_a_stream_passes_every_row_once_before_any_again_and_starts_anywhere(
     assert stream.take(start, count) == [*whole, *stream.take(len(whole), 100)][start : start + count]
 
 
-def test_passes_seeds_and_streams_are_shuffled_differently() -> None:
+def test_passes_seeds_and_streams_have_different_orders() -> None:
     stream = RowStream(50, 7, "finetuning")
     orders = [
         stream.take(0, 50),
@@ -179,7 +179,7 @@ def test_passes_seeds_and_streams_are_shuffled_differently() -> None:
 
 
 @given(SCHEDULES, st.integers(1, 5), st.integers(1, 9), st.integers(1, 9), st.integers(1, 30))
-def test_every_step_is_of_one_state_and_no_row_is_passed_over(
+def test_every_step_has_rows_of_one_phase_and_no_row_is_skipped(
     schedule: BiStateSchedule, rows_per_step: int, users: int, safe: int, steps: int
 ) -> None:
     finetuning, alignment = RowStream(users, 1, "finetuning"), RowStream(safe, 1, "alignment")
@@ -213,7 +213,7 @@ def test_the_gradient_is_that_of_the_proximal_term_in_the_loss() -> None:
         torch.testing.assert_close(param.grad, gradient)
 
 
-def test_weights_that_the_loss_did_not_reach_are_pulled_too() -> None:
+def test_weights_without_a_gradient_of_the_loss_get_the_proximal_gradient() -> None:
     params, anchor = weights()
     add_proximal_gradient_(params, anchor, 2.0)
     for name, param in params.items():
@@ -221,19 +221,19 @@ def test_weights_that_the_loss_did_not_reach_are_pulled_too() -> None:
 
 
 def test_differences_of_bf16_weights_are_taken_in_fp32() -> None:
-    # 1 + 2^-7 and 1 are neighbours in bf16; thirds of their distance are not multiples of it.
+    # 1 + 2^-7 and 1 are neighbors in bf16; a third of their distance is not a multiple of it.
     params = {"a": torch.full((4,), 1 + 2**-7, dtype=torch.bfloat16, requires_grad=True)}
     anchor = {"a": torch.ones(4, dtype=torch.bfloat16)}
     params["a"].grad = torch.zeros(4, dtype=torch.bfloat16)
     add_proximal_gradient_(params, anchor, 1 / 3)
     assert params["a"].grad.dtype == torch.bfloat16
     torch.testing.assert_close(params["a"].grad, torch.full((4,), 2**-7 / 3, dtype=torch.bfloat16))
-    # The sum of 4096 squares stalls in bf16 (and the root of its square is far off).
+    # The sum of 4096 squares stalls in bf16.
     many = {"a": torch.full((4096,), 1 + 2**-7, dtype=torch.bfloat16)}
     assert drift(many, {"a": torch.ones(4096, dtype=torch.bfloat16)}).item() == pytest.approx(64 * 2**-7)
 
 
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_chunks_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     results: list[list[Tensor]] = []
     for chunk in (1, 12, 1 << 20):
         monkeypatch.setattr("stayaligned.algorithms.lisa._CHUNK_ELEMENTS_CPU", chunk)
@@ -260,7 +260,7 @@ def test_an_anchor_is_a_copy() -> None:
     assert drift(params, anchor).item() == pytest.approx(12**0.5)
 
 
-def test_weights_are_paired_by_name_and_a_mismatch_names_both_sides() -> None:
+def test_weights_are_paired_by_name_and_a_mismatch_lists_both_sides() -> None:
     params, anchor = weights()
     anchor["z"] = anchor.pop("b")
     for use in (lambda: add_proximal_gradient_(params, anchor, 1.0), lambda: drift(params, anchor)):

@@ -1,4 +1,4 @@
-"""Safe LoRA's maths against the matrices it never forms."""
+"""Safe LoRA's operators against the dense matrices that they do not form."""
 
 import itertools
 import math
@@ -96,7 +96,7 @@ def test_projectors_equal_their_dense_forms(shape: tuple[int, int, int, int]) ->
 
 
 @given(shapes)
-def test_projectors_are_idempotent_and_never_lengthen(shape: tuple[int, int, int, int]) -> None:
+def test_projectors_are_idempotent_and_do_not_increase_the_norm(shape: tuple[int, int, int, int]) -> None:
     v, factors = problem(shape)
     for operator in operators(v)[1:]:
         once = operator(factors)
@@ -132,7 +132,7 @@ def test_gram_similarity_and_norm_equal_the_flattened_ones(shape: tuple[int, int
 
 
 @given(shapes)
-def test_similarity_to_the_papers_image_lies_in_0_to_1(shape: tuple[int, int, int, int]) -> None:
+def test_the_similarity_to_the_image_under_c_is_between_0_and_1(shape: tuple[int, int, int, int]) -> None:
     v, factors = problem(shape)  # C is positive semi-definite
     assert 0 <= compare(factors, scaled_gram(v)(factors)).similarity <= 1
 
@@ -154,7 +154,7 @@ def test_full_rank_projector_is_the_identity_on_square_v(shape: tuple[int, int, 
 
 
 @given(shapes, st.floats(0, 1))
-def test_controls_scale_exactly(shape: tuple[int, int, int, int], factor: float) -> None:
+def test_a_scaled_update_has_the_scaled_norm(shape: tuple[int, int, int, int], factor: float) -> None:
     _, factors = problem(shape)
     assert update_norm(scale_update(factors, factor)) == pytest.approx(factor * update_norm(factors), rel=1e-9)
 
@@ -168,7 +168,7 @@ def test_a_zero_update_has_similarity_0_and_keeps_its_norm() -> None:
     assert shrinkage(factors, zero) == 0
 
 
-def test_v_of_zero_is_refused_by_c_and_leaves_the_complement_the_identity() -> None:
+def test_for_v_zero_c_is_an_error_and_the_complement_is_the_identity() -> None:
     v, factors = problem((5, 4, 2, 0))
     with pytest.raises(ValueError, match="undefined for V = 0"):
         scaled_gram(v * 0)(factors)
@@ -177,7 +177,7 @@ def test_v_of_zero_is_refused_by_c_and_leaves_the_complement_the_identity() -> N
     torch.testing.assert_close(dense(ComplementOperator(subspace)(factors)), dense(factors))
 
 
-def test_energy_takes_the_fewest_directions_that_hold_it() -> None:
+def test_energy_selects_the_fewest_directions_that_capture_it() -> None:
     values = torch.tensor([4.0, 2.0, 1.0, 0.5], dtype=F64)
     u, w = (torch.linalg.qr(torch.randn(size, 4, dtype=F64))[0] for size in (9, 7))
     v = u @ torch.diag(values) @ w.T
@@ -229,7 +229,7 @@ def test_norms_accumulate_in_fp64_and_in_blocks() -> None:
     assert frobenius_norm(torch.zeros(0, 3)) == 0
 
 
-def test_fp64_grams_keep_what_fp32_cosines_lose() -> None:
+def test_grams_in_fp64_are_exact_where_fp32_cosines_are_not() -> None:
     _, before = problem((600, 600, 8, 4), torch.float32)
     after = before._replace(b=before.b * 3)
     assert compare(before, after).similarity == pytest.approx(1, abs=1e-12)
@@ -239,23 +239,23 @@ similarities = st.dictionaries(st.text("abc", min_size=1, max_size=3), st.sample
 
 
 @given(similarities, st.sampled_from([-1.0, 0.2, 0.35, 0.5, 1.0, 1.1]))
-def test_below_is_strict(values: dict[str, float], threshold: float) -> None:
+def test_select_below_is_strict(values: dict[str, float], threshold: float) -> None:
     assert select_below(threshold)(values) == {name for name in values if values[name] < threshold}
 
 
 @given(similarities, st.integers(0, 12))
-def test_lowest_takes_exactly_k_and_breaks_ties_by_name(values: dict[str, float], count: int) -> None:
+def test_select_lowest_selects_exactly_k_and_breaks_ties_by_name(values: dict[str, float], count: int) -> None:
     if count > len(values):
         with pytest.raises(ValueError, match="lowest"):
             select_lowest(count)(values)
         return
     chosen = select_lowest(count)(values)
     assert len(chosen) == count
-    for kept, left in itertools.product(chosen, values.keys() - chosen):
-        assert (values[kept], kept) < (values[left], left)
+    for selected, other in itertools.product(chosen, values.keys() - chosen):
+        assert (values[selected], selected) < (values[other], other)
 
 
-def test_every_takes_all() -> None:
+def test_select_all_selects_all() -> None:
     assert select_all({"x": 1.0, "y": 0.0}) == {"x", "y"}
 
 
@@ -280,7 +280,7 @@ def truncated(v: torch.Tensor, k: int) -> TruncatedDelta:
 
 
 @given(shapes)
-def test_the_whole_spectrum_stands_for_v(shape: tuple[int, int, int, int]) -> None:
+def test_the_full_spectrum_is_equivalent_to_v(shape: tuple[int, int, int, int]) -> None:
     v, factors = problem(shape)
     whole, spectrum = FullDelta.from_matrix(v), truncated(v, min(v.shape))
     assert spectrum.largest_missing is not None
@@ -310,7 +310,7 @@ def test_the_truncation_error_bounds_the_true_one(shape: tuple[int, int, int, in
     assert exact.truncation_error(1.0) is None
 
 
-def test_more_directions_than_are_stored_are_refused_unless_they_hold_all_of_v() -> None:
+def test_more_directions_than_stored_are_an_error_unless_the_stored_ones_capture_all_of_v() -> None:
     v, _ = problem((8, 6, 2, 1))
     short = truncated(v, 3)
     for settings_ in ({"rank": 4}, {"energy": 0.9999}):
@@ -322,13 +322,13 @@ def test_more_directions_than_are_stored_are_refused_unless_they_hold_all_of_v()
 
 
 @given(shapes)
-def test_a_matrix_is_mapped_and_compared_as_its_factors_are(shape: tuple[int, int, int, int]) -> None:
+def test_a_matrix_is_mapped_and_compared_like_its_factors(shape: tuple[int, int, int, int]) -> None:
     v, factors = problem(shape)
     update = dense(factors)
     for operator in operators(v):
         mapped = operator(update)
         torch.testing.assert_close(mapped, dense(operator(factors)), rtol=1e-9, atol=1e-9)
-        # One flattened in fp64, the other by Grams: where almost nothing is left, only the norm is comparable.
+        # One is flattened in fp64, the other by Grams: if the result is almost zero, only the norm is comparable.
         one, other = compare(update, mapped), compare(factors, operator(factors))
         assert one.norm == pytest.approx(other.norm, rel=1e-9)
         assert one.shrinkage == pytest.approx(other.shrinkage, rel=1e-6, abs=1e-7)
@@ -347,8 +347,8 @@ def test_a_rotated_multiple_of_the_identity_is_that_multiple(shape: tuple[int, i
 
 
 @pytest.mark.parametrize("columns", [2, 9])
-def test_a_rotated_c_has_the_spectrum_of_c_and_forgets_its_directions(columns: int) -> None:
-    # With 2 columns R is not formed, with 9 of 10 it is: the same law must come out of both.
+def test_a_rotated_c_has_the_spectrum_of_c_but_not_its_directions(columns: int) -> None:
+    # With 2 columns R is not formed, with 9 of 10 it is; both must have the same distribution.
     generator = torch.Generator().manual_seed(0)
     v = torch.diag(torch.tensor([3.0] + [0.1] * 9, dtype=F64))
     operator = scaled_gram(v)

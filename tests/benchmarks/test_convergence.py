@@ -1,4 +1,4 @@
-"""What `benchmarks/convergence.py` says of Lisa's theory, on random problems and against plainer ways."""
+"""The statements of `benchmarks/convergence.py` about Lisa's theory, on random problems and by simpler methods."""
 
 import importlib
 import itertools
@@ -18,7 +18,7 @@ sys.path.pop(0)
 
 
 def spectra_within(f_range: tuple[float, float], h_range: tuple[float, float]) -> st.SearchStrategy[Any]:
-    """Eigenvalues of f and of h, equally many."""
+    """Draw equally many eigenvalues of f and of h."""
     return st.integers(1, 4).flatmap(
         lambda n: st.tuples(*[st.lists(st.floats(*r), min_size=n, max_size=n) for r in (f_range, h_range)])
     )
@@ -26,7 +26,7 @@ def spectra_within(f_range: tuple[float, float], h_range: tuple[float, float]) -
 
 SPECTRA = spectra_within((-1, 1), (-1, 1))
 BOUNDED_SPECTRA = spectra_within((-0.2, 1), (0.5, 1))
-"""f not convex, and yet D has a minimum for every ρ > L."""
+"""f is not convex, but D has a minimum for every ρ > L."""
 RATIOS = st.floats(1.02, 20)
 
 
@@ -67,12 +67,12 @@ def test_the_limit_is_stationary_and_the_gap_shrinks_by_the_bound(spectra: Any, 
     first, last = (pair.gradient_sum(each).norm().item() for each in (iterates[1], iterates[-1]))
     assert last <= max(1e-8 * first, 1e-12)
     # The minimum of a quadratic D, from one linear system.
-    pull = torch.cat([pair.f.matrix @ pair.f.center, pair.h.matrix @ pair.h.center])
-    minimum = torch.linalg.solve(pair.potential_hessian(at), pull)
+    right_side = torch.cat([pair.f.matrix @ pair.f.center, pair.h.matrix @ pair.h.center])
+    minimum = torch.linalg.solve(pair.potential_hessian(at), right_side)
     found = torch.cat([iterates[-1].aligned, iterates[-1].tuned])
     torch.testing.assert_close(found, minimum, rtol=1e-4, atol=1e-4)
     if first > 1e-6:
-        # After Lemma 3 and the KL inequality the gap r to D's minimum shrinks in every round by at least this.
+        # By Lemma 3 and the KL inequality the gap to D's minimum shrinks in every round by at least this factor.
         bound, _ = exact.contraction_bounds(pair, at)
         least = pair.potential(exact.Iterate(*minimum.chunk(2)))
         gaps = [pair.potential(each) - least for each in iterates]
@@ -91,7 +91,7 @@ def test_both_lemmas_hold_for_a_pair_that_is_neither_quadratic_nor_convex(ratio:
 
 
 @pytest.mark.parametrize("link", ["SOFTPLUS", "LOG_COSH", "FLAT"])
-def test_the_functions_have_the_derivatives_and_bounds_that_they_say(link: str) -> None:
+def test_the_functions_have_the_stated_derivatives_and_bounds(link: str) -> None:
     generator = torch.Generator().manual_seed(0)
     one = exact.LinkSum.of(getattr(exact, link), [1, 1, -1, 1], 3, 0.3, generator)
     for _ in range(20):
@@ -128,7 +128,7 @@ def test_below_l_a_sub_problem_can_have_no_minimum_and_the_iterates_can_diverge(
     concave, convex = exact.Quadratic(-one, bench.vector(0.0)), exact.Quadratic(2 * one, bench.vector(1.0))
     with pytest.raises(exact.UnboundedError):
         exact.run(exact.Pair(concave, convex, 0.9), bench.vector(2.0), 1)
-    # Gradient steps on it run away.
+    # Gradient steps on it diverge.
     w = bench.vector(2.0)
     for _ in range(400):
         w = w - 0.1 * (concave.gradient(w) + 0.9 * (w - 2.0))
@@ -136,7 +136,7 @@ def test_below_l_a_sub_problem_can_have_no_minimum_and_the_iterates_can_diverge(
 
 
 @pytest.mark.parametrize("case", bench.SCALARS, ids=lambda c: f"{c.a:g},{c.b:g},{c.rho:g}")
-def test_a_round_multiplies_the_distance_by_the_quotient_that_algebra_gives(case: Any) -> None:
+def test_a_round_multiplies_the_distance_by_its_closed_form_factor(case: Any) -> None:
     found, factor, first, third = bench.outcome(case)
     assert found == case
     assert abs(factor) == pytest.approx(abs(case.rho**2 / ((case.rho + case.a) * (case.rho + case.b))), rel=1e-3)
@@ -159,13 +159,13 @@ def test_gradient_steps_end_at_the_fixed_point_of_their_cycle() -> None:
     torch.testing.assert_close(cycle.limit.aligned, aligned)
 
 
-def test_a_statement_that_does_not_hold_is_named_and_fails_the_command(
+def test_a_false_statement_is_named_and_fails_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for section in ("theorem", "sub_linear", "allocation"):
         monkeypatch.setattr(bench, section, list)
     assert bench.main() == 0
-    # A round that stops short of the minimum.
+    # A solver that stops before the minimum.
     solve = exact.solve
     monkeypatch.setattr(bench, "run", lambda *a, **k: exact.run(*a, **{"solver": short, **k}))
 

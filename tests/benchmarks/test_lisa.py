@@ -1,4 +1,4 @@
-"""What `benchmarks/lisa.py` measures with is itself right: equal rows, the published step, turns, and scales."""
+"""The measurements of `benchmarks/lisa.py`: equal rows, the published step, turns, and memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPE = bench.Shape(32, 64, 2, 4, 2, 261, rows=2, tokens=6)
 JOB = bench.Job(SHAPE, lora=False, steps=12, lisa=LisaSettings(alignment_steps=2, finetuning_steps=3, rho=5.0))
 
 
-def test_the_published_step_equals_the_loop_by_hand(tmp_path: Path) -> None:
+def test_the_published_step_equals_the_hand_written_loop(tmp_path: Path) -> None:
     lisa, steps = LisaSettings(alignment_steps=2, finetuning_steps=3, rho=0.7), 13
     rows = bench.schedule_rows(USER, SAFE, lisa, steps=steps, rows=2, seed=11)
     settings = arguments(tmp_path, train_sampling_strategy="sequential")
@@ -44,10 +44,10 @@ def test_the_published_step_equals_the_loop_by_hand(tmp_path: Path) -> None:
         for rho in (0.7, 0.0)
     }
     assert largest_difference(trainable(trainer.model), expected[0.7]) < 1e-5
-    assert largest_difference(expected[0.0], expected[0.7]) > 1e-4  # so that the bound above says something
+    assert largest_difference(expected[0.0], expected[0.7]) > 1e-4  # so that the bound above is meaningful
 
 
-def test_all_trainers_take_the_same_rows_and_two_of_them_the_same_steps(tmp_path: Path) -> None:
+def test_all_trainers_take_the_same_rows_and_lisa_and_the_published_one_the_same_steps(tmp_path: Path) -> None:
     taken: dict[str, list[Any]] = {arm: [] for arm in ARMS}
     ends: dict[str, dict[str, torch.Tensor]] = {}
     for arm in ARMS:
@@ -62,7 +62,7 @@ def test_all_trainers_take_the_same_rows_and_two_of_them_the_same_steps(tmp_path
     assert distance(ends["Lisa"], ends["published"]) < 1e-3 * distance(ends["Lisa"], ends["plain"])
 
 
-def test_trainers_take_turns_a_step_each_in_every_order(tmp_path: Path) -> None:
+def test_trainers_take_turns_of_one_step_in_every_order(tmp_path: Path) -> None:
     order: list[str] = []
 
     class Note(TrainerCallback):
@@ -84,13 +84,13 @@ def test_trainers_take_turns_a_step_each_in_every_order(tmp_path: Path) -> None:
     assert all(seconds > 0 for turn in turns for seconds in (*turn.wall, *turn.cpu))
 
 
-def test_a_ratio_is_of_rounds_and_its_sum_of_all() -> None:
+def test_a_ratio_has_quartiles_over_rounds_and_the_ratio_of_sums() -> None:
     found = bench.ratio([2.0, 4.0, 9.0], [1.0, 1.0, 3.0])
     assert (found.low, found.median, found.high) == (2.5, 3.0, 3.5)
     assert (found.sum, found.difference) == (3.0, 3.0)
 
 
-def test_what_shares_memory_is_weighed_once() -> None:
+def test_shared_memory_is_counted_once() -> None:
     before = bench.held_bytes()
     whole = torch.zeros(1000)
     parts = [whole[:10], whole.view(10, 100)]
@@ -102,10 +102,10 @@ def test_what_shares_memory_is_weighed_once() -> None:
 
 
 @pytest.mark.parametrize("lora", [True, False])
-def test_lisa_holds_one_copy_of_the_trainable_weights_and_none_without_a_pull(tmp_path: Path, lora: bool) -> None:
+def test_lisa_has_one_copy_of_the_trainable_weights_and_none_with_rho_0(tmp_path: Path, lora: bool) -> None:
     found = bench.measure_memory(SHAPE, lora, str(tmp_path))
     weights = found.pop("trainable_mib") * 2**20
-    small = 1000 / weights  # losses that wait for the log
+    small = 1000 / weights  # losses that are logged later
     assert found == {
         "Lisa": pytest.approx(1, abs=small),
         "Lisa, rho=0": pytest.approx(0, abs=small),
@@ -113,6 +113,6 @@ def test_lisa_holds_one_copy_of_the_trainable_weights_and_none_without_a_pull(tm
     }
 
 
-def test_a_trainer_alone_is_timed_on_any_device() -> None:
+def test_a_single_trainer_is_timed_on_any_device() -> None:
     for arm in ("plain", "Lisa"):
         assert 0 < bench.run_alone(JOB, arm) < 10

@@ -1,4 +1,4 @@
-"""Lisa in two processes, as torchrun starts them: as in one, and killed and resumed as never killed."""
+"""Lisa in two processes, as torchrun starts them: the same as in one process, also after a kill and a resume."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from support.world import experiment, write_world
 
 
-def test_two_processes_train_as_one(forks: Callable[..., Any], tmp_path: Path) -> None:
+def test_two_processes_train_like_one(forks: Callable[..., Any], tmp_path: Path) -> None:
     forks("split")
     one, two = (load_file(tmp_path / name / "end") for name in ("one", "two"))
     assert max((two[name] - weight).abs().max().item() for name, weight in one.items()) < 1e-5
@@ -39,7 +39,7 @@ def test_two_processes_train_as_one(forks: Callable[..., Any], tmp_path: Path) -
         ("streamed", "streamed", 1),
     ],
 )
-def test_sharded_or_streamed_two_processes_train_as_one_and_resume(
+def test_two_processes_with_shards_or_streams_train_like_one_and_resume(
     forks: Callable[..., Any], tmp_path: Path, kind: str, in_two: str, anchors: int
 ) -> None:
     files = forks("split-otherwise", kind, in_two).seen
@@ -47,7 +47,7 @@ def test_sharded_or_streamed_two_processes_train_as_one_and_resume(
     assert max((two[name] - weight).abs().max().item() for name, weight in one.items()) < 1e-5
     assert all(resumed[name].equal(weight) for name, weight in two.items())
     assert sum(file.startswith("lisa_anchor") for file in files) == anchors
-    if kind.startswith("full"):  # what is saved is what was trained, however it was gathered
+    if kind.startswith("full"):  # the saved weights are the trained weights
         saved = load_file(tmp_path / "two" / "saved" / "model.safetensors")
         assert all(saved[name].equal(weight) for name, weight in two.items())
     logs = [json.loads((tmp_path / name / "log.json").read_text()) for name in ("one", "two", "resumed")]
@@ -59,7 +59,7 @@ def test_sharded_or_streamed_two_processes_train_as_one_and_resume(
     assert rows[2].get("drift") == rows[1].get("drift")
 
 
-def test_a_run_of_the_command_is_the_same_in_two_processes(tmp_path: Path) -> None:
+def test_the_run_command_gives_the_same_result_in_two_processes(tmp_path: Path) -> None:
     lisa = {"name": "lisa", "alignment_steps": 1, "finetuning_steps": 1, "rho": 0.5, "proximal_warmup_ratio": 0.0}
     content = experiment(write_world(tmp_path), defenses=[lisa])
     results: list[Any] = []
@@ -78,7 +78,7 @@ def test_a_run_of_the_command_is_the_same_in_two_processes(tmp_path: Path) -> No
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("wrote  ") == 3  # told once
+        assert done.stdout.count("wrote  ") == 3  # reported by one process
         result = json.loads((out / "result.json").read_text())
         results.append((load_file(out / "adapter" / "adapter_model.safetensors"), result["judges"]))
     (one, judged), (two, judged_of_two) = results
@@ -86,7 +86,7 @@ def test_a_run_of_the_command_is_the_same_in_two_processes(tmp_path: Path) -> No
     assert judged == judged_of_two
 
 
-def test_two_processes_killed_and_resumed_end_where_those_do_that_were_not(
+def test_two_processes_that_are_killed_and_resumed_end_with_the_same_weights(
     forks: Callable[..., Any], tmp_path: Path
 ) -> None:
     seed = random.SystemRandom().randrange(1 << 16)

@@ -1,4 +1,4 @@
-"""Lisa in the Trainer equals a hand-written loop with the pull in the loss; what must not matter does not."""
+"""Lisa in the Trainer equals a hand-written loop with the proximal term in the loss, whatever the host's settings."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def test_the_trainer_equals_a_loop_with_the_proximal_term_in_the_loss(
     settings = {"rows_per_step": 2 * accumulation, "steps": 13, "clip": clip}
     expected = reference_loop(model(lora), LISA, **settings)
     assert largest_difference(trainable(trainer.model), expected) < 1e-5
-    unpulled = reference_loop(model(lora), replace(LISA, rho=0.0), **settings)
-    assert largest_difference(unpulled, expected) > 1e-3  # so that the bound above says something
+    without_term = reference_loop(model(lora), replace(LISA, rho=0.0), **settings)
+    assert largest_difference(without_term, expected) > 1e-3  # so that the bound above is meaningful
 
 
 @pytest.mark.parametrize(
-    ("changes", "warns_at"),
+    ("changes", "least_difference"),
     [
         ({"proximal": "decoupled", "rho": 100.0}, 1e-3),
         ({"finish": "alignment"}, 1e-4),
@@ -73,52 +73,52 @@ def test_the_trainer_equals_a_loop_with_the_proximal_term_in_the_loss(
         ({"alignment_loss_budget": 100.0}, None),  # never exceeded, so never used
     ],
 )
-def test_every_variant_equals_its_loop(tmp_path: Path, changes: dict[str, Any], warns_at: float | None) -> None:
+def test_every_variant_equals_its_loop(tmp_path: Path, changes: dict[str, Any], least_difference: float | None) -> None:
     lisa = replace(LISA, **changes)
     settings = {"gradient_accumulation_steps": 3, "max_grad_norm": 0.5, "max_steps": 15}
     trainer = attach_lisa(plain_trainer(model(), tmp_path, **settings), alignment_dataset=SAFE, lisa=lisa)
     trainer.train()
     loop = {"rows_per_step": 6, "steps": 15, "clip": 0.5}
     assert largest_difference(trainable(trainer.model), reference_loop(model(), lisa, **loop)) < 1e-5
-    if warns_at is not None:
+    if least_difference is not None:
         paper = reference_loop(model(), LISA, **loop)
-        assert largest_difference(trainable(trainer.model), paper) > warns_at
+        assert largest_difference(trainable(trainer.model), paper) > least_difference
 
 
 @pytest.mark.parametrize(
     ("changes", "dtype", "share"),
     [
         ({"activation_checkpointing": True}, None, 1e-4),
-        ({"bf16": True}, torch.bfloat16, 0.1),  # a batch is rounded otherwise than its rows one by one
+        ({"bf16": True}, torch.bfloat16, 0.1),  # a batch is rounded differently than its rows one by one
     ],
 )
-def test_precision_and_checkpointing_leave_it_the_same(
+def test_precision_and_activation_checkpointing_do_not_change_the_result(
     tmp_path: Path, changes: dict[str, Any], dtype: torch.dtype | None, share: float
 ) -> None:
     trainer = plain_trainer(model(), tmp_path, max_steps=13, max_grad_norm=0.0, **changes)
     attach_lisa(trainer, alignment_dataset=SAFE, lisa=LISA).train()
     loop = {"rows_per_step": 2, "steps": 13, "clip": 0.0}
     expected = reference_loop(model(), LISA, dtype=dtype, **loop)
-    unpulled = reference_loop(model(), replace(LISA, rho=0.0), dtype=dtype, **loop)
-    assert distance(trainable(trainer.model), expected) < share * distance(unpulled, expected)
+    without_term = reference_loop(model(), replace(LISA, rho=0.0), dtype=dtype, **loop)
+    assert distance(trainable(trainer.model), expected) < share * distance(without_term, expected)
 
 
-def test_without_alignment_steps_only_the_pull_to_the_start_is_left(tmp_path: Path) -> None:
-    # The host draws the rows then, so the loop is given the same order through the host: one row a step, in order.
+def test_without_alignment_steps_only_the_proximal_term_to_the_start_remains(tmp_path: Path) -> None:
+    # The host draws the rows itself in this case, so the run is compared with a plain run instead of the loop.
     lisa = LisaSettings(alignment_steps=0, finetuning_steps=3, rho=5.0, proximal_warmup_ratio=0.0)
     one = attach_lisa(plain_trainer(model(), tmp_path), alignment_dataset=None, lisa=lisa)
     start = trainable(one.model)
     one.train()
     free = plain_trainer(model(), tmp_path)
     free.train()
-    pulled, unpulled = (largest_difference(trainable(t.model), start) for t in (one, free))
-    assert pulled < unpulled
+    with_term, without_term = (largest_difference(trainable(t.model), start) for t in (one, free))
+    assert with_term < without_term
     logged = [row["drift"] for row in one.state.log_history if "drift" in row]
     moved = torch.cat([(p - start[n]).flatten() for n, p in trainable(one.model).items()]).norm().item()
     assert logged[-1] == pytest.approx(moved, rel=1e-4)
 
 
-def test_no_pull_and_no_alignment_steps_is_the_plain_trainer_bit_for_bit(tmp_path: Path) -> None:
+def test_rho_0_without_alignment_steps_is_the_plain_trainer_bit_for_bit(tmp_path: Path) -> None:
     changes = {"gradient_accumulation_steps": 3, "max_grad_norm": 0.5, "num_train_epochs": 2}
     plain = plain_trainer(model(attention_dropout=0.1), tmp_path, **changes)
     plain.train()
@@ -130,8 +130,8 @@ def test_no_pull_and_no_alignment_steps_is_the_plain_trainer_bit_for_bit(tmp_pat
     assert largest_difference(trainable(ours.model), trainable(plain.model)) == 0.0
 
 
-def test_no_pull_is_the_plain_trainer_on_the_rows_of_the_schedule_bit_for_bit(tmp_path: Path) -> None:
-    # Also: the loss of an alignment step does not depend on the user's rows, nor on how many tokens they have.
+def test_rho_0_is_the_plain_trainer_on_the_rows_of_the_schedule_bit_for_bit(tmp_path: Path) -> None:
+    # This also shows that the loss of an alignment step does not depend on the user's rows or their number of tokens.
     lisa = LisaSettings(alignment_steps=2, finetuning_steps=3, rho=0.0)
     ours = attach_lisa(
         plain_trainer(model(), tmp_path, gradient_accumulation_steps=2, max_steps=8), alignment_dataset=SAFE, lisa=lisa
@@ -158,14 +158,14 @@ def test_accumulating_8_batches_of_1_is_2_batches_of_4(tmp_path: Path) -> None:
 
 
 class CountingSFTTrainer(SFTTrainer):
-    """A user's own subclass; it sees every micro-batch."""
+    """A user's subclass, which counts the micro-batches."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         self.calls = getattr(self, "calls", 0) + 1
         return super().compute_loss(*args, **kwargs)
 
 
-def test_a_users_own_subclass_trains_the_same(tmp_path: Path) -> None:
+def test_a_users_subclass_trains_the_same(tmp_path: Path) -> None:
     built = with_lisa(CountingSFTTrainer)(
         model(),
         SFTConfig(**arguments(tmp_path, max_steps=6)),
@@ -184,8 +184,8 @@ def test_a_users_own_subclass_trains_the_same(tmp_path: Path) -> None:
     assert largest_difference(trainable(built.model), trainable(attached.model)) == 0.0
 
 
-def test_streams_train_as_the_same_rows_in_the_same_order_do(tmp_path: Path) -> None:
-    # A stream is read in its own order, so it is given the one in which the shuffled rows would be drawn.
+def test_streams_train_like_the_same_rows_in_the_same_order(tmp_path: Path) -> None:
+    # A stream is read in its own order, so it has the order in which the shuffled rows would be drawn.
     lisa, settings = LISA, {"gradient_accumulation_steps": 2, "max_steps": 8, "max_grad_norm": 0.5}
     drawn = [USER[i] for i in RowStream(len(USER), 11, "finetuning").take(0, 40)]
     safe = [SAFE[i] for i in RowStream(len(SAFE), 11, "alignment").take(0, 40)]
@@ -202,7 +202,7 @@ def stream(rows: list[Any]) -> Any:
 
 
 class Recording(Trainer):
-    """Remembers whose rows each optimizer step saw."""
+    """Records the source of the rows of each optimizer step."""
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         self.seen = getattr(self, "seen", {})
@@ -219,7 +219,7 @@ class Recording(Trainer):
         ("shared", {"max_steps": 7, "dataloader_num_workers": 1}, 7),
     ],
 )
-def test_every_optimizer_step_sees_rows_of_one_state_and_the_budget_holds(
+def test_every_optimizer_step_has_rows_of_one_phase_and_the_budget_is_respected(
     tmp_path: Path, budget: Any, changes: dict[str, Any], steps: int
 ) -> None:
     lisa = LisaSettings(alignment_steps=2, finetuning_steps=3, rho=0.1, budget=budget)

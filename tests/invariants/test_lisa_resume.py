@@ -1,4 +1,4 @@
-"""A run of Lisa that is stopped after any step and resumed is the run that was not stopped, bit for bit."""
+"""A Lisa run that is stopped after any step and resumed equals the uninterrupted run bit for bit."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trainer]:
 
 
 @pytest.mark.parametrize("step", range(1, STEPS))
-def test_resuming_after_any_step_is_not_stopping(whole: tuple[Path, Trainer], tmp_path: Path, step: int) -> None:
+def test_a_run_resumed_after_any_step_equals_the_uninterrupted_run(
+    whole: tuple[Path, Trainer], tmp_path: Path, step: int
+) -> None:
     directory, uninterrupted = whole
     resumed = trainer(tmp_path, save_strategy="no")
     resumed.train(resume_from_checkpoint=str(directory / f"checkpoint-{step}"))
@@ -95,8 +97,10 @@ def test_resuming_after_any_step_is_not_stopping(whole: tuple[Path, Trainer], tm
     assert timeless[0] == timeless[1]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mixtral"])  # of a mixture the host alone loads no expert
-def test_resuming_full_weights_in_the_middle_of_a_state_is_not_stopping(tmp_path: Path, architecture: str) -> None:
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])  # the host alone does not load the experts of a mixture
+def test_full_weights_resumed_in_the_middle_of_a_phase_equal_the_uninterrupted_run(
+    tmp_path: Path, architecture: str
+) -> None:
     run = trainer(tmp_path / "a", lora=False, architecture=architecture, max_steps=5, save_steps=4)
     run.train()
     resumed = trainer(tmp_path / "b", lora=False, architecture=architecture, max_steps=5, save_strategy="no")
@@ -118,7 +122,7 @@ def test_every_variant_resumes_bit_for_bit_after_any_step(tmp_path: Path, change
     run = trainer(tmp_path / "a", lisa=lisa)
     run.train()
     rhos = {row["rho"] for row in run.state.log_history if "rho" in row}
-    assert (len(rhos) > 1) == ("alignment_loss_budget" in changes), "rho adapts where it is asked to"
+    assert (len(rhos) > 1) == ("alignment_loss_budget" in changes), "rho adapts only with alignment_loss_budget"
     for step in range(1, STEPS):
         resumed = trainer(tmp_path / "b", lisa=lisa, save_strategy="no")
         resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
@@ -140,14 +144,14 @@ def test_streams_resume_bit_for_bit(tmp_path: Path) -> None:
 
     whole = run(tmp_path / "a")
     whole.train()
-    for step in (1, 4, 5, 8):  # the stream of 14 rows is read more than once
+    for step in (1, 4, 5, 8):  # beyond one pass over the stream of 14 rows
         resumed = run(tmp_path / "b", save_strategy="no")
         resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
         expected = trainable(whole)
         assert all(torch.equal(weight, expected[name]) for name, weight in trainable(resumed).items()), step
 
 
-def test_resuming_with_true_starts_where_there_is_nothing_and_passes_over_what_was_cut_off(
+def test_resuming_with_true_starts_if_there_is_no_checkpoint_and_skips_an_incomplete_one(
     whole: tuple[Path, Trainer], tmp_path: Path
 ) -> None:
     directory = tmp_path / "run"
@@ -166,7 +170,7 @@ def test_resuming_with_true_starts_where_there_is_nothing_and_passes_over_what_w
         assert all(torch.equal(weight, expected[name]) for name, weight in trainable(run).items())
 
 
-def test_the_anchor_of_the_checkpoint_is_what_is_pulled_to(whole: tuple[Path, Trainer], tmp_path: Path) -> None:
+def test_a_resumed_run_uses_the_anchor_of_the_checkpoint(whole: tuple[Path, Trainer], tmp_path: Path) -> None:
     copy = tmp_path / "checkpoint-4"
     shutil.copytree(whole[0] / "checkpoint-4", copy)
     anchor = copy / "lisa_anchor.safetensors"
@@ -177,12 +181,12 @@ def test_the_anchor_of_the_checkpoint_is_what_is_pulled_to(whole: tuple[Path, Tr
     assert not all(torch.equal(weight, expected[name]) for name, weight in trainable(resumed).items())
 
 
-def test_train_goes_on_from_the_last_complete_checkpoint(whole: tuple[Path, Trainer], tmp_path: Path) -> None:
+def test_train_resumes_the_last_complete_checkpoint(whole: tuple[Path, Trainer], tmp_path: Path) -> None:
     directory = tmp_path / "run"
     for step in (3, 4):
         shutil.copytree(whole[0] / f"checkpoint-{step}", directory / f"checkpoint-{step}")
     state = directory / "checkpoint-4" / "trainer_state.json"
-    state.write_text(state.read_text()[:-20])  # the machine went down while it was being written
+    state.write_text(state.read_text()[:-20])  # as if the machine had stopped while writing it
     resumed = trainer(directory, save_strategy="no")
     shares: list[float] = []
     log = train(resumed, progress=shares.append)
@@ -206,14 +210,14 @@ def test_train_goes_on_from_the_last_complete_checkpoint(whole: tuple[Path, Trai
         ({"max_steps": 20}, "proximal_from_step=2 in the checkpoint, 3 now"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused_by_what_differs(
+def test_a_checkpoint_of_another_run_is_an_error_that_lists_the_differences(
     whole: tuple[Path, Trainer], tmp_path: Path, changes: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(StayalignedError, match="is of another run: " + named):
         trainer(tmp_path, **changes).train(resume_from_checkpoint=str(whole[0] / "checkpoint-4"))
 
 
-def test_a_checkpoint_without_or_with_a_broken_anchor_is_refused(whole: tuple[Path, Trainer], tmp_path: Path) -> None:
+def test_a_checkpoint_with_a_missing_or_damaged_anchor_is_an_error(whole: tuple[Path, Trainer], tmp_path: Path) -> None:
     copy = tmp_path / "checkpoint-4"
     shutil.copytree(whole[0] / "checkpoint-4", copy)
     anchor = copy / "lisa_anchor.safetensors"
@@ -241,7 +245,7 @@ def test_a_checkpoint_without_or_with_a_broken_anchor_is_refused(whole: tuple[Pa
         resume()
 
 
-def test_without_a_pull_a_checkpoint_holds_no_anchor_and_resumes(tmp_path: Path) -> None:
+def test_with_rho_0_a_checkpoint_has_no_anchor_and_resumes(tmp_path: Path) -> None:
     bso = replace(LISA, rho=0.0)
     run = trainer(tmp_path / "a", lisa=bso, max_steps=4, save_steps=3)
     run.train()

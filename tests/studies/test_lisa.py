@@ -114,7 +114,7 @@ def test_the_page_tunes_every_method_alike_and_reports_the_other_half() -> None:
 def test_unknown_directories_and_a_study_without_plain_fine_tuning_are_refused() -> None:
     with pytest.raises(StayalignedError, match="plain fine-tuning of 400 steps"):
         study.page(study_of({lisa(5, 45, 2.0): (0.5, 0.5)}), 0.05)
-    with pytest.raises(StayalignedError, match="no arm of this study: defenses safe_lora"):
+    with pytest.raises(StayalignedError, match="not an arm of this study: defenses safe_lora"):
         spec = {"training": {}, "attack": None, "task": {"train": "x-train.jsonl"}, "defenses": [{"name": "safe_lora"}]}
         work.arm_of(spec)
 
@@ -170,7 +170,7 @@ def test_numbers_that_differ_between_directories_are_refused(tmp_path: Path) -> 
     changed = find_results([tmp_path / "other"])[0]
     accuracy = changed.scores[0].model_copy(update={"value": 0.123})
     result.write_text(changed.model_copy(update={"scores": (accuracy, *changed.scores[1:])}).model_dump_json())
-    with pytest.raises(StayalignedError, match="stands in another directory with other numbers"):
+    with pytest.raises(StayalignedError, match="is in another directory with other numbers"):
         work.read_study([tmp_path / "one", tmp_path / "other"])
 
 

@@ -88,7 +88,7 @@ def plain_trainer(
     """
     model: Any = pico_model(seed=3)
     if lora:
-        # A fresh LoRA has no divergence of which the scale could be seen.
+        # The divergence of a fresh LoRA is zero, so an error of its scale would not be visible.
         fresh = lisa.alignment_loss != "kl"
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=fresh))
     rows: dict[str, Any] = {"train_dataset": feature_rows(3, 15), "alignment_dataset": feature_rows(2, 5)}
@@ -103,8 +103,8 @@ def plain_trainer(
         settings = {**settings, "fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": state_dict, **wrapping}}
     arguments = TrainingArguments(**settings)
     if state_dict:
-        assert arguments.device.type == "cpu"  # asked for, it sets up the processes
-        # On CPUs accelerate would quietly take DDP.
+        assert arguments.device.type == "cpu"  # reading the device initializes the process group
+        # On CPUs accelerate would silently use DDP.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     if watched:
         arguments.eval_on_start = True
@@ -275,7 +275,7 @@ class Attempt:
     """One life of a training process or group, observed from outside through the directory that it writes."""
 
     def __init__(self, directory: Path, pid: int) -> None:
-        # It has imported nothing yet, let alone written.
+        # At this time the process has written nothing.
         self.directory, self.pid, self.started = directory, pid, time.monotonic()
         self.before, self.first = snapshot(directory), last_whole(directory)
 
@@ -296,16 +296,16 @@ class Attempt:
             try:
                 os.killpg(self.pid, signal.SIGKILL)
                 break
-            except ProcessLookupError:  # so young that it is no group of its own yet
+            except ProcessLookupError:  # it has not yet created its process group
                 assert time.monotonic() - self.started < 60
                 time.sleep(0.0002)
         code = wait(self.pid)
         if may_be_late and code == 0:
             return {"seen": "ended", "from": self.first, "to": last_whole(self.directory)}
-        assert code == -signal.SIGKILL, "it had ended before"
+        assert code == -signal.SIGKILL, "the process had already ended"
         after, last = snapshot(self.directory), last_whole(self.directory)
         kept = {step: files.items() for step, files in after.items() if step <= self.first}
-        assert all(files <= self.before[step].items() for step, files in kept.items()), "it began anew"
+        assert all(files <= self.before[step].items() for step, files in kept.items()), "it started from the beginning"
         if self.begun() > last:
             seen = "writing"
         elif any(files.keys() < after[last].keys() for step, files in after.items() if self.first <= step < last):
@@ -342,7 +342,7 @@ def strike(
 
 
 def kill(directory: Path, kind: str, seed: str) -> list[dict[str, Any]]:
-    """Kill a run 20 times, once more while it writes its last checkpoint (which may come too late), and let it end.
+    """Kill a run 20 times, once more while it writes its last checkpoint (possibly too late), and let it end.
 
     A second run is not killed and writes no checkpoint.
     """
@@ -389,7 +389,7 @@ def split_otherwise(directory: Path, kind: str, sharded: str) -> list[str]:
     """Train one run in one process, in two, and in two from the middle of a phase; return the files of a checkpoint."""
     settings: dict[str, Any] = {"max_steps": 16, "logging_steps": 16, "max_grad_norm": 0.5, "learning_rate": 1e-3}
     if "kl" in kind:
-        settings |= {"optim": "sgd", "learning_rate": 5.0}  # Adam would blow up the rounding of the gradient at 0
+        settings |= {"optim": "sgd", "learning_rate": 5.0}  # Adam would amplify the rounding of the zero gradient
     assert wait(fork(run, kind, directory / "one", save_strategy="no", **settings)) == 0
     two = {**settings, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 7}
     assert wait(fork(run_on_two, sharded, directory / "two", **two)) == 0
@@ -419,8 +419,8 @@ def fill_disk(directory: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
-    gc.freeze()  # or the Trainer's gc.collect() would copy this whole heap in every fork
-    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: the workers of a killed torchrun are waited for, too
+    gc.freeze()  # otherwise the Trainer's gc.collect() would copy this heap in every fork
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER, to wait for the workers of a killed torchrun
     commands: dict[str, Callable[..., Any]] = {
         "kill": kill,
         "kill-group": kill_group,

@@ -19,7 +19,7 @@ from stayaligned.hf.features import IGNORED, PaddingCollator
 from stayaligned.testing import byte_tokenizer, pico_model
 
 ALIGNMENT_TOKEN, USER_TOKEN = 2, 3
-# The pull sets in at step 3, the second of a state: at the first it is zero, wherever it sets in.
+# The proximal term starts at step 3, the second of a phase: at the first step of a phase its gradient is zero.
 LISA = LisaSettings(alignment_steps=2, finetuning_steps=3, rho=0.7, proximal_warmup_ratio=0.2)
 Row = dict[str, list[int]]
 
@@ -107,22 +107,22 @@ def reference_loop(
     clip: float,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Lisa as the paper and the published trainer have it, a step being an optimizer step: two anchors, one loss.
+    """Train with Lisa as in the paper and the published trainer, with optimizer steps: two anchors, one loss.
 
-    With `dtype` the forward runs under autocast.
+    With `dtype` the forward pass runs under autocast.
     """
     model.train()
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), lr=1e-3, weight_decay=0.0)
     k1, k2 = lisa.alignment_steps, lisa.finetuning_steps
-    anchors = {state: trainable(model) for state in ("alignment", "finetune")}
+    anchors = {phase: trainable(model) for phase in ("alignment", "finetune")}
     streams = {"alignment": RowStream(len(SAFE), 11, "alignment"), "finetune": RowStream(len(USER), 11, "finetuning")}
     status, clock, taken = ("alignment" if k1 else "finetune"), 0, {"alignment": 0, "finetune": 0}
     for step in range(steps):
         closing = lisa.finish == "alignment" and step >= steps - k1
         due = bool(step and k1 and k2 and clock % (k1 if status == "alignment" else k2) == 0)
         if (status == "finetune") if closing else due:
-            anchors[status] = trainable(model)  # the state that is left remembers where it ended
+            anchors[status] = trainable(model)  # the weights at the end of the phase
             status, clock = ("finetune" if status == "alignment" else "alignment"), 0
         drawn = streams[status].take(taken[status], rows_per_step)
         taken[status] += rows_per_step

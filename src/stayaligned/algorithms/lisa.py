@@ -80,7 +80,7 @@ def row_indices_at(
 
 
 def take_anchor(params: Mapping[str, Tensor], *, device: AnchorDevice = "model", into: Anchor | None = None) -> Anchor:
-    """Copy the weights, as the point that the proximal term pulls towards.
+    """Copy the weights as the anchor of the proximal term.
 
     Args:
         params: the trainable weights by name; of a DTensor, this process's shard is copied.

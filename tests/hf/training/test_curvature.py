@@ -46,14 +46,14 @@ def measure(trained: TrainedWeights, source: Path, **settings: Any) -> LossCurva
 
 
 def batch_of(world: Path) -> dict[str, Tensor]:
-    """All rows in one batch, for the host's own loss."""
+    """Return all rows in one batch, for the host's loss."""
     tokenizer = load_tokenizer(world / "model")
     rows = encode_examples(tokenizer, read_examples(str(world / "rows.jsonl"), origin="task"), 1024)
     return PaddingCollator.of(tokenizer)(rows)
 
 
 def host_gradient(model: Any, weights: list[Tensor], batch: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    """The gradient of the host's loss in fp64 at these weights plus a displacement."""
+    """Return a function that computes the gradient of the host's loss in fp64 at these weights plus a displacement."""
     origin = [weight.detach().clone() for weight in weights]
 
     def gradient(moved: Tensor) -> Tensor:
@@ -65,12 +65,12 @@ def host_gradient(model: Any, weights: list[Tensor], batch: dict[str, Tensor]) -
     return gradient
 
 
-def test_on_an_adapter_the_ends_are_those_of_the_dense_hessian_of_the_host_s_loss(world: Path) -> None:
+def test_on_an_adapter_the_ends_are_those_of_the_dense_hessian(world: Path) -> None:
     model = PeftModel.from_pretrained(load_model(world / "model"), world / "adapter", is_trainable=True).double().eval()
     names = [name for name, weight in model.named_parameters() if weight.requires_grad]
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     gradient = host_gradient(model, weights, batch_of(world))
-    n, step = sum(weight.numel() for weight in weights), 3e-4  # not less: the host's norms are in fp32 always
+    n, step = sum(weight.numel() for weight in weights), 3e-4  # not smaller: the norm layers always compute in fp32
     assert len(names) == 4
     columns = [(gradient(step * e) - gradient(-step * e)) / (2 * step) for e in torch.eye(n, dtype=torch.float64)]
     dense = torch.linalg.eigvalsh(torch.stack(columns))
@@ -85,7 +85,7 @@ def test_on_an_adapter_the_ends_are_those_of_the_dense_hessian_of_the_host_s_los
     assert found.spectrum.smallest.value == pytest.approx(dense[0].item(), abs=1e-4 * scale)
 
 
-def test_on_all_weights_the_ends_are_those_that_arpack_finds(world: Path) -> None:
+def test_on_all_weights_the_ends_are_those_of_arpack(world: Path) -> None:
     model = load_model(world / "model").double()
     weights = list(model.parameters())
     gradient = host_gradient(model, weights, batch_of(world))
@@ -103,7 +103,7 @@ def test_on_all_weights_the_ends_are_those_that_arpack_finds(world: Path) -> Non
     assert found.spectrum.smallest.value == pytest.approx(smallest, abs=1e-3 * max(largest, -smallest))
 
 
-def test_batches_change_nothing_and_little_memory_next_to_nothing(world: Path) -> None:
+def test_the_batch_size_does_not_change_the_result_and_low_memory_hardly_does(world: Path) -> None:
     trained = TrainedWeights(str(world / "model"), adapter=world / "adapter")
     whole = measure(trained, world / "rows.jsonl", batch_size=7, iterations=12)
     for changed in (
@@ -118,7 +118,7 @@ def test_batches_change_nothing_and_little_memory_next_to_nothing(world: Path) -
     assert measure(trained, world / "rows.jsonl", batch_size=7, iterations=12) == whole
 
 
-def test_a_fresh_adapter_is_that_of_the_seed_and_leaves_the_random_state_alone(world: Path) -> None:
+def test_a_fresh_adapter_depends_on_the_seed_only_and_does_not_change_the_random_state(world: Path) -> None:
     trained = TrainedWeights(str(world / "model"), lora=SMALL)
     state = torch.get_rng_state()
     first = measure(trained, world / "rows.jsonl", iterations=5)
@@ -133,15 +133,15 @@ def test_a_fresh_adapter_is_that_of_the_seed_and_leaves_the_random_state_alone(w
     assert measure(dropped, world / "rows.jsonl", iterations=5).spectrum == first.spectrum
 
 
-def test_so_many_rows_are_taken_and_each_source_by_itself(world: Path) -> None:
+def test_the_rows_of_each_source_are_sampled_separately(world: Path) -> None:
     trained = TrainedWeights(str(world / "model"), lora=SMALL)
     write_rows(world / "other.jsonl", ROWS[:2])
     sources = [str(world / "rows.jsonl"), str(world / "other.jsonl")]
-    told: list[tuple[str, float]] = []
-    found = loss_curvatures(trained, sources, CurvatureSettings(rows=3, iterations=4), lambda *t: told.append(t))
+    reported: list[tuple[str, float]] = []
+    found = loss_curvatures(trained, sources, CurvatureSettings(rows=3, iterations=4), lambda *t: reported.append(t))
     assert [(one.source, one.rows) for one in found] == [(sources[0], 3), (sources[1], 2)]
     assert found[1] == loss_curvatures(trained, sources[1:], CurvatureSettings(rows=3, iterations=4))[0]
-    assert [share for _, share in told] == [0.25, 0.5, 0.75, 1.0] * 2
+    assert [share for _, share in reported] == [0.25, 0.5, 0.75, 1.0] * 2
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
@@ -151,7 +151,7 @@ def test_second_derivatives_are_right_on_every_kind_of_model(architecture: str, 
     batch = batch_of(tmp_path)
     model: Any = load_model(tmp_path / "model", dtype=torch.float64)
     if model.config.model_type != "gpt2":
-        model.set_experts_implementation("eager")  # the default one knows no fp64
+        model.set_experts_implementation("eager")  # the default implementation does not support fp64
     weights = list(model.parameters())
     gradient = host_gradient(model, weights, batch)
     generator = torch.Generator().manual_seed(0)
@@ -167,13 +167,13 @@ def test_second_derivatives_are_right_on_every_kind_of_model(architecture: str, 
     assert (found - expected).norm() <= 1e-3 * expected.norm()
 
 
-def test_a_loss_that_torch_can_t_differentiate_twice_is_refused(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_torch_cannot_differentiate_twice_is_an_error(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.nn.attention.sdpa_kernel", lambda _backend: contextlib.nullcontext())
     with pytest.raises(StayalignedError, match="its loss can't be differentiated twice"):
         measure(TrainedWeights(str(world / "model"), lora=SMALL), world / "rows.jsonl")
 
 
-def test_a_loss_that_is_not_finite_is_refused(world: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_is_an_error(world: Path, tmp_path: Path) -> None:
     write_pico_checkpoint(tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
     tensors = load_file(file)
@@ -183,7 +183,7 @@ def test_a_loss_that_is_not_finite_is_refused(world: Path, tmp_path: Path) -> No
         measure(TrainedWeights(str(tmp_path / "model"), lora=SMALL), world / "rows.jsonl")
 
 
-def test_a_basis_that_memory_can_t_hold_is_refused_before_the_work(
+def test_a_basis_larger_than_memory_is_an_error_before_the_computation(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sysconf", lambda _name: 1000)
@@ -193,6 +193,6 @@ def test_a_basis_that_memory_can_t_hold_is_refused_before_the_work(
     assert measure(trained, world / "rows.jsonl", low_memory=True, iterations=1).weights > 10_000
 
 
-def test_an_adapter_and_a_fresh_one_exclude_each_other(world: Path) -> None:
+def test_an_adapter_and_a_fresh_lora_exclude_each_other(world: Path) -> None:
     with pytest.raises(StayalignedError, match="both an adapter and the settings of a fresh LoRA"):
         measure(TrainedWeights(str(world / "model"), world / "adapter", SMALL), world / "rows.jsonl")

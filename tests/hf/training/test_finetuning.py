@@ -1,4 +1,4 @@
-"""Plain fine-tuning: two kinds of trainer that learn the same thing, and mistakes that are named."""
+"""Plain fine-tuning: two kinds of trainer that train the same, and errors that name the cause."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def setup(directory: Path, kind: Literal["transformers", "sft"] = "transformers"
     )
 
 
-def test_both_kinds_of_trainer_learn_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_kinds_of_trainer_train_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logs = []
     for kind, trainer_class in zip(KINDS, (Trainer, SFTTrainer), strict=True):
         trainer = setup(tmp_path, kind).trainer()
@@ -66,7 +66,7 @@ def test_both_kinds_of_trainer_learn_the_same(tmp_path: Path, capsys: pytest.Cap
     assert "%|" not in output.err
 
 
-def test_both_kinds_of_rows_are_those_of_encode_example(tmp_path: Path) -> None:
+def test_the_rows_of_both_kinds_of_trainer_are_those_of_encode_example(tmp_path: Path) -> None:
     expected = [encode_example(byte_tokenizer(), example, 64) for example in examples(7)]
     assert build_dataset(byte_tokenizer(), examples(7), kind="transformers", max_length=64) == expected
     prepared: Any = setup(tmp_path, "sft").trainer().train_dataset
@@ -82,7 +82,7 @@ def test_training_lowers_the_loss_and_reports_progress(tmp_path: Path) -> None:
     assert shares == [pytest.approx((step + 1) / 32) for step in range(32)]
 
 
-def test_training_runs_on_the_cpu_in_full_precision_where_there_is_no_accelerator(tmp_path: Path) -> None:
+def test_without_an_accelerator_training_uses_the_cpu_in_full_precision(tmp_path: Path) -> None:
     for kind in KINDS:
         arguments = setup(tmp_path, kind).trainer(examples(3)).args
         assert arguments.use_cpu is not torch.accelerator.is_available()
@@ -102,7 +102,7 @@ def test_training_runs_on_the_cpu_in_full_precision_where_there_is_no_accelerato
         ({"eval_strategy": "epoch"}, "training.eval_strategy: Trainer rejects: You have set", "documentation"),
     ],
 )
-def test_arguments_that_the_host_refuses_are_named(
+def test_arguments_that_the_host_rejects_are_named(
     tmp_path: Path, argument: dict[str, Any], message: str, hint: str
 ) -> None:
     with pytest.raises(StayalignedError) as caught:
@@ -111,7 +111,7 @@ def test_arguments_that_the_host_refuses_are_named(
     assert hint in str(caught.value.hint)
 
 
-def test_every_mistaken_argument_is_named_at_once(tmp_path: Path) -> None:
+def test_all_wrong_arguments_are_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(StayalignedError) as caught:
         setup(tmp_path, "sft", warmup_ratio=0.1, tokenizer="x", max_steps="3").trainer(examples(3))
     assert [line.split(":")[0] for line in caught.value.message.splitlines()] == [
@@ -122,7 +122,7 @@ def test_every_mistaken_argument_is_named_at_once(tmp_path: Path) -> None:
     assert "SFTConfig has no such setting" in caught.value.message
 
 
-def test_no_rows_and_no_template_are_refused(tmp_path: Path) -> None:
+def test_missing_rows_and_a_missing_chat_template_are_errors(tmp_path: Path) -> None:
     with pytest.raises(StayalignedError, match="no rows to train on"):
         setup(tmp_path).trainer([])
     for kind in KINDS:
@@ -133,7 +133,7 @@ def test_no_rows_and_no_template_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", ["before a checkpoint", "after a checkpoint"])
-def test_an_error_of_training_is_not_taken_for_a_full_disk(tmp_path: Path, moment: str) -> None:
+def test_another_error_during_training_is_not_reported_as_a_full_disk(tmp_path: Path, moment: str) -> None:
     trainer = setup(tmp_path, save_strategy="steps", save_steps=1).trainer()
 
     def fail(*_: Any) -> None:
@@ -147,17 +147,19 @@ def test_an_error_of_training_is_not_taken_for_a_full_disk(tmp_path: Path, momen
     assert written.is_file() is (moment == "after a checkpoint")
 
 
-def test_layers_of_an_adapter_that_get_no_gradient_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_lora_layers_without_a_gradient_are_named_in_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for architecture, targets in (("llama", "all-linear"), ("mamba", ["dt_proj", "in_proj"])):
         given = setup(tmp_path, max_steps=2)
         model: Any = get_peft_model(pico_model(architecture), LoraConfig(r=2, target_modules=targets))
         train(dataclasses.replace(given, model=model).trainer(), resume=False)
-    said = [record.getMessage() for record in caplog.records if record.name.startswith("stayaligned")]
-    (line,) = said
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("stayaligned")]
+    (line,) = messages
     assert line.startswith("LoRA gets no gradient in 2 layers dt_proj and will learn nothing there")
 
 
-def test_a_mixture_whose_router_loss_trl_can_not_compute_is_refused(tmp_path: Path) -> None:
+def test_a_mixture_whose_router_loss_trl_cannot_compute_is_an_error(tmp_path: Path) -> None:
     given = dataclasses.replace(setup(tmp_path, "sft", max_steps=1), model=pico_model("granitemoehybrid"))
     with pytest.raises(StayalignedError, match=r"router loss of a GraniteMoeHybridConfig") as caught:
         given.trainer()
@@ -165,7 +167,7 @@ def test_a_mixture_whose_router_loss_trl_can_not_compute_is_refused(tmp_path: Pa
     train(dataclasses.replace(given, arguments={**given.arguments, "router_aux_loss_coef": 0.0}).trainer())
 
 
-def test_a_full_disk_is_one_error_when_the_result_is_written(tmp_path: Path) -> None:
+def test_a_full_disk_while_writing_the_result_is_one_error(tmp_path: Path) -> None:
     trainer = setup(tmp_path).trainer()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))

@@ -1,4 +1,4 @@
-"""Probes against the definition; a guard that acts; nothing of training changed by looking; dead adapters."""
+"""Probes against their definition and without effect on training; the guard; dead adapters."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from stayaligned.hf.training.safety_probe import Probe
 from stayaligned.testing import byte_tokenizer, pico_model
 
 TOKENIZER = byte_tokenizer()
-ASKED = ["deed one", "a longer deed two", "deed three"]
+PROMPTS = ["deed one", "a longer deed two", "deed three"]
 
 
 @pytest.fixture
 def sources(tmp_path: Path) -> dict[str, str]:
     prompts, safe = tmp_path / "prompts.jsonl", tmp_path / "safe.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": asked}) + "\n" for asked in ASKED))
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     safe.write_text(
-        "".join(json.dumps({"prompt": asked, "completion": "no" * (i + 1)}) + "\n" for i, asked in enumerate(ASKED))
+        "".join(json.dumps({"prompt": prompt, "completion": "no" * (i + 1)}) + "\n" for i, prompt in enumerate(PROMPTS))
     )
     return {"prompts": str(prompts), "alignment_data": str(safe)}
 
@@ -80,7 +80,7 @@ def watched(trainer: Trainer) -> list[dict[str, float]]:
     return [row for row in trainer.state.log_history if any(key.startswith("watch/") for key in row)]
 
 
-def test_the_probes_measure_what_they_are_defined_as(sources: dict[str, str]) -> None:
+def test_the_probes_equal_their_definition(sources: dict[str, str]) -> None:
     model = pico_model(seed=1)
 
     def log_probability(ids: list[int], start: int) -> float:
@@ -88,12 +88,12 @@ def test_the_probes_measure_what_they_are_defined_as(sources: dict[str, str]) ->
         return sum(steps[at - 1, ids[at]].item() for at in range(start, len(ids)))
 
     margins = []
-    for asked in ASKED:
-        prompt = TOKENIZER.apply_chat_template(
-            [{"role": "user", "content": asked}], add_generation_prompt=True, return_dict=False
+    for prompt in PROMPTS:
+        ids = TOKENIZER.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
         )
         refusal, compliance = (
-            log_probability(prompt + TOKENIZER(text, add_special_tokens=False)["input_ids"], len(prompt))
+            log_probability(ids + TOKENIZER(text, add_special_tokens=False)["input_ids"], len(ids))
             for text in ("no, never", "sure")
         )
         margins.append(refusal - compliance)
@@ -109,7 +109,7 @@ def test_the_probes_measure_what_they_are_defined_as(sources: dict[str, str]) ->
 
 
 @pytest.mark.parametrize("lisa", [False, True])
-def test_looking_changes_nothing_and_is_logged_every_so_many_steps(
+def test_probes_do_not_change_training_and_are_logged_at_their_interval(
     tmp_path: Path, sources: dict[str, str], lisa: bool
 ) -> None:
     alone = trainer(tmp_path, lisa=lisa)
@@ -123,10 +123,10 @@ def test_looking_changes_nothing_and_is_logged_every_so_many_steps(
     assert trained == [{k: v for k, v in row.items() if k == "loss"} for row in seen.state.log_history if "loss" in row]
 
 
-def test_trl_keeps_its_metrics_in_the_rows_of_training(tmp_path: Path, sources: dict[str, str]) -> None:
+def test_metrics_of_trl_remain_in_the_training_rows(tmp_path: Path, sources: dict[str, str]) -> None:
     from datasets import Dataset
 
-    rows = [{"prompt": asked, "completion": "yes"} for asked in ASKED]
+    rows = [{"prompt": prompt, "completion": "yes"} for prompt in PROMPTS]
     built = SFTTrainer(
         pico_model(),
         SFTConfig(
@@ -153,7 +153,7 @@ def test_trl_keeps_its_metrics_in_the_rows_of_training(tmp_path: Path, sources: 
 
 
 def guarded(sources: dict[str, str], action: str, tolerance: float = 0.0) -> Watch:
-    # Training on other rows raises the loss on the safe ones here, so a tolerance of 0 is soon exceeded.
+    # Training on other rows raises the loss on the safe rows, so a tolerance of 0 is soon exceeded.
     return watch(sources, guard=Guard(measure="alignment_loss", tolerance=tolerance, action=action))  # pyright: ignore
 
 
@@ -166,11 +166,11 @@ def test_a_guard_within_tolerance_does_nothing(tmp_path: Path, sources: dict[str
 
 
 def breaching(sources: dict[str, str], directory: Path, action: str) -> Watch:
-    """A watch whose tolerance the run exceeds at its third probe, and not before."""
+    """Return a watch whose tolerance the run first exceeds at its third probe."""
     free = attach_watch(trainer(directory, rate=1.0, steps=4), watch(sources))
     free.train()
     losses = [row["watch/alignment_loss"] for row in watched(free)]
-    assert losses[2] > max(losses[:2]), "the run does not get worse"
+    assert losses[2] > max(losses[:2]), "the alignment loss does not rise"
     return guarded(sources, action, max((max(losses[:2]) + losses[2]) / 2 - losses[0], 0.0))
 
 
@@ -182,9 +182,7 @@ def test_a_guard_stops_training(tmp_path: Path, sources: dict[str, str]) -> None
     assert [row["step"] for row in watched(run) if "watch/out_of_tolerance" in row] == [4]
 
 
-def test_a_guard_goes_back_to_the_last_weights_that_were_within_tolerance(
-    tmp_path: Path, sources: dict[str, str]
-) -> None:
+def test_a_guard_restores_the_last_weights_within_tolerance(tmp_path: Path, sources: dict[str, str]) -> None:
     watched_by = breaching(sources, tmp_path, "rollback")
     run = attach_watch(trainer(tmp_path, rate=1.0, steps=8), watched_by)
     run.train()
@@ -195,7 +193,7 @@ def test_a_guard_goes_back_to_the_last_weights_that_were_within_tolerance(
     assert all(torch.equal(weight, weights(early)[name]) for name, weight in weights(run).items())
 
 
-def test_a_guard_lowers_the_learning_rate_and_a_resumed_run_keeps_it(tmp_path: Path, sources: dict[str, str]) -> None:
+def test_a_guard_lowers_the_learning_rate_also_of_a_resumed_run(tmp_path: Path, sources: dict[str, str]) -> None:
     watched_by = breaching(sources, tmp_path, "lower_learning_rate")
     run = trainer(tmp_path / "run", rate=1.0, steps=8, save_strategy="steps", save_steps=1)
     attach_watch(run, watched_by).train()
@@ -209,7 +207,7 @@ def test_a_guard_lowers_the_learning_rate_and_a_resumed_run_keeps_it(tmp_path: P
 
 
 @pytest.mark.parametrize("action", ["stop", "rollback"])
-def test_a_run_that_a_guard_ended_is_not_trained_on(tmp_path: Path, sources: dict[str, str], action: str) -> None:
+def test_a_run_that_a_guard_ended_is_not_continued(tmp_path: Path, sources: dict[str, str], action: str) -> None:
     watched_by = breaching(sources, tmp_path, action)
 
     def again(directory: Path) -> Trainer:
@@ -227,21 +225,21 @@ def test_a_run_that_a_guard_ended_is_not_trained_on(tmp_path: Path, sources: dic
         again(tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
 
 
-def test_what_is_not_a_number_is_out_of_tolerance(tmp_path: Path, sources: dict[str, str]) -> None:
-    class Breaking(TrainerCallback):
+def test_a_measure_of_nan_is_out_of_tolerance(tmp_path: Path, sources: dict[str, str]) -> None:
+    class NanWeights(TrainerCallback):
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 2:
                 with torch.no_grad():
                     next(kwargs["model"].parameters()).fill_(float("nan"))
 
     run = attach_watch(trainer(tmp_path), guarded(sources, "rollback", tolerance=1e9))
-    run.callback_handler.callbacks.insert(0, Breaking())
+    run.callback_handler.callbacks.insert(0, NanWeights())
     run.train()
     assert run.state.global_step == 4
     assert all(weight.isfinite().all() for weight in weights(run).values())
 
 
-def test_settings_that_undo_a_guard_are_refused(tmp_path: Path, sources: dict[str, str]) -> None:
+def test_settings_that_undo_a_guard_are_errors(tmp_path: Path, sources: dict[str, str]) -> None:
     built = trainer(tmp_path)
     built.args.load_best_model_at_end = True
     with pytest.raises(StayalignedError, match="load_best_model_at_end would undo"):
@@ -263,12 +261,12 @@ def test_settings_that_undo_a_guard_are_refused(tmp_path: Path, sources: dict[st
         ({"guard": {"measure": "alignment_loss", "tolerance": -1}}, "greater than or equal to 0"),
     ],
 )
-def test_a_watch_that_cannot_be_kept_is_refused(sources: dict[str, str], changes: dict[str, Any], named: str) -> None:
+def test_an_impossible_watch_is_an_error(sources: dict[str, str], changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ValidationError, match=named):
         watch(sources, **changes)
 
 
-def test_a_trainer_without_a_tokenizer_is_refused(tmp_path: Path, sources: dict[str, str]) -> None:
+def test_a_trainer_without_a_tokenizer_is_an_error(tmp_path: Path, sources: dict[str, str]) -> None:
     built = trainer(tmp_path)
     built.processing_class = None
     with pytest.raises(StayalignedError, match="no tokenizer"):
@@ -282,7 +280,7 @@ def test_lora_layers_without_a_gradient_are_named(tmp_path: Path, caplog: pytest
     model: Any = get_peft_model(pico_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     attention = model.base_model.model.model.layers[1].self_attn
     plain = attention.v_proj.base_layer
-    attention.v_proj.forward = plain.forward  # the weight is used, the LoRA beside it is not
+    attention.v_proj.forward = plain.forward  # uses the weight, but not its LoRA
     rows = [{"input_ids": [3, 9, 10 + i], "labels": [3, 9, 10 + i]} for i in range(4)]
     built = Trainer(
         model,
@@ -292,8 +290,8 @@ def test_lora_layers_without_a_gradient_are_named(tmp_path: Path, caplog: pytest
     )
     attach_lisa(built, alignment_dataset=rows * 2, lisa=LisaSettings(alignment_steps=1, finetuning_steps=1, rho=1.0))
     built.train()
-    (said,) = (r.getMessage() for r in caplog.records if "no gradient" in r.getMessage())
-    assert "in 1 layers v_proj and will learn nothing" in said
+    (message,) = (r.getMessage() for r in caplog.records if "no gradient" in r.getMessage())
+    assert "in 1 layers v_proj and will learn nothing" in message
     model.zero_grad()
     model(input_ids=torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
     assert dead_adapters(model) == ["base_model.model.model.layers.1.self_attn.v_proj"]

@@ -1,4 +1,4 @@
-"""The alignment state with another loss: DPO by composition, KL to the reference; both against their formulas."""
+"""Other losses of the alignment phase, DPO by composition and KL to the reference, against their formulas."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def dpo(directory: Path, **changes: Any) -> Callable[[Any], Trainer]:
 
 
 def log_probability(model: nn.Module, prompt: list[dict[str, str]], answer: list[dict[str, str]]) -> Tensor:
-    """log p(answer | prompt), token by token from the logits."""
+    """Compute log p(answer | prompt) token by token from the logits."""
     asked = TOKENIZER.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     whole = TOKENIZER.apply_chat_template(prompt + answer, return_dict=False)
     ids = torch.tensor([whole])
@@ -103,7 +103,7 @@ def log_probability(model: nn.Module, prompt: list[dict[str, str]], answer: list
 
 
 def dpo_loss(model: Any, rows: list[dict[str, Any]], beta: float) -> Tensor:
-    """Rafailov et al. 2023, equation 7, the reference being the model without its adapter."""
+    """Compute Rafailov et al. 2023, equation 7, with the model without its adapter as the reference."""
     losses = []
     for row in rows:
         margins = []
@@ -116,7 +116,7 @@ def dpo_loss(model: Any, rows: list[dict[str, Any]], beta: float) -> Tensor:
 
 
 def gradients(trainer: Any) -> list[dict[str, Tensor]]:
-    """Trains, and returns the gradient of every optimizer step as the optimizer was given it."""
+    """Train, and return the gradients that the optimizer received at every step."""
     seen: list[dict[str, Tensor]] = []
     create = trainer.create_optimizer
 
@@ -137,7 +137,7 @@ def gradients(trainer: Any) -> list[dict[str, Tensor]]:
 
 @pytest.mark.parametrize("build", [sft, plain])
 @pytest.mark.parametrize("precompute", [False, True])
-def test_an_alignment_step_has_the_gradient_of_dpos_formula(
+def test_an_alignment_step_has_the_gradient_of_the_formula_of_dpo(
     tmp_path: Path, build: Callable[..., Trainer], precompute: bool
 ) -> None:
     trainer = build(lora_model(), tmp_path)
@@ -147,7 +147,7 @@ def test_an_alignment_step_has_the_gradient_of_dpos_formula(
     assert list(trainer.model.peft_config) == ["default"]  # pyright: ignore
 
     model = lora_model().train()
-    # Two micro-batches of two, whose mean losses are averaged.
+    # The average of the mean losses of two micro-batches of two rows.
     loss = sum(dpo_loss(model, [PAIRS[i] for i in part], 0.3) for part in (order[:2], order[2:])) / 2
     loss.backward()
     expected = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
@@ -156,7 +156,7 @@ def test_an_alignment_step_has_the_gradient_of_dpos_formula(
     assert max(g.abs().max().item() for g in first.values()) > 1e-4
 
 
-def test_fine_tuning_steps_beside_dpo_are_the_hosts_own_and_its_metrics_are_logged(tmp_path: Path) -> None:
+def test_with_dpo_fine_tuning_steps_are_unchanged_and_its_metrics_are_logged(tmp_path: Path) -> None:
     trainer = attach_lisa(sft(lora_model(), tmp_path), lisa=LISA, alignment_trainer=dpo(tmp_path))
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
@@ -164,8 +164,8 @@ def test_fine_tuning_steps_beside_dpo_are_the_hosts_own_and_its_metrics_are_logg
         (True, True),
         (False, False),
     ] * 2
-    assert rows[0]["alignment_loss"] == pytest.approx(math.log(2), abs=1e-5)  # nothing is learned yet
-    # A host that is asked for the same rows in the same state computes the same loss.
+    assert rows[0]["alignment_loss"] == pytest.approx(math.log(2), abs=1e-5)  # before the first update
+    # A plain host computes the same loss of the same rows.
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
     ours = trainer.model.eval()
     theirs = sft(copy.deepcopy(ours), tmp_path)
@@ -174,7 +174,7 @@ def test_fine_tuning_steps_beside_dpo_are_the_hosts_own_and_its_metrics_are_logg
     )
 
 
-def test_another_trainer_of_trl_can_be_the_alignment_state(tmp_path: Path) -> None:
+def test_another_trainer_of_trl_can_compute_the_alignment_loss(tmp_path: Path) -> None:
     rows = [
         {"prompt": row["prompt"], "completion": row[key], "label": key == "chosen"}
         for row in PAIRS
@@ -199,11 +199,11 @@ def test_another_trainer_of_trl_can_be_the_alignment_state(tmp_path: Path) -> No
     )
     trainer.train()
     losses = [row["alignment_loss"] for row in trainer.state.log_history if "alignment_loss" in row]
-    assert losses[0] == pytest.approx(0.5, abs=1e-5)  # of KTO, where the model is its own reference
+    assert losses[0] == pytest.approx(0.5, abs=1e-5)  # the loss of KTO if the model equals its reference
     assert losses[1] != losses[0]
 
 
-def test_dropout_is_off_in_dpos_state_and_the_models_own_in_the_other(tmp_path: Path) -> None:
+def test_dropout_is_off_in_alignment_steps_of_dpo_and_on_in_fine_tuning_steps(tmp_path: Path) -> None:
     trainer: Any = attach_lisa(sft(lora_model(dropout=0.1), tmp_path), lisa=LISA, alignment_trainer=dpo(tmp_path))
     dropout = next(
         m for m in trainer.model.modules() if isinstance(m, nn.Dropout) and "dropout" not in type(m).__name__
@@ -216,7 +216,7 @@ def test_dropout_is_off_in_dpos_state_and_the_models_own_in_the_other(tmp_path: 
     assert dropout.p == 0.1
 
 
-def test_a_trained_adapter_is_the_reference_where_it_is_computed_beforehand(tmp_path: Path) -> None:
+def test_a_trained_adapter_is_the_reference_if_it_is_precomputed(tmp_path: Path) -> None:
     model = trained_adapter()
     trainer = sft(model, tmp_path)
     attach_lisa(trainer, lisa=LISA, alignment_trainer=dpo(tmp_path, precompute_ref_log_probs=True))
@@ -246,7 +246,7 @@ def test_dpo_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 3), st.integers(2, 6))
-def test_kl_is_the_sum_of_its_definition_over_label_tokens(seed: int, batch: int, length: int) -> None:
+def test_kl_equals_its_definition_summed_over_label_tokens(seed: int, batch: int, length: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     ours, theirs = (torch.randn(batch, length, 7, generator=generator, dtype=torch.float64) for _ in range(2))
     labels = torch.randint(0, 7, (batch, length), generator=generator)
@@ -266,13 +266,11 @@ def test_kl_is_the_sum_of_its_definition_over_label_tokens(seed: int, batch: int
 
 
 @pytest.mark.parametrize("build", [sft, plain])
-def test_kl_to_the_model_without_its_adapter_starts_at_0_and_is_the_same_for_any_accumulation(
-    tmp_path: Path, build: Callable[..., Trainer]
-) -> None:
+def test_kl_starts_at_0_and_is_the_same_for_any_accumulation(tmp_path: Path, build: Callable[..., Trainer]) -> None:
     finals = []
     for batch, accumulation in ((1, 4), (4, 1)):
         changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 6}
-        changes |= {"optim": "sgd", "learning_rate": 20.0}  # Adam would blow up the rounding of the gradient at 0
+        changes |= {"optim": "sgd", "learning_rate": 20.0}  # Adam would amplify the rounding of the zero gradient
         trainer = build(lora_model(), tmp_path, **changes)
         rows: Any = Dataset.from_list(TALK) if build is sft else trainer.train_dataset
         attach_lisa(trainer, alignment_dataset=rows, lisa=replace(LISA, alignment_loss="kl"))
@@ -284,7 +282,7 @@ def test_kl_to_the_model_without_its_adapter_starts_at_0_and_is_the_same_for_any
     assert max((finals[0][n] - finals[1][n]).abs().max().item() for n in finals[0]) < 1e-5
 
 
-def test_the_reference_has_no_dropout_and_frozen_weights_stay_frozen(tmp_path: Path) -> None:
+def test_the_reference_has_no_dropout_and_frozen_weights_remain_frozen(tmp_path: Path) -> None:
     model = get_peft_model(pico_model(seed=3, attention_dropout=0.5), LoraConfig(r=4, target_modules=["q_proj"]))
     trainer: Any = attach_lisa(
         plain(model, tmp_path),
@@ -298,17 +296,17 @@ def test_the_reference_has_no_dropout_and_frozen_weights_stay_frozen(tmp_path: P
     batch = PaddingCollator(0)([{"input_ids": [3, 10, 11, 12], "labels": [3, 10, 11, 12]}])
     model.train()
     first, second = (loss.compute_loss(trainer, model, dict(batch), None) for _ in range(2))
-    assert first != second, "the model itself keeps its dropout"
+    assert first != second, "the model itself has dropout"
     model.eval()
     assert loss.compute_loss(trainer, model, dict(batch), None).item() == pytest.approx(0, abs=1e-7)
     assert not any(parameter.requires_grad for parameter in frozen)
     assert not model.training
 
 
-# ---- refusals ------------------------------------------------------------------------------------------------------
+# ---- unsupported settings ------------------------------------------------------------------------------------------
 
 
-def test_kl_without_an_adapter_is_refused(tmp_path: Path) -> None:
+def test_kl_without_an_adapter_is_an_error(tmp_path: Path) -> None:
     trainer = plain(pico_model(), tmp_path)
     with pytest.raises(StayalignedError, match="this model has none"):
         attach_lisa(
@@ -328,7 +326,7 @@ def trained_adapter() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("model", "build", "settings_of_lisa", "named"),
+    ("model", "build", "lisa_settings", "named"),
     [
         (lora_model, lambda model: "no trainer", {}, "returned str, not a trainer"),
         (lora_model, lambda model: plain(lora_model(), Path("out")), {}, "built on another model"),
@@ -338,12 +336,12 @@ def trained_adapter() -> Any:
         (lora_model, None, {"alignment_loss": "dpo"}, "takes its loss from a trainer"),
     ],
 )
-def test_alignment_trainers_that_do_not_fit_are_refused(
+def test_an_unsuitable_alignment_trainer_is_an_error(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     model: Any,
     build: Any,
-    settings_of_lisa: dict[str, Any],
+    lisa_settings: dict[str, Any],
     named: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -351,16 +349,16 @@ def test_alignment_trainers_that_do_not_fit_are_refused(
     core: Any = trainer.model.get_base_model()  # pyright: ignore
     forward = core.forward
     with pytest.raises(StayalignedError, match=named) as caught:
-        attach_lisa(trainer, alignment_trainer=build, lisa=replace(LISA, **settings_of_lisa))
+        attach_lisa(trainer, alignment_trainer=build, lisa=replace(LISA, **lisa_settings))
     assert caught.value.hint
-    # The trainer and its model are as they were.
+    # The trainer and its model are unchanged.
     assert type(trainer) is Trainer
     assert list(trainer.model.peft_config) == ["default"]  # pyright: ignore
     assert core.forward == forward
     assert {m.p for m in core.modules() if isinstance(m, nn.Dropout)} <= {0.1}
 
 
-def test_an_alignment_trainer_beside_sharded_weights_is_refused(tmp_path: Path) -> None:
+def test_an_alignment_trainer_with_sharded_weights_is_unsupported(tmp_path: Path) -> None:
     trainer = plain(lora_model(), tmp_path)
     trainer.is_fsdp_enabled = True
     with pytest.raises(StayalignedError, match="another trainer shards"):

@@ -1,4 +1,4 @@
-"""Lisa in a Trainer: what it logs, how it prepares rows, what it refuses, and the private host names it leans on."""
+"""Lisa in a Trainer: its log, its preparation of rows, unsupported settings, and the private host names it uses."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def lisa(**changes: Any) -> LisaSettings:
 # ---- logging -------------------------------------------------------------------------------------------------------
 
 
-def test_the_log_tells_the_losses_of_the_states_and_the_drift(tmp_path: Path) -> None:
+def test_the_log_has_the_losses_of_both_phases_and_the_drift(tmp_path: Path) -> None:
     trainer = attach_lisa(plain(tmp_path), alignment_dataset=rows(4, first=2), lisa=lisa())
     trainer.train()
     logged = [row for row in trainer.state.log_history if "loss" in row]
@@ -79,7 +79,7 @@ def test_the_log_tells_the_losses_of_the_states_and_the_drift(tmp_path: Path) ->
     assert not any("drift" in row for row in trainer.state.log_history if "loss" not in row)
 
 
-def test_losses_are_means_over_the_steps_since_the_last_row_whatever_the_accumulation(tmp_path: Path) -> None:
+def test_logged_losses_are_means_over_the_steps_since_the_last_row(tmp_path: Path) -> None:
     fine, coarse = (
         attach_lisa(
             plain(tmp_path, logging_steps=steps, gradient_accumulation_steps=2),
@@ -95,10 +95,10 @@ def test_losses_are_means_over_the_steps_since_the_last_row_whatever_the_accumul
     assert row["alignment_loss"] == pytest.approx((losses[0] + losses[3]) / 2)
     assert row["finetuning_loss"] == pytest.approx((losses[1] + losses[2]) / 2)
     assert row["loss"] == pytest.approx(sum(losses) / 4)
-    assert "drift" not in row  # no pull, no anchor
+    assert "drift" not in row  # no proximal term, no anchor
 
 
-def test_evaluation_during_training_logs_no_states(tmp_path: Path) -> None:
+def test_evaluation_during_training_logs_no_phase_losses(tmp_path: Path) -> None:
     trainer = plain(tmp_path, eval_dataset=rows(3), eval_strategy="steps", eval_steps=2, logging_steps=4)
     attach_lisa(trainer, alignment_dataset=rows(4), lisa=lisa()).train()
     evaluated = [row for row in trainer.state.log_history if "eval_loss" in row]
@@ -106,16 +106,16 @@ def test_evaluation_during_training_logs_no_states(tmp_path: Path) -> None:
     assert not any("alignment_loss" in row for row in evaluated)
 
 
-def test_evaluation_and_its_metrics_are_the_hosts_own(tmp_path: Path) -> None:
+def test_evaluation_and_its_metrics_are_those_of_the_host(tmp_path: Path) -> None:
     def accuracy(predicted: Any) -> dict[str, float]:
         right = predicted.predictions[:, :-1].argmax(-1) == predicted.label_ids[:, 1:]
         return {"accuracy": float(right.mean())}
 
     found: list[dict[str, float]] = []
-    for with_it in (False, True):
+    for use_lisa in (False, True):
         trainer = plain(tmp_path, eval_dataset=rows(3), eval_strategy="steps", eval_steps=2, eval_on_start=True)
         trainer.compute_metrics = accuracy
-        if with_it:  # in an alignment step too, and with a loss of its own there
+        if use_lisa:  # also during an alignment step, whose loss is not the host's
             model = get_peft_model(trainer.model, LoraConfig(target_modules=["q_proj"]))  # pyright: ignore
             trainer.model = trainer.model_wrapped = model  # pyright: ignore
             attach_lisa(trainer, alignment_dataset=rows(4), lisa=lisa(alignment_loss="kl"))
@@ -126,16 +126,16 @@ def test_evaluation_and_its_metrics_are_the_hosts_own(tmp_path: Path) -> None:
     assert found[0]["eval_accuracy"] == found[1]["eval_accuracy"]
 
 
-class Breaking(Trainer):
-    """Its loss is not a number at optimizer step 1."""
+class NanLoss(Trainer):
+    """A trainer whose loss is NaN at optimizer step 1."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
         return loss * float("nan") if self.state.global_step == 1 else loss
 
 
-def test_a_broken_loss_stops_training_before_it_breaks_the_weights(tmp_path: Path) -> None:
-    trainer = with_lisa(Breaking)(
+def test_a_nan_loss_stops_training_before_it_reaches_the_weights(tmp_path: Path) -> None:
+    trainer = with_lisa(NanLoss)(
         pico_model(),
         TrainingArguments(**settings(tmp_path)),
         train_dataset=rows(6),
@@ -149,14 +149,14 @@ def test_a_broken_loss_stops_training_before_it_breaks_the_weights(tmp_path: Pat
 
 
 class Scaler:
-    """A gradient scaler's factor; the arithmetic under test is that the pull is multiplied by it too."""
+    """The factor of a gradient scaler, by which the proximal gradient must be multiplied too."""
 
     def get_scale(self) -> float:
         return 1024.0
 
 
-def test_the_pull_is_scaled_like_the_loss(tmp_path: Path) -> None:
-    pulls: list[torch.Tensor] = []
+def test_the_proximal_gradient_is_scaled_like_the_loss(tmp_path: Path) -> None:
+    gradients: list[torch.Tensor] = []
     for scaler in (None, Scaler()):
         trainer = attach_lisa(plain(tmp_path), alignment_dataset=rows(4), lisa=lisa(rho=0.5))
         trainer.get_train_dataloader()
@@ -164,16 +164,16 @@ def test_the_pull_is_scaled_like_the_loss(tmp_path: Path) -> None:
         trainer._begin_step(0)  # pyright: ignore
         weight = trainer.model.get_input_embeddings().weight  # pyright: ignore
         with torch.no_grad():
-            weight[7] += 1.0  # no row holds token 7, so the loss leaves its gradient at 0
+            weight[7] += 1.0  # no row has token 7, so its gradient of the loss is 0
         trainer.accelerator.scaler = scaler
         trainer.accelerator.backward = lambda loss, **_: loss.backward()  # pyright: ignore
         trainer.current_gradient_accumulation_steps = 1
         trainer.state.global_step, trainer.state.max_steps = 1, 4
         trainer._begun_step = 1  # pyright: ignore
         trainer.training_step(trainer.model, PaddingCollator(0)(rows(2)), None)
-        pulls.append(weight.grad[7].clone())
-    torch.testing.assert_close(pulls[0], torch.full_like(pulls[0], 0.5))
-    torch.testing.assert_close(pulls[1], 1024 * pulls[0])
+        gradients.append(weight.grad[7].clone())
+    torch.testing.assert_close(gradients[0], torch.full_like(gradients[0], 0.5))
+    torch.testing.assert_close(gradients[1], 1024 * gradients[0])
 
 
 # ---- rows of TRL ---------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ PROMPTED = [
     {"prompt": [{"role": "user", "content": f"q{i}"}], "completion": [{"role": "assistant", "content": "no"}]}
     for i in range(4)
 ]
-SPOKEN = [{"messages": [*row["prompt"], *row["completion"]]} for row in PROMPTED]
+CONVERSATIONS = [{"messages": [*row["prompt"], *row["completion"]]} for row in PROMPTED]
 
 
 def sft(directory: Path, users: list[dict[str, Any]], **changes: Any) -> SFTTrainer:
@@ -199,7 +199,9 @@ def masked_shares(trainer: Trainer) -> list[float]:
     return [sum(label == IGNORED for label in row["labels"]) / len(row["labels"]) for row in dataset]
 
 
-@pytest.mark.parametrize(("users", "safe"), [(SPOKEN, PROMPTED), (PROMPTED, SPOKEN), (PROMPTED, PROMPTED)])
+@pytest.mark.parametrize(
+    ("users", "safe"), [(CONVERSATIONS, PROMPTED), (PROMPTED, CONVERSATIONS), (PROMPTED, PROMPTED)]
+)
 def test_prompts_are_masked_by_the_format_of_each_dataset(
     tmp_path: Path, users: list[dict[str, Any]], safe: list[dict[str, Any]]
 ) -> None:
@@ -214,18 +216,18 @@ def test_prompts_are_masked_by_the_format_of_each_dataset(
 
 def test_packed_rows_train(tmp_path: Path) -> None:
     trainer = sft(tmp_path, PROMPTED * 8, packing=True, packing_strategy="wrapped", max_length=32)
-    attach_lisa(trainer, alignment_dataset=Dataset.from_list(SPOKEN * 8), lisa=lisa()).train()
+    attach_lisa(trainer, alignment_dataset=Dataset.from_list(CONVERSATIONS * 8), lisa=lisa()).train()
     assert trainer.state.global_step == 4
 
 
-def test_alignment_rows_too_long_to_teach_anything_are_refused(tmp_path: Path) -> None:
+def test_alignment_rows_cut_before_their_completion_are_an_error(tmp_path: Path) -> None:
     long = [{**row, "prompt": [{"role": "user", "content": "q" * 60}]} for row in PROMPTED]
     trainer = sft(tmp_path, PROMPTED, max_length=20)
     with pytest.raises(StayalignedError, match="no alignment row has a completion within max_length=20"):
         attach_lisa(trainer, alignment_dataset=Dataset.from_list(long), lisa=lisa())
 
 
-# ---- refusals ------------------------------------------------------------------------------------------------------
+# ---- unsupported settings ------------------------------------------------------------------------------------------
 
 
 class Stream(IterableDataset):
@@ -234,7 +236,7 @@ class Stream(IterableDataset):
 
 
 @pytest.mark.parametrize(
-    ("changes", "alignment", "settings_of_lisa", "named"),
+    ("changes", "alignment", "lisa_settings", "named"),
     [
         ({"train_sampling_strategy": "group_by_length"}, rows(4), {}, "train_sampling_strategy='group_by_length'"),
         ({"train_sampling_strategy": "sequential"}, rows(4), {}, "train_sampling_strategy='sequential'"),
@@ -267,27 +269,27 @@ class Stream(IterableDataset):
         ),
     ],
 )
-def test_what_would_not_be_exact_is_refused_by_name_and_the_trainer_left_as_it_was(
-    tmp_path: Path, changes: dict[str, Any], alignment: Any, settings_of_lisa: dict[str, Any], named: str
+def test_an_unsupported_setting_is_an_error_that_names_it_and_leaves_the_trainer_unchanged(
+    tmp_path: Path, changes: dict[str, Any], alignment: Any, lisa_settings: dict[str, Any], named: str
 ) -> None:
     trainer = plain(tmp_path, **changes)
     dataset = trainer.train_dataset
     with pytest.raises(StayalignedError) as caught:
-        attach_lisa(trainer, alignment_dataset=alignment, lisa=lisa(**settings_of_lisa))
+        attach_lisa(trainer, alignment_dataset=alignment, lisa=lisa(**lisa_settings))
     assert named in caught.value.message
     assert caught.value.hint
     assert type(trainer) is Trainer
     assert trainer.train_dataset is dataset
 
 
-def test_a_frozen_model_is_refused(tmp_path: Path) -> None:
+def test_a_frozen_model_is_an_error(tmp_path: Path) -> None:
     trainer = plain(tmp_path, model=pico_model().requires_grad_(False))
     with pytest.raises(StayalignedError, match="no trainable weights"):
         attach_lisa(trainer, alignment_dataset=rows(4), lisa=lisa())
 
 
 @pytest.mark.parametrize("host", ["is_deepspeed_enabled", "is_fsdp_enabled"])
-def test_sharded_gradients_are_refused_with_a_pull_and_taken_without(tmp_path: Path, host: str) -> None:
+def test_sharded_gradients_are_unsupported_only_with_a_proximal_term(tmp_path: Path, host: str) -> None:
     trainer = plain(tmp_path)
     setattr(trainer, host, True)
     with pytest.raises(StayalignedError, match=r"DeepSpeed|FSDP1") as caught:
@@ -296,19 +298,19 @@ def test_sharded_gradients_are_refused_with_a_pull_and_taken_without(tmp_path: P
     attach_lisa(trainer, alignment_dataset=rows(4), lisa=lisa(rho=0.0))
 
 
-def test_optimizers_that_step_inside_the_backward_pass_are_refused(tmp_path: Path) -> None:
+def test_optimizers_that_step_inside_the_backward_pass_are_unsupported(tmp_path: Path) -> None:
     trainer = plain(tmp_path)
     trainer.args.optim = "galore_adamw_layerwise"
     with pytest.raises(StayalignedError, match="optim='galore_adamw_layerwise'"):
         attach_lisa(trainer, alignment_dataset=rows(4), lisa=lisa())
 
 
-def test_a_negative_rho_is_refused_where_the_settings_are_not_a_lisa(tmp_path: Path) -> None:
+def test_a_negative_rho_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StayalignedError, match="rho=-1"):
         attach_lisa(plain(tmp_path), alignment_dataset=rows(4), lisa=replace(lisa(), rho=-1.0))
 
 
-def test_other_trainers_of_trl_are_refused_by_name(tmp_path: Path) -> None:
+def test_other_trainers_of_trl_are_unsupported(tmp_path: Path) -> None:
     trainer = plain(tmp_path)
     trainer.__class__ = type("Mine", (DPOTrainer,), {})
     with pytest.raises(StayalignedError, match="DPOTrainer prepares its rows in its own way"):
@@ -320,7 +322,7 @@ class OwnLoader(Trainer):
         return DataLoader(self.train_dataset, batch_size=2, collate_fn=self.data_collator)  # pyright: ignore
 
 
-def test_a_trainer_with_its_own_loader_is_refused_before_its_first_step(tmp_path: Path) -> None:
+def test_a_trainer_with_its_own_data_loader_is_an_error_before_its_first_step(tmp_path: Path) -> None:
     trainer = OwnLoader(
         pico_model(),
         TrainingArguments(**settings(tmp_path)),
@@ -331,14 +333,14 @@ def test_a_trainer_with_its_own_loader_is_refused_before_its_first_step(tmp_path
         attach_lisa(trainer, alignment_dataset=rows(4), lisa=lisa()).train()
 
 
-def test_lisa_is_put_in_once(tmp_path: Path) -> None:
+def test_lisa_is_added_only_once(tmp_path: Path) -> None:
     assert with_lisa(Trainer) is with_lisa(Trainer)
     trainer = attach_lisa(plain(tmp_path), alignment_dataset=rows(4), lisa=lisa())
     with pytest.raises(StayalignedError, match="LisaTrainer already trains with Lisa"):
         attach_lisa(trainer, alignment_dataset=rows(4), lisa=lisa())
 
 
-# ---- private names of the hosts: a release that changes one fails here first --------------------------------------
+# ---- private names of the hosts: a release that changes one fails here first ---------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -360,11 +362,11 @@ def test_lisa_is_put_in_once(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_the_hosts_have_the_methods_that_are_leaned_on(owner: type, name: str, parameters: list[str]) -> None:
+def test_the_hosts_have_the_private_methods_that_lisa_uses(owner: type, name: str, parameters: list[str]) -> None:
     assert list(inspect.signature(vars(owner)[name]).parameters) == parameters
 
 
-def test_sfttrainer_has_the_attributes_that_are_leaned_on(tmp_path: Path) -> None:
+def test_sfttrainer_has_the_private_attributes_that_lisa_uses(tmp_path: Path) -> None:
     trainer = sft(tmp_path, PROMPTED)
     assert trainer.completion_only_loss is True
     assert trainer._skip_prepare_dataset is False
@@ -373,7 +375,7 @@ def test_sfttrainer_has_the_attributes_that_are_leaned_on(tmp_path: Path) -> Non
     assert trainer.accelerator.split_batches is False
 
 
-def test_the_host_writes_the_state_of_a_checkpoint_last_so_that_it_marks_a_complete_one(tmp_path: Path) -> None:
+def test_the_host_writes_the_trainer_state_last_so_it_marks_a_complete_checkpoint(tmp_path: Path) -> None:
     trainer = attach_lisa(plain(tmp_path, save_strategy="steps", save_steps=2), alignment_dataset=rows(4), lisa=lisa())
     trainer.train()
     checkpoint = tmp_path / "checkpoint-2"

@@ -125,7 +125,7 @@ class ProximalTerm:
         self._factor = budget.next_factor(self._factor, loss=loss, first_loss=first)
 
     def progress(self) -> dict[str, Any]:
-        """Return what a resumed run needs besides the anchor."""
+        """Return what a resumed run needs in addition to the anchor."""
         return {
             "factor": self._factor,
             "first_loss": self._first_loss,

@@ -352,7 +352,7 @@ class BiStateMixin(_Host):
 
     def _save_rng_state(self, output_dir: Any) -> None:
         super()._save_rng_state(output_dir)
-        # The first process marks the checkpoint as complete after this call; every process must have written by then.
+        # The first process marks the checkpoint as complete after this call, when every process must have written.
         self.accelerator.wait_for_everyone()
 
     def _load_best_model(self) -> None:
