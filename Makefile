@@ -31,7 +31,7 @@ quick: $(STAMP)  ## run the tests of pure functions and small files (under a min
 test: $(STAMP)  ## run every test that is not marked slow
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-slow: $(STAMP)  ## run the slow tests: killed processes, process groups, servers, whole builds
+slow: $(STAMP)  ## run the slow tests: killed processes, process groups, servers
 	$(BIN)/python -m pytest -n 2 -m slow
 
 check: $(STAMP)  ## check format, lint, types and import contracts
