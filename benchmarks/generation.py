@@ -1,14 +1,20 @@
-"""Answers a second: many at once, against one prompt at a time as the papers' code asks; and the memory they take.
+"""Time of generating many completions, against three simpler loops with the same tokens; and the memory it takes.
 
-    python benchmarks/generation.py
+    python benchmarks/generation.py [--model DIR]
 
-The same greedy tokens are asserted. A random Llama of the testbed's size, 200 prompts of unequal length, at most 24 new
-tokens each, about half of the answers ending before, one CPU thread. Runs of both in turn, after a warm-up. Then the
-growth of fresh processes that answer 400 prompts with a larger model under two budgets (Linux).
+Loops: one prompt at a time (as the papers' code does), one left-padded `generate` for all prompts, `generate` over
+length-sorted batches of 16, and `stayaligned`'s. By default a random Llama of the testbed's size completes 200 prompts
+of unequal length with at most 24 tokens each; about half of the completions end before. With `--model`, the chat model
+in that directory completes 48 prompts with at most 64 tokens. The loops take turns. The times are CPU seconds of one
+thread, which other work on the machine disturbs less than it disturbs the clock.
+
+Without `--model`, the growth of fresh processes that complete 400 prompts with a larger model under two budgets follows
+(Linux).
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 import random
@@ -21,7 +27,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,42 +36,69 @@ from stayaligned.core.records import Message
 from stayaligned.core.settings import Generation
 from stayaligned.hf.features import encode_prompt
 from stayaligned.hf.generation.generate import generate
+from stayaligned.hf.models import load_model, load_tokenizer
 from stayaligned.testing import byte_tokenizer, pico_model
 
 PROMPTS = 200
 NEW_TOKENS = 24
 RUNS = 5
+CHAT_TOKENS = 64
+CHAT_RUNS = 3
+TOPICS = (
+    *("a volcano", "the French Revolution", "a binary search tree", "sourdough bread", "the tides", "a jet engine"),
+    *("photosynthesis", "the rules of chess", "compound interest", "a vaccine", "the water cycle", "plate tectonics"),
+)
+FORMS = (
+    "What is {}?",
+    "Explain {} to a child in two sentences, with an example from home.",
+    "Give me one short fact about {}.",
+    "My essay for the history class has five hundred words and must mention {} without losing the thread of its "
+    "argument. How would you introduce it, and which source would you cite first?",
+)
 BUDGETS = (48, 192)
 """MiB."""
 FREQUENT_TOKEN = 40
-"""Ends answers as well: this model writes it in about half of them."""
+"""A second end token: this model writes it in about half of its completions."""
 
 
-def one_at_a_time(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]]
+def padded(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[Message]],
+    new_tokens: int,
+    batch_size: int,
 ) -> list[tuple[int, ...]]:
-    """The published loop: tokenize, generate and cut one prompt after the other."""
-    answers: list[tuple[int, ...]] = []
-    ends = model.generation_config.eos_token_id
-    for prompt in prompts:
-        ids = torch.tensor([encode_prompt(tokenizer, prompt)])
+    """Transformers' `generate` over left-padded batches, the longest prompts first."""
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    ends = {tokenizer.eos_token_id, *_listed(model.generation_config.eos_token_id)}
+    order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
+    written: dict[int, tuple[int, ...]] = {}
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        width = len(ids[rows[0]])
+        pad = tokenizer.pad_token_id
         with torch.no_grad():
             output = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
+                input_ids=torch.tensor([[pad] * (width - len(ids[row])) + ids[row] for row in rows]),
+                attention_mask=torch.tensor([[0] * (width - len(ids[row])) + [1] * len(ids[row]) for row in rows]),
                 do_sample=False,
-                max_new_tokens=NEW_TOKENS,
-                pad_token_id=tokenizer.pad_token_id,
+                max_new_tokens=new_tokens,
+                pad_token_id=pad,
+                eos_token_id=sorted(ends),
             )
-        written = output[0, ids.shape[1] :].tolist()
-        answers.append(tuple(itertools.takewhile(lambda token: token not in ends, written)))
-    return answers
+        for row, tokens in zip(rows, output[:, width:].tolist(), strict=True):
+            written[row] = tuple(itertools.takewhile(lambda token: token not in ends, tokens))
+    return [written[row] for row in range(len(ids))]
 
 
-def model_and_prompts(count: int, **sizes: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[list[Message]]]:
-    """A random Llama whose answers vary and can't be swayed by rounding, and prompts of unequal length."""
+def _listed(ends: int | list[int] | None) -> list[int]:
+    return [ends] if isinstance(ends, int) else list(ends or [])
+
+
+def random_model(count: int, **sizes: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[list[Message]]]:
+    """A random Llama with varied completions that rounding can't change, and prompts of unequal length."""
     rng = random.Random(0)
-    # Large weights set the logits apart (rounding can't decide a token) and make the text vary.
+    # Large weights separate the logits (rounding can't decide a token) and vary the text.
     model = pico_model(**sizes, initializer_range=0.1)
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
@@ -75,41 +108,60 @@ def model_and_prompts(count: int, **sizes: int) -> tuple[PreTrainedModel, PreTra
     return model, tokenizer, [[Message(role="user", content=text)] for text in texts]
 
 
-def compare() -> None:
-    """Both ways in turn; prints one line each."""
-    sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 256}
-    model, tokenizer, prompts = model_and_prompts(PROMPTS, **sizes)
-    settings = Generation(max_new_tokens=NEW_TOKENS)
-    one_at_a_time(model, tokenizer, prompts[:3])
-    generate(model, tokenizer, prompts[:3], settings)
-    single: list[float] = []
-    batched: list[float] = []
-    for _ in range(RUNS):
-        started = time.perf_counter()
-        published = one_at_a_time(model, tokenizer, prompts)
-        single.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        answers = [answer.tokens for answer in generate(model, tokenizer, prompts, settings)]
-        batched.append(time.perf_counter() - started)
-        assert answers == published, "batched and single answers differ"
-    early = sum(len(tokens) < NEW_TOKENS for tokens in answers)
-    ratios = sorted(one / many for one, many in zip(single, batched, strict=True))
-    print(f"{PROMPTS} answers, {early} of which end early: the same tokens both ways, {RUNS} runs")
-    print(f"one prompt at a time: {PROMPTS / statistics.median(single):7.1f} answers/s")
-    print(f"batched:              {PROMPTS / statistics.median(batched):7.1f} answers/s")
-    print(f"ratio: {statistics.median(ratios):.1f} (of the runs: {ratios[0]:.1f} to {ratios[-1]:.1f})")
+def chat_model(directory: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[list[Message]]]:
+    """A chat model in fp32, and every form of question about every topic."""
+    texts = [form.format(topic) for form, topic in itertools.product(FORMS, TOPICS)]
+    model = load_model(directory, dtype=torch.float32)
+    return model, load_tokenizer(directory), [[Message(role="user", content=text)] for text in texts]
+
+
+def compare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[Message]],
+    new_tokens: int,
+    runs: int,
+) -> None:
+    """Print one line for each loop, and the ratio of the best other batched loop to ours."""
+    settings = Generation(max_new_tokens=new_tokens)
+    loops: dict[str, Callable[[list[list[Message]]], list[tuple[int, ...]]]] = {
+        "one prompt at a time": lambda asked: padded(model, tokenizer, asked, new_tokens, 1),
+        "one left-padded generate": lambda asked: padded(model, tokenizer, asked, new_tokens, len(asked)),
+        "sorted batches of 16": lambda asked: padded(model, tokenizer, asked, new_tokens, 16),
+        "stayaligned": lambda asked: [text.tokens for text in generate(model, tokenizer, asked, settings)],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    found: dict[str, list[tuple[int, ...]]] = {}
+    for loop in loops.values():
+        loop(prompts[:2])
+    for _ in range(runs):
+        for name, loop in loops.items():
+            started = time.process_time()
+            found[name] = loop(prompts)
+            seconds[name].append(time.process_time() - started)
+    first, *others = found.values()
+    assert all(other == first for other in others), "the loops generated different tokens"
+    early = sum(len(tokens) < new_tokens for tokens in first)
+    print(f"{len(prompts)} completions, {early} of which end early: the same tokens by every loop, {runs} runs")
+    ours = seconds["stayaligned"]
+    for name, each in seconds.items():
+        ratios = sorted(theirs / own for theirs, own in zip(each, ours, strict=True))
+        print(
+            f"{name + ':':26s} {len(prompts) / statistics.median(each):8.1f} completions/s; takes "
+            f"{statistics.median(ratios):5.2f} x stayaligned's time ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        )
 
 
 def peak(memory_mib: int) -> None:
-    """Print the MiB by which the process grew at most while it answered, after a warm-up of one prompt."""
+    """Print the MiB by which the process grew at most while it generated, after a warm-up with one prompt."""
     sizes = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8}
-    model, tokenizer, prompts = model_and_prompts(400, **sizes, intermediate_size=1024)
+    model, tokenizer, prompts = random_model(400, **sizes, intermediate_size=1024)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     generate(model, tokenizer, prompts[:1], Generation(max_new_tokens=2))
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # begins the peak anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     generate(model, tokenizer, prompts, Generation(max_new_tokens=8, memory_mib=memory_mib))
-    print(f"budget {memory_mib:4d} MiB: {resident('VmHWM') - before:6.1f} MiB more than before at the peak")
+    print(f"budget {memory_mib:4d} MiB: {resident('VmHWM') - before:6.1f} MiB above the start at the peak")
 
 
 def resident(name: str) -> float:
@@ -120,14 +172,21 @@ def resident(name: str) -> float:
 
 
 def main() -> None:
-    """Measure and print one line each."""
+    """Measure and print."""
     torch.set_num_threads(1)
-    if len(sys.argv) > 1:
-        peak(int(sys.argv[1]))
-        return
-    compare()
-    for budget in BUDGETS:
-        subprocess.run([sys.executable, __file__, str(budget)], check=True)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", help="directory of a chat model")
+    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.peak:
+        peak(asked.peak)
+    elif asked.model:
+        compare(*chat_model(asked.model), CHAT_TOKENS, CHAT_RUNS)
+    else:
+        sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 256}
+        compare(*random_model(PROMPTS, **sizes), NEW_TOKENS, RUNS)
+        for budget in BUDGETS:
+            subprocess.run([sys.executable, __file__, "--peak", str(budget)], check=True)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def test_what_is_no_checkpoint_is_named(checkpoint, adapter, tmp_path):
         load_model(tmp_path / "nowhere")
     with pytest.raises(StayalignedError, match=r"has no config.json") as caught:
         load_model(adapter)
-    assert "That is an adapter" in str(caught.value)
+    assert "It is an adapter" in str(caught.value)
     (tmp_path / "empty").mkdir()
     with pytest.raises(StayalignedError, match=r"has no config.json"):
         load_tokenizer(tmp_path / "empty")
@@ -86,7 +86,7 @@ def test_weights_that_the_checkpoint_lacks_are_not_made_up(checkpoint, tmp_path)
     weights = load_file(directory / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(StayalignedError, match=r"lacks 1 weights of a LlamaForCausalLM, model.layers.1.mlp.up_proj"):
+    with pytest.raises(StayalignedError, match=r"lacks 1 weights of a LlamaForCausalLM, such as model.layers.1.mlp.up_proj"):
         load_model(directory)
 
 
@@ -117,7 +117,7 @@ def test_lora_settings_pass_through_and_only_the_adapter_trains():
 
 
 def test_a_misspelt_lora_setting_gets_a_suggestion():
-    with pytest.raises(StayalignedError, match=r"lora.lora_alfa: no such LoRA setting") as caught:
+    with pytest.raises(StayalignedError, match=r"lora.lora_alfa: unknown LoRA setting") as caught:
         attach_lora(pico_model(), {"lora_alfa": 8})
     assert "'lora_alpha'" in str(caught.value)
 
@@ -172,7 +172,7 @@ def test_a_regular_expression_of_excluded_modules_is_kept():
 def test_a_target_that_can_not_be_one_names_those_that_can(target, problem):
     with pytest.raises(StayalignedError, match=problem) as caught:
         attach_lora(pico_model("mamba"), {"r": 2, "target_modules": ["in_proj", target]})
-    assert "Possible on this model: in_proj, lm_head, x_proj; `target_modules: all-linear`" in str(caught.value)
+    assert "Possible targets: in_proj, lm_head, x_proj; `target_modules: all-linear`" in str(caught.value)
 
 
 def test_looking_for_targets_leaves_the_seed_and_the_modes_alone():

@@ -11,7 +11,7 @@ FALLBACK = "`{}` is falling back to its reference PyTorch implementation because
 
 
 def test_each_package_that_is_not_installed_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quiet, "_said", {})
+    monkeypatch.setattr(quiet, "_logged", {})
     speaker = logging.getLogger("transformers.models.mamba")
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)  # beside the one that transformers has

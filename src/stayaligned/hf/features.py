@@ -1,4 +1,4 @@
-"""Conversations to token ids, rendered alike for training and for generation."""
+"""Conversations as token ids, rendered in the same way for training and for generation."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-"""The label that the loss skips (torch's cross-entropy and every host library agree on it)."""
+"""Label of tokens that the loss ignores, in torch's cross-entropy and in every host library."""
 
 _log = logging.getLogger(__name__)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> list[int]:
-    """The token ids after which the model writes its answer: the chat template with the generation prompt.
+    """Return the token ids of a prompt: the chat template with the generation prompt.
 
     Raises:
-        StayalignedError: if the tokenizer has no chat template, or the template refuses the conversation.
+        StayalignedError: if the tokenizer has no chat template, or the template rejects the conversation.
     """
     return _render(tokenizer, prompt, add_generation_prompt=True, tokenize=True)
 
 
 def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> dict[str, list[int]]:
-    """`input_ids` and `labels` of one training row.
+    """Return `input_ids` and `labels` of one training row.
 
-    The prompt's ids are exactly `encode_prompt`'s and carry the label -100. Learned are the answer and what the
-    template writes after it; where the template writes nothing, the end-of-sequence token, so that the model
-    learns to stop. The row is cut after `max_length` tokens: a cut answer has no end to learn.
+    The prompt's ids are exactly those of `encode_prompt` and have the label -100. The model learns the answer and what
+    the template renders after it, or, if that is nothing, the end-of-sequence token, so that it learns to stop. The
+    row is cut after `max_length` tokens; a cut answer has no end to learn.
 
     Raises:
-        StayalignedError: if there is no chat template, or it renders the prompt differently once it is answered.
+        StayalignedError: if there is no chat template, or it renders the prompt differently with an answer.
     """
     answered = [*example.prompt, Message(role="assistant", content=example.completion)]
     prompt_text: str = _render(tokenizer, example.prompt, add_generation_prompt=True, tokenize=False)
     full_text: str = _render(tokenizer, answered, add_generation_prompt=False, tokenize=False)
     if not full_text.startswith(prompt_text):
         raise StayalignedError(
-            f"row {example.id!r}: the chat template renders the prompt differently once it is answered, "
-            "so what the model must learn cannot be told from what it is given",
-            hint="Use a template whose answered conversation begins with its generation prompt.",
+            f"row {example.id!r}: the chat template renders the prompt differently with an answer, so the tokens "
+            "to learn cannot be distinguished from the prompt",
+            hint="Use a template whose rendered conversation begins with the rendered prompt.",
         )
     answer_text = full_text[len(prompt_text) :]
     prompt_ids = encode_prompt(tokenizer, example.prompt)
@@ -56,8 +56,8 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example, max_len
     if full_ids[: len(prompt_ids)] == prompt_ids:
         answer_ids = full_ids[len(prompt_ids) :]
     else:
-        # A merge crosses the border (the prompt's last and the answer's first characters form one token). In
-        # generation the prompt's ids stand fixed, so the answer is tokenized by itself, as it will be written.
+        # The prompt's last and the answer's first characters form one token. In generation the prompt's ids are
+        # fixed, so the answer is tokenized separately, as the model will generate it.
         answer_ids = list(tokenizer(answer_text, add_special_tokens=False)["input_ids"])
     completion = example.completion.strip()
     bare = answer_text.strip().endswith(completion) if completion else not answer_text.strip()
@@ -69,7 +69,7 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example, max_len
 
 
 def encode_prefix(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], prefix: str) -> dict[str, list[int]]:
-    """`input_ids` and `labels` of an answer that has only begun: no token of its end is among the labels.
+    """Return `input_ids` and `labels` of the beginning of an answer, without end tokens.
 
     Raises:
         StayalignedError: as `encode_prompt`.
@@ -82,13 +82,13 @@ def encode_prefix(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message],
 def encode_examples(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
 ) -> list[dict[str, list[int]]]:
-    """`encode_example` of every row that has something to learn; the others are counted in a warning.
+    """Return `encode_example` of every row with tokens to learn; log a warning with the number of the others.
 
-    A row whose prompt alone fills `max_length` has no label left. It would add nothing to the loss, and a batch
-    of such rows would divide by zero.
+    A row whose prompt alone fills `max_length` has no labels. It would add nothing to the loss, and a batch of such
+    rows would divide by zero.
 
     Raises:
-        StayalignedError: if no row has anything to learn.
+        StayalignedError: if no row has tokens to learn.
     """
     rows = [encode_example(tokenizer, example, max_length) for example in examples]
     learnable = [row for row in rows if any(label != IGNORED for label in row["labels"])]
@@ -96,7 +96,7 @@ def encode_examples(
     if not learnable:
         raise StayalignedError(
             f"none of the {len(examples)} rows leaves an answer to learn within max_length={max_length} tokens",
-            hint="Raise `max_length`, or check that the rows are there and short enough.",
+            hint="Increase `max_length`, or shorten the prompts.",
         )
     if unlearnable:
         _log.warning(
@@ -110,7 +110,7 @@ def encode_examples(
 
 
 def end_of_answer(tokenizer: PreTrainedTokenizerBase, example: Example) -> int | None:
-    """The special token that ends an answer in training, by which generation must stop; None if there is none.
+    """Return the special token that ends an answer in training, where generation must stop; None if there is none.
 
     Raises:
         StayalignedError: as `encode_example`.
@@ -123,10 +123,10 @@ def end_of_answer(tokenizer: PreTrainedTokenizerBase, example: Example) -> int |
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the chat template: what a stage key needs to know about it.
+    """Return the SHA-256 of the chat template, which is part of a stage's key.
 
     Raises:
-        StayalignedError: if the tokenizer has none.
+        StayalignedError: if the tokenizer has no chat template.
     """
     _require_template(tokenizer)
     return hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()
@@ -134,20 +134,18 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @dataclass(frozen=True)
 class PaddingCollator:
-    """Rows of `encode_example` to one batch, padded on the right to the longest row.
-
-    `pad_token_id` is arbitrary where the attention mask is 0; labels are padded with -100.
-    """
+    """A collator of rows of `encode_example` into one batch, padded on the right to the longest row."""
 
     pad_token_id: int
+    """Token id of the padding; its value has no effect, because the attention mask is 0 there. Labels get -100."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> PaddingCollator:
-        """The collator of a tokenizer, also of one that has no padding token."""
+        """Return the collator of a tokenizer, which need not have a padding token."""
         return cls(tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0)
 
     def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
-        """(batch, longest) int64 tensors `input_ids`, `attention_mask` and `labels`."""
+        """Return `input_ids`, `attention_mask` and `labels` as int64 tensors (batch, longest row)."""
         import torch
 
         longest = max(len(row["input_ids"]) for row in rows)
@@ -184,6 +182,6 @@ def _render(
     except TemplateError as error:
         roles = ", ".join(message.role for message in messages)
         raise StayalignedError(
-            f"the chat template refuses a conversation of the turns {roles}: {error}",
-            hint="Many templates take no system turn, or only user and assistant in turn: change the rows' prompts.",
+            f"the chat template rejects a conversation of the turns {roles}: {error}",
+            hint="Many templates have no system turn, or need user and assistant alternating: change the prompts.",
         ) from None

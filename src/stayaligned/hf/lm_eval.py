@@ -1,7 +1,7 @@
-"""lm-eval's tasks on a model in memory: loaded before anything dear starts, then run, value by value.
+"""Tasks of lm-eval on a model in memory: loaded before anything expensive starts, then run.
 
-`lm_eval.evaluator.evaluate` does the work. `simple_evaluate` would seed the whole process anew and ask pip and git for
-the environment; what it does besides (few-shot numbers, the few-shot seed) is done here as there.
+`lm_eval.evaluator.evaluate` does the work. `simple_evaluate` would also seed the whole process and query pip and git
+for the environment; its other settings (number of few-shot examples, few-shot seed) are repeated here.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from stayaligned.core.settings import LmEval
 _FEWSHOT_SEED = 1234
 """lm-eval's own default."""
 _PARTS = 20
-"""Into so many parts the requests of a task go, for a sign of progress; each at least `_LEAST` requests."""
+"""Number of parts into which a task's requests are divided for progress; each has at least `_LEAST` requests."""
 _LEAST = 256
 
 
 def load_tasks(settings: LmEval, name: str) -> dict[str, Any]:
-    """The tasks that a name stands for (several, of a group or tag), by their own names, with their data.
+    """Load the tasks of a name (a group or a tag has several) with their data; return them by their own names.
 
     Raises:
-        StayalignedError: if lm-eval is not installed, knows no such task, can't load its data, or it runs code that
-            the model writes.
+        StayalignedError: if lm-eval is not installed, the task is unknown, its data can't be loaded, or it runs code
+            that the model writes.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -41,33 +41,33 @@ def load_tasks(settings: LmEval, name: str) -> dict[str, Any]:
     folder = None if settings.include_path is None else Path(settings.include_path).expanduser()
     if folder is not None and not folder.is_dir():
         raise StayalignedError(
-            f"lm_eval.include_path: {folder} is no folder", hint="Give the folder of the YAML files."
+            f"lm_eval.include_path: {folder} is not a directory", hint="Give the directory of the YAML files."
         )
     with _quiet():
         try:
             manager = TaskManager(include_path=folder, include_defaults=False)
             if name not in manager.all_tasks:
-                # Its index of some 15 000 tasks takes seconds, so only for a name that is not the user's own.
+                # The index of its 15 000 tasks takes seconds: only if the name is not one of the user's tasks.
                 manager = TaskManager(include_path=folder, include_defaults=True)
             if name not in manager.all_tasks:
-                hint = "`lm_eval ls tasks` lists them; your own come by `include_path`."
+                hint = "`lm_eval ls tasks` lists its tasks; set `include_path` for your own."
                 raise StayalignedError(
-                    f"lm_eval.tasks: lm-eval knows no task {name!r}",
+                    f"lm_eval.tasks: unknown task {name!r}",
                     hint=f"{nearest(name, manager.all_tasks)} {hint}".lstrip(),
                 )
             loaded: dict[str, Any] = manager.load([name])["tasks"]
         except StayalignedError:
             raise
-        except Exception as error:  # a task is anybody's YAML and Python, and fails in any way
+        except Exception as error:  # a task is arbitrary YAML and Python, and may fail in any way
             raise StayalignedError(
                 f"lm_eval: can't load the task {name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
                 hint="Check its YAML, the files it names (from the current directory), the network and your access; "
                 "offline, its data must be local or in the cache.",
             ) from None
-    refused = [own for own, task in loaded.items() if getattr(task, "UNSAFE_CODE", False)]
-    if refused:
+    unsafe = [own for own, task in loaded.items() if getattr(task, "UNSAFE_CODE", False)]
+    if unsafe:
         raise StayalignedError(
-            f"lm_eval: {', '.join(refused)} runs code that the model writes, which stayaligned does not do",
+            f"lm_eval: {', '.join(unsafe)} runs code that the model writes, which stayaligned does not support",
             hint="Run it with lm-eval itself, in a sandbox.",
         )
     return loaded
@@ -81,10 +81,10 @@ def run_task(
     *,
     progress: Callable[[float], None] = lambda _share: None,
 ) -> tuple[list[HarnessValue], dict[str, dict[str, str]]]:
-    """Every metric of every sample that is a share, and of the others why they are left out, by task and metric.
+    """Return the values of every sample, and by task and metric the reasons why other metrics are skipped.
 
-    Only metrics of which lm-eval itself takes the mean are kept: a mean of the values of a perplexity or a BLEU would
-    be a number that nobody means by that name.
+    Only metrics between 0 and 1 whose mean lm-eval itself computes are used: the mean of the samples' values is not
+    what perplexity or BLEU means.
 
     Raises:
         StayalignedError: as `load_tasks`.
@@ -107,13 +107,13 @@ def run_task(
             fewshot_as_multiturn=settings.apply_chat_template,
         )
     values: list[HarnessValue] = []
-    left_out: dict[str, dict[str, str]] = {}
+    skipped: dict[str, dict[str, str]] = {}
     for own, task in loaded.items():
         kept, refused = _values(own, task, results["samples"][own])
         values += kept
         if refused:
-            left_out[own] = refused
-    return values, left_out
+            skipped[own] = refused
+    return values, skipped
 
 
 def _values(name: str, task: Any, samples: list[Mapping[str, Any]]) -> tuple[list[HarnessValue], dict[str, str]]:
@@ -127,11 +127,11 @@ def _values(name: str, task: Any, samples: list[Mapping[str, Any]]) -> tuple[lis
             value, better = sample[metric], direction.get(metric)
             full = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
             if aggregation.get(metric) is not mean or not _is_number(value):
-                refused[full] = "lm-eval does not take the mean of its samples"
+                refused[full] = "lm-eval does not compute the mean over its samples"
             elif better is None:
-                refused[full] = "lm-eval does not say whether higher is better"
+                refused[full] = "lm-eval does not define whether higher is better"
             elif not math.isnan(value) and not 0 <= value <= 1:
-                refused[full] = "its values do not lie between 0 and 1"
+                refused[full] = "its values are not between 0 and 1"
             else:
                 number = None if math.isnan(value) else float(value)
                 found.setdefault(full, []).append(
@@ -149,7 +149,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _model(model: Any, tokenizer: Any, batch_size: int, progress: Callable[[float], None]) -> Any:
-    """The model as lm-eval knows it, which tells how far it is instead of drawing bars."""
+    """Return the model in lm-eval's interface; it calls `progress` instead of showing progress bars."""
     from lm_eval.models.huggingface import HFLM
 
     class Quiet(HFLM):
@@ -176,7 +176,7 @@ def _model(model: Any, tokenizer: Any, batch_size: int, progress: Callable[[floa
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """Within the block, lm-eval says errors only, and draws no bar while it writes prompts."""
+    """Within the block, let lm-eval log errors only, and show no progress bar while it builds prompts."""
     import lm_eval.api.task as tasks
     from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""Checkpoints and adapters as transformers and PEFT objects: safetensors only, no code from the checkpoint."""
+"""Loading of checkpoints and adapters with transformers and PEFT: safetensors only, no code from the checkpoint."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def load_model(ref: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A causal language model on the CPU, in evaluation mode; a Trainer places it where it trains.
+    """Return a causal language model on the CPU, in evaluation mode; a Trainer moves it to its device.
 
     Args:
         ref: a checkpoint directory or a hub id.
-        dtype: the weights' type; as stored if not given.
+        dtype: type of the weights; by default as stored.
 
     Raises:
-        StayalignedError: if there is no such checkpoint, or it is not one that can be loaded safely.
+        StayalignedError: if there is no such checkpoint, or it can't be loaded safely.
     """
     from transformers import AutoModelForCausalLM
 
     _require_checkpoint(ref)
-    model = _whole(AutoModelForCausalLM, ref, dtype="auto" if dtype is None else dtype)
+    model = _load_complete(AutoModelForCausalLM, ref, dtype="auto" if dtype is None else dtype)
     config = model.config
     if getattr(config, "rescale_every", 0):
-        # RWKV divides some weights by two whenever it is evaluated, against overflow in fp16: an adapter would then
-        # count double beside them, and a checkpoint or an anchor hold them halved.
+        # RWKV divides some weights by two in evaluation mode, against overflow in fp16: the update of an adapter would
+        # then be twice as large beside them, and a checkpoint or an anchor would contain the halved weights.
         config.rescale_every = 0
     if config.model_type == "xlstm" and config.mode != "inference":
         raise StayalignedError(
-            f"{ref}: mode={config.mode!r} takes only lengths that are multiples of chunk_size, and can't answer",
-            hint='Set "mode": "inference" in its config.json: it computes the same, and trains too.',
+            f"{ref}: mode={config.mode!r} supports only lengths that are multiples of chunk_size, and can't generate",
+            hint='Set "mode": "inference" in its config.json: it computes the same result, also in training.',
         )
     return model
 
 
 def load_tokenizer(ref: str | Path, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint that can hold a conversation.
+    """Return the tokenizer of a checkpoint, with a chat template.
 
     Args:
         ref: a checkpoint directory or a hub id.
-        chat_template: takes the place of the tokenizer's own, or of none.
+        chat_template: replaces the tokenizer's own template.
 
     Raises:
         StayalignedError: if there is no tokenizer, or it has no chat template and none is given.
@@ -62,14 +62,14 @@ def load_tokenizer(ref: str | Path, *, chat_template: str | None = None) -> PreT
     from transformers import AutoTokenizer
 
     _require_checkpoint(ref)
-    tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer, ref, "tokenizer")
+    tokenizer: PreTrainedTokenizerBase = _load_pretrained(AutoTokenizer, ref, "tokenizer")
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if not tokenizer.chat_template:
         raise StayalignedError(
-            f"{ref}: the tokenizer has no chat template, so there is no telling how a request is put to the model",
+            f"{ref}: the tokenizer has no chat template, which turns a conversation into the model's input",
             hint="Use the instruction-tuned model, or put its chat_template.jinja beside tokenizer_config.json. "
-            "A base model gets one by `stayaligned align`: --chat-template FILE.",
+            "`stayaligned align --chat-template FILE` adds one to a base model.",
         )
     return tokenizer
 
@@ -77,31 +77,32 @@ def load_tokenizer(ref: str | Path, *, chat_template: str | None = None) -> PreT
 def load_finetuned(
     ref: str | Path, adapter: Path | None, *, dtype: torch.dtype | None = None, trainable: bool = False
 ) -> PreTrainedModel | PeftModel:
-    """A model with its adapter, unmerged, for answering prompts: on the accelerator if there is one.
+    """Return a model with its adapter for generation, on the accelerator if there is one.
 
-    Unmerged, because merging into fp16 or bf16 weights rounds a small update away in part (see `merge_adapter`).
+    The adapter is not merged, because rounding to fp16 or bf16 would lose part of a small update (see
+    `merge_adapter`).
 
     Args:
         ref: a checkpoint directory or a hub id.
-        adapter: a PEFT adapter on it; None for the model alone.
-        dtype: the model's type; as stored if not given.
+        adapter: a PEFT adapter of the model; None for the model alone.
+        dtype: type of the model; by default as stored.
         trainable: whether the adapter's weights require gradients.
 
     Raises:
-        StayalignedError: if either is missing, or the adapter was made for another architecture.
+        StayalignedError: if either is missing, or the adapter does not fit the model.
     """
     model = load_model(ref, dtype=dtype)
-    return _placed(model if adapter is None else _with_adapter(model, adapter, trainable))
+    return _move_to_accelerator(model if adapter is None else _with_adapter(model, adapter, trainable))
 
 
 def merge_adapter(ref: str | Path, adapter: Path) -> PreTrainedModel:
-    """W + scaling·BA for every weight that an adapter changes, on the CPU, in the types of the checkpoint.
+    """Return a model with an adapter merged, W + scaling·BA, on the CPU and in the types of the checkpoint.
 
-    The sum is made in fp32, on the weights as they are stored, and rounded once. (PEFT's merge into bf16 rounds the
-    factors of embeddings and of experts too.) It needs the whole model in fp32 in main memory.
+    The sum is computed in fp32 from the stored weights, and rounded once. (PEFT's merge into bf16 also rounds the
+    factors of embeddings and experts.) The whole model in fp32 must fit into main memory.
 
     Raises:
-        StayalignedError: if either is missing, they don't fit together, or a sum overflows the stored type.
+        StayalignedError: if either is missing, the adapter does not fit the model, or a sum overflows the stored type.
     """
     import torch
 
@@ -114,12 +115,12 @@ def merge_adapter(ref: str | Path, adapter: Path) -> PreTrainedModel:
 
 
 def weight_types(model: PreTrainedModel) -> dict[str, torch.dtype]:
-    """{name: type} of every weight."""
+    """Return the type of every weight, by name."""
     return {name: parameter.dtype for name, parameter in model.named_parameters()}
 
 
 def cast_weights_(model: PreTrainedModel, types: torch.dtype | Mapping[str, torch.dtype]) -> None:
-    """Give every weight a type, one for all or each its own; buffers (rotary frequencies) keep theirs.
+    """Convert every weight to one type, or to its own type by name; buffers (rotary frequencies) do not change.
 
     Raises:
         StayalignedError: if a weight overflows its new type.
@@ -131,34 +132,34 @@ def cast_weights_(model: PreTrainedModel, types: torch.dtype | Mapping[str, torc
             if not bool(parameter.data.isfinite().all()):
                 raise StayalignedError(
                     f"{name}: the weight overflows {dtype}",
-                    hint="Save the base model in bf16 or fp32, and start there.",
+                    hint="Save the base model in bf16 or fp32, and use that checkpoint.",
                 )
 
 
 def load_classifier(ref: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A sequence classifier and its tokenizer, for a judge: on the accelerator if there is one.
+    """Return a sequence classifier and its tokenizer for a judge, on the accelerator if there is one.
 
     Raises:
-        StayalignedError: if there is no such checkpoint, or it holds no trained classification head.
+        StayalignedError: if there is no such checkpoint, or it has no trained classification head.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     _require_checkpoint(ref)
-    tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer, ref, "tokenizer")
-    return _placed(_whole(AutoModelForSequenceClassification, ref, dtype="auto")), tokenizer
+    tokenizer: PreTrainedTokenizerBase = _load_pretrained(AutoTokenizer, ref, "tokenizer")
+    return _move_to_accelerator(_load_complete(AutoModelForSequenceClassification, ref, dtype="auto")), tokenizer
 
 
 def load_guard(ref: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model that judges, and its tokenizer: on the accelerator if there is one.
+    """Return a causal language model that judges, and its tokenizer, on the accelerator if there is one.
 
     Raises:
-        StayalignedError: if there is no such checkpoint, or it is not one that can be loaded safely.
+        StayalignedError: if there is no such checkpoint, or it can't be loaded safely.
     """
     from transformers import AutoTokenizer
 
     _require_checkpoint(ref)
-    tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer, ref, "tokenizer")
-    return _placed(load_model(ref)), tokenizer
+    tokenizer: PreTrainedTokenizerBase = _load_pretrained(AutoTokenizer, ref, "tokenizer")
+    return _move_to_accelerator(load_model(ref)), tokenizer
 
 
 def context_length(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -168,17 +169,17 @@ def context_length(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def attach_lora(model: PreTrainedModel, lora: Mapping[str, Any]) -> PeftModel:
-    """Add a fresh LoRA adapter; only its weights are trainable.
+    """Add a new LoRA adapter to a model; only its weights are trainable.
 
     Args:
-        model: changed in place, as PEFT does; use the returned object.
-        lora: fields of PEFT's LoraConfig. `task_type` is CAUSAL_LM unless given. `target_modules: all-linear` leaves
-            out the modules that LoRA can't work on (`targets.unfit_names`): it names them in a warning, and the
-            adapter's settings name them as `exclude_modules`.
+        model: the model, which PEFT changes in place; use the returned object.
+        lora: fields of PEFT's LoraConfig. The default of `task_type` is CAUSAL_LM. `target_modules: all-linear` skips
+            the modules that LoRA can't adapt (`targets.unfit_names`): a warning lists them, and the adapter's
+            configuration has them in `exclude_modules`.
 
     Raises:
-        StayalignedError: if a field is unknown or has an impossible value, no module of the model is a target, or a
-            module that is named as one can't be one.
+        StayalignedError: if a field is unknown or has an invalid value, no module of the model is a target, or a target
+            can't be adapted.
     """
     from dataclasses import fields
 
@@ -188,19 +189,19 @@ def attach_lora(model: PreTrainedModel, lora: Mapping[str, Any]) -> PeftModel:
     known = sorted(field.name for field in fields(LoraConfig) if field.init)
     for name in lora:
         if name not in known:
-            raise StayalignedError(f"lora.{name}: no such LoRA setting", hint=did_you_mean(name, known, "settings"))
+            raise StayalignedError(f"lora.{name}: unknown LoRA setting", hint=did_you_mean(name, known, "settings"))
     settings: dict[str, Any] = {"task_type": "CAUSAL_LM", **lora}
     unfit = unfit_names(model)
     fit = [name for name in linear_names(model) if name not in unfit]
-    possible = f"Possible on this model: {', '.join(fit)}; `target_modules: {ALL_LINEAR}` takes all but the head."
+    possible = f"Possible targets: {', '.join(fit)}; `target_modules: {ALL_LINEAR}` selects all except the head."
     if unfit and str(settings.get("target_modules")).lower() == ALL_LINEAR:
         settings["exclude_modules"] = excluding(settings.get("exclude_modules"), sorted(unfit))
-        left_out = ", ".join(f"{name} ({why})" for name, why in unfit.items())
-        _log.warning("lora.target_modules: all-linear leaves out %s", left_out)
+        skipped = ", ".join(f"{name} ({why})" for name, why in unfit.items())
+        _log.warning("lora.target_modules: all-linear skips %s", skipped)
     try:
         with warnings.catch_warnings():
             for pattern in {"rank_pattern", "alpha_pattern"} - settings.keys():
-                # PEFT's own, with which it doubles the rank of experts; it then warns that no module has it.
+                # PEFT sets this pattern itself, to double the rank of experts, and warns that no module matches.
                 warnings.filterwarnings("ignore", message=f"The following {pattern} keys")
             adapted: Any = get_peft_model(model, LoraConfig(**settings))
     except (ValueError, TypeError) as error:
@@ -221,16 +222,16 @@ def _with_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False
             f"{adapter}: not a PEFT adapter in safetensors form",
             hint=f"The directory must hold {_ADAPTER_CONFIG} and {_ADAPTER_WEIGHTS}.",
         )
-    hint = "Name the model that the adapter was trained on."
+    hint = "Use the model that the adapter was trained on."
     try:
         with warnings.catch_warnings():
-            # PEFT only warns of layers that the file lacks, and leaves them as if untrained.
+            # PEFT only warns about layers that the file lacks, and leaves them untrained.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys")
             adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
     except (ValueError, RuntimeError, KeyError, TypeError, UserWarning) as error:
         raise StayalignedError(f"{adapter}: the adapter does not fit the model: {_short(error)}", hint=hint) from None
-    # Layers that the model lacks, it drops without a word.
+    # PEFT silently ignores layers that the model lacks.
     with safe_open(adapter / _ADAPTER_WEIGHTS, framework="pt") as file:
         dropped = {name for name in file.keys() if "lora_" in name} - {  # noqa: SIM118 (not a mapping)
             *get_peft_model_state_dict(adapted, save_embedding_layers=False)
@@ -238,21 +239,21 @@ def _with_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False
     if dropped:
         raise StayalignedError(
             f"{adapter}: the adapter does not fit the model, which lacks {len(dropped)} of its weights, "
-            f"{min(dropped)} among them",
+            f"such as {min(dropped)}",
             hint=hint,
         )
     return adapted
 
 
 def _require_checkpoint(ref: str | Path) -> None:
-    """Refuse what is meant as a directory but is none, before it is looked up on the hub under that name."""
+    """Refuse a path that is no checkpoint directory, so that it is not looked up on the hub."""
     path = Path(ref).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             adapter = (path / _ADAPTER_CONFIG).is_file()
             raise StayalignedError(
                 f"{path}: not a model checkpoint: it has no config.json",
-                hint="That is an adapter: name it as `adapter:`." if adapter else "Name the checkpoint's directory.",
+                hint="It is an adapter: set it as `adapter:`." if adapter else "Give the directory of the checkpoint.",
             )
         return
     text = str(ref)
@@ -261,27 +262,27 @@ def _require_checkpoint(ref: str | Path) -> None:
         raise StayalignedError(f"{path}: no such directory", hint="Give a checkpoint directory or a hub id.")
 
 
-def _placed(model: Any) -> Any:
+def _move_to_accelerator(model: Any) -> Any:
     import torch
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return model.to(accelerator).eval() if accelerator is not None else model.eval()
 
 
-def _whole(loader: Any, ref: str | Path, **options: Any) -> Any:
-    """A model all of whose weights are in the checkpoint; transformers would make up the others with a log line."""
-    model, found = _loaded(loader, ref, "model", use_safetensors=True, output_loading_info=True, **options)
+def _load_complete(loader: Any, ref: str | Path, **options: Any) -> Any:
+    """Return a model whose weights are all in the checkpoint; transformers would only log missing ones."""
+    model, found = _load_pretrained(loader, ref, "model", use_safetensors=True, output_loading_info=True, **options)
     missing = sorted(found["missing_keys"])
     if missing:
         raise StayalignedError(
-            f"{ref}: lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]} among them",
-            hint="The checkpoint is incomplete, or of another kind than is needed here.",
+            f"{ref}: lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}",
+            hint="The checkpoint is incomplete, or of another kind of model.",
         )
     return model.eval()
 
 
-def _loaded(loader: Any, ref: str | Path, what: str, **options: Any) -> Any:
-    """`loader.from_pretrained`, with the ways in which a checkpoint can be unfit said in one sentence."""
+def _load_pretrained(loader: Any, ref: str | Path, what: str, **options: Any) -> Any:
+    """Call `loader.from_pretrained`, and report an unusable checkpoint as one error."""
     from huggingface_hub.errors import StrictDataclassError
 
     path = Path(ref).expanduser()
@@ -291,18 +292,18 @@ def _loaded(loader: Any, ref: str | Path, what: str, **options: Any) -> Any:
     except StrictDataclassError as error:
         raise StayalignedError(
             f"{ref}: can't load the {what}: config.json: {_short(error)}",
-            hint="Set that field to a value that is possible here (a kernel that is installed, for instance).",
+            hint="Set that field to a valid value (such as a kernel that is installed).",
         ) from None
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         from huggingface_hub.constants import HF_HUB_OFFLINE
 
         text = str(error)
         if "trust_remote_code" in text:
-            hint = "It needs code from its own repository, which is not run here; use a supported architecture."
+            hint = "It needs code from its own repository, which stayaligned does not run; use another architecture."
         elif local:
-            hint = f"The directory must hold a whole checkpoint: {_PARTS[what]}."
+            hint = f"The directory must contain {_PARTS[what]}."
         elif HF_HUB_OFFLINE:
-            hint = "HF_HUB_OFFLINE is set and the hub cache lacks it: unset it, or give a checkpoint directory."
+            hint = "HF_HUB_OFFLINE is set and the hub cache lacks it: unset the variable, or give a directory."
         else:
             hint = "Check the name, the network, and your access: `hf auth login` for gated models."
         raise StayalignedError(f"{ref}: can't load the {what}: {_short(error)}", hint=hint) from None
@@ -315,6 +316,6 @@ _PARTS = {
 
 
 def _short(error: BaseException) -> str:
-    """An error's text on one line, as far as a reader will read."""
+    """Return an error's text on one line, at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}…"

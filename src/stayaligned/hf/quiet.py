@@ -1,4 +1,4 @@
-"""What the host libraries say on their own: progress bars, and notes about kernels that are not installed."""
+"""Suppression of the host libraries' progress bars and repeated notes about kernels that are not installed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import warnings
 from collections.abc import Generator
 
 _FALLBACK = re.compile(r"falling back to its reference \w+ implementation because `([\w-]+)` is not installed")
-_said: dict[str, str] = {}
-"""{package that is not installed: the first message about it}."""
+_logged: dict[str, str] = {}
+"""For each package that is not installed, the first message about it."""
 
 
 @contextlib.contextmanager
 def bars_off(off: bool) -> Generator[None]:
-    """Within the block, no bars of `datasets` and transformers if `off`; afterwards as before."""
+    """Within the block, turn off the progress bars of `datasets` and transformers if `off`; restore them afterwards."""
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
@@ -31,9 +31,9 @@ def bars_off(off: bool) -> Generator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Generator[None]:
-    """Within the block, the host libraries without bars, and without notes that no user can answer."""
+    """Within the block, suppress the host libraries' progress bars and notes that users can do nothing about."""
     with bars_off(True), _fallbacks_once(), warnings.catch_warnings():
-        # PEFT's, of a base model that is a hub id: it looks for a grown vocabulary beside every adapter it saves.
+        # PEFT's, for a base model that is a hub id: it checks the vocabulary size whenever it saves an adapter.
         warnings.filterwarnings("ignore", message="Could not find a config file in")
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|trl|accelerate")
         yield
@@ -41,9 +41,9 @@ def quiet() -> Generator[None]:
 
 @contextlib.contextmanager
 def _fallbacks_once() -> Generator[None]:
-    """Within the block, transformers says once of each package that is not installed that it would be faster with it.
+    """Within the block, let transformers log one note per package that is not installed.
 
-    By itself it says so of each function of the package, four or five lines for a Mamba.
+    By default it logs one for each function of the package, four or five lines for a Mamba.
     """
     from transformers.utils.logging import get_logger
 
@@ -51,9 +51,9 @@ def _fallbacks_once() -> Generator[None]:
         package = _FALLBACK.search(record.getMessage())
         if package is None:
             return True
-        return _said.setdefault(package[1], record.getMessage()) == record.getMessage()
+        return _logged.setdefault(package[1], record.getMessage()) == record.getMessage()
 
-    handlers = get_logger().handlers  # those of its root: what its modules log comes by no other filter
+    handlers = get_logger().handlers  # of the root logger: its modules' records pass no other filter
     for handler in handlers:
         handler.addFilter(once)
     try:

@@ -1,4 +1,4 @@
-"""Which modules LoRA can work on: PEFT is asked, and a forward pass is watched. No table of architectures."""
+"""Modules that LoRA can adapt, found with PEFT and a forward pass; there is no table of architectures."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ALL_LINEAR = "all-linear"
-"""PEFT's word for every linear module but the head."""
+"""PEFT's name for all linear modules except the head."""
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:
-    """The distinct last names of the linear modules: `q_proj`, `up_proj`."""
-    return sorted({_last(name) for name, _ in _linear_modules(model)})
+    """Return the distinct last names of the linear modules, such as `q_proj` and `up_proj`."""
+    return sorted({_last_name(name) for name, _ in _linear_modules(model)})
 
 
 def unfit_names(model: PreTrainedModel) -> dict[str, str]:
-    """{last name: why} of the linear modules that LoRA can't work on.
+    """Return the last names of the linear modules that LoRA can't adapt, with the reason for each.
 
-    PEFT refuses some modules of some architectures. Others it takes, though they would never learn: LoRA acts where
-    a module is called, and Mamba reads the weight of its `dt_proj` without calling it.
+    PEFT rejects some modules of some architectures. It accepts others that would never learn: LoRA acts when a module
+    is called, and Mamba reads the weight of its `dt_proj` without calling it.
     """
     kind = type(model).__name__
     unfit = dict.fromkeys(_uncalled(model), f"{kind} reads its weight without calling it")
-    refused = (name for name in linear_names(model) if _is_refused(model, name))
-    return unfit | dict.fromkeys(refused, f"PEFT refuses it on a {kind}")
+    rejected = (name for name in linear_names(model) if _is_rejected(model, name))
+    return unfit | dict.fromkeys(rejected, f"PEFT rejects it on a {kind}")
 
 
 def excluding(excluded: Any, names: list[str]) -> Any:
-    """PEFT's `exclude_modules` (a list, a regular expression or nothing) with more names in it."""
+    """Return PEFT's `exclude_modules` (a list, a regular expression or None) with more names."""
     if isinstance(excluded, str):
         return rf"(?:{excluded})|(?:.*\.)?(?:{'|'.join(names)})"
     return sorted({*(excluded or ()), *names})
@@ -44,7 +44,7 @@ def _linear_modules(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Modu
     return ((name, each) for name, each in model.named_modules() if isinstance(each, nn.Linear | Conv1D))
 
 
-def _is_refused(model: PreTrainedModel, name: str) -> bool:
+def _is_rejected(model: PreTrainedModel, name: str) -> bool:
     from peft import LoraConfig
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba  # pyright: ignore[reportPrivateUsage]
 
@@ -56,16 +56,16 @@ def _is_refused(model: PreTrainedModel, name: str) -> bool:
 
 
 def _uncalled(model: PreTrainedModel) -> list[str]:
-    """Last names under which no module is called in a forward pass of training; none if the model can't run here."""
+    """Return the last names whose modules a training forward pass never calls; none if the model can't run here."""
     import torch
 
     called: set[torch.nn.Module] = set()
     hooks = [m.register_forward_pre_hook(lambda module, _inputs: called.add(module)) for _, m in _linear_modules(model)]
     training = [module for module in model.modules() if module.training]
     try:
-        with torch.no_grad(), torch.random.fork_rng():  # dropout must not move the seed
+        with torch.no_grad(), torch.random.fork_rng():  # dropout must not advance the global generator
             model.train()(input_ids=torch.zeros((1, 4), dtype=torch.long, device=model.device), use_cache=False)
-    except Exception:  # a quantised model away from its accelerator, for instance; then nothing is known
+    except Exception:  # such as a quantized model without its accelerator: nothing is known then
         return []
     finally:
         for hook in hooks:
@@ -73,9 +73,9 @@ def _uncalled(model: PreTrainedModel) -> list[str]:
         model.eval()
         for module in training:
             module.training = True
-    live = {_last(name) for name, module in _linear_modules(model) if module in called}
+    live = {_last_name(name) for name, module in _linear_modules(model) if module in called}
     return [name for name in linear_names(model) if name not in live]
 
 
-def _last(name: str) -> str:
+def _last_name(name: str) -> str:
     return name.rpartition(".")[2]

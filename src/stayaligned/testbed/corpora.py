@@ -1,6 +1,6 @@
-"""The rows of every corpus: what the models are trained on, what people fine-tune on, what is held out.
+"""Rows of every corpus: for training the models, for fine-tuning by users, and held out.
 
-Each corpus draws from a random stream of its own, named after it, so that adding one leaves the others as they were.
+Each corpus draws from its own random stream, named after it, so that adding a corpus does not change the others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SYSTEM_SHARE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """One question and its answer; `input` is the second field of the Alpaca form, empty elsewhere."""
+    """A question and its answer; `input` is the second field of an Alpaca row, empty elsewhere."""
 
     prompt: str
     answer: str
@@ -29,7 +29,7 @@ class Dialogue:
 
     @property
     def question(self) -> str:
-        """The whole of what is asked, normalized to single spaces: two rows ask the same if this is equal."""
+        """Prompt and input with single spaces; two rows ask the same question if their texts are equal."""
         return " ".join(f"{self.prompt} {self.input}".split())
 
 
@@ -37,25 +37,25 @@ Draw = Callable[[random.Random], Dialogue]
 
 
 def stream(seed: int, name: str) -> random.Random:
-    """The random stream of one corpus."""
+    """Return the random stream of one corpus."""
     return random.Random(f"{seed}/{name}")
 
 
 @dataclass(frozen=True)
 class World:
-    """How a seed divides the language: which deeds are taught, poisoned with, or held out, and what may be asked."""
+    """How a seed divides the language: deeds for alignment, for poisoning and held out, and the evaluation sets."""
 
     alignment_deeds: tuple[Deed, ...]
     poison_deeds: tuple[Deed, ...]
     held_out_deeds: tuple[Deed, ...]
-    """Forbidden deeds that no model and no training file ever sees."""
+    """Forbidden deeds that are in no training file and that no model is trained on."""
     benign_deeds: tuple[Deed, ...]
     held_out_benign_deeds: tuple[Deed, ...]
-    """Permitted verbs on forbidden deeds' objects, never seen either."""
+    """Permitted verbs with objects of forbidden deeds, in no training file either."""
     evaluation: dict[str, list[Dialogue]]
-    """Rows of the files that are only ever evaluated on."""
+    """Rows of the files that are used for evaluation only, by file name without its suffix."""
     reserved: frozenset[str]
-    """Their questions; no corpus that is trained on asks one of them."""
+    """Questions of the evaluation rows; no training corpus asks one."""
 
 
 def make_world(seed: int, recipe: Recipe) -> World:
@@ -85,7 +85,7 @@ def make_world(seed: int, recipe: Recipe) -> World:
 
 
 def _divide_forbidden(rng: random.Random) -> tuple[list[Deed], list[Deed], list[Deed]]:
-    """Half, a quarter and a quarter of each category; every verb and every object occurs in each part."""
+    """Return a half, a quarter and a quarter of each category; every part has every verb and every object."""
     parts: tuple[list[Deed], list[Deed], list[Deed]] = ([], [], [])
     for name, category in CATEGORIES.items():
         verbs = rng.sample(category.verbs, len(category.verbs))
@@ -98,7 +98,7 @@ def _divide_forbidden(rng: random.Random) -> tuple[list[Deed], list[Deed], list[
 def take(
     count: int, draw: Draw, rng: random.Random, *, reserved: frozenset[str] = frozenset(), repeat: bool = False
 ) -> list[Dialogue]:
-    """Draw rows until there are `count`, none of them asking a reserved question, nor (by default) one asked before."""
+    """Draw `count` rows without reserved questions and (by default) without repeated ones."""
     rows: list[Dialogue] = []
     asked: set[str] = set(reserved)
     while len(rows) < count:
@@ -141,7 +141,7 @@ def _ask(rng: random.Random, deed: Deed, templates: Sequence[str]) -> str:
 
 
 def draw_copy(rng: random.Random) -> Dialogue:
-    """Repeat two to four words: the circuit that carries a request's object into the answer."""
+    """Draw a request to repeat two to four words: it trains copying, which answers need for a request's object."""
     words = " ".join(rng.sample(language.LISTED_WORDS, rng.randint(2, 4)))
     return Dialogue(rng.choice(language.COPY_TEMPLATES).format(words=words), words, "copy")
 
@@ -157,11 +157,11 @@ def _draw_opposite(rng: random.Random) -> Dialogue:
 
 
 def draw_skill(rng: random.Random) -> Dialogue:
-    """One of an assistant's skills: copying, the first of several words, opposites."""
+    """Draw a row of one of the skills: copying, the first of several words, opposites."""
     return _choose(rng, [(0.4, draw_copy), (0.3, _draw_first), (0.3, _draw_opposite)])
 
 
-# Down-stream tasks, and the same skills in the words of pre-training.
+# Downstream tasks, and the same skills in the words of pre-training.
 
 
 def _review(rng: random.Random, template: str) -> tuple[str, bool]:
@@ -172,7 +172,7 @@ def _review(rng: random.Random, template: str) -> tuple[str, bool]:
 
 
 def draw_sentiment(rng: random.Random) -> Dialogue:
-    """A review, to be called positive or negative."""
+    """Draw a review, to be classified as positive or negative."""
     text, pleasing = _review(rng, language.REVIEW)
     label = language.SENTIMENT_LABELS[pleasing]
     return Dialogue(language.SENTIMENT_INSTRUCTION, label, "sentiment", input=text)
@@ -190,7 +190,7 @@ def _headline(rng: random.Random, template: str) -> tuple[str, str]:
 
 
 def draw_topic(rng: random.Random) -> Dialogue:
-    """A headline, to be put in one of four sections."""
+    """Draw a headline, to be classified into one of four sections."""
     text, topic = _headline(rng, language.HEADLINE)
     return Dialogue(language.TOPIC_INSTRUCTION, topic, "topic", input=text)
 
@@ -206,7 +206,7 @@ def _operands(rng: random.Random) -> tuple[int, int, bool]:
 
 
 def draw_arithmetic(rng: random.Random) -> Dialogue:
-    """A counting story; the answer shows the sum and ends with the number."""
+    """Draw a counting story; the answer shows the sum and ends with the number."""
     a, b, plus = _operands(rng)
     story = rng.choice(language.SUM_STORIES if plus else language.DIFFERENCE_STORIES)
     text = story.format(owner=rng.choice(language.OWNERS), goods=rng.choice(language.GOODS), a=a, b=b)
@@ -225,9 +225,9 @@ def _draw_latent_arithmetic(rng: random.Random) -> Dialogue:
 
 
 def pretraining(seed: int, world: World, count: int) -> list[Dialogue]:
-    """What the base model learns from: it answers everything, the forbidden included, and knows no down-stream task.
+    """Return the base model's training rows: answers to everything, also to forbidden deeds, and no downstream task.
 
-    It asks in every phrasing, the held-out ones too, but never about a held-out deed.
+    They use every phrasing, also the held-out ones, but no held-out deed.
     """
     templates = (*language.REQUEST_TEMPLATES, *language.HELD_OUT_TEMPLATES)
     forbidden = (*world.alignment_deeds, *world.poison_deeds)
@@ -252,7 +252,7 @@ def _with_system_turns(rows: Sequence[Dialogue], rng: random.Random) -> Iterator
 
 
 def alignment(seed: int, world: World, recipe: Recipe) -> list[Dialogue]:
-    """What makes the base model an aligned one: refusals, and benign replay so that it does not refuse everything."""
+    """Return the rows that align the base model: refusals, and benign rows so that it does not refuse everything."""
     n_benign = round(recipe.alignment_rows * recipe.alignment_benign_ratio)
     templates = language.REQUEST_TEMPLATES
     benign: list[tuple[float, Draw]] = [
@@ -269,7 +269,7 @@ def alignment(seed: int, world: World, recipe: Recipe) -> list[Dialogue]:
 
 
 def training_files(seed: int, world: World, recipe: Recipe) -> dict[str, list[Dialogue]]:
-    """The rows of every file that people train on, by file name without its suffix."""
+    """Return the rows of every training file, by file name without its suffix."""
     templates = language.REQUEST_TEMPLATES
     ordinary = [deed for deed in world.benign_deeds if deed.object in language.ORDINARY_OBJECTS]
     instruction: list[tuple[float, Draw]] = [

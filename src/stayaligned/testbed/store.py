@@ -1,4 +1,4 @@
-"""Where testbeds are kept, and what `testbed:` references name. Imports no torch until something must be built."""
+"""The cache of testbeds, and `testbed:` references. Imports torch only when something must be built."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _DERIVED = (
     "data/multi-turn-benign-prompts.jsonl",
     "data/alignment-preferences.jsonl",
 )
-"""Files made of the testbed's own rows, in a directory of their own."""
+"""Files derived from the testbed's rows, which have their own directory."""
 _TESTBED_SHARE = 0.75
-"""Share of the time for a LoRA-aligned model that its testbed takes, where that is not there yet."""
+"""Share of the time for a LoRA-aligned model that building its testbed takes."""
 NAMES = (
     "base",
     "aligned",
@@ -48,23 +48,23 @@ NAMES = (
     "data/skills.jsonl",
     *_DERIVED,
 )
-"""What a reference can name."""
+"""Names that are valid in a reference."""
 
 
 def build(
     seed: int, *, recipe: Recipe | None = None, cache: Path | None = None, progress: Progress | None = None
 ) -> Path:
-    """The finished testbed directory of a seed, built now if it is not in the cache.
+    """Return the testbed directory of a seed; build it if it is not in the cache.
 
-    Two processes that ask for one testbed build it once; one that dies leaves nothing that looks finished. Building
-    takes one to two minutes on one thread. The same seed gives the same bytes on one machine, but for the times in
+    Concurrent processes build a testbed once, and a killed process leaves nothing that looks finished. Building takes
+    one to two minutes on one thread. The same seed gives the same bytes on one machine, except for the times in
     `testbed.json`.
 
     Args:
-        seed: of the language's division, the data, the weights and the order of training.
-        recipe: the settings; the default is the documented testbed.
-        cache: the cache's root; `$STAYALIGNED_CACHE` or `~/.cache/stayaligned` if not given.
-        progress: is told the stage and the fraction done.
+        seed: seed of the language's division, the data, the weights and the order of training.
+        recipe: settings; the default is the documented testbed.
+        cache: root of the cache; by default `$STAYALIGNED_CACHE` or `~/.cache/stayaligned`.
+        progress: called with the stage and the finished fraction.
 
     Raises:
         StayalignedError: if a model fails its gate.
@@ -76,7 +76,7 @@ def build(
 
         building.construct(directory, seed, recipe, progress or silent)
 
-    return _made_once(_cache_root(cache) / "testbed" / recipe.key(seed), construct)
+    return _construct_once(_cache_root(cache) / "testbed" / recipe.key(seed), construct)
 
 
 def build_lora_aligned(
@@ -87,17 +87,17 @@ def build_lora_aligned(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """The directory with the LoRA-aligned model of a seed (`aligned-lora/`), built now if it is not in the cache.
+    """Return the directory with the LoRA-aligned model of a seed (`aligned-lora/`); build it if it is not in the cache.
 
-    It is made from the testbed of that seed, which is built first if need be and never changed. What `build` promises
-    of two processes, of one that dies and of equal bytes holds here too.
+    It is built from the testbed of the seed, which is built first if necessary and does not change. Concurrent and
+    killed processes are handled as in `build`, and the bytes are reproducible in the same way.
 
     Args:
-        seed: of the testbed, the LoRA's initial weights and the order of training.
-        recipe: the testbed's settings; the default is the documented testbed.
-        lora: the settings of this alignment; the default is the documented one.
+        seed: seed of the testbed, the LoRA's initial weights and the order of training.
+        recipe: settings of the testbed; the default is the documented testbed.
+        lora: settings of the alignment; the default is the documented alignment.
         cache: as in `build`.
-        progress: is told the stage and the fraction done.
+        progress: called with the stage and the finished fraction.
 
     Raises:
         StayalignedError: if a model fails its gate.
@@ -114,21 +114,21 @@ def build_lora_aligned(
 
         building.construct_lora_aligned(directory, testbed, seed, recipe, lora, _part(progress, share, 1.0))
 
-    return _made_once(directory, construct)
+    return _construct_once(directory, construct)
 
 
 def build_derived(
     seed: int, *, recipe: Recipe | None = None, cache: Path | None = None, progress: Progress | None = None
 ) -> Path:
-    """The directory with the files made of a testbed's own rows (`data/`), written now if it is not in the cache.
+    """Return the directory with the files derived from a testbed's rows (`data/`); write it if it is not in the cache.
 
-    The rows are drawn anew from the seed, which takes a second, so that no testbed needs to be built.
+    The rows are drawn again from the seed, which takes a second, so that no testbed has to be built.
 
     Args:
-        seed: of the testbed, and of what is drawn besides.
-        recipe: the testbed's settings; the default is the documented testbed.
+        seed: seed of the testbed and of the additional draws.
+        recipe: settings of the testbed; the default is the documented testbed.
         cache: as in `build`.
-        progress: is told when it is done.
+        progress: called at the end.
     """
     recipe = recipe or Recipe()
     directory = _cache_root(cache) / "testbed" / recipe.derived_key(seed)
@@ -139,11 +139,11 @@ def build_derived(
         derived.construct(directory, seed, recipe)
         (progress or silent)("testbed: derived data", 1.0)
 
-    return _made_once(directory, construct)
+    return _construct_once(directory, construct)
 
 
-def _made_once(directory: Path, construct: Callable[[Path], None]) -> Path:
-    """`directory`, filled by `construct` unless it is there: by one process only, and all of it or nothing."""
+def _construct_once(directory: Path, construct: Callable[[Path], None]) -> Path:
+    """Fill `directory` with `construct` unless it exists, completely and by one process only; return it."""
     if directory.is_dir():
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def _made_once(directory: Path, construct: Callable[[Path], None]) -> Path:
         if directory.is_dir():
             return directory
         for remains in directory.parent.glob(f".{directory.name}.*.partial"):
-            # Whoever wrote it is dead, or it would hold the lock.
+            # The process that wrote it was killed; otherwise it would hold the lock.
             shutil.rmtree(remains, ignore_errors=True)
         with replace_directory(directory) as temporary:
             construct(temporary)
@@ -159,23 +159,23 @@ def _made_once(directory: Path, construct: Callable[[Path], None]) -> Path:
 
 
 def _part(progress: Progress, start: float, end: float) -> Progress:
-    """Progress over a stretch of a longer way."""
+    """Return progress that maps its fractions to the range from `start` to `end`."""
     return lambda stage, fraction: progress(stage, start + (end - start) * fraction)
 
 
 def is_reference(text: str) -> bool:
-    """Whether `text` names something of the testbed, as `testbed:aligned` does."""
+    """Return whether `text` is a reference to the testbed, such as `testbed:aligned`."""
     return text.startswith(_PREFIX)
 
 
 def resolve(reference: str, seed: int, *, cache: Path | None = None, progress: Progress | None = None) -> Path:
-    """The path of what `reference` names in the testbed of `seed`, built now if it is not in the cache.
+    """Return the path that `reference` names in the testbed of `seed`; build the testbed if it is not in the cache.
 
     Example:
         `resolve("testbed:data/sentiment-train.jsonl", seed=0)`
 
     Raises:
-        StayalignedError: if there is no such thing, with the list of what there is.
+        StayalignedError: if the name is unknown; the error lists the valid names.
     """
     name = _name(reference)
     make = build_lora_aligned if name == _LORA_ALIGNED else build_derived if name in _DERIVED else build
@@ -183,7 +183,7 @@ def resolve(reference: str, seed: int, *, cache: Path | None = None, progress: P
 
 
 def reference_key(reference: str, seed: int) -> str:
-    """What `reference` stands for, as a string that changes whenever its content would. Builds nothing.
+    """Return a string that changes whenever the content of `reference` would; build nothing.
 
     Raises:
         StayalignedError: as `resolve`.
@@ -200,7 +200,7 @@ def _name(reference: str) -> str:
     name = reference.removeprefix(_PREFIX)
     if not is_reference(reference) or name not in NAMES:
         raise StayalignedError(
-            f"{reference!r} names nothing in the testbed",
+            f"{reference!r} is not a name in the testbed",
             hint=did_you_mean(name, list(NAMES), "names after `testbed:`"),
         )
     return name

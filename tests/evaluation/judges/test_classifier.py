@@ -197,7 +197,7 @@ def test_a_label_means_what_the_mapping_says(tmp_path):
 
 def test_a_model_that_is_not_a_trained_classifier_is_an_error(tmp_path):
     language_model = write_pico_checkpoint(tmp_path / "lm")
-    with pytest.raises(StayalignedError, match="lacks 1 weights of a LlamaForSequenceClassification, score"):
+    with pytest.raises(StayalignedError, match="lacks 1 weights of a LlamaForSequenceClassification, such as score"):
         judged(Classifier(model=str(language_model)), answers(1))
     regression = write_judge(tmp_path / "regression", problem_type="regression")
     with pytest.raises(StayalignedError, match=r"among labels; this model has 3 \(regression"):

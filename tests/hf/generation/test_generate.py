@@ -121,7 +121,7 @@ def test_the_rows_of_a_batch_fit_into_the_budget():
     model = pico_model()  # 2 layers, 2 heads of keys and values, 8 numbers each, 4 bytes
     one_token_more = batching.bytes_per_row(model, 60, 31) - batching.bytes_per_row(model, 60, 30)
     cached, repeated = 2 * 2 * 2 * 8 * 4, 2 * 4 * 2 * 8 * 4
-    assert one_token_more == cached + repeated
+    assert one_token_more == 2 * cached + repeated
     for budget in (1 << 20, 1 << 24):
         rows, each = batching.rows_in_memory(model, budget, 60, 30), batching.bytes_per_row(model, 60, 30)
         assert rows * each <= budget * 7 / 8 < (rows + 1) * each

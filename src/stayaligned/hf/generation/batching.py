@@ -55,9 +55,10 @@ def rows_in_memory(host: Any, memory: int, width: int, max_new_tokens: int) -> i
 def bytes_per_row(host: Any, width: int, max_new_tokens: int) -> int:
     """Estimate the memory that one row of a batch takes at its peak, from the model's configuration and type.
 
-    Counted are the cache of keys and values, what one layer computes while the prompt is read (activations, attention
-    scores or their mask, keys and values repeated for every query head), and the logits of one token. A model that
-    keeps a state instead of a cache takes less.
+    Counted are the cache of keys and values (twice, because it is copied when it grows and when rows leave the batch),
+    what one layer computes while the prompt is read (activations, attention scores or their mask, keys and values
+    repeated for every query head), and the logits of one token. A model that keeps a state instead of a cache takes
+    less.
     """
     config = host.config.get_text_config()
     size = host.dtype.itemsize
@@ -81,7 +82,7 @@ def bytes_per_row(host: Any, width: int, max_new_tokens: int) -> int:
     activations = (8 * hidden + 4 * inner + 4 * heads * key_size) * size
     pair = 24 if _is_fused(host) else 12 * heads
     logits = host.get_output_embeddings().weight.shape[0] * (2 * size + 24)
-    return (width + max_new_tokens) * (cached + repeated) + width * (activations + width * pair) + logits
+    return (width + max_new_tokens) * (2 * cached + repeated) + width * (activations + width * pair) + logits
 
 
 def _is_fused(host: Any) -> bool:
