@@ -98,7 +98,7 @@ def test_each_bad_input_is_one_error(world: Path, tmp_path: Path, command: Comma
             "both an adapter and the settings of a fresh LoRA",
         ),
         ((world / "model", *good, "--lora", "r"), "--lora r: expected key=value"),
-        ((world / "model", *good, "--lora", "rank=2"), "lora.rank: no such LoRA setting"),
+        ((world / "model", *good, "--lora", "rank=2"), "lora.rank: unknown LoRA setting"),
         ((broken, *good), "the model's loss on these rows is nan"),
     ):
         code, shown = command("curvature", *arguments)

@@ -186,10 +186,10 @@ def test_only_means_of_shares_with_a_direction_are_kept() -> None:
         (1, "share,first", None, False),
     ]
     assert left_out == {
-        "middle,first": "lm-eval does not take the mean of its samples",
-        "long,first": "its values do not lie between 0 and 1",
-        "undirected,first": "lm-eval does not say whether higher is better",
-        "pair,first": "lm-eval does not take the mean of its samples",
+        "middle,first": "lm-eval does not compute the mean over its samples",
+        "long,first": "its values are not between 0 and 1",
+        "undirected,first": "lm-eval does not define whether higher is better",
+        "pair,first": "lm-eval does not compute the mean over its samples",
     }
 
 
@@ -252,10 +252,10 @@ def test_an_unknown_task_is_told_the_nearest_name(world: Path, tmp_path: Path, m
             super().__init__(include_path=include_path, include_defaults=False)
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", OwnTasks)
-    with pytest.raises(StayalignedError, match="lm-eval knows no task 'zorb'") as caught:
+    with pytest.raises(StayalignedError, match="lm_eval.tasks: unknown task 'zorb'") as caught:
         run(evaluated(world, "zorb"), tmp_path / "out")
     assert "Did you mean 'zorbs'?" in str(caught.value)
-    with pytest.raises(StayalignedError, match="nowhere is no folder"):
+    with pytest.raises(StayalignedError, match="nowhere is not a directory"):
         run(evaluated(world, "zorbs", include_path="nowhere"), tmp_path / "out2")
 
 
