@@ -86,7 +86,9 @@ def test_weights_that_the_checkpoint_lacks_are_not_made_up(checkpoint, tmp_path)
     weights = load_file(directory / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(StayalignedError, match=r"lacks 1 weights of a LlamaForCausalLM, such as model.layers.1.mlp.up_proj"):
+    with pytest.raises(
+        StayalignedError, match=r"lacks 1 weights of a LlamaForCausalLM, such as model.layers.1.mlp.up_proj"
+    ):
         load_model(directory)
 
 
