@@ -14,7 +14,7 @@ from stayaligned.core.records import PromptSet, Record
 
 _LONGEST_LOOP = 256
 _READ = 4000
-"""Characters of a completion that are checked: the last ones, since a loop goes on to the end."""
+"""Characters of a completion that are checked: the last ones, since a loop continues to the end."""
 _JAPANESE_AND_KOREAN = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "KATAKANA-HIRAGANA": "CJK", "HANGUL": "CJK"}
 
 

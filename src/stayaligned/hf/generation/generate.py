@@ -210,7 +210,7 @@ def _generate_batch(
     """Yield the number and the generated tokens, padding included, of each prompt of one batch.
 
     A finished row would be computed until all rows of its batch have finished. So generation stops when enough rows
-    have finished, and goes on with the cache of the others.
+    have finished, and continues with the cache of the others.
     """
     import torch
     from transformers import LogitsProcessorList, StoppingCriteriaList
