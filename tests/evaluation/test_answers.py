@@ -126,7 +126,7 @@ def test_settings_that_change_no_answer_are_no_part_of_the_key(tmp_path: Path) -
     ],
 )
 def test_a_server_and_what_needs_the_model_here_are_refused_together(tmp_path: Path, changes: dict) -> None:
-    with pytest.raises(ValueError, match=r"need each other|a server answers with its own model"):
+    with pytest.raises(ValueError, match=r"need each other|a server generates with its own model"):
         Experiment.model_validate(experiment(tmp_path, **changes))
 
 

@@ -160,7 +160,7 @@ def no_training(*_: Any, **__: Any) -> None:
     raise AssertionError("it trains")
 
 
-def test_a_finished_one_is_not_made_again_and_another_is_refused(
+def test_a_complete_directory_is_reused_and_one_of_another_alignment_or_version_is_refused(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = align(alignment(world), tmp_path / "aligned")
@@ -182,6 +182,15 @@ def test_a_finished_one_is_not_made_again_and_another_is_refused(
     (tmp_path / "mine").mkdir()
     with pytest.raises(StayalignedError, match="mine exists already"):
         align(alignment(world), tmp_path / "mine")
+    file = tmp_path / "aligned" / "alignment.json"
+    content = json.loads(file.read_text())
+    for changes, said in (
+        ({"format_version": 0}, r"another version of stayaligned \(format 0, this version uses 1\)"),
+        ({"steps": "many"}, r"alignment\.json: not a record of format version 1: steps: "),
+    ):
+        file.write_text(json.dumps({**content, **changes}))
+        with pytest.raises(StayalignedError, match=said):
+            align(alignment(world), tmp_path / "aligned")
 
 
 class Stopped(BaseException):
@@ -196,7 +205,7 @@ def stop_at(share: float) -> Callable[[str, float], None]:
     return progress
 
 
-def test_an_unfinished_one_is_kept_once_it_has_a_checkpoint_and_belongs_to_its_settings(
+def test_an_unfinished_directory_is_kept_once_it_has_a_checkpoint_and_resumed_by_the_same_settings_only(
     world: Path, tmp_path: Path
 ) -> None:
     out, work = tmp_path / "aligned", tmp_path / "aligned.unfinished"
@@ -213,13 +222,13 @@ def test_an_unfinished_one_is_kept_once_it_has_a_checkpoint_and_belongs_to_its_s
     assert [path.name for path in tmp_path.iterdir()] == ["aligned"]
 
 
-def test_a_directory_of_somebody_elses_is_left_alone(world: Path, tmp_path: Path) -> None:
+def test_a_directory_with_other_files_is_left_alone(world: Path, tmp_path: Path) -> None:
     (tmp_path / "aligned.unfinished").mkdir()
     (tmp_path / "aligned.unfinished" / "mine.txt").write_text("x")
     with pytest.raises(StayalignedError, match="holds files that this command did not write"):
         align(alignment(world), tmp_path / "aligned")
     base = shutil.copytree(world / "base", tmp_path / "base")
-    with pytest.raises(StayalignedError, match="inside of the base model"):
+    with pytest.raises(StayalignedError, match="inside the base model's directory"):
         align(alignment(world, base_model=str(base)), base / "aligned")
 
 
@@ -374,7 +383,7 @@ def test_rows_that_are_cut_are_counted_and_told(world: Path, tmp_path: Path, tra
     # <|user|>wug<|end|><|assistant|> are 6 tokens, an answer 2n and its end: the second row just fits.
     record = align(alignment(world, data=data, max_length=11, trainer=trainer), tmp_path / "aligned")
     assert (record.rows, record.rows_cut) == (4, 2)
-    assert record.notes == ("2 of 4 rows are cut at max_length=11 tokens; their answers' ends are not learned",)
+    assert record.notes == ("2 of 4 rows are cut at max_length=11 tokens; their ends are not learned",)
 
 
 def test_a_cached_hub_id_is_known_by_its_revision(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
-"""An aligned model from a base one, by supervised fine-tuning on safety data: the stage before anybody's fine-tuning.
+"""Align a base model by supervised fine-tuning on safety data.
 
     base model + safety data ─► LoRA or full weights, resumable ─► merged, an ordinary checkpoint + alignment.json
 
-While it trains, its checkpoints are in `OUT.unfinished`; `OUT` appears by one rename when it is complete.
+During training, checkpoints are in `OUT.unfinished`; `OUT` appears by one rename when it is complete.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import ValidationError
+
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import new_directory, refuse_existing, writable, write_text
 from stayaligned.core.progress import Progress, silent
@@ -25,7 +27,7 @@ from stayaligned.core.provenance import commit, versions
 from stayaligned.core.records import Example
 from stayaligned.data.sources import read_examples
 from stayaligned.defenses import TrainingSetup
-from stayaligned.experiments.config.alignment import Alignment, AlignmentRecord
+from stayaligned.experiments.config.alignment import RECORD_FORMAT, Alignment, AlignmentRecord
 from stayaligned.experiments.config.validation import resolve_references
 from stayaligned.experiments.stages.keys import identify
 from stayaligned.experiments.stages.store import exclusive
@@ -42,9 +44,9 @@ _KEPT_LOG_ROWS = 10
 @dataclass(frozen=True)
 class _Job:
     alignment: Alignment
-    """As it was given."""
+    """The settings as they were given."""
     resolved: Alignment
-    """With every input a path."""
+    """The settings with each `testbed:` reference replaced by a path."""
     examples: Sequence[Example]
     inputs: Mapping[str, str]
     out: Path
@@ -52,34 +54,37 @@ class _Job:
 
     @property
     def work(self) -> Path:
-        """Where training keeps its checkpoints: beside `out`, under a name that a rerun finds."""
+        """Directory of the training checkpoints: beside `out`, the same in a rerun."""
         return self.out.with_name(f"{self.out.name}.unfinished")
 
 
 def align(alignment: Alignment, out: str | Path, *, progress: Progress = silent) -> AlignmentRecord:
-    """Align a base model into the new directory `out`: a checkpoint like any other, and `alignment.json`.
+    """Align a base model, and write an ordinary checkpoint and `alignment.json` into the new directory `out`.
 
-    Called again with the same settings and inputs, it continues from the last complete checkpoint, to the same bytes
-    as without the interruption on the same machine; a finished `out` is not made again.
+    Called again with the same settings and inputs, it resumes from the last complete checkpoint, and on the same
+    machine ends with the same bytes as an uninterrupted run. A complete `out` is not computed again.
 
     Args:
-        alignment: what to do.
+        alignment: the settings.
         out: the new directory.
-        progress: called with what is being done and the share of it that is done, 0 to 1.
+        progress: called with what is being done and the share that is done, 0 to 1.
 
     Raises:
-        StayalignedError: if `out`, finished or not, is something else, an input is unfit, or training diverges.
+        StayalignedError: if `out` belongs to another alignment or holds other files, if an input is invalid, or if
+            training diverges.
     """
     resolved = resolve_references(alignment, alignment.seed, progress)
     examples = read_examples(resolved.data, origin="alignment")[: resolved.limit]
     job = _Job(alignment, resolved, examples, _inputs(alignment, resolved, examples), Path(out), progress)
     base = Path(resolved.base_model)
     if base.is_dir() and job.out.resolve().is_relative_to(base.resolve()):
-        raise StayalignedError(f"{out} lies inside of the base model", hint="Choose an --out outside of it.")
+        raise StayalignedError(
+            f"{out} is inside the base model's directory", hint="Choose an --out outside that directory."
+        )
     if job.out.exists():
         return _finished(job)
     with exclusive(job.work):
-        if job.out.exists():  # since another process has finished it
+        if job.out.exists():  # another process has finished it in the meantime
             return _finished(job)
         _enter(job)
         try:
@@ -92,7 +97,7 @@ def align(alignment: Alignment, out: str | Path, *, progress: Progress = silent)
 
 
 def _inputs(alignment: Alignment, resolved: Alignment, examples: Sequence[Example]) -> dict[str, str]:
-    """What identifies the content of each input: a file wherever it lies, a hub id at the revision that is meant."""
+    """Return what identifies the content of each input: the hash of a file, or a hub id with its revision."""
     base = identify(alignment.base_model, alignment.seed, "base_model")
     if base == resolved.base_model:
         base = f"{base}@{checkpoint_directory(base).name}"
@@ -115,22 +120,30 @@ def _sha256(text: str) -> str:
     return f"sha256:{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
 
 
-# ---- what is there already -----------------------------------------------------------------------------------------
+# ---- existing directories -----------------------------------------------------------------------------------------
 
 
 def _finished(job: _Job) -> AlignmentRecord:
-    """The record of the directory, if these settings and inputs made it; any other is refused."""
+    """Return the record of a complete directory; refuse one that other settings or inputs produced."""
     file = job.out / ALIGNMENT_FILE
     if not file.is_file():
         refuse_existing(job.out)
     content = read_json_object(file, hint="Choose a new name, or remove it yourself.")
     _refuse_other(job, job.out, content)
     _discard(job.work)
-    return AlignmentRecord.model_validate(content)
+    try:
+        return AlignmentRecord.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise StayalignedError(
+            f"{file}: not a record of format version {RECORD_FORMAT}: {where}: {first['msg']}",
+            hint="It was edited or damaged; use another --out, or remove the directory.",
+        ) from None
 
 
 def _enter(job: _Job) -> None:
-    """Make the working directory this job's: with its checkpoints if there are some, else empty."""
+    """Prepare the working directory, keeping the checkpoints of the same alignment."""
     from stayaligned.hf.training.finetuning import last_complete_checkpoint
 
     file = job.work / ALIGNMENT_FILE
@@ -140,10 +153,18 @@ def _enter(job: _Job) -> None:
         _refuse_other(job, job.work, read_json_object(file, hint="Remove the directory."))
     for leftover in job.out.parent.glob(f".{glob.escape(job.out.name)}.*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
-    write_text(file, json.dumps({"alignment": job.alignment.spec(), "inputs": job.inputs}, indent=2) + "\n")
+    started = {"format_version": RECORD_FORMAT, "alignment": job.alignment.spec(), "inputs": job.inputs}
+    write_text(file, json.dumps(started, indent=2) + "\n")
 
 
 def _refuse_other(job: _Job, directory: Path, content: Mapping[str, Any]) -> None:
+    version = content.get("format_version", RECORD_FORMAT)
+    if version != RECORD_FORMAT:
+        raise StayalignedError(
+            f"{directory}: written by another version of stayaligned (format {version}, this version uses "
+            f"{RECORD_FORMAT})",
+            hint="Use another --out, or remove the directory and rerun.",
+        )
     before = dict(_flat({**content.get("alignment", {}), **content.get("inputs", {})}))
     now = dict(_flat({**job.alignment.spec(), **job.inputs}))
     changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
@@ -163,7 +184,7 @@ def _flat(value: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]
 
 
 def _discard(work: Path, *, only_if_nothing_is_lost: bool = False) -> None:
-    """Remove a working directory; last of all the file that marks it as ours."""
+    """Remove a working directory, and last of all the file that marks it."""
     from stayaligned.hf.training.finetuning import last_complete_checkpoint
 
     if not (work / ALIGNMENT_FILE).is_file() or (only_if_nothing_is_lost and last_complete_checkpoint(work)):
@@ -183,7 +204,7 @@ class _Trained(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     generation: GenerationConfig
     facts: dict[str, Any]
-    """For the record."""
+    """Fields of the record that training determines."""
 
 
 def _make(job: _Job) -> AlignmentRecord:
@@ -213,7 +234,7 @@ def _make(job: _Job) -> AlignmentRecord:
 
 
 def _train(job: _Job) -> _Trained:
-    """Train to the end; a LoRA is written into the working directory, so that its model is gone when it is merged."""
+    """Train; write a LoRA into the working directory, so that its model is freed before it is merged."""
     from stayaligned.hf import models
     from stayaligned.hf.features import end_of_answer
     from stayaligned.hf.generation.generate import config_ending_with
@@ -225,8 +246,8 @@ def _train(job: _Job) -> _Trained:
     init = (a.lora or {}).get("init_lora_weights", True)
     if init not in BASE_PRESERVING_INITS:
         raise StayalignedError(
-            f"lora.init_lora_weights={init!r} changes the base weights, and the LoRA is merged into unchanged ones",
-            hint="Leave it unset.",
+            f"lora.init_lora_weights={init!r} changes the base weights, but the LoRA is merged into unchanged ones",
+            hint="Remove this setting.",
         )
     tokenizer = models.load_tokenizer(
         a.base_model, chat_template=None if a.chat_template is None else _template(a.chat_template)
@@ -252,7 +273,7 @@ def _train(job: _Job) -> _Trained:
     if a.lora is None:
         model.cpu()
         models.cast_weights_(model, types)
-        model.config = config  # the Trainer writes the tokenizer's special tokens into it
+        model.config = config  # the Trainer writes the tokenizer's special tokens into the config
     else:
         with writable(job.work):
             adapted.save_pretrained(str(job.work / "adapter"))
@@ -272,33 +293,33 @@ def _trained_in(alignment: Alignment, stored: torch.dtype) -> torch.dtype:
 
     if alignment.dtype != "auto":
         return getattr(torch, alignment.dtype)
-    # Neither AdamW's steps on fp16 weights nor gradients through fp16 layers are safe without a scaled loss.
+    # AdamW's steps on fp16 weights and gradients through fp16 layers are unsafe without loss scaling.
     return torch.float32 if alignment.lora is None or stored == torch.float16 else stored
 
 
 def _count_rows(trainer: Trainer, max_length: int, end: int | None) -> tuple[int, int]:
-    """Rows that are trained on, and those of them that fill `max_length` without the token that ends an answer.
+    """Count the rows, and the rows that fill `max_length` without the token that ends a completion.
 
     Raises:
-        StayalignedError: if all do: nothing would learn where an answer ends.
+        StayalignedError: if all rows do: the model would not learn where a completion ends.
     """
     dataset: Any = trainer.train_dataset
-    if getattr(trainer.args, "packing", False):  # rows are joined to that length
+    if getattr(trainer.args, "packing", False):  # rows are joined to this length
         return len(dataset), 0
     cut = sum(len(ids) >= max_length and ids[-1] != end for ids in (row["input_ids"] for row in dataset))
     if cut == len(dataset):
         raise StayalignedError(
-            f"all {cut} rows are cut at max_length={max_length} tokens, so that no answer has an end to learn",
-            hint="Raise `max_length`, or give shorter rows.",
+            f"all {cut} rows are cut at max_length={max_length} tokens, so the end of a completion can't be learned",
+            hint="Raise `max_length`, or use shorter rows.",
         )
     return len(dataset), cut
 
 
 def _notes(rows: int, cut: int, max_length: int, end: int | None) -> Iterator[str]:
     if cut:
-        yield f"{cut} of {rows} rows are cut at max_length={max_length} tokens; their answers' ends are not learned"
+        yield f"{cut} of {rows} rows are cut at max_length={max_length} tokens; their ends are not learned"
     if end is None:
         yield (
-            "the chat template closes an answer with no special token, so generation may not stop there; "
-            "write {{ eos_token }} behind the answer"
+            "the chat template ends a completion without a special token, so generation may not stop there; "
+            "write {{ eos_token }} after the completion"
         )

@@ -1,10 +1,10 @@
-"""How a base model is aligned: the settings of `stayaligned align`."""
+"""The settings of `stayaligned align`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -13,9 +13,8 @@ from stayaligned.experiments.config.host_settings import Host
 from stayaligned.experiments.config.validation import parse, refuse_unknown_settings
 from stayaligned.experiments.config.yaml_file import apply_overrides, load_yaml
 
-if TYPE_CHECKING:
-    pass
-
+RECORD_FORMAT = 1
+"""Version of `alignment.json`."""
 
 _PAPER_LORA: dict[str, Any] = {"r": 16, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": "all-linear"}
 
@@ -26,7 +25,7 @@ _PAPER_TRAINING: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,  # a share, being below 1
     "weight_decay": 0.1,
-    # Not the paper's, which says nothing of them; 30 epochs would leave over a hundred checkpoints.
+    # Not in the paper; without a limit, 30 epochs would leave over a hundred checkpoints.
     "logging_steps": 10,
     "save_total_limit": 2,
 }
@@ -36,12 +35,12 @@ _PAPER_LEARNING_RATE = 1e-3
 
 
 class Alignment(BaseModel):
-    """How a base model is aligned: which model, on what data, with which settings.
+    """The settings with which a base model is aligned.
 
     The defaults are those of the alignment stage of Lisa (arXiv 2405.18641, section 5.1; LoRA and schedule from its
-    script SFT.sh). What differs from the published code: a conversation is rendered by a chat template, which stays
-    with the result; the LoRA is merged in fp32 and rounded once to the base model's type, where the code adds in fp16;
-    a base model stored in fp16 is trained in fp32.
+    script SFT.sh). Differences from the published code: conversations are rendered by a chat template, which is stored
+    with the aligned model; the LoRA is merged in fp32 and rounded once to the base model's type, where the code adds in
+    fp16; a base model stored in fp16 is trained in fp32.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
@@ -51,26 +50,26 @@ class Alignment(BaseModel):
     base_model: str
     """The unaligned model: a checkpoint directory or a hub id."""
     data: str
-    """Requests and safe answers: a JSONL file or a hub data set."""
+    """Requests with safe completions: a JSONL file or a hub data set."""
     limit: int | None = Field(default=None, ge=1)
-    """At most so many rows, the first ones."""
+    """Maximum number of rows; the first ones are used."""
     chat_template: str | None = None
-    """A Jinja file, for a base model without a template or in place of its own."""
+    """A Jinja file with the chat template, for a base model without one, or instead of its own."""
     lora: dict[str, Any] | None = Field(default_factory=dict)
-    """Fields of PEFT's LoraConfig, over the paper's; null trains the full weights."""
+    """Fields of PEFT's LoraConfig, which override the paper's; null trains the full weights."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the weights are trained in. auto: under a LoRA as stored, but fp32 if stored in fp16; full weights in fp32.
-    The result has the base model's type, whatever this is."""
+    """Type of the weights during training. auto: with a LoRA as stored (fp16 in fp32), full weights in fp32.
+    The aligned model always has the base model's type."""
     trainer: Literal["transformers", "sft"] = "transformers"
-    """transformers' Trainer, or TRL's SFTTrainer."""
+    """Trainer class: transformers' Trainer, or TRL's SFTTrainer."""
     training: dict[str, Any] = Field(default_factory=dict)
-    """Fields of TrainingArguments (of SFTConfig for `trainer: sft`), over the paper's."""
+    """Fields of TrainingArguments (of SFTConfig for `trainer: sft`), which override the paper's."""
     max_length: int = Field(default=1024, ge=8)
-    """Tokens after which a row is cut."""
+    """Tokens to which a row is cut."""
     seed: int = Field(default=0, ge=0)
 
     def spec(self) -> dict[str, Any]:
-        """The plain mapping that makes an equal value; defaults included."""
+        """Return the plain mapping that validates to equal settings, defaults included."""
         return self.model_dump(mode="json")
 
     @field_validator("chat_template")
@@ -87,7 +86,7 @@ class Alignment(BaseModel):
             return value
         if info.field_name == "lora":
             return {**_PAPER_LORA, **value}
-        # A learning rate for LoRA factors is no default for full weights.
+        # The learning rate of LoRA factors is too high for full weights.
         rate = {"learning_rate": _PAPER_LEARNING_RATE} if info.data.get("lora") is not None else {}
         return {**_PAPER_TRAINING, **rate, **value}
 
@@ -109,38 +108,40 @@ class Alignment(BaseModel):
 
 
 class AlignmentRecord(Record):
-    """How an aligned model came about: the content of its `alignment.json`."""
+    """The record of an alignment: the content of `alignment.json`."""
 
-    format_version: Literal[1] = 1
+    format_version: int = RECORD_FORMAT
     paper: str = Alignment.paper
     alignment: dict[str, Any]
     """All settings, defaults included."""
     inputs: dict[str, str]
-    """The place of each input in the settings, and what identifies its content."""
+    """Place of each input in the settings, and what identifies its content."""
     rows: int
-    """Rows trained on."""
+    """Number of rows that were trained on."""
     rows_cut: int
-    """Those of them whose answers were cut at `max_length`, so that their ends were not learned."""
+    """Number of rows whose completion was cut at `max_length`, so that its end was not learned."""
     steps: int
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     log: tuple[dict[str, Any], ...]
-    """The last rows of the training log."""
+    """Last rows of the training log."""
     trained_in: str
+    """Type of the weights during training."""
     stored_in: str
+    """Type of the stored weights."""
     template_hash: str
     notes: tuple[str, ...] = ()
-    """What whoever uses the model must know besides."""
+    """What users of the aligned model must know."""
     versions: dict[str, str]
     commit: str = ""
 
 
 def load_alignment(source: str, settings: Mapping[str, Any], overrides: Sequence[str] = ()) -> Alignment:
-    """An alignment of a base model, or from a YAML file; every error in it at once, missing input files included.
+    """Validate the settings of an alignment; every error is reported at once, missing input files included.
 
     Args:
-        source: a checkpoint directory or a hub id; or the path of a `.yaml` file.
-        settings: whole settings over those of the file.
-        overrides: dotted `key=value` over both.
+        source: the base model (a checkpoint directory or a hub id), or the path of a `.yaml` file.
+        settings: settings that override those of the file.
+        overrides: dotted `key=value`, which override both.
 
     Raises:
         StayalignedError: as `stayaligned.experiments.config.validation.parse`, or if the YAML file can't be read.

@@ -1,4 +1,4 @@
-"""An experiment as a frozen value, from YAML and `key=value`; every error in it at once. Imports no torch."""
+"""The settings of an experiment, validated with every error at once. Imports no torch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _named(registry: Registry[Any]) -> tuple[BeforeValidator, PlainSerializer]:
 
 
 REGISTRIES: list[Registry[Any]] = [TASKS, ATTACKS, DEFENSES, PROMPTS, JUDGES]
-"""The registries of the five nouns."""
+"""The registries of all kinds of components."""
 
 TaskField = Annotated[Task, *_named(TASKS)]
 AttackField = Annotated[Attack, *_named(ATTACKS)]
@@ -46,90 +46,91 @@ PromptsField = Annotated[
     BeforeValidator(parse_prompts),
     PlainSerializer(lambda value: value.spec() if isinstance(value, Prompts) else value),
 ]
-"""A source, or a prompt set by its name or mapping."""
+"""A source of prompts, or a prompt set by its name or its mapping."""
 
 
 class Experiment(BaseModel):
-    """One arm of a comparison: a model, what it is fine-tuned on, how it is defended, how it is judged.
+    """One arm of a comparison: a model, its fine-tuning data, its defenses and its evaluation.
 
-    Strings that name data are JSONL files (`path.jsonl`) or hub data sets (`hf://owner/name?split=train`); models
-    are directories or hub ids. `testbed:…` names a file of the embedded testbed of this experiment's seed.
+    Data is named by a JSONL file (`path.jsonl`) or a hub data set (`hf://owner/name?split=train`); a model by a
+    directory or a hub id. `testbed:…` names a file of the embedded testbed with the experiment's seed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     label: str = ""
-    """The name of this arm in tables; not part of what the experiment is."""
+    """Name of the arm in tables; it changes nothing that is computed."""
     model: str
     """The aligned model: a checkpoint directory or a hub id."""
     base_model: str | None = None
-    """Its unaligned ancestor, for defenses that compare the two."""
+    """The unaligned ancestor of the aligned model, for defenses that compare the two."""
     adapter: str | None = None
-    """A finished PEFT adapter to patch and judge, instead of training one."""
+    """A finished PEFT adapter to patch and evaluate, instead of training one."""
     other_template: bool = False
-    """Ask a fine-tune although its files name another chat template than the model's tokenizer has."""
+    """Evaluate a fine-tuned model even if its files name another chat template than the model's tokenizer has."""
     task: TaskField | None = None
-    """What the user fine-tunes for; `finetune_accuracy` is measured on its test split."""
+    """Task to fine-tune for; `finetune_accuracy` is measured on its test split."""
     attack: AttackField | None = None
-    """What an attacker does to the task's rows."""
+    """Attack on the training rows of the task."""
     alignment_data: str | None = None
-    """Safety data, for defenses that train on some."""
+    """Requests with safe completions, for defenses that train on them."""
     defenses: tuple[DefenseField, ...] = ()
-    """At most one that trains (plain fine-tuning if none), then patches, applied in this order."""
+    """At most one training defense (plain fine-tuning if none), then patches, which are applied in this order."""
     lora: dict[str, Any] | None = Field(default_factory=dict)
     """Fields of PEFT's LoraConfig; null trains the full weights."""
     trainer: Literal["transformers", "sft"] = "transformers"
-    """transformers' Trainer, or TRL's SFTTrainer."""
+    """Trainer class: transformers' Trainer, or TRL's SFTTrainer."""
     training: dict[str, Any] | None = Field(default_factory=dict)
     """Fields of TrainingArguments (of SFTConfig for `trainer: sft`); null evaluates without training."""
     max_length: int = Field(default=1024, ge=8)
-    """Tokens after which a training row is cut."""
+    """Tokens to which a training row is cut."""
     watch: Watch | None = None
-    """What is measured of the model's safety while it trains, and what is done when it worsens."""
+    """Safety probes during training, and the action to take when they worsen."""
     harmful_prompts: PromptsField = None
-    """Requests that an aligned model refuses: harmful score. A prompt set (`beavertails`) or a source."""
+    """Harmful prompts, for the harmful score: a prompt set (`beavertails`) or a source."""
     benign_prompts: PromptsField = None
-    """Harmless look-alikes that it should answer: over-refusal. A prompt set (`xstest`) or a source."""
+    """Benign prompts that look harmful, for over-refusal: a prompt set (`xstest`) or a source."""
     skills: TaskField | None = None
-    """What the model could do before; `skills_kept` is measured on its test split."""
+    """Task that the aligned model can do already; `skills_kept` is measured on its test split."""
     lm_eval: LmEval | None = None
-    """Tasks of the lm-evaluation-harness that the final model is measured on."""
+    """Tasks of the lm-evaluation-harness to run on the final model."""
     limit: int | None = Field(default=None, ge=1)
-    """At most so many prompts a set."""
+    """Maximum number of prompts per prompt set; the first ones are used."""
     judges: tuple[JudgeField, ...] = Field(default=("keyword",), min_length=1)  # pyright: ignore[reportAssignmentType]
-    """The first is the primary one, whose rates stand in the main table."""
+    """Judges of the completions; the first one is the primary judge, whose rates are in the main table."""
     generation: Generation = Generation()
+    """How completions are generated."""
     max_unscored: float = Field(default=0.1, ge=0, le=1)
-    """A share of unscored verdicts above this fails the run: its rates would say little."""
+    """Largest share of unscored verdicts per judge; a larger share fails the run."""
     degeneration: Degeneration | None = Degeneration()
-    """When an answer, to any prompt, counts as no language; null does not look."""
+    """Limits beyond which a completion counts as degenerate; null skips the check."""
     seed: int = Field(default=0, ge=0)
     """Seed of the training, the attack and the testbed."""
 
     @property
     def training_defense(self) -> TrainingDefense:
-        """The defense that trains; plain fine-tuning if none is named."""
+        """The training defense; plain fine-tuning if none is named."""
         chosen = next((d for d in self.defenses if isinstance(d, TrainingDefense)), None)
         return chosen if chosen is not None else DEFENSES.parse("sft")
 
     @property
     def patches(self) -> tuple[PatchDefense, ...]:
-        """The patches, in order."""
+        """The patches, in the order in which they are applied."""
         return tuple(d for d in self.defenses if isinstance(d, PatchDefense))
 
     @property
     def trains(self) -> bool:
-        """Whether this experiment fine-tunes, rather than evaluates what there is."""
+        """Whether the experiment fine-tunes, rather than only evaluates."""
         return self.training is not None and self.adapter is None
 
     @property
     def arm(self) -> str:
-        """The row's name: the label, or one made from the defenses."""
+        """Name of the arm: the label, or else the names of the defenses."""
         names = "+".join(d.name for d in self.defenses)
         return self.label or names or ("sft" if self.trains else "untouched")
 
     def spec(self) -> dict[str, Any]:
-        """The plain mapping that makes an equal experiment; defaults included."""
+        """Return the plain mapping that validates to an equal experiment, defaults included."""
         return self.model_dump(mode="json")
 
     @field_validator("lora", "training")
@@ -148,7 +149,7 @@ class Experiment(BaseModel):
 
     def _problems(self) -> Iterator[str]:
         if len(set(self.judges)) < len(self.judges):
-            yield "judges: the same judge stands there twice, with the same settings"
+            yield "judges: the same judge appears twice, with the same settings; name it once"
         trainers = [d.name for d in self.defenses if isinstance(d, TrainingDefense)]
         if len(trainers) > 1:
             yield f"defenses: {' and '.join(trainers)} both train; name one"
@@ -160,15 +161,15 @@ class Experiment(BaseModel):
             yield f"alignment_data: {trainers[0]} needs safety data; name a JSONL file of requests and safe answers"
         for patch in self.patches:
             if not self.trains and self.adapter is None:
-                yield f"defenses: {patch.name} patches a fine-tune, but nothing is trained or given as `adapter:`"
+                yield f"defenses: {patch.name} patches a fine-tuned model, but none is trained or given as `adapter:`"
             if self.lora is None and self.adapter is None and not patch.patches_full_weights:
                 yield f"defenses: {patch.name} patches LoRA adapters, but `lora: null` trains the full weights"
             if patch.needs_base and self.base_model is None:
                 yield f"base_model: {patch.name} compares the model with its unaligned ancestor; name it"
         if self.generation.backend == "endpoint" and (self.trains or self.adapter or self.patches or self.lm_eval):
             yield (
-                "generation.backend: a server answers with its own model: nothing can be trained, patched or measured "
-                "by `lm_eval` here (set `training: null`, and let the server load the adapter)"
+                "generation.backend: a server generates with its own model, which can't be trained, patched or "
+                "measured by `lm_eval` here (set `training: null`, and let the server load the adapter)"
             )
         if self.watch is not None and not self.trains:
             yield "watch: measures while a model trains, but this experiment trains none"
@@ -177,9 +178,9 @@ class Experiment(BaseModel):
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """An experiment from YAML and overrides; every error in it at once, missing input files included.
+    """Load an experiment from YAML and overrides; every error is reported at once, missing input files included.
 
     Raises:
-        StayalignedError: as `load_yaml`, `parse`, or if a named file is not there.
+        StayalignedError: as `load_yaml` and `parse`.
     """
     return parse(Experiment, load_yaml(path, overrides), str(path))

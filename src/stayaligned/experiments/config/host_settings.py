@@ -1,7 +1,7 @@
-"""Which settings transformers, TRL and PEFT take, read from their source files without importing them.
+"""Names of the settings of transformers, TRL and PEFT, read from their source files without importing them.
 
-Importing `TrainingArguments` costs five seconds and pulls in torch; a misspelt key in a configuration must be found
-in a fraction of one. The classes are dataclasses, so their annotated assignments are their settings.
+Importing `TrainingArguments` takes five seconds and imports torch; an unknown key in a configuration must be reported
+in a fraction of a second. The classes are dataclasses, so their annotated assignments are their settings.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SOURCES: dict[Host, tuple[tuple[str, str, str], ...]] = {
 
 @cache
 def setting_names(host: Host) -> frozenset[str]:
-    """The fields of TrainingArguments ("transformers"), SFTConfig ("sft") or LoraConfig ("lora").
+    """Return the fields of TrainingArguments ("transformers"), SFTConfig ("sft") or LoraConfig ("lora").
 
     Raises:
         StayalignedError: if the library is not installed.

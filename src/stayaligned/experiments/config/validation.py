@@ -1,4 +1,4 @@
-"""Validate a configuration and report every error in it at once."""
+"""Validate a configuration, and report every error in it at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stayaligned.core.progress import Progress, silent
 from stayaligned.experiments.config.host_settings import Host, setting_names
 from stayaligned.experiments.stages.keys import input_path, split_options
 
-# What is set elsewhere; a value in `training:` would break resuming or the stage cache.
+# Set elsewhere; a value in `training:` would break resuming or the stage cache.
 _OWN_TRAINING_SETTINGS = {
     "output_dir": "the command's --out",
     "seed": "`seed:`, outside of `training:`",
@@ -64,7 +64,7 @@ def _resolve(value: Any, seed: int, progress: Progress) -> Any:
 
 
 def missing_inputs(content: Mapping[str, Any]) -> list[str]:
-    """One line for each local file, directory or testbed entry that a configuration names and that is not there."""
+    """Return one line for each file, directory or testbed entry that a configuration names and that is missing."""
     found: list[str] = []
     for place, value in strings_in(content):
         if testbed.is_reference(value):
@@ -80,7 +80,7 @@ def missing_inputs(content: Mapping[str, Any]) -> list[str]:
 
 
 def parse(model: type[ModelT], content: Mapping[str, Any], where: str, *, check_inputs: bool = True) -> ModelT:
-    """Validate a mapping as `model`, and (unless told otherwise) that the files it names are there.
+    """Validate a mapping as `model`, and check that the files that it names exist unless `check_inputs` is False.
 
     Raises:
         StayalignedError: with every error in it, each with the path of the field and a suggestion.
@@ -99,7 +99,7 @@ def parse(model: type[ModelT], content: Mapping[str, Any], where: str, *, check_
 
 
 def parse_component(registry: Registry[ComponentT], spec: Mapping[str, Any], where: str) -> ComponentT:
-    """A component from its mapping.
+    """Validate a component's mapping.
 
     Raises:
         StayalignedError: with every error in it.
@@ -113,13 +113,13 @@ def parse_component(registry: Registry[ComponentT], spec: Mapping[str, Any], whe
 
 
 def raise_problems(problems: Sequence[str], where: str) -> NoReturn:
-    """Raise one StayalignedError that lists every problem on a line of its own."""
+    """Raise a StayalignedError that lists each problem on its own line."""
     count = f"{len(problems)} errors" if len(problems) > 1 else "1 error"
     raise StayalignedError(f"{where}: {count}\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
-    """One line per error: the field's path, what is wrong, what was expected."""
+    """Return one line per error: the field's path, what is wrong, what was expected."""
     lines: list[str] = []
     for item in error.errors(include_url=False):
         place = prefix + ".".join(str(part) for part in item["loc"])
@@ -131,22 +131,22 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
             lines.append(f"{place}: no such setting. {did_you_mean(str(item['loc'][-1]), known, 'settings here')}")
         elif isinstance(cause, ValueError):
             label = f"{place.rstrip('.')}: " if place else ""
-            # A validator that looks into a mapping names the inner place itself.
+            # A validator of a mapping names the inner field itself.
             lines += [
                 line if place and line.startswith(f"{place}.") else label + line for line in str(cause).splitlines()
             ]
         elif item["type"] == "missing":
-            lines.append(f"{place}: required, but not given")
+            lines.append(f"{place}: required, but missing")
         else:
             lines.append(f"{place}: {item['msg'][0].lower()}{item['msg'][1:]}, found {item['input']!r}")
     return lines
 
 
 def refuse_unknown_settings(field: str, given: Mapping[str, Any], host: Host) -> None:
-    """Refuse, in a validator, what the host does not have or what is set elsewhere.
+    """Refuse settings that the host library does not have or that are set elsewhere; called in validators.
 
     Raises:
-        ValueError: with a line for each, which names its place.
+        ValueError: with a line for each setting.
     """
     problems = list(_unknown_settings(field, given, host))
     if problems:
@@ -179,7 +179,7 @@ def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[B
 
 
 def strings_in(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    """Every string in a nested value, with its dotted place: `("defenses.0.name", "lisa")`."""
+    """Yield every string in a nested value, with its dotted place: `("defenses.0.name", "lisa")`."""
     if isinstance(value, str):
         yield place, value
     elif isinstance(value, dict):
@@ -191,7 +191,7 @@ def strings_in(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _names_missing_input(place: str, value: str) -> bool:
-    """Whether a setting names a local file that is not there; a hub id is no file until it exists as one."""
+    """Return whether a setting names a missing local file; a hub id counts as a file only if it exists as one."""
     if place == "label" or place.startswith(("training.", "lora.")):
         return False
     path = input_path("", value)

@@ -14,10 +14,10 @@ from stayaligned.core.errors import StayalignedError
 
 
 def load_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file, with dotted `key=value` overrides applied (`defenses.0.rho=2`).
+    """Load the mapping in a YAML file, and apply dotted `key=value` overrides (`defenses.0.rho=2`).
 
     Raises:
-        StayalignedError: if the file is missing or no YAML mapping, or an override has no place.
+        StayalignedError: if the file is missing or not a YAML mapping, or an override is invalid.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -42,7 +42,7 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
     """Set each dotted `key=value` in a mapping.
 
     Raises:
-        StayalignedError: if one is none, or has no place.
+        StayalignedError: if an override has another form, or its key leads to a value that can't hold it.
     """
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -52,7 +52,7 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
 
 
 def parse_value(text: str) -> Any:
-    """A command-line value as YAML would read it, except that 1e-4 is a number."""
+    """Parse a command-line value as YAML, except that 1e-4 is a number."""
     try:
         value = yaml.load(text, Loader=StrictLoader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError:
@@ -61,10 +61,10 @@ def parse_value(text: str) -> Any:
 
 
 def set_dotted(content: dict[str, Any], key: str, value: Any) -> None:
-    """Set `content["a"][0]["b"]` for the key `a.0.b`; mappings that are not there yet are made.
+    """Set `content["a"][0]["b"]` for the key `a.0.b`, creating missing mappings.
 
     Raises:
-        StayalignedError: if the key leads into something that is no mapping or list.
+        StayalignedError: if a part of the key leads into something other than a mapping or a list.
     """
     *parents, last = key.split(".")
     place: Any = content
@@ -80,21 +80,25 @@ def set_dotted(content: dict[str, Any], key: str, value: Any) -> None:
                 place[part] = {}
             place = place[part]
         else:
-            raise StayalignedError(f"{key}: {part!r} leads nowhere", hint="Lists are indexed from 0: defenses.0.rho=2")
+            raise StayalignedError(
+                f"{key}: {part!r} is not in the configuration", hint="Lists are indexed from 0: defenses.0.rho=2"
+            )
     if isinstance(place, list) and last.isdigit() and int(last) <= len(place):
         place[int(last) : int(last) + 1] = [value]
     elif isinstance(place, dict):
         place[last] = value
     else:
-        raise StayalignedError(f"{key}: {last!r} leads nowhere", hint="Lists are indexed from 0: defenses.0.rho=2")
+        raise StayalignedError(
+            f"{key}: {last!r} is not in the configuration", hint="Lists are indexed from 0: defenses.0.rho=2"
+        )
 
 
 class StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice and reads 1e-4 as a number (YAML 1.1 reads a string)."""
+    """A SafeLoader that refuses duplicate keys and reads 1e-4 as a number (YAML 1.1 reads a string)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping; a key given twice is an error."""
-        # A merge key (`<<: *defaults`) may stand beside keys that it would give, and override nothing.
+        """Construct a mapping; a duplicate key is an error."""
+        # A merge key (`<<: *defaults`) may repeat keys of the mapping, which then take precedence.
         named = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         keys = [self.construct_object(key, deep=True) for key in named]
         twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
@@ -103,7 +107,7 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-# A date is text here: nothing takes one, and JSON has none.
+# Dates are read as text: no setting takes a date, and JSON has none.
 StrictLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
