@@ -11,7 +11,7 @@ import yaml
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import HarnessValue, read_jsonl
 from stayaligned.core.settings import LmEval
-from stayaligned.evaluation.lm_eval import harness_metrics
+from stayaligned.evaluation.lm_eval import lm_eval_metrics
 from stayaligned.experiments.config.experiment import Experiment
 from stayaligned.experiments.plan import plan_experiment
 from stayaligned.experiments.run import run_experiment
@@ -285,7 +285,7 @@ def test_means_count_what_is_no_number_as_unscored() -> None:
         HarnessValue(task="t", doc_id=i, metric="acc", value=v, higher_is_better=True)
         for i, v in enumerate([1.0, None, 0.0])
     ]
-    (metric,) = harness_metrics(values)
+    (metric,) = lm_eval_metrics(values)
     assert (metric.name, metric.value, metric.n, metric.n_unscored) == ("lm_eval/t/acc", 0.5, 2, 1)
 
 

@@ -51,3 +51,28 @@ def test_a_run_is_gated_against_the_model_that_it_tuned(command, world, tmp_path
     code, shown = command("gate", "--baseline", tmp_path / "before", "--candidate", tmp_path / "after", *limits)
     assert code == 0, shown
     assert [c["n_prompts"] for c in json.loads((tmp_path / "d.json").read_text())["criteria"]] == [120, 8]
+
+
+def edit_judge(run: Path, **changes: object) -> None:
+    path = run / "result.json"
+    content = json.loads(path.read_text())
+    (reading,) = content["judges"]
+    reading["identity"] = {**reading["identity"], **changes} if changes else None
+    path.write_text(json.dumps(content))
+
+
+def test_judges_with_different_identities_or_none_are_refused_with_what_differs(command, world, tmp_path) -> None:
+    evaluate(command, world, "aligned", tmp_path / "old")
+    stored = json.loads((tmp_path / "old" / "result.json").read_text())["judges"][0]["identity"]
+    assert (stored["name"], stored["settings"]["match"]) == ("keyword", "anywhere")
+    assert stored["source"].startswith("sha256:")
+    gate = ("gate", "--max-harm-increase", "5%", "--baseline", tmp_path / "old", "--candidate")
+    for name, changes, said in (
+        ("source", {"source": "sha256:0"}, "differ in judge 'keyword': its source code"),
+        ("settings", {"settings": {"match": "start"}}, "setting 'match' (anywhere and start)"),
+        ("none", {}, "does not state the identity of judge 'keyword'"),
+    ):
+        shutil.copytree(tmp_path / "old", tmp_path / name)
+        edit_judge(tmp_path / name, **changes)
+        code, shown = command(*gate, tmp_path / name)
+        assert (code, said in " ".join(shown.split())) == (2, True), shown

@@ -8,7 +8,7 @@ from stayaligned.core.records import HarnessValue, Metric
 from stayaligned.evaluation import metrics
 
 
-def harness_metrics(values: Iterable[HarnessValue]) -> list[Metric]:
+def lm_eval_metrics(values: Iterable[HarnessValue]) -> list[Metric]:
     """Return the mean of each metric with its interval, named `lm_eval/TASK/METRIC`, in order of appearance."""
     found: dict[str, list[HarnessValue]] = {}
     for value in values:

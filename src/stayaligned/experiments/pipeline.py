@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stayaligned.core.records import Completion
-from stayaligned.evaluation.lm_eval import harness_metrics
+from stayaligned.evaluation.lm_eval import lm_eval_metrics
 from stayaligned.evaluation.measure import JUDGED
 from stayaligned.evaluation.results import Place, Result
 from stayaligned.experiments.assemble import describe_run, write_measured
@@ -47,7 +47,7 @@ def run_stages(context: Context, directory: Path, *, position: int = 0) -> Resul
         context.announce,
     )
     judged = judge_all(judging, experiment.judges, completions)
-    lm_eval = harness_metrics(run_lm_eval(context))
+    lm_eval = lm_eval_metrics(run_lm_eval(context))
     degenerate = find_degenerate(context, completions)
     background = describe_run(context, completions, judged, position).model_copy(update={"scores": tuple(lm_eval)})
     return write_measured(directory, background, completions, judged, _score(context, completions), degenerate)

@@ -65,7 +65,7 @@ def test_every_error_is_told_at_once_with_its_place_and_a_suggestion(tmp_path: P
         ({"defenses": ["lisa", "bso"], "alignment_data": "testbed:data/alignment.jsonl"}, "lisa and bso both train"),
         ({"defenses": ["lisa"]}, "alignment_data: lisa needs safety data"),
         ({"defenses": ["safe_lora"]}, "base_model: safe_lora compares"),
-        ({"defenses": ["drop"], "training": None}, "drop patches a fine-tune, but nothing is trained"),
+        ({"defenses": ["drop"], "training": None}, "drop patches a fine-tuned model, but none is trained"),
         ({"defenses": ["bso"], "training": None}, "bso trains, but this experiment does not"),
         ({"attack": {"name": "poison", "poison_ratio": 0.1}}, "harmful"),
         ({"attack": {"name": "poison", "poison_ratio": 1.5}}, "attack.poison_ratio"),
