@@ -252,7 +252,7 @@ def test_an_unknown_task_is_told_the_nearest_name(world: Path, tmp_path: Path, m
             super().__init__(include_path=include_path, include_defaults=False)
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", OwnTasks)
-    with pytest.raises(StayalignedError, match="lm_eval.tasks: unknown task 'zorb'") as caught:
+    with pytest.raises(StayalignedError, match=r"lm_eval\.tasks: unknown task 'zorb'") as caught:
         run(evaluated(world, "zorb"), tmp_path / "out")
     assert "Did you mean 'zorbs'?" in str(caught.value)
     with pytest.raises(StayalignedError, match="nowhere is not a directory"):
