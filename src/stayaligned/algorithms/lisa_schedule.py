@@ -66,7 +66,7 @@ class LisaSettings:
     budget: StepBudget = "shared"
     """Whether alignment steps are taken from the steps of plain fine-tuning, or added to them."""
     finish: RunEnd = "cycle"
-    """Whether the run ends wherever its last cycle ends, or with K1 alignment steps."""
+    """Whether the run ends where its last cycle ends, or with K1 alignment steps."""
     alignment_loss: AlignmentLossName = "sft"
     """Loss of the alignment phase."""
     dpo_beta: float = 0.1
@@ -157,8 +157,8 @@ class BiStateSchedule:
     Args:
         alignment_steps: K1; 0 leaves only the proximal term towards the initial weights.
         finetuning_steps: K2.
-        ends_aligned_at: number of steps of the whole run, of which the last K1 are alignment steps whatever the cycle
-            prescribes. None ends the run where its last cycle ends, in the paper after a fine-tuning phase.
+        ends_aligned_at: number of steps of the whole run, of which the last K1 are alignment steps regardless of
+            the cycle. None ends the run where its last cycle ends, in the paper after a fine-tuning phase.
 
     Raises:
         StayalignedError: if a number of steps is negative or both are 0.
@@ -205,7 +205,7 @@ class BiStateSchedule:
         """Return the smallest number of consecutive steps that always includes that many fine-tuning steps.
 
         Args:
-            finetuning_steps: the fine-tuning steps required, at whatever step the count starts.
+            finetuning_steps: the number of fine-tuning steps required, from any start.
 
         Raises:
             StayalignedError: if this schedule never fine-tunes.

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 from trl import DPOTrainer, SFTConfig, SFTTrainer
 
-from stayaligned import LisaSettings, StayalignedError, attach_lisa, with_lisa
+from stayaligned import Lisa, LisaSettings, StayalignedError, attach_lisa, with_lisa
 from stayaligned.hf.features import IGNORED, PaddingCollator
 from stayaligned.testing import byte_tokenizer, pico_model
 
@@ -308,6 +308,13 @@ def test_optimizers_that_step_inside_the_backward_pass_are_unsupported(tmp_path:
 def test_a_negative_rho_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StayalignedError, match="rho=-1"):
         attach_lisa(plain(tmp_path), alignment_dataset=rows(4), lisa=replace(lisa(), rho=-1.0))
+
+
+def test_the_defense_instead_of_the_settings_is_an_error(tmp_path: Path) -> None:
+    defense: Any = Lisa(alignment_steps=1, finetuning_steps=2)
+    with pytest.raises(StayalignedError, match="lisa is of type Lisa, not LisaSettings"):
+        attach_lisa(plain(tmp_path), alignment_dataset=rows(4), lisa=defense)
+    attach_lisa(plain(tmp_path), alignment_dataset=rows(4), lisa=defense.settings())
 
 
 def test_other_trainers_of_trl_are_unsupported(tmp_path: Path) -> None:

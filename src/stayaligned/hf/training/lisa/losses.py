@@ -148,8 +148,8 @@ class TrainerLoss:
 class ReferenceKl:
     """KL(p_ref ‖ p_w) on the completions of the alignment rows, with the model without its adapter as the reference.
 
-    It keeps the model's distribution at that of the aligned model, whatever the rows' completions contain. It costs a
-    second forward pass, of the reference; no second model is in memory.
+    The target is the aligned model's distribution, not the content of the completions. It costs a second forward pass,
+    of the reference; no second model is in memory.
 
     Raises:
         StayalignedError: if the model has no adapter that can be switched off.

@@ -104,7 +104,7 @@ class RowSources:
 
 
 class BiStateSampler(Sampler[int]):
-    """A sampler of one epoch: the rows of all its optimizer steps, at whatever step of the epoch it is read."""
+    """A sampler of one epoch: the rows of all its optimizer steps, also if it is read in the middle of the epoch."""
 
     def __init__(
         self,

@@ -21,6 +21,11 @@ def require_supported(
     Raises:
         StayalignedError: for the first unsupported setting.
     """
+    if not isinstance(lisa, LisaSettings):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise StayalignedError(
+            f"lisa is of type {type(lisa).__name__}, not LisaSettings",
+            hint="Pass lisa=LisaSettings(…); a defense Lisa(…) has them as Lisa(…).settings().",
+        )
     if not any(parameter.requires_grad for parameter in trainer.model.parameters()):  # pyright: ignore
         raise StayalignedError("the model has no trainable weights", hint="Attach a LoRA, or unfreeze weights.")
     if trainer.train_dataset is None or (isinstance(trainer.train_dataset, Sized) and len(trainer.train_dataset) == 0):
