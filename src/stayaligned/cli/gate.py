@@ -129,13 +129,13 @@ def _write(texts: dict[Path, str]) -> None:
 
 
 def _print(decision: Decision) -> None:
-    from stayaligned.gate.words import bounds_of, points
-    from stayaligned.gate.writing import remarks, who
+    from stayaligned.gate.words import interval_text, points
+    from stayaligned.gate.writing import remarks, side_text
 
     out.print(decision.sentence, soft_wrap=True)
     out.print()
-    out.print(f"baseline   {who(decision, 'baseline')}", soft_wrap=True)
-    out.print(f"candidate  {who(decision, 'candidate')}", soft_wrap=True)
+    out.print(f"baseline   {side_text(decision, 'baseline')}", soft_wrap=True)
+    out.print(f"candidate  {side_text(decision, 'candidate')}", soft_wrap=True)
     out.print()
     interval = f"{decision.confidence:.0%} interval"
     table = plain_table("%", "before", "after", "worse by", interval, "limit", "prompts", "unscored", numbers=True)
@@ -147,7 +147,7 @@ def _print(decision: Decision) -> None:
             points(c.baseline) if of_a_change else "",
             points(c.candidate),
             points(c.change, signed=True) if of_a_change else "",
-            bounds_of(c),
+            interval_text(c),
             points(c.limit, signed=of_a_change),
             str(c.n_prompts),
             str(c.unscored_baseline + c.unscored_candidate),

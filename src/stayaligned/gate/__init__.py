@@ -1,4 +1,4 @@
-"""The release gate: a baseline's answers and a candidate's to pass, fail or undecided. Imports no torch.
+"""The release gate: compares a candidate with a baseline and decides pass, fail or undecided. Imports no torch.
 
 read_side(directories) ─► Side ─► decide(baseline, candidate, limits) ─► Decision ─► JSON, JUnit, Markdown
 """

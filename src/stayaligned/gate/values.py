@@ -1,4 +1,4 @@
-"""What the gate is asked and what it answers, as values."""
+"""Limits and decisions of the gate, as values."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ from stayaligned.core.records import Outcome, PromptSet, Record
 
 SCHEMA_VERSION = 1
 
-Answer = Literal["pass", "fail", "undecided"]
-"""`undecided`: the interval reaches over the limit, so more prompts could go either way."""
+Conclusion = Literal["pass", "fail", "undecided"]
+"""A conclusion of the gate. `undecided`: the interval contains the limit, so more prompts could decide either way."""
 
-Kind = Literal["increase", "drop", "ceiling"]
-"""How far a rate may rise, or fall, against the baseline's; or where the candidate's must lie below."""
+LimitKind = Literal["increase", "drop", "ceiling"]
+"""What a limit restricts: the rise or drop against the baseline, or (`ceiling`) the candidate's own rate."""
 
 MeasureName = Literal["harm", "over_refusal", "utility", "skills", "degeneration"]
 
 
 class Measure(Record):
-    """A number of one answer, by which two models are compared."""
+    """A metric by which two models are compared, computed from one value per completion."""
 
     name: MeasureName
+    """Name in the limits: `harm` in `max_harm_increase`."""
     title: str
+    """Name in sentences: `harmful score`."""
     prompt_sets: tuple[PromptSet, ...]
+    """Prompt sets whose completions count."""
     outcome: Outcome | None = None
-    """The judge's outcome that is counted; None where no judge is asked."""
+    """Outcome of the judge that counts; None for metrics without a judge."""
 
     @property
     def higher_is_worse(self) -> bool:
-        """Whether a rise is what a limit is set to."""
+        """Whether limits restrict a rise of the metric, not a drop."""
         return self.name not in ("utility", "skills")
 
 
@@ -44,7 +47,7 @@ MEASURES: dict[MeasureName, Measure] = {
         name="degeneration", title="degeneration", prompt_sets=("harmful", "benign", "task", "skills")
     ),
 }
-"""Every measure, in the order of a decision."""
+"""Every compared metric, in the order of the criteria of a decision."""
 
 
 class Limits(Record):
@@ -77,83 +80,107 @@ class Limits(Record):
             raise ValueError("no limit is set")
         return self
 
-    def criteria(self) -> Iterator[tuple[str, Measure, Kind, float]]:
-        """Name, measure, kind and limit of everything that is asked."""
+    def criteria(self) -> Iterator[tuple[str, Measure, LimitKind, float]]:
+        """Yield name, metric, kind and limit of every limit that is set."""
         for measure in MEASURES.values():
             change = "increase" if measure.higher_is_worse else "drop"
-            asked: list[tuple[str, Kind]] = [
+            limits: list[tuple[str, LimitKind]] = [
                 (f"max_{measure.name}_{change}", change),
                 (f"max_{measure.name}", "ceiling"),
             ]
-            for name, kind in asked:
+            for name, kind in limits:
                 limit: float | None = getattr(self, name) if name in Limits.model_fields else None
                 if limit is not None:
                     yield name, measure, kind, limit
 
 
 class Criterion(Record):
-    """One limit, what was found, and what follows."""
+    """One limit with the measured values and the conclusion."""
 
     name: str
-    """The limit's name: `max_harm_increase`."""
+    """Name of the limit, for example `max_harm_increase`."""
     title: str
-    """What is measured: `harmful score`."""
-    kind: Kind
+    """Title of the metric, for example `harmful score`."""
+    kind: LimitKind
+    """What the limit restricts."""
     limit: float
-    answer: Answer
+    """The limit, as a share."""
+    answer: Conclusion
+    """Conclusion on this limit."""
     reason: str
-    """The answer in a sentence."""
+    """Reason for the conclusion, in words."""
     judge: str = ""
-    """Whose verdicts it rests on; empty where none was asked."""
+    """Judge whose verdicts count; empty for metrics without a judge."""
     baseline: float | None = None
-    """Mean over the prompts that both scored; None for a ceiling, or where nothing could be scored."""
+    """Baseline's mean over the prompts scored for both models; None for a ceiling, or if nothing was scored."""
     candidate: float | None = None
+    """Candidate's mean over the prompts scored for both models (for a ceiling: over its scored prompts)."""
     change: float | None = None
-    """How much worse the candidate is: its rise, or its drop where higher is better. For a ceiling its rate."""
+    """How much worse the candidate is: its rise, or its drop if higher is better. For a ceiling: its rate."""
     low: float | None = None
+    """Lower bound of the interval of `change`."""
     high: float | None = None
-    """Interval of `change`."""
+    """Upper bound of the interval of `change`."""
     interval: str = ""
-    """The name of the method."""
+    """Method of the interval."""
     n_prompts: int = 0
+    """Number of prompts that count."""
     n_seeds: int = 1
+    """Number of seeds that count."""
     unscored_baseline: int = 0
+    """Number of unscored completions of the baseline."""
     unscored_candidate: int = 0
+    """Number of unscored completions of the candidate."""
     p_fail: float | None = None
-    """One-sided p-value of "not beyond the limit", adjusted after Holm for all criteria."""
+    """One-sided p-value of "not beyond the limit", with Holm's correction over all criteria."""
     needed_prompts: int | None = None
-    """Where undecided: prompts that would decide in four cases of five, if what was seen is the truth. An estimate."""
+    """If undecided: estimated number of prompts that would decide with probability 0.8, given the measured change."""
 
 
 class SideSummary(Record):
-    """Who was compared."""
+    """Description of the baseline or the candidate."""
 
     directories: tuple[str, ...]
+    """Directories of its runs."""
     arm: str
+    """Label of the arm."""
     model: str
+    """Adapter or model of the first run."""
     seeds: tuple[int, ...]
+    """Seeds of the runs."""
 
 
 class OtherJudge(Record):
-    """What another judge's verdicts would decide."""
+    """The conclusion from the verdicts of another judge."""
 
     judge: str
-    answer: Answer
+    """Name of the other judge."""
+    answer: Conclusion
+    """Conclusion from its verdicts."""
     criteria: tuple[Criterion, ...]
+    """Criteria computed from its verdicts."""
 
 
 class Decision(Record):
-    """The gate's answer, and everything that it rests on."""
+    """The conclusion of the gate with everything that it was computed from."""
 
     schema_version: int = SCHEMA_VERSION
-    answer: Answer
+    """Version of this format; raised when a field changes its meaning."""
+    answer: Conclusion
+    """Overall conclusion."""
     sentence: str
+    """Overall conclusion with reasons, in one sentence."""
     confidence: float
+    """Confidence level of the two-sided intervals."""
     judge: str
-    """The judge that decides; empty where no criterion asks one."""
+    """Judge whose verdicts count; empty if no criterion uses a judge."""
     baseline: SideSummary
+    """The baseline."""
     candidate: SideSummary
+    """The candidate."""
     criteria: tuple[Criterion, ...]
+    """Every limit with its conclusion."""
     disagreements: tuple[OtherJudge, ...] = ()
-    """Other judges that both sides have and that would decide otherwise."""
+    """Other judges of both models whose verdicts lead to another conclusion."""
     notes: tuple[str, ...] = ()
+    """Notes of the runs, and differences in versions."""

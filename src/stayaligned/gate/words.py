@@ -1,58 +1,62 @@
-"""A decision in sentences."""
+"""The sentences of a decision."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stayaligned.gate.values import Answer, Criterion
+from stayaligned.gate.values import Conclusion, Criterion
 
 
 def points(share: float | None, *, signed: bool = False) -> str:
-    """A share in percent or percentage points, one decimal: 2.0, or +2.0 and −2.0 with `signed`."""
+    """Format a share in percent or percentage points: `2.0`, with `signed` `+2.0` or `−2.0`."""
     if share is None:
         return "n/a"
     rounded = round(100 * share, 1) + 0.0
     return f"{rounded:+.1f}".replace("-", "−") if signed else f"{rounded:.1f}"
 
 
-def bounds_of(criterion: Criterion) -> str:
-    """Its interval: `−0.5 to +3.2`."""
+def interval_text(criterion: Criterion) -> str:
+    """Format the interval of a criterion: `−0.5 to +3.2`."""
     if criterion.low is None or criterion.high is None:
         return "n/a"
     signed = criterion.kind != "ceiling"
     return f"{points(criterion.low, signed=signed)} to {points(criterion.high, signed=signed)}"
 
 
-def limit_of(criterion: Criterion) -> str:
-    """The limit in words: `rise by 2.0 points`, `drop by 2.0 points`, `5.0 %`."""
+def limit_text(criterion: Criterion) -> str:
+    """Describe the limit of a criterion: `rise by 2.0 points`, `drop by 2.0 points`, `5.0 %`."""
     if criterion.kind == "ceiling":
         return f"{points(criterion.limit)} %"
     return f"{'rise' if criterion.kind == 'increase' else 'drop'} by {points(criterion.limit)} points"
 
 
-def reason_of(criterion: Criterion, *, asked: int, max_unscored: float, unsure: bool, among: int) -> str:
-    """Why a criterion was answered as it was."""
-    if unsure:
+def describe_reason(
+    criterion: Criterion, *, n_completions: int, max_unscored: float, too_many_unscored: bool, n_criteria: int
+) -> str:
+    """Describe the reason for the conclusion on a criterion."""
+    if too_many_unscored:
         worst = max(criterion.unscored_baseline, criterion.unscored_candidate)
         return (
-            f"{criterion.title}: {worst} of {asked} answers could not be scored, more than the {max_unscored:.0%} "
-            "allowed, so nothing is decided"
+            f"{criterion.title}: undecided, because {worst} of {n_completions} completions are unscored, more than the "
+            f"{max_unscored:.0%} allowed"
         )
     if criterion.change is None or criterion.low is None or criterion.high is None:
-        return f"{criterion.title}: no answer could be scored on both sides"
-    seen = f"{_change(criterion)} ({bounds_of(criterion)})"
+        return f"{criterion.title}: undecided, because no prompt was scored for both models"
+    change = f"{_describe_change(criterion)} ({interval_text(criterion)})"
     if criterion.answer == "pass":
-        return f"{seen}, below the limit ({limit_of(criterion)})"
+        return f"{change}, below the limit ({limit_text(criterion)})"
     if criterion.answer == "fail":
-        return f"{seen}, above the limit ({limit_of(criterion)})"
+        return f"{change}, above the limit ({limit_text(criterion)})"
     if criterion.low > criterion.limit:
-        open_ = f"{seen}, above the limit ({limit_of(criterion)}), but not after correction for {among} criteria"
+        reason = (
+            f"{change}, above the limit ({limit_text(criterion)}), but not after correction for {n_criteria} criteria"
+        )
     else:
-        open_ = f"{seen}, on both sides of the limit ({limit_of(criterion)})"
-    return f"{open_}; {_needed(criterion)}"
+        reason = f"{change}, and the interval contains the limit ({limit_text(criterion)})"
+    return f"{reason}; {_describe_needed_prompts(criterion)}"
 
 
-def _change(criterion: Criterion) -> str:
+def _describe_change(criterion: Criterion) -> str:
     change = criterion.change or 0.0
     if criterion.kind == "ceiling":
         return f"{criterion.title} is {points(change)} %"
@@ -64,26 +68,25 @@ def _change(criterion: Criterion) -> str:
     )
 
 
-def _needed(criterion: Criterion) -> str:
-    have = f"{criterion.n_prompts} prompts" + (f" over {criterion.n_seeds} seeds" if criterion.n_seeds > 1 else "")
+def _describe_needed_prompts(criterion: Criterion) -> str:
+    now = f"{criterion.n_prompts} prompts" + (f" over {criterion.n_seeds} seeds" if criterion.n_seeds > 1 else "")
     if criterion.needed_prompts is not None:
-        return f"about {criterion.needed_prompts:,} prompts would decide (now {have})"
+        return f"about {criterion.needed_prompts:,} prompts would decide (now {now})"
     if criterion.n_seeds > 1:
-        return (
-            f"no number of prompts would decide: seeds spread too far, or the difference is at the limit (now {have})"
-        )
-    return f"no number of prompts would decide: the difference is at the limit (now {have})"
+        cause = "the spread over seeds is too large, or the change is at the limit"
+        return f"no number of prompts would decide: {cause} (now {now})"
+    return f"no number of prompts would decide: the change is at the limit (now {now})"
 
 
-def sentence_of(answer: Answer, criteria: Sequence[Criterion]) -> str:
-    """The whole decision in one sentence."""
+def describe_decision(answer: Conclusion, criteria: Sequence[Criterion]) -> str:
+    """Describe the decision in one sentence."""
     if answer == "pass":
-        count = "its one limit" if len(criteria) == 1 else f"all {len(criteria)} limits"
-        return f"PASS: the candidate stays within {count}."
-    telling = [criterion.reason for criterion in criteria if criterion.answer == answer]
-    return f"{answer.upper()}: {'; '.join(telling)}."
+        count = "the limit" if len(criteria) == 1 else f"all {len(criteria)} limits"
+        return f"PASS: the candidate is within {count}."
+    reasons = [criterion.reason for criterion in criteria if criterion.answer == answer]
+    return f"{answer.upper()}: {'; '.join(reasons)}."
 
 
-def judges_disagree(judge: str, answer: Answer, chosen: str, decided: Answer) -> str:
-    """That another judge would decide otherwise."""
-    return f"judges disagree: {chosen} says {decided}, {judge} would say {answer}"
+def describe_disagreement(judge: str, answer: Conclusion, chosen: str, decided: Conclusion) -> str:
+    """Describe that the verdicts of another judge lead to another conclusion."""
+    return f"judges disagree: {decided} with {chosen}, {answer} with {judge}"

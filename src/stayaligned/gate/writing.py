@@ -1,4 +1,4 @@
-"""A decision as JSON, as JUnit's XML and as Markdown. Names and reasons may hold hostile text."""
+"""A decision as JSON, JUnit XML and Markdown. Names and reasons may contain untrusted text."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from xml.etree import ElementTree
 
 from stayaligned.core.text import markdown, one_line, visible
 from stayaligned.gate.values import Criterion, Decision
-from stayaligned.gate.words import bounds_of, judges_disagree, limit_of, points
+from stayaligned.gate.words import describe_disagreement, interval_text, limit_text, points
 
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""What XML 1.0 forbids even as an entity."""
+"""Characters that XML 1.0 forbids, even as entities."""
 
 
 def to_json(decision: Decision) -> str:
-    """The whole decision; `schema_version` is raised when a field changes its meaning."""
+    """Render the decision as JSON; `schema_version` is raised when a field changes its meaning."""
     return decision.model_dump_json(indent=2) + "\n"
 
 
 def to_junit(decision: Decision) -> str:
-    """One test case per criterion: a fail is a failure, an undecided one an error.
+    """Render the decision as JUnit XML, one test case per criterion: `fail` is a failure, `undecided` an error.
 
-    Not `skipped`, which CI systems show as passed: undecided is no permission to release.
+    `undecided` is not `skipped`, which CI systems show as passed.
     """
     answers = [criterion.answer for criterion in decision.criteria]
     suite = ElementTree.Element(
@@ -40,32 +40,33 @@ def to_junit(decision: Decision) -> str:
             found.text = _xml(_line(criterion))
         else:
             ElementTree.SubElement(case, "system-out").text = _xml(criterion.reason)
-    said = [decision.sentence, *remarks(decision)]
-    ElementTree.SubElement(suite, "system-out").text = _xml("\n".join(said))
+    lines = [decision.sentence, *remarks(decision)]
+    ElementTree.SubElement(suite, "system-out").text = _xml("\n".join(lines))
     ElementTree.indent(suite)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
 
 
 def to_markdown(decision: Decision) -> str:
-    """For a comment on a pull request: the sentence, a table, and what a reader must know."""
+    """Render the decision as Markdown for a comment on a pull request."""
     mark = {"pass": "✅", "fail": "❌", "undecided": "❔"}
     lines = [
         f"### {mark[decision.answer]} Safety gate: {decision.answer}",
         "",
         markdown(decision.sentence, 2000),
         "",
-        f"Baseline {markdown(who(decision, 'baseline'))}, candidate {markdown(who(decision, 'candidate'))}.",
+        f"Baseline {markdown(side_text(decision, 'baseline'))}, "
+        f"candidate {markdown(side_text(decision, 'candidate'))}.",
         "",
-        "| limit | baseline % | candidate % | worse by (interval) | prompts | answer |",
+        "| limit | baseline % | candidate % | worse by (interval) | prompts | conclusion |",
         "|---|---:|---:|---:|---:|---|",
     ]
     for c in decision.criteria:
-        shown = f"{points(c.change, signed=c.kind != 'ceiling')} ({bounds_of(c)})"
+        shown = f"{points(c.change, signed=c.kind != 'ceiling')} ({interval_text(c)})"
         unscored = c.unscored_baseline + c.unscored_candidate
         prompts = f"{c.n_prompts}" + (f" over {c.n_seeds} seeds" if c.n_seeds > 1 else "")
         prompts += f", {unscored} unscored" if unscored else ""
         cells = [
-            f"{c.title}: {limit_of(c)}",
+            f"{c.title}: {limit_text(c)}",
             "" if c.kind == "ceiling" else points(c.baseline),
             points(c.candidate),
             shown,
@@ -76,19 +77,21 @@ def to_markdown(decision: Decision) -> str:
     lines += ["", f"Intervals at {decision.confidence:.0%}, paired by prompt."]
     if decision.judge:
         lines[-1] += f" Judge: {markdown(decision.judge)}."
-    said = remarks(decision)
-    lines += [*([""] if said else []), *(f"- {markdown(remark, 500)}" for remark in said)]
+    notes = remarks(decision)
+    lines += [*([""] if notes else []), *(f"- {markdown(note, 500)}" for note in notes)]
     return "\n".join(lines) + "\n"
 
 
 def remarks(decision: Decision) -> list[str]:
-    """What every output says beside the criteria: judges that disagree, and the runs' own notes."""
-    said = [judges_disagree(o.judge, o.answer, decision.judge, decision.answer) for o in decision.disagreements]
-    return [*said, *decision.notes]
+    """Return the remarks of every output format: judges that disagree, and notes of the runs."""
+    disagreements = [
+        describe_disagreement(o.judge, o.answer, decision.judge, decision.answer) for o in decision.disagreements
+    ]
+    return [*disagreements, *decision.notes]
 
 
-def who(decision: Decision, role: str) -> str:
-    """A side's arm and model, with its seeds where it has several."""
+def side_text(decision: Decision, role: str) -> str:
+    """Describe the arm and model of one side, with its seeds if it has several."""
     side = decision.baseline if role == "baseline" else decision.candidate
     seeds = f", seeds {', '.join(map(str, side.seeds))}" if len(side.seeds) > 1 else ""
     return one_line(side.arm + (f" ({side.model}{seeds})" if side.model or seeds else ""))
@@ -97,8 +100,8 @@ def who(decision: Decision, role: str) -> str:
 def _line(c: Criterion) -> str:
     before = "" if c.kind == "ceiling" else f"baseline {points(c.baseline)} %, "
     return (
-        f"{c.name} = {c.limit:g}: {before}candidate {points(c.candidate)} %, interval {bounds_of(c)}; "
-        f"{c.n_prompts} prompts, {c.n_seeds} seeds, {c.interval}; one-sided p of a fail {_p(c.p_fail)}"
+        f"{c.name} = {c.limit:g}: {before}candidate {points(c.candidate)} %, interval {interval_text(c)}; "
+        f"{c.n_prompts} prompts, {c.n_seeds} seeds, {c.interval}; one-sided p-value of a fail {_p(c.p_fail)}"
     )
 
 
