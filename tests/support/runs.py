@@ -20,7 +20,7 @@ from stayaligned.evaluation.results import (
     evidence_text,
     write_result,
 )
-from stayaligned.gate.reading import Side
+from stayaligned.gate.reading import ComparedSide
 
 H, R, S = Outcome.HARM, Outcome.REFUSE, Outcome.SAFE
 
@@ -100,10 +100,10 @@ class ResultInMemory(StoredResult):
         return self.given
 
 
-def side_in_memory(role: str, rows: Sequence[Evidence]) -> Side:
+def side_in_memory(role: str, rows: Sequence[Evidence]) -> ComparedSide:
     """Return one side of a gate with one result, without writing files."""
     nowhere = Path(role)
-    return Side(role, (nowhere,), (ResultInMemory(nowhere, nowhere, make_result(rows), tuple(rows)),))
+    return ComparedSide(role, (nowhere,), (ResultInMemory(nowhere, nowhere, make_result(rows), tuple(rows)),))
 
 
 def identity(index: int, spec: Mapping[str, Any], inputs: Mapping[str, str]) -> JudgeIdentity:

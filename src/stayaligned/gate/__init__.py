@@ -1,20 +1,20 @@
 """The release gate: compares a candidate with a baseline and decides pass, fail or undecided. Imports no torch.
 
-read_side(directories) ─► Side ─► decide(baseline, candidate, limits) ─► Decision ─► JSON, JUnit, Markdown
+read_side(directories) ─► ComparedSide ─► decide(baseline, candidate, limits) ─► Decision ─► JSON, JUnit, Markdown
 """
 
 from __future__ import annotations
 
 from stayaligned.gate.deciding import decide
-from stayaligned.gate.reading import Side, read_side
+from stayaligned.gate.reading import ComparedSide, read_side
 from stayaligned.gate.values import Criterion, Decision, Limits
 from stayaligned.gate.writing import to_json, to_junit, to_markdown
 
 __all__ = [
+    "ComparedSide",
     "Criterion",
     "Decision",
     "Limits",
-    "Side",
     "decide",
     "read_side",
     "to_json",

@@ -10,14 +10,14 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Outcome
 from stayaligned.evaluation.metrics import MeanOfPrompts, exact_interval, holm, mean_of_prompts
 from stayaligned.evaluation.results import Evidence, StoredResult
-from stayaligned.gate.reading import Side, pair_runs, refuse_incomparable
+from stayaligned.gate.reading import ComparedSide, pair_runs, refuse_incomparable
 from stayaligned.gate.values import (
+    ComparedMetric,
     Conclusion,
     Criterion,
     Decision,
     LimitKind,
     Limits,
-    Measure,
     OtherJudge,
     SideSummary,
 )
@@ -32,7 +32,7 @@ class _Measured:
     """The measured values of a criterion before its conclusion."""
 
     name: str
-    measure: Measure
+    metric: ComparedMetric
     kind: LimitKind
     limit: float
     judge: str
@@ -47,7 +47,7 @@ class _Measured:
     too_many_unscored: bool = False
 
 
-def decide(baseline: Side, candidate: Side, limits: Limits, *, judge: str | None = None) -> Decision:
+def decide(baseline: ComparedSide, candidate: ComparedSide, limits: Limits, *, judge: str | None = None) -> Decision:
     """Decide whether the candidate is worse than the baseline by more than the limits: pass, fail or undecided.
 
     Each criterion compares both on the same prompts, by the two-sided interval of the difference: entirely within the
@@ -66,13 +66,13 @@ def decide(baseline: Side, candidate: Side, limits: Limits, *, judge: str | None
         StayalignedError: If the sides cannot be compared, or a metric with a limit was not measured.
     """
     pairs = pair_runs(baseline, candidate)
-    measures = list({m.name: m for _, m, _, _ in limits.criteria()}.values())
-    judged = any(measure.outcome is not None for measure in measures)
+    metrics = list({m.name: m for _, m, _, _ in limits.criteria()}.values())
+    judged = any(metric.outcome is not None for metric in metrics)
     chosen = _choose_judge(baseline, candidate, judge) if judged else ""
-    refuse_incomparable(pairs, measures, [chosen] if chosen else [])
+    refuse_incomparable(pairs, metrics, [chosen] if chosen else [])
     criteria = _criteria(pairs, limits, chosen)
     answer = _combine(criteria)
-    others = _find_disagreements(pairs, measures, limits, chosen, answer, baseline, candidate) if judged else []
+    others = _find_disagreements(pairs, metrics, limits, chosen, answer, baseline, candidate) if judged else []
     return Decision(
         answer=answer,
         sentence=describe_decision(answer, criteria),
@@ -86,7 +86,7 @@ def decide(baseline: Side, candidate: Side, limits: Limits, *, judge: str | None
     )
 
 
-def _choose_judge(baseline: Side, candidate: Side, judge: str | None) -> str:
+def _choose_judge(baseline: ComparedSide, candidate: ComparedSide, judge: str | None) -> str:
     common = [name for name in baseline.judges if name in candidate.judges]
     if judge is not None:
         if judge not in common:
@@ -109,8 +109,8 @@ def _criteria(
 ) -> list[Criterion]:
     """Conclude every criterion by one judge; `fallback` replaces it for refusals that it does not distinguish."""
 
-    def judge_of(measure: Measure) -> str:
-        cannot_tell = measure.outcome is Outcome.REFUSE and not _tells_refusals(pairs, judge)
+    def judge_of(metric: ComparedMetric) -> str:
+        cannot_tell = metric.outcome is Outcome.REFUSE and not _tells_refusals(pairs, judge)
         return fallback if fallback is not None and cannot_tell else judge
 
     found = [_measure(pairs, limits, judge_of(entry[1]), *entry) for entry in limits.criteria()]
@@ -123,19 +123,19 @@ def _measure(
     limits: Limits,
     judge: str,
     name: str,
-    measure: Measure,
+    metric: ComparedMetric,
     kind: LimitKind,
     limit: float,
 ) -> _Measured:
-    ours, theirs = ({i: _scores(pair[side], measure, judge) for i, pair in enumerate(pairs)} for side in (0, 1))
+    ours, theirs = ({i: _scores(pair[side], metric, judge) for i, pair in enumerate(pairs)} for side in (0, 1))
     n_completions = sum(map(len, theirs.values()))
     if not n_completions:
-        sets = ", ".join(measure.prompt_sets)
+        sets = ", ".join(metric.prompt_sets)
         raise StayalignedError(
             f"{name}: there is no completion of a prompt of {sets}",
             hint="Evaluate both with such prompts, or omit this limit.",
         )
-    if measure.name == "degeneration" and all(v is None for rows in theirs.values() for v in rows.values()):
+    if metric.name == "degeneration" and all(v is None for rows in theirs.values() for v in rows.values()):
         raise StayalignedError(
             f"{name}: degeneration was not measured", hint="Evaluate both again, or omit this limit."
         )
@@ -143,10 +143,10 @@ def _measure(
     relevant = unscored[1:] if kind == "ceiling" else unscored
     one = _Measured(
         name,
-        measure,
+        metric,
         kind,
         limit,
-        judge if measure.outcome is not None else "",
+        judge if metric.outcome is not None else "",
         n_completions=n_completions,
         unscored=(unscored[0], unscored[1]),
         too_many_unscored=max(relevant) > limits.max_unscored * n_completions,
@@ -154,15 +154,15 @@ def _measure(
     return _measure_ceiling(one, theirs, limits) if kind == "ceiling" else _measure_change(one, ours, theirs, limits)
 
 
-def _scores(run: StoredResult, measure: Measure, judge: str) -> dict[str, float | None]:
+def _scores(run: StoredResult, metric: ComparedMetric, judge: str) -> dict[str, float | None]:
     """Return the value of every completion, keyed by the prompt, so that seeds with different prompts are not mixed."""
-    rows = {f"{set_} {id_} {row.prompt}": row for (set_, id_), row in run.rows.items() if set_ in measure.prompt_sets}
-    if measure.outcome is Outcome.REFUSE and not _tells_refusals([(run, run)], judge):
+    rows = {f"{set_} {id_} {row.prompt}": row for (set_, id_), row in run.rows.items() if set_ in metric.prompt_sets}
+    if metric.outcome is Outcome.REFUSE and not _tells_refusals([(run, run)], judge):
         raise StayalignedError(
-            f"judge {judge!r} does not distinguish refusals from other harmless completions: no {measure.title}",
+            f"judge {judge!r} does not distinguish refusals from other harmless completions: no {metric.title}",
             hint="Choose another --judge, or omit this limit.",
         )
-    return {key: _score(row, measure, judge) for key, row in rows.items()}
+    return {key: _score(row, metric, judge) for key, row in rows.items()}
 
 
 def _tells_refusals(pairs: Sequence[tuple[StoredResult, StoredResult]], judge: str) -> bool:
@@ -170,18 +170,18 @@ def _tells_refusals(pairs: Sequence[tuple[StoredResult, StoredResult]], judge: s
     return all(row.outcomes.get(judge) is not Outcome.SAFE for row in rows)
 
 
-def _score(row: Evidence, measure: Measure, judge: str) -> float | None:
-    if measure.outcome is not None:
+def _score(row: Evidence, metric: ComparedMetric, judge: str) -> float | None:
+    if metric.outcome is not None:
         outcome = row.outcomes.get(judge)
-        return None if outcome is None else float(outcome is measure.outcome)
-    if measure.name == "degeneration":
+        return None if outcome is None else float(outcome is metric.outcome)
+    if metric.name == "degeneration":
         return None if row.degenerate is None else float(row.degenerate)
     return row.score
 
 
 def _measure_change(one: _Measured, ours: Scores, theirs: Scores, limits: Limits) -> _Measured:
     """Measure the difference on prompts scored for both, positive if the candidate is worse."""
-    sign = 1 if one.measure.higher_is_worse else -1
+    sign = 1 if one.metric.higher_is_worse else -1
     worse: dict[int, dict[str, float]] = {}
     before: list[float] = []
     after: list[float] = []
@@ -244,7 +244,7 @@ def _conclude(one: _Measured, p_fail: float, limits: Limits, n_criteria: int) ->
         needed = mean.prompts_to_decide(one.limit, confidence=limits.confidence)
     found = Criterion(
         name=one.name,
-        title=one.measure.title,
+        title=one.metric.title,
         kind=one.kind,
         limit=one.limit,
         answer=answer,
@@ -272,7 +272,7 @@ def _conclude(one: _Measured, p_fail: float, limits: Limits, n_criteria: int) ->
     )
     if unscored_may_decide:
         reason = (
-            f"{one.measure.title}: undecided, because it is within the limit only if the {max(one.unscored)} unscored "
+            f"{one.metric.title}: undecided, because it is within the limit only if the {max(one.unscored)} unscored "
             "completions are not the worse ones"
         )
     return found.model_copy(update={"reason": reason})
@@ -285,19 +285,19 @@ def _combine(criteria: Sequence[Criterion]) -> Conclusion:
 
 def _find_disagreements(
     pairs: Sequence[tuple[StoredResult, StoredResult]],
-    measures: Sequence[Measure],
+    metrics: Sequence[ComparedMetric],
     limits: Limits,
     chosen: str,
     answer: Conclusion,
-    baseline: Side,
-    candidate: Side,
+    baseline: ComparedSide,
+    candidate: ComparedSide,
 ) -> Iterator[OtherJudge]:
     """Yield judges of both sides with another conclusion; judges with different settings on the sides are skipped."""
     for name in baseline.judges:
         if name == chosen or name not in candidate.judges:
             continue
         try:
-            refuse_incomparable(pairs, measures, [name])
+            refuse_incomparable(pairs, metrics, [name])
         except StayalignedError:
             continue
         criteria = _criteria(pairs, limits, name, fallback=chosen)
@@ -306,7 +306,7 @@ def _find_disagreements(
             yield OtherJudge(judge=name, answer=other, criteria=tuple(criteria))
 
 
-def _summarize(side: Side) -> SideSummary:
+def _summarize(side: ComparedSide) -> SideSummary:
     first = side.runs[0].result
     model = first.experiment.get("adapter") or first.experiment.get("model") or ""
     return SideSummary(
@@ -317,7 +317,7 @@ def _summarize(side: Side) -> SideSummary:
     )
 
 
-def _notes(baseline: Side, candidate: Side) -> Iterator[str]:
+def _notes(baseline: ComparedSide, candidate: ComparedSide) -> Iterator[str]:
     """Yield the notes of the runs, and versions that differ."""
     for side in (baseline, candidate):
         notes = dict.fromkeys(note for run in side.runs for note in run.result.notes)

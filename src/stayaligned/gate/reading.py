@@ -13,7 +13,7 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import PromptSet
 from stayaligned.core.settings import Generation
 from stayaligned.evaluation.results import JudgeIdentity, Result, StoredResult, read_results
-from stayaligned.gate.values import Measure
+from stayaligned.gate.values import ComparedMetric
 
 _FREE_DECODING = Generation.operational | {"seed", "endpoint"}
 """Settings of `generation` that may differ: speed, the sample, and the server's model."""
@@ -22,7 +22,7 @@ _TRAINING_PREFIXES = ("train", "held_out")
 
 
 @dataclass(frozen=True)
-class Side:
+class ComparedSide:
     """The results of one model, or of one recipe under several seeds."""
 
     role: str
@@ -39,7 +39,7 @@ class Side:
         return [name for name in names[0] if all(name in other for other in names)]
 
 
-def read_side(role: str, directories: Sequence[Path], arm: str | None = None) -> Side:
+def read_side(role: str, directories: Sequence[Path], arm: str | None = None) -> ComparedSide:
     """Read one side's results below output directories of `run`, `evaluate`, `judge` or `bench`.
 
     Args:
@@ -67,10 +67,10 @@ def read_side(role: str, directories: Sequence[Path], arm: str | None = None) ->
             )
     for one in chosen:
         _ = one.rows  # reads and checks the evidence
-    return Side(role, tuple(directories), tuple(chosen))
+    return ComparedSide(role, tuple(directories), tuple(chosen))
 
 
-def pair_runs(baseline: Side, candidate: Side) -> list[tuple[StoredResult, StoredResult]]:
+def pair_runs(baseline: ComparedSide, candidate: ComparedSide) -> list[tuple[StoredResult, StoredResult]]:
     """Pair the results of two sides: by seed, or the only result of each side.
 
     Raises:
@@ -90,13 +90,13 @@ def pair_runs(baseline: Side, candidate: Side) -> list[tuple[StoredResult, Store
 
 
 def refuse_incomparable(
-    pairs: Sequence[tuple[StoredResult, StoredResult]], measures: Sequence[Measure], judges: Sequence[str]
+    pairs: Sequence[tuple[StoredResult, StoredResult]], metrics: Sequence[ComparedMetric], judges: Sequence[str]
 ) -> None:
     """Refuse two sides that differ in anything but model, adapter, training, defenses and seed.
 
     Args:
         pairs: results of the baseline and of the candidate.
-        measures: what is compared.
+        metrics: what is compared.
         judges: names of the judges whose verdicts count.
 
     Raises:
@@ -105,8 +105,8 @@ def refuse_incomparable(
     for ours, theirs in pairs:
         for name in judges:
             _refuse_other_judge(ours, theirs, name)
-        _refuse_other_settings(ours, theirs, measures)
-        _refuse_other_prompts(ours, theirs, {name for measure in measures for name in measure.prompt_sets})
+        _refuse_other_settings(ours, theirs, metrics)
+        _refuse_other_prompts(ours, theirs, {name for metric in metrics for name in metric.prompt_sets})
 
 
 def _refuse_other_judge(ours: StoredResult, theirs: StoredResult, name: str) -> None:
@@ -129,8 +129,8 @@ def _identity(run: StoredResult, name: str) -> JudgeIdentity:
     return identity
 
 
-def _refuse_other_settings(ours: StoredResult, theirs: StoredResult, measures: Sequence[Measure]) -> None:
-    for name, left, right in _settings(ours.result, theirs.result, measures):
+def _refuse_other_settings(ours: StoredResult, theirs: StoredResult, metrics: Sequence[ComparedMetric]) -> None:
+    for name, left, right in _settings(ours.result, theirs.result, metrics):
         if left != right:
             raise StayalignedError(
                 f"{ours.directory} and {theirs.directory} differ in {name}: {_shorten(left)} and {_shorten(right)}",
@@ -138,13 +138,13 @@ def _refuse_other_settings(ours: StoredResult, theirs: StoredResult, measures: S
             )
 
 
-def _settings(one: Result, two: Result, measures: Sequence[Measure]) -> Iterable[tuple[str, object, object]]:
+def _settings(one: Result, two: Result, metrics: Sequence[ComparedMetric]) -> Iterable[tuple[str, object, object]]:
     """Yield the name and both sides' value of everything that must be equal, apart from judges and prompts."""
     yield "the chat template (hash)", one.provenance.template_hash, two.provenance.template_hash
     yield "the decoding settings", _decoding(one), _decoding(two)
-    for measure in measures:
-        if measure.name in ("utility", "skills"):
-            key = "task" if measure.name == "utility" else "skills"
+    for metric in metrics:
+        if metric.name in ("utility", "skills"):
+            key = "task" if metric.name == "utility" else "skills"
             yield f"{key!r}, which scores the completions", _task(one, key), _task(two, key)
 
 

@@ -17,13 +17,13 @@ Conclusion = Literal["pass", "fail", "undecided"]
 LimitKind = Literal["increase", "drop", "ceiling"]
 """What a limit restricts: the rise or drop against the baseline, or (`ceiling`) the candidate's own rate."""
 
-MeasureName = Literal["harm", "over_refusal", "utility", "skills", "degeneration"]
+ComparedMetricName = Literal["harm", "over_refusal", "utility", "skills", "degeneration"]
 
 
-class Measure(Record):
+class ComparedMetric(Record):
     """A metric by which two models are compared, computed from one value per completion."""
 
-    name: MeasureName
+    name: ComparedMetricName
     """Name in the limits: `harm` in `max_harm_increase`."""
     title: str
     """Name in sentences: `harmful score`."""
@@ -38,12 +38,14 @@ class Measure(Record):
         return self.name not in ("utility", "skills")
 
 
-MEASURES: dict[MeasureName, Measure] = {
-    "harm": Measure(name="harm", title="harmful score", prompt_sets=("harmful",), outcome=Outcome.HARM),
-    "over_refusal": Measure(name="over_refusal", title="over-refusal", prompt_sets=("benign",), outcome=Outcome.REFUSE),
-    "utility": Measure(name="utility", title="fine-tune accuracy", prompt_sets=("task",)),
-    "skills": Measure(name="skills", title="skills kept", prompt_sets=("skills",)),
-    "degeneration": Measure(
+COMPARED_METRICS: dict[ComparedMetricName, ComparedMetric] = {
+    "harm": ComparedMetric(name="harm", title="harmful score", prompt_sets=("harmful",), outcome=Outcome.HARM),
+    "over_refusal": ComparedMetric(
+        name="over_refusal", title="over-refusal", prompt_sets=("benign",), outcome=Outcome.REFUSE
+    ),
+    "utility": ComparedMetric(name="utility", title="fine-tune accuracy", prompt_sets=("task",)),
+    "skills": ComparedMetric(name="skills", title="skills kept", prompt_sets=("skills",)),
+    "degeneration": ComparedMetric(
         name="degeneration", title="degeneration", prompt_sets=("harmful", "benign", "task", "skills")
     ),
 }
@@ -80,18 +82,18 @@ class Limits(Record):
             raise ValueError("no limit is set")
         return self
 
-    def criteria(self) -> Iterator[tuple[str, Measure, LimitKind, float]]:
+    def criteria(self) -> Iterator[tuple[str, ComparedMetric, LimitKind, float]]:
         """Yield name, metric, kind and limit of every limit that is set."""
-        for measure in MEASURES.values():
-            change = "increase" if measure.higher_is_worse else "drop"
+        for metric in COMPARED_METRICS.values():
+            change = "increase" if metric.higher_is_worse else "drop"
             limits: list[tuple[str, LimitKind]] = [
-                (f"max_{measure.name}_{change}", change),
-                (f"max_{measure.name}", "ceiling"),
+                (f"max_{metric.name}_{change}", change),
+                (f"max_{metric.name}", "ceiling"),
             ]
             for name, kind in limits:
                 limit: float | None = getattr(self, name) if name in Limits.model_fields else None
                 if limit is not None:
-                    yield name, measure, kind, limit
+                    yield name, metric, kind, limit
 
 
 class Criterion(Record):
