@@ -1,4 +1,4 @@
-"""Signs of degeneration: what they see, what they must not see, and their arithmetic by hand."""
+"""Signs of degeneration: what they detect, what they must not detect, and their arithmetic."""
 
 import random
 
@@ -54,7 +54,7 @@ HEALTHY = {
     "digits": "3.14159265358979323846264338327950288419716939937510",
     "emoji": "Congratulations on the new zorb! 🎉🎉🎉 I hope that it brings you joy for years 🥳",
 }
-BABBLE = {
+DEGENERATE = {
     "empty": "",
     "blank": " \n\u200b\t",
     "one token": "the" * 30,
@@ -72,13 +72,13 @@ BABBLE = {
 
 
 @pytest.mark.parametrize("text", HEALTHY.values(), ids=HEALTHY)
-def test_language_of_any_script_code_labels_and_numbers_are_no_babble(text):
+def test_text_in_any_script_code_labels_and_numbers_are_not_degenerate(text):
     assert signs(text, USUAL) == ()
     assert signs(f"{text} {text}", USUAL) == ()
 
 
-@pytest.mark.parametrize("text", BABBLE.values(), ids=BABBLE)
-def test_babble_is_seen(text):
+@pytest.mark.parametrize("text", DEGENERATE.values(), ids=DEGENERATE)
+def test_degenerate_text_is_detected(text):
     assert signs(text, USUAL)
 
 
@@ -86,14 +86,14 @@ def test_babble_is_seen(text):
     ("setting", "text"),
     [
         ("empty", ""),
-        ("loop_share", BABBLE["loop after a start"]),
-        ("min_compressed", BABBLE["counting"]),
-        ("min_entropy", BABBLE["two letters"]),
-        ("broken_share", BABBLE["bytes"]),
-        ("script_changes", BABBLE["scripts"]),
+        ("loop_share", DEGENERATE["loop after a start"]),
+        ("min_compressed", DEGENERATE["counting"]),
+        ("min_entropy", DEGENERATE["two letters"]),
+        ("broken_share", DEGENERATE["bytes"]),
+        ("script_changes", DEGENERATE["scripts"]),
     ],
 )
-def test_each_sign_can_be_switched_off(setting, text):
+def test_each_limit_can_be_switched_off(setting, text):
     off = USUAL.model_copy(update={setting: False if setting == "empty" else None})
     assert len(signs(text, off)) == len(signs(text, USUAL)) - 1
 
@@ -105,7 +105,7 @@ def test_perplexity_counts_where_it_is_set_and_measured():
 
 
 @given(st.integers(1, 12), st.integers(0, 30), st.integers(0, 10_000))
-def test_the_loop_share_equals_a_search_by_hand(period, noise, seed):
+def test_the_loop_share_equals_an_exhaustive_search(period, noise, seed):
     draw = random.Random(seed)
     piece = "".join(draw.choices("abc", k=period))
     text = "".join(draw.choices("abcdefgh", k=noise)) + piece * draw.randint(1, 7) + "".join(draw.choices("xyz", k=3))
@@ -130,7 +130,7 @@ def test_shares_are_shares_and_signs_take_any_text(text):
 
 
 @given(st.text(alphabet="abcdefghijklmnopqrstuvwxyz ", min_size=1, max_size=39))
-def test_a_short_answer_is_never_degenerate_for_its_form(text):
+def test_a_short_completion_is_degenerate_only_if_empty_or_broken(text):
     assume(text.strip())
     assert signs(text, USUAL) == ()
 
@@ -141,7 +141,7 @@ def test_entropy_is_shannons():
     assert entropy("aaab") == pytest.approx(0.811278, abs=1e-6)
 
 
-def test_script_changes_count_letters_and_take_east_asian_scripts_as_one():
+def test_script_changes_count_letters_with_east_asian_scripts_as_one():
     assert script_changes("ab 12 жд") == pytest.approx(1 / 3)
     assert script_changes("漢字かなカナ한글") == 0
     assert script_changes("a") == script_changes("12") == 0

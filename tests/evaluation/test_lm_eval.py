@@ -76,7 +76,7 @@ def by_hand(world: Path, adapter: Path | None = None) -> list[float]:
     return right
 
 
-def test_a_task_of_ones_own_is_scored_sample_by_sample_as_a_hand_would(world: Path, tmp_path: Path) -> None:
+def test_a_custom_task_is_scored_sample_by_sample_as_by_hand(world: Path, tmp_path: Path) -> None:
     result = run(evaluated(world, "zorbs"), tmp_path / "out")
     (path,) = (tmp_path / "out" / "stages").glob("lm_eval-*/lm_eval.jsonl")
     values = read_jsonl(path, HarnessValue)
@@ -90,7 +90,7 @@ def test_a_task_of_ones_own_is_scored_sample_by_sample_as_a_hand_would(world: Pa
     assert "lm_eval" in result.provenance.versions
 
 
-def test_the_fine_tuned_model_is_what_is_measured(world: Path, tmp_path: Path) -> None:
+def test_the_fine_tuned_model_is_measured(world: Path, tmp_path: Path) -> None:
     lm_eval = {"tasks": ["zorbs"], "include_path": str(world / "tasks")}
     lora = {"r": 2, "target_modules": "all-linear"}
     training = {"max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 0.5, "logging_steps": 1}
@@ -102,13 +102,13 @@ def test_the_fine_tuned_model_is_what_is_measured(world: Path, tmp_path: Path) -
     assert [v.value for v in read_jsonl(path, HarnessValue) if v.metric == "acc"] == expected
 
 
-def test_what_is_no_mean_of_shares_is_left_out_and_said(world: Path, tmp_path: Path) -> None:
+def test_a_metric_that_is_not_a_mean_of_shares_is_skipped_with_a_note(world: Path, tmp_path: Path) -> None:
     result = run(evaluated(world, "said", limit=4), tmp_path / "out")
     assert [(m.name, m.n) for m in result.scores] == [("lm_eval/said/exact_match", 4)]
     assert any(note.startswith("lm_eval said: bleu of said is left out: ") for note in result.notes)
 
 
-def test_a_new_task_leaves_the_others_stages_and_the_batch_size_is_no_part_of_them(world: Path, tmp_path: Path) -> None:
+def test_stages_of_tasks_are_independent_of_other_tasks_and_of_the_batch_size(world: Path, tmp_path: Path) -> None:
     def keys(*tasks: str, **settings: Any) -> dict[str, str]:
         content = evaluated(world, *tasks, **settings)
         return plan_experiment(Experiment.model_validate(content)).lm_eval
@@ -172,7 +172,7 @@ class Scored:
         return {"share": False, "middle": True, "long": True, "pair": True}
 
 
-def test_only_means_of_shares_with_a_direction_are_kept() -> None:
+def test_only_means_of_shares_with_a_direction_are_reported() -> None:
     from stayaligned.hf.lm_eval import _values
 
     rows = [
@@ -193,14 +193,14 @@ def test_only_means_of_shares_with_a_direction_are_kept() -> None:
     }
 
 
-def test_a_rerun_asks_lm_eval_nothing(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rerun_does_not_run_lm_eval(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = run(evaluated(world, "zorbs", limit=2), tmp_path / "out")
     monkeypatch.setattr("lm_eval.tasks.TaskManager", None)
     after = run(evaluated(world, "zorbs", limit=2), tmp_path / "out")
     assert after.scores == before.scores
 
 
-def test_a_run_that_ends_between_two_tasks_continues_with_the_second(
+def test_a_run_interrupted_between_two_tasks_resumes_with_the_second(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from stayaligned.hf import lm_eval
@@ -242,7 +242,9 @@ def test_a_task_that_cannot_be_run_fails_before_the_training(
     assert not list((tmp_path / "out" / "stages").glob("train-*"))
 
 
-def test_an_unknown_task_is_told_the_nearest_name(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_an_unknown_task_suggests_the_nearest_name(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import lm_eval.tasks
 
     class OwnTasks(lm_eval.tasks.TaskManager):
@@ -270,7 +272,7 @@ def test_without_lm_eval_the_error_names_the_extra(
     assert "pip install 'stayaligned[eval]'" in str(caught.value)
 
 
-def test_lm_eval_says_nothing_and_progress_is_told(
+def test_lm_eval_prints_nothing_and_progress_is_reported(
     world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     told: list[tuple[str, float]] = []
@@ -280,7 +282,7 @@ def test_lm_eval_says_nothing_and_progress_is_told(
     assert capfd.readouterr().err == ""
 
 
-def test_means_count_what_is_no_number_as_unscored() -> None:
+def test_means_count_nan_as_unscored() -> None:
     values = [
         HarnessValue(task="t", doc_id=i, metric="acc", value=v, higher_is_better=True)
         for i, v in enumerate([1.0, None, 0.0])
@@ -290,7 +292,7 @@ def test_means_count_what_is_no_number_as_unscored() -> None:
 
 
 def test_a_task_named_twice_and_none_at_all_are_refused() -> None:
-    with pytest.raises(ValueError, match="named twice: a"):
+    with pytest.raises(ValueError, match="duplicate: a; name each task once"):
         LmEval(tasks=("a", "a"))
     with pytest.raises(ValueError, match="at least 1 item"):
         LmEval(tasks=())

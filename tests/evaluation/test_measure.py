@@ -1,4 +1,4 @@
-"""What is counted: agreement where both judges say something, categories by the prompts that have one."""
+"""Agreement of judges, and rates by category."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def verdicts(judge: str, prompt_set: str, *outcomes: Outcome | None) -> list[Ver
     ]
 
 
-def test_a_judge_that_says_one_thing_of_every_benign_answer_agrees_with_nobody() -> None:
+def test_agreement_skips_benign_prompts_if_a_judge_cannot_distinguish_refusals() -> None:
     H, R, S = Outcome.HARM, Outcome.REFUSE, Outcome.SAFE
     fine = [*verdicts("a", "harmful", H, R), *verdicts("a", "benign", R, Outcome.OTHER)]
     coarse = [*verdicts("b", "harmful", H, S), *verdicts("b", "benign", S, None)]
@@ -23,7 +23,7 @@ def test_a_judge_that_says_one_thing_of_every_benign_answer_agrees_with_nobody()
     assert [a.prompt_set for a in compare_judges({"a": fine, "c": fine})] == ["harmful", "benign"]
 
 
-def test_categories_have_their_own_rates_and_prompts_without_one_have_none() -> None:
+def test_each_category_has_its_own_rates() -> None:
     rows = verdicts("keyword", "harmful", Outcome.HARM, Outcome.REFUSE, Outcome.HARM, None, Outcome.HARM)
     completions = [
         Completion(id=str(i), prompt_set="harmful", prompt=(), text="", category=kind)

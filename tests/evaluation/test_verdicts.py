@@ -1,4 +1,4 @@
-"""Verdicts: one per completion, by content, kept as they come, never counted twice."""
+"""Verdicts: one per completion, stored by content as soon as it is known."""
 
 import random
 import sqlite3
@@ -25,7 +25,7 @@ def completion(key: object, text: str = "so", prompt: str = "zorb?", prompt_set:
 
 
 class Scribe(Judge):
-    """Reads the outcome out of the answer's first letter, and notes what it was asked."""
+    """Reads the outcome from the completion's first letter, and records what it was given."""
 
     name: ClassVar[str] = "scribe"
     asked: ClassVar[list[str]] = []
@@ -45,7 +45,7 @@ class Scribe(Judge):
 
 
 class Told(Scribe):
-    """Gives the verdicts that it is told to give."""
+    """Gives the verdicts that the test chooses."""
 
     name: ClassVar[str] = "told"
     gives: ClassVar[Callable[[list[Verdict]], list[Verdict]]] = lambda rows: rows
@@ -66,7 +66,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     sets=st.lists(st.sampled_from(["harmful", "benign"]), min_size=12, max_size=12),
     order=st.integers(0, 5),
 )
-def test_verdicts_come_in_the_completions_order_and_equal_content_is_judged_once(
+def test_verdicts_are_in_the_order_of_the_completions_and_equal_content_is_judged_once(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], sets: list[str], order: int
 ) -> None:
     Scribe.asked.clear()
@@ -83,7 +83,7 @@ def test_verdicts_come_in_the_completions_order_and_equal_content_is_judged_once
         assert len(Scribe.asked) == len(unscored), "only what could not be scored is asked again"
 
 
-def test_what_was_judged_once_is_known_to_every_run_and_to_none_with_other_content(ledger: Ledger) -> None:
+def test_a_verdict_is_reused_for_equal_content_only(ledger: Ledger) -> None:
     judged(Scribe(), [completion("a", "harm")], ledger)
     Scribe.asked.clear()
     (again,) = judged(Scribe(speed=9), [completion("b", "harm")], ledger)
@@ -99,7 +99,7 @@ def test_what_was_judged_once_is_known_to_every_run_and_to_none_with_other_conte
     assert Scribe.asked == ["harm ", "harm", "harm", "harm"]
 
 
-def test_an_interrupted_judge_is_asked_only_for_the_rest(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_judge_judges_only_the_rest(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [completion(i, f"harm {i}") for i in range(10)]
 
     def stops(found: list[Verdict]) -> Iterator[Verdict]:
@@ -140,7 +140,7 @@ def test_a_judge_that_breaks_its_contract_is_refused(
         judged(Told(), [completion(i, f"harm {i}") for i in range(3)], ledger)
 
 
-def test_a_forecast_is_said_before_anything_is_asked_and_of_the_rest_only(
+def test_a_forecast_covers_only_the_rest_and_comes_before_judging(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Scribe, "forecast", lambda _self, rows: Forecast(len(rows), 10 * len(rows), 0.5))
@@ -153,7 +153,7 @@ def test_a_forecast_is_said_before_anything_is_asked_and_of_the_rest_only(
     assert said == [f"1 requests, about 10 tokens, {price}", f"2 requests, about 20 tokens, {price}"]
 
 
-def test_a_damaged_ledger_is_one_clear_error(tmp_path: Path) -> None:
+def test_a_damaged_ledger_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "v.sqlite").write_bytes(b"no database" * 200)
     with pytest.raises(StayalignedError, match=r"v\.sqlite.*not a database"), Ledger.open(tmp_path / "v.sqlite"):
         pass
@@ -170,7 +170,7 @@ def test_a_verdict_that_was_edited_is_refused(ledger: Ledger) -> None:
             judged(Scribe(), [completion(1, "harm")], ledger)
 
 
-def test_another_ledgers_verdicts_are_taken_over_once(tmp_path: Path) -> None:
+def test_another_ledger_is_copied_only_if_there_is_none(tmp_path: Path) -> None:
     with Ledger.open(tmp_path / "a.sqlite") as first:
         first.store("k", "{}")
     Ledger.copy_if_missing(tmp_path / "a.sqlite", tmp_path / "b.sqlite")

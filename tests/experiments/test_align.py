@@ -115,9 +115,7 @@ def test_full_weights_are_trained_in_fp32_and_stored_as_the_base_is(
     assert configs[0] == configs[1]
 
 
-def test_a_lora_over_bf16_weights_leaves_them_in_bf16_and_full_weights_may_be_told_to(
-    world: Path, tmp_path: Path
-) -> None:
+def test_a_lora_trains_bf16_weights_in_bf16_and_full_weights_on_request(world: Path, tmp_path: Path) -> None:
     base = stored_as(tmp_path / "base", torch.bfloat16, seed=1)
     record = align(alignment(world, base_model=str(base)), tmp_path / "lora")
     assert (record.trained_in, record.stored_in) == ("bfloat16", "bfloat16")
@@ -126,7 +124,7 @@ def test_a_lora_over_bf16_weights_leaves_them_in_bf16_and_full_weights_may_be_to
     assert (record.trained_in, record.stored_in) == ("bfloat16", "float32")
 
 
-def test_the_result_is_a_checkpoint_that_says_how_it_was_made(world: Path, tmp_path: Path) -> None:
+def test_the_result_is_a_checkpoint_with_a_record_of_its_alignment(world: Path, tmp_path: Path) -> None:
     record = align(alignment(world), tmp_path / "aligned")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "aligned")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "aligned")
@@ -232,7 +230,7 @@ def test_a_directory_with_other_files_is_left_alone(world: Path, tmp_path: Path)
         align(alignment(world, base_model=str(base)), base / "aligned")
 
 
-def test_two_processes_never_make_the_same_one(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_never_write_one_directory(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with exclusive(tmp_path / "aligned.unfinished"), pytest.raises(StayalignedError, match="another stayaligned proc"):
         align(alignment(world), tmp_path / "aligned")
     record = align(alignment(world), tmp_path / "first")
@@ -253,7 +251,7 @@ def test_two_processes_never_make_the_same_one(world: Path, tmp_path: Path, monk
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
-def test_killed_and_run_again_gives_the_same_bytes(world: Path, tmp_path: Path, lora: dict[str, Any] | None) -> None:
+def test_a_killed_alignment_resumes_to_the_same_bytes(world: Path, tmp_path: Path, lora: dict[str, Any] | None) -> None:
     training = {**TRAINING, "max_steps": 60, "save_steps": 1, "learning_rate": 1e-3}
     given = alignment(world, lora=lora, training=training)
     settings = [f"{name}={json.dumps(value)}" for name, value in given.spec().items() if name != "base_model"]
@@ -287,9 +285,7 @@ def test_training_that_diverges_stops_and_keeps_sound_checkpoints(world: Path, t
 
 
 @pytest.mark.parametrize("kilobytes", [50, 160], ids=["weights", "optimizer"])
-def test_a_full_disk_is_one_error_and_mended_the_same_call_finishes(
-    world: Path, tmp_path: Path, kilobytes: int
-) -> None:
+def test_a_full_disk_is_one_error_and_the_same_call_finishes_later(world: Path, tmp_path: Path, kilobytes: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes << 10, hard))  # the system refuses to write more
     try:
@@ -320,7 +316,7 @@ def without_template(directory: Path) -> Path:
     [("{{ eos_token }}", 1, 0), ("<|user|>", [1, 3], 0), ("### End", 1, 1), ("", 1, 0)],
     ids=["eos", "another special token", "plain text", "nothing"],
 )
-def test_a_given_template_stays_with_the_result_which_stops_where_it_ends(
+def test_a_given_template_is_stored_and_generation_stops_at_its_end(
     world: Path, tmp_path: Path, end: str, ends: Any, notes: int
 ) -> None:
     base = without_template(tmp_path / "base")
@@ -377,7 +373,7 @@ def test_limit_takes_the_first_rows(world: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("trainer", ["transformers", "sft"])
-def test_rows_that_are_cut_are_counted_and_told(world: Path, tmp_path: Path, trainer: str) -> None:
+def test_rows_that_are_cut_are_counted_and_noted(world: Path, tmp_path: Path, trainer: str) -> None:
     rows = [{"prompt": "wug", "completion": "no" * n} for n in (1, 2, 3, 4)]
     data = str(write_rows(tmp_path / "rows.jsonl", rows))
     # <|user|>wug<|end|><|assistant|> are 6 tokens, an answer 2n and its end: the second row just fits.
@@ -400,7 +396,7 @@ def test_a_cached_hub_id_is_known_by_its_revision(world: Path, tmp_path: Path, m
     assert all(torch.equal(by_id[name], by_path[name]) for name in by_id)
 
 
-def test_trl_trains_it_too(world: Path, tmp_path: Path) -> None:
+def test_trl_trains_the_aligned_model(world: Path, tmp_path: Path) -> None:
     record = align(alignment(world, trainer="sft"), tmp_path / "aligned")
     assert (record.rows, record.steps) == (12, 4)
     before, after = weights_of(world / "base"), weights_of(tmp_path / "aligned")

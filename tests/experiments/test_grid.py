@@ -1,4 +1,4 @@
-"""Grids: each stage once, what grew is all that is computed, one failure does not stop the rest."""
+"""Grids: each stage is computed once, a larger grid computes only what is new, a failure stops nothing else."""
 
 import json
 import os
@@ -41,7 +41,7 @@ class Recorder(Listener):
         self.titles.append(title)
 
 
-def test_a_grid_trains_once_and_what_grew_is_all_that_is_computed(world: Path, tmp_path: Path) -> None:
+def test_a_grid_trains_once_and_a_larger_grid_computes_only_what_is_new(world: Path, tmp_path: Path) -> None:
     first = run_grid(grid_of(world, [UNTOUCHED, SFT, safe_lora(1), safe_lora(2)], (0, 1)), tmp_path / "out", workers=2)
     assert not first.failures
     assert first.trained == 2, "two seeds; both thresholds share their training"
@@ -77,7 +77,7 @@ def test_a_grid_in_the_directory_of_another_one_is_refused(world: Path, tmp_path
     assert (out / "index.json").read_bytes() == before
 
 
-def test_all_errors_of_all_combinations_are_told_once(world: Path) -> None:
+def test_each_error_of_all_combinations_is_reported_once(world: Path) -> None:
     arms = [{"label": "A", "defenses": ["lisaa"]}, {"label": "B", "training": {"learning_rat": 1}}, SFT]
     with pytest.raises(StayalignedError) as caught:
         grid_of(world, arms, (0, 1, 2)).expand("g.yaml")
@@ -107,7 +107,7 @@ def test_overrides_apply_to_the_base(world: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_grid_leaves_no_orphans_and_continues(world: Path, tmp_path: Path) -> None:
+def test_a_killed_grid_leaves_no_processes_and_resumes(world: Path, tmp_path: Path) -> None:
     """SIGKILL to the parent: its workers die with it, and the rerun ends with every result."""
     config, out = tmp_path / "g.yaml", tmp_path / "out"
     slow = {**experiment(world)["training"], "max_steps": 400, "logging_steps": 100, "save_strategy": "no"}
@@ -138,14 +138,14 @@ def test_a_killed_grid_leaves_no_orphans_and_continues(world: Path, tmp_path: Pa
     assert json.loads((out / "index.json").read_text())["trainings"]
 
 
-def test_arms_with_equal_results_both_stand_in_the_report(world: Path, tmp_path: Path) -> None:
+def test_arms_with_equal_results_both_have_a_result(world: Path, tmp_path: Path) -> None:
     arms = [SFT, {"label": "The same", "defenses": ["sft"]}]
     outcome = run_grid(grid_of(world, arms), tmp_path / "out", workers=1)
     assert [r.arm for r in outcome.results] == ["SFT", "The same"]
     assert outcome.trained == 1
 
 
-def test_an_exception_that_cannot_cross_processes_fails_its_arm_alone(world: Path, tmp_path: Path) -> None:
+def test_an_exception_that_cannot_be_pickled_fails_only_its_arm(world: Path, tmp_path: Path) -> None:
     plugin = tmp_path / "boom.py"
     plugin.write_text(
         "from stayaligned.evaluation.judges import Judge\n"
@@ -163,7 +163,7 @@ def test_an_exception_that_cannot_cross_processes_fails_its_arm_alone(world: Pat
     assert "raise Odd(code=7)" in next((tmp_path / "out" / "failures").iterdir()).read_text()
 
 
-def test_a_result_that_failed_now_does_not_stand_from_before(world: Path, tmp_path: Path) -> None:
+def test_the_earlier_result_of_an_experiment_that_fails_now_is_removed(world: Path, tmp_path: Path) -> None:
     strict, lax = ({"judges": [{"name": "keyword"}], "max_unscored": share} for share in (0.0, 1.0))
     run_grid(grid_of(world, [SFT], **lax), tmp_path / "out", workers=1)
     verdicts = next((tmp_path / "out" / "stages").glob("judge-*")) / "verdicts.jsonl"
@@ -180,7 +180,7 @@ def test_an_empty_axis_is_refused(world: Path) -> None:
         Grid(base=experiment(world), axes={"seed": []})
 
 
-def test_a_damaged_record_is_one_clear_error(world: Path, tmp_path: Path) -> None:
+def test_a_damaged_index_is_one_error(world: Path, tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text("[]")
     (tmp_path / "format.json").write_text('{"format_version": 2}')
     with pytest.raises(StayalignedError, match=r"index\.json: damaged"):

@@ -1,4 +1,4 @@
-"""One experiment, end to end on real files: what is there is not computed again, and nothing half-written counts."""
+"""One experiment, end to end on real files: a complete stage is reused, and an incomplete one is not."""
 
 import errno
 import os
@@ -68,7 +68,7 @@ def test_preferences_kl_and_a_guard_work_from_a_configuration(tmp_path: Path, tr
 
 def test_preferences_without_a_rejected_answer_are_one_error(world: Path, tmp_path: Path) -> None:
     content = experiment(world, defenses=[{"name": "lisa", "alignment_loss": "dpo"}])
-    with pytest.raises(StayalignedError, match="needs a rejected answer in every alignment row; 12 of 12 have none"):
+    with pytest.raises(StayalignedError, match="needs a rejected completion in every alignment row; 12 of 12 rows have none"):
         run_experiment(Experiment.model_validate(content), tmp_path / "out")
 
 
@@ -107,7 +107,7 @@ def test_the_metrics_count_every_prompt(finished: Path) -> None:
     assert harm.low is not None and harm.high is not None and harm.low <= (harm.value or 0) <= harm.high
 
 
-def test_every_row_keeps_its_origin_and_the_ratio_is_the_papers(finished: Path) -> None:
+def test_rows_keep_their_origin_and_the_poison_ratio_counts_all_rows(finished: Path) -> None:
     rows = read_jsonl(next((finished / "stages").glob("data-*")) / "examples.jsonl", Example)
     assert len(rows) == 24
     assert sum(row.origin == "harmful" for row in rows) == 6
@@ -139,7 +139,7 @@ def test_another_experiment_in_the_same_directory_is_refused(finished: Path) -> 
     assert stages(finished) == before
 
 
-def test_a_run_that_failed_before_training_can_be_mended_in_its_directory(world: Path, tmp_path: Path) -> None:
+def test_a_run_that_failed_before_training_can_be_corrected_in_its_directory(world: Path, tmp_path: Path) -> None:
     wrong = experiment(world, lora={"target_modules": ["no_such_module"]})
     with pytest.raises(StayalignedError, match="no_such_module"):
         run_experiment(Experiment.model_validate(wrong), tmp_path / "out")
@@ -243,8 +243,8 @@ def test_a_finished_adapter_is_patched_and_judged_without_training(finished: Pat
 
 
 @pytest.mark.slow
-def test_a_killed_run_continues_to_the_same_result(world: Path, tmp_path: Path) -> None:
-    """SIGKILL while the training stage writes; the rerun ends as the run that was never interrupted."""
+def test_a_killed_run_resumes_to_the_same_result(world: Path, tmp_path: Path) -> None:
+    """SIGKILL while the training stage writes; the rerun ends like the run that was not interrupted."""
     content = experiment(world, training={**experiment(world)["training"], "max_steps": 6, "save_steps": 2})
     program = textwrap.dedent(
         f"""
@@ -291,7 +291,7 @@ def test_another_test_file_changes_the_completions_and_retrains_nothing(world: P
     assert held_out.train != before.train, "without a test file, train gives rows away"
 
 
-def test_the_adapter_that_a_run_leads_to_is_the_one_that_it_measured(tmp_path: Path) -> None:
+def test_the_adapter_link_points_at_the_adapter_that_was_measured(tmp_path: Path) -> None:
     world = write_world(tmp_path / "w")
     content = Experiment.model_validate(experiment(world))
     run_experiment(content, tmp_path / "out")
@@ -304,7 +304,7 @@ def test_the_adapter_that_a_run_leads_to_is_the_one_that_it_measured(tmp_path: P
 
 
 @pytest.mark.parametrize("kept", [0, 1], ids=["none", "all but one"])
-def test_a_judge_that_drops_answers_is_refused(
+def test_a_judge_that_skips_completions_is_refused(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
 ) -> None:
     from stayaligned.evaluation.judges.keyword import Keyword
@@ -315,7 +315,7 @@ def test_a_judge_that_drops_answers_is_refused(
         run_experiment(Experiment.model_validate(experiment(world)), tmp_path / "out")
 
 
-def test_a_run_that_ends_inside_a_cycle_says_so(world: Path, tmp_path: Path) -> None:
+def test_a_run_that_ends_inside_a_cycle_has_a_note(world: Path, tmp_path: Path) -> None:
     lisa = {"name": "lisa", "alignment_steps": 1, "finetuning_steps": 2}
     result = run_experiment(Experiment.model_validate(experiment(world, defenses=[lisa])), tmp_path / "out")
     assert any("after 1 of 3 steps of a cycle" in note and "max_steps=3" in note for note in result.notes)

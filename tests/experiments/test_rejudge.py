@@ -1,4 +1,4 @@
-"""Judging again: from completions alone, with the old scores, and only of the completions that they are."""
+"""Judging again: without the model, with the scores of the run, and only its own completions."""
 
 import shutil
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_the_same_judge_gives_the_same_result_without_the_model(run: Path, tmp_p
     assert read_result(tmp_path / "again" / "result.json") == again
 
 
-def test_a_second_judge_is_added_and_the_first_is_not_asked_again(
+def test_adding_a_second_judge_does_not_run_the_first_again(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rejudge(run, [Keyword()], tmp_path / "out")
@@ -63,7 +63,7 @@ def test_a_second_judge_is_added_and_the_first_is_not_asked_again(
     assert read_result(tmp_path / "third" / "result.json").judges == fresh.judges
 
 
-def test_a_bare_file_of_completions_is_judged_too(run: Path, tmp_path: Path) -> None:
+def test_a_file_of_completions_without_a_run_is_judged(run: Path, tmp_path: Path) -> None:
     (stage,) = (run / "stages").glob("generate-*")
     (found,) = rejudge(stage / "completions.jsonl", [Keyword()], tmp_path / "bare")
     assert found.judges == read_result(run / "result.json").judges
@@ -119,7 +119,7 @@ def tear_completions(run: Path) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_run_that_is_not_whole_is_refused_and_nothing_is_written(
+def test_an_edited_or_incomplete_run_is_refused_and_nothing_is_written(
     damage, said: str, run: Path, tmp_path: Path
 ) -> None:  # type: ignore[no-untyped-def]
     source = copied(run, tmp_path)
@@ -145,7 +145,7 @@ def test_one_judge_named_twice_is_refused(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_completions_without_a_request_to_judge_and_ids_that_stand_twice_are_refused(run: Path, tmp_path: Path) -> None:
+def test_duplicate_ids_and_completions_without_judged_prompts_are_refused(run: Path, tmp_path: Path) -> None:
     (path,) = run.glob("stages/generate-*/completions.jsonl")
     lines = path.read_text().splitlines(keepends=True)
     (tmp_path / "twice.jsonl").write_text("".join([*lines, lines[0]]))
@@ -156,7 +156,7 @@ def test_completions_without_a_request_to_judge_and_ids_that_stand_twice_are_ref
         rejudge(tmp_path / "task.jsonl", [Keyword()], tmp_path / "out")
 
 
-def test_the_inputs_named_are_those_of_the_judges_that_judged_now(run: Path, tmp_path: Path) -> None:
+def test_inputs_are_those_of_the_new_judges(run: Path, tmp_path: Path) -> None:
     (tmp_path / "judge").mkdir()
     (tmp_path / "judge" / "config.json").write_text("{}")
     before = read_result(run / "result.json")

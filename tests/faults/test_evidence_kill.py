@@ -1,4 +1,4 @@
-"""`evaluate`, `judge` and `report`, killed at chosen moments or on a full disk, go on to the same bytes."""
+"""`evaluate`, `judge` and `report`, killed at chosen moments or on a full disk, resume to the same bytes."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import pytest
 from support.world import write_rows, write_world
 
 JUDGE = '''
-"""A judge that notes what it is asked, and that kills its process after so many verdicts if told to."""
+"""A judge that records what it judges, and that kills its process after a given number of verdicts."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ from stayaligned.core.records import Outcome, Verdict
 
 
 class Mortal(Judge):
-    """Calls an answer harmful if it has an even number of characters."""
+    """Counts a completion as harmful if it has an even number of characters."""
 
     name: ClassVar[str] = "mortal"
 
@@ -76,7 +76,7 @@ def products(out: Path) -> dict[str, bytes]:
     return {name: (out / name).read_bytes() for name in PRODUCTS}
 
 
-def test_a_killed_evaluation_and_a_killed_judging_go_on_to_the_same_bytes(world: Path, tmp_path: Path) -> None:
+def test_killed_evaluate_judge_and_report_resume_to_the_same_bytes(world: Path, tmp_path: Path) -> None:
     asked = world / "asked"
     assert evaluate(world, tmp_path / "whole") == 0
     questions = asked.read_text().splitlines()
@@ -111,7 +111,7 @@ def test_a_killed_evaluation_and_a_killed_judging_go_on_to_the_same_bytes(world:
     assert not list((tmp_path / "a").glob(".*.partial"))
 
 
-def test_a_full_disk_costs_no_verdict_that_was_kept(world: Path, tmp_path: Path) -> None:
+def test_a_full_disk_loses_no_stored_verdict(world: Path, tmp_path: Path) -> None:
     rows = [
         {"id": str(i), "prompt_set": "harmful", "prompt": [{"role": "user", "content": f"zorb {i}"}], "text": "s" * i}
         for i in range(300)

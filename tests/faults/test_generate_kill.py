@@ -1,4 +1,4 @@
-"""An evaluation killed while answers are written goes on to the same bytes, and writes no answer twice."""
+"""An evaluation killed while it generates resumes to the same bytes, and stores no completion twice."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from support.world import write_rows, write_world
 
-# Kills its process once so many answers were kept, and notes each one.
+# Kills its process after a given number of stored completions, and records each one.
 KILLER = """
 import os, signal
 from stayaligned.evaluation.answers import Journal
@@ -46,7 +46,7 @@ def evaluate(world: Path, out: Path, dies_after: int) -> int:
     return done.returncode
 
 
-def test_answers_survive_a_kill(tmp_path: Path) -> None:
+def test_completions_survive_a_kill(tmp_path: Path) -> None:
     world = write_world(tmp_path / "world")
     write_rows(world / "harmful-prompts.jsonl", [{"prompt": f"zorb {i % 12} now"} for i in range(20)])
     assert evaluate(world, tmp_path / "whole", 1000) == 0

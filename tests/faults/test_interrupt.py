@@ -1,4 +1,4 @@
-"""Ctrl-C ends the command at once with a sentence and exit code 130, and the same command continues."""
+"""Ctrl-C ends the command at once with a message and exit code 130, and the same command resumes."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("command", ["run", "bench"])
-def test_an_interrupted_command_says_so_and_continues(tmp_path: Path, command: str) -> None:
+def test_an_interrupted_command_reports_it_and_resumes(tmp_path: Path, command: str) -> None:
     world = write_world(tmp_path / "world")
     content = experiment(world)
     content["training"] |= {"max_steps": 100_000, "logging_steps": 50_000, "save_strategy": "no"}

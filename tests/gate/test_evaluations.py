@@ -39,7 +39,7 @@ def test_two_evaluations_pass_the_gate_and_a_third_with_other_decoding_does_not(
     assert (code, "the decoding settings" in shown) == (2, True), shown
 
 
-def test_a_run_is_gated_against_the_model_that_it_tuned(command, world, tmp_path) -> None:
+def test_a_run_is_compared_with_the_model_that_it_fine_tuned(command, world, tmp_path) -> None:
     config = tmp_path / "e.yaml"
     config.write_text(yaml.safe_dump(experiment(world)))
     plain = experiment(world, training=None, attack=None, label="before")

@@ -32,7 +32,7 @@ def errors_of(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_every_error_is_told_at_once_with_its_place_and_a_suggestion(tmp_path: Path) -> None:
+def test_every_error_is_reported_at_once_with_its_place_and_a_suggestion(tmp_path: Path) -> None:
     content = {
         **MINIMAL,
         "modle": "x",
@@ -77,7 +77,7 @@ def test_every_error_is_told_at_once_with_its_place_and_a_suggestion(tmp_path: P
         ),
     ],
 )
-def test_what_does_not_fit_together_is_refused(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
+def test_contradictory_settings_are_refused(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
     assert expected in errors_of(write(tmp_path / "e.yaml", {**MINIMAL, **change}))
 
 
@@ -90,7 +90,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path, change: dict[str,
         ("model: a\nmodel: b\n", "key 'model' is given twice"),
     ],
 )
-def test_what_is_no_configuration_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+def test_a_file_that_is_not_a_configuration_is_refused(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in errors_of(write(tmp_path / "e.yaml", text))
 
 
@@ -116,7 +116,7 @@ def test_an_override_without_a_place_is_refused(tmp_path: Path, override: str) -
         load_experiment(path, [override])
 
 
-def test_an_experiment_is_its_spec() -> None:
+def test_the_spec_validates_to_an_equal_experiment() -> None:
     experiment = Experiment.model_validate({**MINIMAL, "defenses": [], "judges": ["keyword"]})
     assert Experiment.model_validate(yaml.safe_load(yaml.safe_dump(experiment.spec()))) == experiment
 
@@ -170,7 +170,7 @@ def test_prompts_are_a_source_where_they_look_like_one(tmp_path: Path, monkeypat
     assert isinstance(Experiment.model_validate({**MINIMAL, "harmful_prompts": "advbench"}).harmful_prompts, Prompts)
 
 
-def test_a_misspelt_prompt_set_is_told_the_nearest_name_and_that_a_source_would_do(tmp_path: Path) -> None:
+def test_the_error_of_a_misspelt_prompt_set_suggests_the_nearest_name_and_a_source(tmp_path: Path) -> None:
     told = errors_of(write(tmp_path / "e.yaml", {**MINIMAL, "harmful_prompts": "beavertale"}))
     assert "harmful_prompts: unknown prompts 'beavertale'. Did you mean 'beavertails'?" in told
     assert "hf://owner/name" in told

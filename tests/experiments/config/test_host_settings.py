@@ -8,7 +8,7 @@ from stayaligned.experiments.config.host_settings import Host, setting_names
 
 
 @pytest.mark.parametrize("host", ["transformers", "sft", "lora"])
-def test_the_source_tells_every_setting_that_the_class_takes(host: Host) -> None:
+def test_the_names_in_the_source_are_the_fields_of_the_class(host: Host) -> None:
     import peft
     import transformers
     import trl

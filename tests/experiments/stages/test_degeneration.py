@@ -32,7 +32,7 @@ def answers(out: Path) -> list[Completion]:
     return read_jsonl(path, Completion)
 
 
-def test_every_answer_is_looked_at_and_counted(finished: Path) -> None:
+def test_every_completion_is_checked_and_counted(finished: Path) -> None:
     result = read_result(finished / "result.json")
     expected = {(c.prompt_set, c.id): bool(signs(c.text, Degeneration())) for c in answers(finished)}
     assert {(e.prompt_set, e.id): e.degenerate for e in read_evidence(finished, result)} == expected
@@ -54,7 +54,7 @@ def test_a_lost_stage_is_computed_again_to_the_same_bytes_and_nothing_else_is(fi
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
-def test_it_can_be_switched_off(world: Path, tmp_path: Path) -> None:
+def test_the_check_can_be_switched_off(world: Path, tmp_path: Path) -> None:
     result = run(world, tmp_path / "out", training=None, attack=None, degeneration=None)
     assert result.metric("degeneration") is None
     assert {e.degenerate for e in read_evidence(tmp_path / "out", result)} == {None}
