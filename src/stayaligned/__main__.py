@@ -1,4 +1,4 @@
-"""`python -m stayaligned` is the command."""
+"""Run the command as `python -m stayaligned`."""
 
 from stayaligned.cli import main
 

@@ -51,7 +51,7 @@ def test_a_higher_dose_keeps_the_lower_doses_harmful_rows(harmful, seed):
         assert ids(low, "task") > ids(high, "task")
 
 
-def test_equal_seeds_give_equal_rows_and_other_seeds_others(harmful):
+def test_the_rows_depend_on_the_seed_alone(harmful):
     attack = Poison(poison_ratio=0.3, examples=40, harmful_data=harmful)
     assert attack.poison(TASK, random.Random(1)) == attack.poison(TASK, random.Random(1))
     assert attack.poison(TASK, random.Random(1)) != attack.poison(TASK, random.Random(2))
@@ -62,7 +62,7 @@ def test_harmful_rows_are_spread_over_the_data(harmful):
     assert 5 < sum(row.origin == "harmful" for row in rows[:30]) < 25
 
 
-def test_no_count_takes_as_many_as_the_task_has(harmful):
+def test_without_a_count_there_are_as_many_rows_as_the_task_has(harmful):
     rows = Poison(poison_ratio=0.1, examples=None, harmful_data=harmful).poison(TASK, random.Random(0))
     assert (len(rows), len(ids(rows, "harmful"))) == (60, 6)
 
@@ -72,7 +72,7 @@ def test_a_dose_of_zero_needs_no_harmful_data():
     assert len(rows) == 30 and not ids(rows, "harmful")
 
 
-def test_missing_or_too_few_rows_are_refused_with_the_numbers(harmful):
+def test_missing_or_too_few_rows_are_errors_that_give_the_numbers(harmful):
     with pytest.raises(ValidationError, match=r"poison_ratio = 0.1 needs harmful rows"):
         Poison(examples=10)
     with pytest.raises(StayalignedError, match=r"90 of 100 rows must be harmful.* has 60"):
@@ -81,11 +81,11 @@ def test_missing_or_too_few_rows_are_refused_with_the_numbers(harmful):
         Poison(poison_ratio=0.1, examples=100, harmful_data=harmful).poison(TASK, random.Random(0))
 
 
-def test_a_ratio_above_one_is_no_attack():
+def test_a_ratio_above_one_is_invalid():
     with pytest.raises(ValidationError, match="poison_ratio"):
         Poison(poison_ratio=10)
 
 
-def test_the_registry_makes_an_equal_attack_from_its_spec(harmful):
+def test_the_registry_parses_an_equal_attack_from_its_spec(harmful):
     attack = Poison(harmful_data=harmful)
     assert ATTACKS.parse(attack.spec()) == attack

@@ -34,8 +34,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 CASES: list[tuple[str, list[str], tuple[str, ...]]] = [
     ("no data is given", ["base"], ("data: required",)),
     ("no such data", ["base", "--data", "{}/nowhere.jsonl"], ("data: ", "nowhere.jsonl does not exist")),
-    ("empty data", ["base", "--data", "{}/empty.jsonl"], ("empty.jsonl: holds no rows",)),
-    ("no answers", ["base", "--data", "{}/questions.jsonl"], ("questions.jsonl, line 1: has no answer to learn",)),
+    ("empty data", ["base", "--data", "{}/empty.jsonl"], ("empty.jsonl: no rows",)),
+    ("no answers", ["base", "--data", "{}/questions.jsonl"], ("questions.jsonl, line 1: no completion to learn",)),
     ("no such base", ["nowhere", "--data", "DATA"], ("base_model: ", "nowhere does not exist")),
     ("no such hub id", ["owner/absent", "--data", "DATA"], ("owner/absent: no such directory, and no hub repository",)),
     ("no template", ["plain", "--data", "DATA"], ("plain: the tokenizer has no chat template", "--chat-template FILE")),

@@ -90,7 +90,7 @@ def test_each_bad_input_is_one_error(world: Path, tmp_path: Path, command: Comma
         ((world / "nowhere", *good), "no such directory"),
         ((world / "adapter", *good), "not a model checkpoint"),
         ((world / "model", "--data", world / "none.jsonl"), "none.jsonl: no such file"),
-        ((world / "model", "--data", write_rows(tmp_path / "empty.jsonl", [])), "empty.jsonl: holds no rows"),
+        ((world / "model", "--data", write_rows(tmp_path / "empty.jsonl", [])), "empty.jsonl: no rows"),
         ((world / "model", *good, "--max-length", 8), "leaves an answer to learn within max_length=8"),
         ((world / "model", *good, "--adapter", world / "model"), "not a PEFT adapter"),
         (

@@ -1,4 +1,4 @@
-"""What every defense, judge, task, attack and prompt set promises, run over everything that is registered."""
+"""The contract of each noun, tested for every registered defense, judge, task, attack and prompt set."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ def of_kind(kind: str, base: type | None = None) -> list[str]:
 
 
 def rated(body: dict[str, Any]) -> str:
-    """Every rubric's marks at once, the same for the same question."""
+    """A reply that every rubric can read, the same for the same question."""
     number = len(body["messages"][0]["content"]) % 5 + 1
     return f"#thescore: {number}\n#refused: {number % 2}\n#convincing: {number}\n#specific: 3"
 
@@ -77,7 +77,7 @@ def write_classifier(directory: Path) -> None:
 
 
 def needed(kind: str, world: Path) -> Mapping[str, dict[str, Any]]:
-    """The settings without which a component can't work; the rest of it is its defaults."""
+    """The settings that components require; all others have defaults."""
     if kind == "judge":
         return judges_need(world)
     return {
@@ -119,7 +119,7 @@ def registry_of(kind: str) -> Registry[Any]:
 
 
 @pytest.mark.parametrize(("registry", "name"), ALL, ids=lambda v: v if isinstance(v, str) else v.kind)
-def test_a_component_is_a_frozen_value_that_its_yaml_makes_again(
+def test_a_component_is_a_frozen_value_equal_to_the_one_parsed_from_its_yaml(
     registry: Registry[Any], name: str, world: Path
 ) -> None:
     component = make(registry, name, world)
@@ -134,7 +134,9 @@ def test_a_component_is_a_frozen_value_that_its_yaml_makes_again(
 
 
 @pytest.mark.parametrize("name", of_kind("judge"))
-def test_a_judge_gives_one_verdict_per_completion_and_calls_no_empty_answer_safe(name: str, world: Path) -> None:
+def test_a_judge_returns_one_verdict_per_completion_and_never_counts_an_empty_one_as_safe(
+    name: str, world: Path
+) -> None:
     judge = make(registry_of("judge"), name, world)
     completions = [
         Completion(id=str(i), prompt_set=prompt_set, prompt=(Message(role="user", content="how?"),), text=text)
@@ -155,7 +157,7 @@ def test_a_judge_gives_one_verdict_per_completion_and_calls_no_empty_answer_safe
 
 
 @pytest.mark.parametrize("name", of_kind("task"))
-def test_a_task_gives_the_same_rows_every_time_and_full_marks_to_its_references(name: str, world: Path) -> None:
+def test_a_task_returns_the_same_rows_every_time_and_scores_its_references_1(name: str, world: Path) -> None:
     task = make(registry_of("task"), name, world)
     for split in ("train", "test"):
         rows = task.load(split)
@@ -174,7 +176,7 @@ def test_a_task_gives_the_same_rows_every_time_and_full_marks_to_its_references(
 
 
 @pytest.mark.parametrize("name", of_kind("prompts"))
-def test_a_prompt_set_gives_the_same_requests_every_time_each_under_its_own_id(name: str, world: Path) -> None:
+def test_a_prompt_set_returns_the_same_prompts_every_time_each_with_its_own_id(name: str, world: Path) -> None:
     prompts = make(registry_of("prompts"), name, world)
     rows = prompts.load()
     assert rows
@@ -184,7 +186,7 @@ def test_a_prompt_set_gives_the_same_requests_every_time_each_under_its_own_id(n
 
 
 @pytest.mark.parametrize("name", of_kind("attack"))
-def test_an_attack_draws_from_its_generator_alone_and_keeps_every_rows_origin(name: str, world: Path) -> None:
+def test_an_attack_uses_only_its_generator_and_preserves_every_rows_origin(name: str, world: Path) -> None:
     attack = make(registry_of("attack"), name, world)
     rows = read_examples(str(world / "train.jsonl"), origin="task")
     before = [row.model_copy() for row in rows]
@@ -199,7 +201,7 @@ def test_an_attack_draws_from_its_generator_alone_and_keeps_every_rows_origin(na
 
 
 @pytest.mark.parametrize("name", of_kind("defense", TrainingDefense))
-def test_a_training_defense_makes_a_trainer_that_changes_the_trainable_weights_only(
+def test_a_training_defense_returns_a_trainer_that_changes_only_the_trainable_weights(
     name: str, world: Path, tmp_path: Path
 ) -> None:
     from stayaligned.hf import models
@@ -230,7 +232,7 @@ def test_a_training_defense_makes_a_trainer_that_changes_the_trainable_weights_o
 
 
 @pytest.mark.parametrize("name", of_kind("defense", PatchDefense))
-def test_a_patch_keeps_rank_and_configuration_and_reports_every_layer(name: str, world: Path) -> None:
+def test_a_patch_preserves_rank_and_configuration_and_reports_every_layer(name: str, world: Path) -> None:
     defense = make(DEFENSES, name, world)
     files = {path.name: path.read_bytes() for path in (world / "adapter").iterdir()}
     adapter = read_adapter(world / "adapter")
@@ -248,7 +250,7 @@ def test_a_patch_keeps_rank_and_configuration_and_reports_every_layer(name: str,
         assert layer.selected or layer.shrinkage == 1
 
 
-def test_the_contracts_saw_every_noun_and_both_stages() -> None:
+def test_every_noun_and_both_stages_were_tested() -> None:
     assert {registry.kind for registry, _ in ALL} == {"task", "attack", "defense", "judge", "prompts"}
     assert len(of_kind("defense", TrainingDefense)) >= 4
     assert len(of_kind("defense", PatchDefense)) >= 5

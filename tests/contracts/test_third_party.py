@@ -1,4 +1,4 @@
-"""A third party's component of each noun, each one file, through the command and its worker processes."""
+"""A third party's component of each noun runs through the command and in its worker processes."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ PLUGINS = sorted((Path(__file__).parents[1] / "plugins").glob("*.py"))
 
 @pytest.fixture(autouse=True)
 def forget_plugins() -> object:
-    """Leave the registries as they were."""
+    """Restore the registries after each test."""
     before = [dict(registry._plugins) for registry in REGISTRIES]
     for registry in REGISTRIES:
         registry._plugins.clear()
@@ -59,7 +59,7 @@ def test_a_grid_of_third_party_components_runs_in_worker_processes(
     assert accuracy.n == 24
 
 
-def test_without_its_plugin_a_configuration_is_refused_with_the_known_names(tmp_path: Path) -> None:
+def test_without_its_plugin_a_component_is_unknown(tmp_path: Path) -> None:
     registry: Registry = next(r for r in REGISTRIES if r.kind == "judge")
     with pytest.raises(ValueError, match="unknown judge 'length'"):
         registry.parse("length")

@@ -1,4 +1,4 @@
-"""Components are frozen values that their registry finds by name, and plug-ins are files."""
+"""Components are frozen values that a registry finds by name; plug-ins are files."""
 
 import random
 from pathlib import Path
@@ -15,18 +15,18 @@ from stayaligned.experiments.config.experiment import REGISTRIES
 
 
 def fresh_registries() -> list[Registry]:
-    """The four registries without what other tests registered."""
+    """The registries without components that other tests registered."""
     return [Registry(r.kind, r._package, *r._bases) for r in REGISTRIES]
 
 
-def test_a_component_is_its_yaml() -> None:
+def test_a_component_is_equal_to_the_one_parsed_from_its_yaml() -> None:
     judge = JUDGES.parse({"name": "keyword", "match": "start"})
     again = JUDGES.parse(yaml.safe_load(yaml.safe_dump(judge.spec())))
     assert again == judge
     assert hash(again) == hash(judge)
 
 
-def test_an_unknown_name_suggests_the_nearest_and_lists_all() -> None:
+def test_an_unknown_name_suggests_the_nearest_name_and_lists_all() -> None:
     with pytest.raises(StayalignedError) as caught:
         JUDGES.get("keywrod")
     assert "'keyword'" in str(caught.value)
@@ -34,7 +34,7 @@ def test_an_unknown_name_suggests_the_nearest_and_lists_all() -> None:
 
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda r: r.kind)
-def test_every_own_component_is_listed_documented_and_told_where_it_stands(registry: Registry) -> None:
+def test_every_component_is_listed_and_documented_with_its_file(registry: Registry) -> None:
     names = registry.names()
     assert names
     for name in names:
@@ -47,7 +47,7 @@ def test_every_own_component_is_listed_documented_and_told_where_it_stands(regis
 
 
 @pytest.mark.parametrize("noun", NOUNS)
-def test_a_scaffolded_plugin_loads_is_listed_and_cannot_replace_an_own_one(noun: str, tmp_path: Path) -> None:
+def test_a_scaffolded_plugin_is_loaded_and_listed_and_cannot_replace_a_component(noun: str, tmp_path: Path) -> None:
     registries = fresh_registries()
     path = write_plugin(noun, f"my_{noun}", tmp_path)
     assert load_plugin(path, registries) == [f"{noun} my_{noun}"]
@@ -101,11 +101,11 @@ def test_a_missing_plugin_is_one_clear_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["My_Judge", "class", "a-b", "../x", ""])
-def test_a_name_that_cannot_be_a_file_and_a_component_is_refused(tmp_path: Path, name: str) -> None:
+def test_an_invalid_component_name_is_an_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(StayalignedError, match="cannot name"):
         write_plugin("judge", name, tmp_path)
 
 
-def test_an_abstract_noun_cannot_be_made() -> None:
+def test_an_abstract_base_class_cannot_be_instantiated() -> None:
     with pytest.raises(TypeError, match="abstract"):
         Judge()  # type: ignore[abstract]

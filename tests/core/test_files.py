@@ -1,4 +1,4 @@
-"""Files and directories appear whole or not at all."""
+"""Files and directories are written completely or not at all."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import pytest
 from stayaligned.core.files import fingerprint, replace_directory, replace_file, write_text
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_temporary_file(tmp_path: Path) -> None:
     target = tmp_path / "a.json"
     write_text(target, "old")
     with pytest.raises(RuntimeError), replace_file(target) as temporary:
@@ -66,7 +66,7 @@ def test_a_killed_writer_leaves_nothing_under_the_final_name(tmp_path: Path) -> 
     assert not (tmp_path / "d").exists()
 
 
-def test_the_fingerprint_follows_content_and_names_not_place_or_time(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_content_and_names_not_on_place_or_time(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "w.bin").write_bytes(b"abc")
@@ -78,7 +78,7 @@ def test_the_fingerprint_follows_content_and_names_not_place_or_time(tmp_path: P
     assert fingerprint(tmp_path / "one") != fingerprint(tmp_path / "two")
 
 
-def test_the_fingerprint_of_a_large_file_sees_its_size_and_both_ends(tmp_path: Path) -> None:
+def test_the_fingerprint_of_a_large_file_depends_on_its_size_and_both_ends(tmp_path: Path) -> None:
     prints: set[str] = set()
     size = 65 << 20
     for place in (0, size - 1, None):

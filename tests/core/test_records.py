@@ -1,4 +1,4 @@
-"""Rows survive the file, and a damaged file is named with its line."""
+"""Rows are read as they were written; a damaged row is an error that names the file and the line."""
 
 from pathlib import Path
 
@@ -22,13 +22,13 @@ examples = st.builds(
 
 @given(rows=st.lists(examples, max_size=5))
 def test_any_text_survives_a_round_trip(rows: list[Example], tmp_path_factory: pytest.TempPathFactory) -> None:
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path = tmp_path_factory.getbasetemp() / "rows.jsonl"
     write_jsonl(path, rows)
     assert read_jsonl(path, Example) == rows
 
 
 @pytest.mark.parametrize("line", ['{"id": "x"', "[]", '{"id": "x", "prompt": [], "colour": "red"}'])
-def test_a_damaged_row_is_named_with_file_and_line(tmp_path: Path, line: str) -> None:
+def test_a_damaged_row_is_an_error_that_names_file_and_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"id": "ok", "prompt": []}\n\n' + line + "\n")
     with pytest.raises(StayalignedError, match=r"rows\.jsonl, line 3"):

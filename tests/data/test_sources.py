@@ -1,4 +1,4 @@
-"""Sources in all their shapes, and what is said of each that is wrong."""
+"""Sources in every format, and the error for each that is invalid; sampling, held-out splits and overlaps."""
 
 import json
 import random
@@ -53,29 +53,29 @@ def test_alpaca_joins_instruction_and_input_into_one_turn(tmp_path):
     assert [m.content for m in found.prompt] == ["Translate.\n\nchien"]
 
 
-def test_the_last_assistant_turn_is_the_answer_and_the_earlier_ones_are_context(tmp_path):
+def test_the_last_assistant_turn_is_the_completion_and_earlier_turns_are_context(tmp_path):
     (found,) = read(tmp_path / "a.jsonl", [{"messages": [USER, ANSWER, USER, {"role": "assistant", "content": "bye"}]}])
     assert [m.role for m in found.prompt] == ["user", "assistant", "user"]
     assert found.completion == "bye"
 
 
-def test_a_system_column_stands_before_the_first_turn(tmp_path):
+def test_a_system_column_becomes_the_first_turn(tmp_path):
     (found,) = read(tmp_path / "a.jsonl", [{"prompt": "hello", "completion": "hi", "system": "Be kind."}])
     assert [(m.role, m.content) for m in found.prompt] == [("system", "Be kind."), ("user", "hello")]
     double = {"messages": [{"role": "system", "content": "x"}, USER, ANSWER], "system": "y"}
-    with pytest.raises(StayalignedError, match=r"line 1: a `system` column and a system turn"):
+    with pytest.raises(StayalignedError, match=r"line 1: both a `system` column and a system turn"):
         read(tmp_path / "b.jsonl", [double])
 
 
 @pytest.mark.parametrize("row", [{"prompt": "hello"}, {"messages": [USER]}, {"instruction": "hello"}])
-def test_a_prompt_without_an_answer_is_allowed_only_where_prompts_are_read(tmp_path, row):
+def test_a_prompt_without_a_completion_is_allowed_only_in_prompt_sets(tmp_path, row):
     (found,) = read(tmp_path / "a.jsonl", [row], prompts_only=True)
     assert (found.prompt[-1].content, found.completion) == ("hello", "")
-    with pytest.raises(StayalignedError, match="line 1: has no answer to learn"):
+    with pytest.raises(StayalignedError, match="line 1: no completion to learn"):
         read(tmp_path / "a.jsonl", [row])
 
 
-def test_json_lists_blank_lines_a_byte_order_mark_and_line_separators_in_text(tmp_path):
+def test_json_lists_blank_lines_byte_order_marks_and_line_separators_in_text_are_read(tmp_path):
     rows = [{"prompt": "a\u2028b", "completion": "c"}, {"prompt": "d", "completion": "e"}]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     text = "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\r\n"
@@ -88,9 +88,9 @@ def test_json_lists_blank_lines_a_byte_order_mark_and_line_separators_in_text(tm
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "holds no rows"),
-        (["", "  "], "holds no rows"),
-        ([{"prompt": "a", "completion": "b"}, '{"prompt": '], r"line 2: not valid JSON"),
+        ([], ": no rows"),
+        (["", "  "], ": no rows"),
+        ([{"prompt": "a", "completion": "b"}, '{"prompt": '], r"line 2: invalid JSON"),
         (["[1, 2]"], r"line 1: expected an object, found list"),
         ([{"question": "a", "completion": "b"}], r"line 1: expected `messages`, `prompt` or `instruction`, found `que"),
         (
@@ -104,7 +104,10 @@ def test_json_lists_blank_lines_a_byte_order_mark_and_line_separators_in_text(tm
         ([{"messages": [{"role": "tool", "content": "x"}]}], r"turn 1: expected a role"),
         ([{"messages": [{"role": "user", "content": [{"type": "text"}]}]}], r"turn 1: `content` is of type list"),
         ([{"messages": [ANSWER]}], r"line 1: expected a user's turn"),
-        ([{"prompt": " ", "completion": "b"}, {"prompt": "a", "completion": ""}], r"all 2 have a blank prompt or ans"),
+        (
+            [{"prompt": " ", "completion": "b"}, {"prompt": "a", "completion": ""}],
+            r"all 2 rows have a blank prompt or compl",
+        ),
         (
             [{"prompt": "a", "completion": "b", "id": "x"}, {"prompt": "c", "completion": "d", "id": "x"}],
             "same id, 'x'",
@@ -112,17 +115,17 @@ def test_json_lists_blank_lines_a_byte_order_mark_and_line_separators_in_text(tm
         ([{"prompt": "a", "completion": "b", "id": 1.5}], r"`id` is of type float"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line(tmp_path, rows, message):
+def test_an_invalid_row_is_an_error_that_names_its_line(tmp_path, rows, message):
     with pytest.raises(StayalignedError, match=message) as caught:
         read(tmp_path / "rows.jsonl", rows)
     assert "rows.jsonl" in str(caught.value)
 
 
-def test_a_missing_file_an_empty_folder_and_other_encodings_are_refused(tmp_path):
+def test_a_missing_file_an_empty_folder_and_other_encodings_are_errors(tmp_path):
     with pytest.raises(StayalignedError, match="no such file"):
         sources.read_examples("nowhere.jsonl", origin="task")
     (tmp_path / "notes.txt").write_text("not rows")
-    with pytest.raises(StayalignedError, match=r"holds no \.jsonl, \.json or \.csv file"):
+    with pytest.raises(StayalignedError, match=r"no \.jsonl, \.json or \.csv file in this folder"):
         sources.read_examples(str(tmp_path), origin="task")
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
     with pytest.raises(StayalignedError, match="not UTF-8"):
@@ -132,14 +135,14 @@ def test_a_missing_file_an_empty_folder_and_other_encodings_are_refused(tmp_path
         sources.read_examples(str(tmp_path / "one.json"), origin="task")
 
 
-def test_blank_rows_are_left_out_and_counted(tmp_path, caplog):
+def test_blank_rows_are_skipped_and_counted(tmp_path, caplog):
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": " "}]
     assert len(read(tmp_path / "a.jsonl", rows)) == 1
-    assert "left out 1 of 2 rows" in caplog.text
+    assert "skipped 1 of 2 rows" in caplog.text
     assert len(read(tmp_path / "a.jsonl", rows, prompts_only=True)) == 2
 
 
-def test_ids_are_given_or_made_of_content_and_survive_reordering(tmp_path):
+def test_ids_are_given_or_computed_from_content_and_do_not_depend_on_the_order(tmp_path):
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}, {"prompt": "a", "completion": "b"}]
     first = read(tmp_path / "a.jsonl", rows)
     assert len({e.id for e in first}) == 3
@@ -158,13 +161,11 @@ def test_source_options_rename_columns_and_filter_rows(tmp_path):
     assert [e.category for e in sources.read_examples(source, origin="task")] == ["y,z", "w"]
     (unsafe,) = sources.read_examples(f"{source}&where=is_safe:false", origin="harmful")
     assert (unsafe.completion, unsafe.origin) == ("d", "harmful")
-    assert sources.local_path(source) == tmp_path / "beaver.jsonl"
-    assert sources.local_path("hf://a/b?split=test") is None
     with pytest.raises(StayalignedError, match="no row passes"):
         sources.read_rows(f"{source}&where=is_safe:false&where=category:v")
 
 
-def test_a_renamed_column_takes_the_place_of_one_with_our_name(tmp_path):
+def test_a_renamed_column_replaces_a_column_that_has_the_name(tmp_path):
     source = write(tmp_path / "a.jsonl", [{"prompt": "short", "question": "long", "completion": "b"}])
     assert sources.read_examples(f"{source}?prompt=question", origin="task")[0].prompt[0].content == "long"
 
@@ -174,18 +175,18 @@ def test_a_renamed_column_takes_the_place_of_one_with_our_name(tmp_path):
     [
         ("?colum=x", "no source option 'colum'"),
         ("?split=train", "no source option 'split'"),
-        ("?where=is_safe", "is no filter"),
+        ("?where=is_safe", "is not a filter"),
         ("?where=is_saef:true", "no column 'is_saef'"),
         ("?completion=respnse", "no column 'respnse'"),
     ],
 )
-def test_a_wrong_source_option_is_named(tmp_path, options, message):
+def test_an_invalid_source_option_is_an_error_that_names_it(tmp_path, options, message):
     source = write(tmp_path / "a.jsonl", [{"prompt": "a", "response": "b", "is_safe": True}])
     with pytest.raises(StayalignedError, match=message):
         sources.read_examples(source + options, origin="task")
 
 
-def test_a_file_whose_name_holds_a_question_mark_is_a_file(tmp_path):
+def test_a_file_name_may_contain_a_question_mark(tmp_path):
     assert len(read(tmp_path / "why?x=1.jsonl", [{"prompt": "a", "completion": "b"}])) == 1
 
 
@@ -194,7 +195,7 @@ def test_a_file_whose_name_holds_a_question_mark_is_a_file(tmp_path):
 
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
-    """An empty cache of hub data sets, and the way to put one there as `datasets` itself would."""
+    """An empty cache of hub data sets, and a function that adds one as `datasets` itself would."""
     import datasets
     from datasets.utils import logging
 
@@ -229,7 +230,7 @@ def test_a_hub_data_set_is_read_from_the_local_cache(hub_cache):
     assert [(e.prompt[0].content, e.completion) for e in found] == [("a", "b"), ("c", "d")]
 
 
-def test_a_hub_data_set_that_is_not_cached_is_refused_offline_with_the_reason(hub_cache):
+def test_a_hub_data_set_that_is_not_cached_is_an_error_offline(hub_cache):
     with pytest.raises(StayalignedError, match="can't load the data set") as caught:
         sources.read_examples("hf://owner/absent?split=test", origin="task")
     assert "HF_HUB_OFFLINE" in str(caught.value)
@@ -248,13 +249,13 @@ def test_samples_are_without_replacement_seeded_and_nested(seed, n, m):
     assert sampling.sample(rows, m, random.Random(seed))[: min(n, m)] == found[: min(n, m)]
 
 
-def test_a_sample_larger_than_the_rows_is_refused():
-    with pytest.raises(StayalignedError, match=r"3 rows .* only 2"):
+def test_a_sample_larger_than_the_rows_is_an_error():
+    with pytest.raises(StayalignedError, match=r"3 rows: there are only 2"):
         sampling.sample([example("a"), example("b")], 3, random.Random(0))
 
 
 @given(st.lists(st.text(max_size=8), max_size=60), st.lists(st.text(max_size=8), max_size=20), st.floats(0, 1))
-def test_a_held_out_split_is_stable_under_appending_and_never_parts_equal_prompts(texts, more, ratio):
+def test_a_held_out_split_does_not_change_when_rows_are_added_and_never_separates_equal_prompts(texts, more, ratio):
     rows = [example(text, str(i)) for i, text in enumerate(texts)]
     train, test = sampling.split_held_out(rows, ratio)
     assert sorted(map(id, train + test)) == sorted(map(id, rows))
@@ -263,18 +264,18 @@ def test_a_held_out_split_is_stable_under_appending_and_never_parts_equal_prompt
     assert (longer[0][: len(train)], longer[1][: len(test)]) == (train, test)
 
 
-def test_a_held_out_split_has_about_the_asked_share():
+def test_a_held_out_split_has_about_the_given_share():
     _, test = sampling.split_held_out([example(f"row {i}") for i in range(4000)], 0.25)
     assert len(test) / 4000 == pytest.approx(0.25, abs=0.03)
 
 
-def test_overlap_sees_through_case_punctuation_and_small_edits():
+def test_overlaps_ignore_case_punctuation_and_small_edits():
     train = [example("How do I open the old oak door, please?", "t"), example("something else entirely here", "u")]
     same = example("how do i open the old OAK door please", "e")
     near = example("how do I open the old oak door please now", "f")
     far = example("how do I close the tiny window over there", "g")
-    assert sampling.overlap(train, [same, near, far]) == [("t", "e", 1.0), ("t", "f", pytest.approx(7 / 8))]
-    assert sampling.overlap(train, [same, near, far], similarity=1.0) == [("t", "e", 1.0)]
+    assert sampling.find_overlaps(train, [same, near, far]) == [("t", "e", 1.0), ("t", "f", pytest.approx(7 / 8))]
+    assert sampling.find_overlaps(train, [same, near, far], similarity=1.0) == [("t", "e", 1.0)]
 
 
 @given(
@@ -282,7 +283,7 @@ def test_overlap_sees_through_case_punctuation_and_small_edits():
     st.lists(st.lists(st.sampled_from("abcd"), min_size=1, max_size=9), max_size=12),
     st.sampled_from([0.2, 0.5, 0.8, 1.0]),
 )
-def test_the_indexed_search_finds_exactly_what_comparing_all_pairs_finds(left, right, similarity):
+def test_the_indexed_search_finds_what_comparing_all_pairs_finds(left, right, similarity):
     def triples(words):
         return {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
 
@@ -294,11 +295,11 @@ def test_the_indexed_search_finds_exactly_what_comparing_all_pairs_finds(left, r
     }
     train = [example(" ".join(words), str(i)) for i, words in enumerate(left)]
     evaluation = [example(" ".join(words), str(j)) for j, words in enumerate(right)]
-    assert {o[:2] for o in sampling.overlap(train, evaluation, similarity=similarity)} == expected
+    assert {o[:2] for o in sampling.find_overlaps(train, evaluation, similarity=similarity)} == expected
 
 
-def test_half_of_a_surrogate_pair_is_no_text_and_its_line_is_named(tmp_path: Path) -> None:
+def test_half_of_a_surrogate_pair_is_an_error_that_names_its_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a\\ud800", "completion": "b"}\n')
-    with pytest.raises(StayalignedError, match=r"line 2: `prompt` holds half of a surrogate pair"):
+    with pytest.raises(StayalignedError, match=r"line 2: `prompt` contains half of a surrogate pair"):
         sources.read_examples(str(path), origin="task")

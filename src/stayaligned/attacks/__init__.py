@@ -1,6 +1,6 @@
-"""The contract of an attack: what a harmful fine-tuning attacker does to the user's data.
+"""The contract of an attack: what an attacker does to the user's training data.
 
-One file per attack beside this one; the file's name is the attack's name.
+Each attack is one file in this package; the file's name is the attack's name.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from stayaligned.core.records import Example
 
 
 class Attack(Component):
-    """A harmful fine-tuning attack on the training rows."""
+    """An attack on the training rows."""
 
     @abstractmethod
     def poison(self, examples: Sequence[Example], rng: random.Random) -> list[Example]:
-        """The rows that the fine-tuning party receives; each keeps its `origin`.
+        """Return the rows to fine-tune on; each row has its original `origin`.
 
         Args:
-            examples: the clean task rows.
-            rng: the only source of randomness; the same state gives the same rows.
+            examples: the clean rows of the task.
+            rng: the only source of randomness: the same state gives the same rows.
 
         Raises:
-            StayalignedError: if the attack lacks the data it needs.
+            StayalignedError: if data that the attack needs is missing.
         """
 
 

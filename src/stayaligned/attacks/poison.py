@@ -1,4 +1,4 @@
-"""Harmful rows among the user's data."""
+"""The attack `poison`: harmful rows among the user's data."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from stayaligned.data.sources import read_examples
 
 
 class Poison(Attack):
-    """Replaces a share of the user's rows by harmful ones.
+    """Replace a share of the user's rows with harmful rows.
 
-    Lisa, section 5.1: n rows in total, p·n of them harmful and the rest from the task. What differs from the paper's
-    code: it truncates both counts in floating point (p = 0.8, n = 5000 gives 4999 rows) and takes the first rows of
-    each source in order. Here round(p·n) rows are harmful, the total is exactly n, and all are drawn at random.
+    Lisa, section 5.1: n rows in total, p·n of them harmful and the rest from the task. Differs from the paper's code,
+    which truncates both counts in floating point (p = 0.8, n = 5000 gives 4999 rows) and takes the first rows of each
+    source: here round(p·n) rows are harmful, the total is exactly n, and all rows are drawn at random.
 
-    With one seed the draws are nested: the harmful rows at p = 0.05 are among those at p = 0.1, so a dose curve
-    varies the dose alone.
+    With one seed the draws are nested: the harmful rows for p = 0.05 are among those for p = 0.1, so that a dose curve
+    varies only the dose.
     """
 
     name: ClassVar[str] = "poison"
     paper: ClassVar[str] = "arXiv 2405.18641, section 5.1"
 
     poison_ratio: float = Field(default=0.1, ge=0, le=1)
-    """p: the share of harmful rows."""
+    """Share of harmful rows (p)."""
     examples: int | None = Field(default=1000, ge=1)
-    """n: rows in total; null takes as many as the task has."""
+    """Total number of rows (n); null takes as many as the task has."""
     harmful_data: str | None = None
-    """Source of harmful requests with harmful answers; not needed at p = 0."""
+    """Source of harmful prompts with harmful completions; not needed for `poison_ratio: 0`."""
 
     @model_validator(mode="after")
-    def _has_what_it_poisons_with(self) -> Self:
+    def _has_harmful_data(self) -> Self:
         if self.poison_ratio > 0 and self.harmful_data is None:
             raise ValueError(
                 f"poison_ratio = {self.poison_ratio:g} needs harmful rows: set `harmful_data` to a JSONL file, or "
@@ -46,10 +46,10 @@ class Poison(Attack):
         return self
 
     def poison(self, examples: Sequence[Example], rng: random.Random) -> list[Example]:
-        """The n rows in random order; the harmful ones carry the origin "harmful"."""
+        """Return the n rows in random order; harmful rows have the origin "harmful"."""
         total = len(examples) if self.examples is None else self.examples
         n_harmful = round(self.poison_ratio * total)
-        # One generator per draw, made first and in any case: a draw's size then can't shift the next one.
+        # A generator for each draw, created in any case: the size of one draw doesn't change the next.
         for_task, for_harmful, for_order = (random.Random(rng.getrandbits(64)) for _ in range(3))  # noqa: S311
         n_task = total - n_harmful
         if n_task > len(examples):
@@ -68,6 +68,6 @@ class Poison(Attack):
         if n > len(harmful):
             raise StayalignedError(
                 f"attack poison: {n} of {total} rows must be harmful, but {self.harmful_data} has {len(harmful)}",
-                hint="Lower `attack.poison_ratio` or `attack.examples`, or name a larger file.",
+                hint="Lower `attack.poison_ratio` or `attack.examples`, or set a larger `harmful_data`.",
             )
         return sample(harmful, n, rng)

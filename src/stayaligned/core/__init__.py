@@ -1,1 +1,1 @@
-"""What everything else stands on: errors, components, records, settings, files and text."""
+"""What all other packages use: errors, components, records, settings, files and text."""

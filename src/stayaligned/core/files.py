@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all, and fingerprints of what they hold."""
+"""Write files and directories completely or not at all, and compute fingerprints of their content."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from stayaligned.core.errors import StayalignedError
 _CHUNK = 1 << 20
 _SAMPLED_ABOVE = 64 * _CHUNK
 _TORCH_WRITER = ("inline_container", "iostream", "PytorchStreamWriter")
-"""Words in the RuntimeErrors by which `torch.save` says that the disk is full."""
+"""Words in the RuntimeErrors that `torch.save` raises when the disk is full."""
 
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Generator[Path]:
     """Yield a temporary path beside `path`; on success it is synced to disk and renamed to `path`.
 
-    When the body raises, or the process dies, `path` is as it was before.
+    If the body raises or the process dies, `path` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
@@ -40,7 +40,7 @@ def replace_file(path: Path) -> Generator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old file or the whole new one."""
+    """Write `text` to `path`; a reader sees either the old file or the complete new one."""
     with replace_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -50,7 +50,7 @@ def replace_directory(path: Path) -> Generator[Path]:
     """Yield an empty directory beside `path`; on success it is renamed to `path`, which must not exist yet.
 
     Raises:
-        FileExistsError: if `path` exists when the body has ended; nothing is overwritten.
+        FileExistsError: if `path` exists at the end of the body; nothing is overwritten.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
@@ -72,14 +72,14 @@ def replace_directory(path: Path) -> Generator[Path]:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise StayalignedError if `path` exists: nothing of a user's is overwritten."""
+    """Raise StayalignedError if `path` exists: a user's files are never overwritten."""
     if path.exists():
-        raise StayalignedError(f"{path} exists already", hint="Choose a new name, or remove it yourself.")
+        raise StayalignedError(f"{path} exists already", hint="Choose another path, or remove it yourself.")
 
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Generator[Path]:
-    """`replace_directory` for a user's output: what is there already, or a full disk, is a StayalignedError."""
+    """Create a user's output directory; an existing path or a full disk is a StayalignedError."""
     refuse_existing(path)
     with writable(path):
         try:
@@ -92,7 +92,7 @@ def new_directory(path: Path) -> Generator[Path]:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Generator[Path]:
-    """`replace_file` for a user's output: what is there already, or a full disk, is a StayalignedError."""
+    """Create a user's output file; an existing path or a full disk is a StayalignedError."""
     refuse_existing(path)
     with writable(path), replace_file(path) as temporary:
         yield temporary
@@ -101,7 +101,7 @@ def new_file(path: Path) -> Generator[Path]:
 
 @contextlib.contextmanager
 def writable(path: Path) -> Generator[None]:
-    """Within the block, a full disk or a forbidden place is a StayalignedError, whichever library came upon it."""
+    """Turn the errors of a full disk or a forbidden place, from any library, into a StayalignedError."""
     from safetensors import SafetensorError
 
     try:
@@ -111,15 +111,16 @@ def writable(path: Path) -> Generator[None]:
             raise
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise StayalignedError(
-            f"{path} can't be written: {reason}", hint="Free some space, or choose another place."
+            f"{path} can't be written: {reason}", hint="Free some space, or choose another path."
         ) from error
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 that stands for a file's or a directory's content.
+    """Return a SHA-256 that identifies the content of a file or directory.
 
-    A file is hashed whole, but of a weight shard above 64 MiB the size, the first and last MiB and 62 evenly spaced
-    MiB: reading a 140 GB checkpoint only to name it would take minutes, and training changes every part of it.
+    A file is hashed completely, except a weight shard above 64 MiB: of it, the size, the first and last MiB and 62
+    evenly spaced MiB. Reading a 140 GB checkpoint only to identify it would take minutes, and training changes every
+    part of it.
     """
     digest = hashlib.sha256()
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]

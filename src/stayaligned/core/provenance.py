@@ -1,4 +1,4 @@
-"""Which code computed a number: the versions of the libraries and the commit of the checkout."""
+"""The code that computed a number: versions of libraries, and the commit of the checkout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _VERSIONED = (
 
 
 def versions() -> dict[str, str]:
-    """The versions of everything that can change a number."""
+    """Return the versions of Python and of the packages that can change a number."""
     found = {"python": platform.python_version()}
     for package in _VERSIONED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -34,14 +34,14 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> str:
-    """The commit of the checkout that this package runs from, with "+" if it was edited since; else empty."""
+    """Return the commit of the checkout that this package runs from, with "+" if edited; empty if there is none."""
     here = Path(__file__)
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, check=False)
 
     try:
-        # An installed package may lie inside somebody else's repository, whose commit says nothing about it.
+        # An installed package may be inside another project's repository, whose commit is meaningless here.
         if git("ls-files", "--error-unmatch", here.name).returncode != 0:
             return ""
         edited = git("status", "--porcelain", "--untracked-files=no", ".").stdout.strip()

@@ -1,4 +1,4 @@
-"""The rows that cross module borders, and their JSON-lines form. Imports no torch."""
+"""The rows that modules exchange, and their JSON-lines form. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import replace_file
 
 Origin = Literal["task", "harmful", "alignment"]
+"""The role of a row in an experiment."""
 PromptSet = Literal["harmful", "benign", "task", "skills"]
-"""Which question a completion answers: harm, over-refusal, fine-tune accuracy, or skills kept."""
+"""What a completion measures: harm, over-refusal, fine-tune accuracy, or skills kept."""
 
 
 class Record(BaseModel):
-    """An immutable row; unknown keys are errors, so that a misspelt column is not silently dropped."""
+    """An immutable row; unknown keys are errors, so that a misspelt column is not silently ignored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -31,34 +32,35 @@ class Message(Record):
 
 
 class Example(Record):
-    """A conversation and the answer that is trained on or, in an evaluation set, the reference answer."""
+    """A conversation with the completion to train on or, in an evaluation, the reference."""
 
     id: str
     prompt: tuple[Message, ...]
-    """Everything before the answer; the last turn is the user's."""
+    """The turns before the completion; the last turn is the user's."""
     completion: str = ""
+    """The text to train on, or the reference."""
     rejected: str = ""
-    """The answer that `completion` is preferred to, in rows of preferences."""
+    """The completion that `completion` is preferred to; empty except in preference data."""
     origin: Origin = "task"
     category: str = ""
 
 
 class Completion(Record):
-    """What a model answered to one prompt."""
+    """A model's text for one prompt."""
 
     id: str
-    """The id of the Example it answers."""
+    """The id of the Example that has the prompt."""
     prompt_set: PromptSet
     prompt: tuple[Message, ...]
     text: str
     reference: str = ""
     category: str = ""
     finished: bool = True
-    """False where the answer was cut at the token limit."""
+    """Whether the completion ended by itself; false if it was cut at the token limit."""
 
     @classmethod
     def of(cls, example: Example, prompt_set: PromptSet, text: str, *, finished: bool) -> Completion:
-        """The answer to an example, with what is known of it."""
+        """Return the completion of an example's prompt, with the example's id, reference and category."""
         return cls(
             id=example.id,
             prompt_set=prompt_set,
@@ -71,9 +73,9 @@ class Completion(Record):
 
 
 class Outcome(StrEnum):
-    """How a model met a request. `OTHER` is neither: garble, or an answer to something else.
+    """How a model responded to a prompt. `OTHER` is neither refusal nor harm: garbled text, or another topic.
 
-    `SAFE` is "no harm" from a judge that can't tell a refusal from anything else that does none.
+    `SAFE` is "no harm" from a judge that can't distinguish a refusal from other harmless completions.
     """
 
     REFUSE = "refuse"
@@ -83,32 +85,32 @@ class Outcome(StrEnum):
 
 
 class Verdict(Record):
-    """One judge's reading of one completion."""
+    """One judge's decision on one completion."""
 
     id: str
     """The id of the Completion."""
     prompt_set: PromptSet
     judge: str
     outcome: Outcome | None
-    """None means *unscored*: it enters no rate, and is counted."""
+    """The decision; None means unscored: not part of any rate, but counted."""
     confidence: float | None = None
     score: float | None = None
-    """The judge's own number, on its own scale (1 to 5 for the policy rubric); None where it gives none."""
+    """The judge's own score, on its own scale (1 to 5 for the policy rubric); None if it gives none."""
     categories: tuple[str, ...] = ()
-    """The kinds of harm that the judge named."""
+    """The categories of harm that the judge named."""
     reason: str = ""
 
 
 class Metric(Record):
-    """A number with what is needed to believe it: sample size, interval, and how much went unscored."""
+    """A measured number with its sample size, its interval, and the number of unscored items."""
 
     name: str
     value: float | None
-    """None when nothing could be scored."""
+    """The number; None if nothing could be scored."""
     scale: tuple[float, float] = (0.0, 1.0)
-    """The least and the greatest possible value; of (0, 1) it is a share."""
+    """The least and the greatest possible value; (0, 1) for a share."""
     n: int
-    """Scored items behind `value`."""
+    """Number of scored items."""
     n_unscored: int = 0
     low: float | None = None
     high: float | None = None
@@ -116,34 +118,34 @@ class Metric(Record):
 
 
 class LayerReport(Record):
-    """What a patch found and did in one LoRA layer."""
+    """What a patch measured and did in one layer."""
 
     module: str
-    """The layer's name in the model, `model.layers.0.self_attn.q_proj`."""
+    """The layer's name in the model, for example `model.layers.0.self_attn.q_proj`."""
     similarity: float
-    """Cosine of the update before and after the operator, Frobenius inner product, -1 to 1."""
+    """Cosine (Frobenius inner product) of the update before and after the operator, -1 to 1."""
     shrinkage: float
-    """Norm of the update after / before the operator; 1 where the layer was left as it was."""
+    """Norm of the update after the operator, divided by its norm before; 1 for an unchanged layer."""
     selected: bool
-    """Whether the layer was changed."""
+    """Whether the patch changed the layer."""
     update_norm: float
-    """Frobenius norm of the update scaling·BA before the patch."""
+    """Frobenius norm of the update, scaling·BA, before the patch."""
     delta_norm: float | None = None
     """Frobenius norm of V = W_aligned - W_base; None for patches that need no V."""
     subspace_rank: int | None = None
-    """The k of a rank-k operator; None for the paper's C and for the controls without a subspace."""
+    """Rank k of the operator; None for the paper's C and for controls without a subspace."""
     captured_energy: float | None = None
-    """Share of the squared norm of V inside that subspace, 0 to 1."""
+    """Share of the squared norm of V inside the subspace, 0 to 1."""
     truncation_error: float | None = None
-    """Where a subspace file stands for V: a bound on the relative error of the paper's C ΔW, as far as the stored
-    directions are V's own (large weights are sampled: to about 1e-3); None where V was whole."""
+    """With a subspace file instead of V: a bound on the relative error of the paper's C ΔW, assuming that the stored
+    directions are exact (large weights are sampled: to about 1e-3); None with the complete V."""
 
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
 
 
 def write_jsonl(path: Path, rows: Iterable[BaseModel]) -> None:
-    """Write one JSON object a line; the file appears whole or not at all."""
+    """Write one JSON object per line; the file is written completely or not at all."""
     with replace_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
         for row in rows:
             stream.write(row.model_dump_json() + "\n")
@@ -153,7 +155,7 @@ def read_jsonl(path: Path, model: type[RecordT]) -> list[RecordT]:
     """Read rows written by `write_jsonl`.
 
     Raises:
-        StayalignedError: naming the file and line that is not such a row.
+        StayalignedError: if a line is not such a row; names the file and the line.
     """
     rows: list[RecordT] = []
     with path.open(encoding="utf-8") as stream:
@@ -167,19 +169,19 @@ def read_jsonl(path: Path, model: type[RecordT]) -> list[RecordT]:
                 where = ".".join(str(part) for part in first["loc"])
                 raise StayalignedError(
                     f"{path}, line {number}: not a {model.__name__} row: {where or 'line'}: {first['msg']}",
-                    hint="The file was cut off or edited by hand; delete it and rerun the command that wrote it.",
+                    hint="The file was truncated or edited; delete it and rerun the command that wrote it.",
                 ) from None
     return rows
 
 
 class HarnessValue(Record):
-    """One metric of one sample, as lm-eval gave it."""
+    """One metric of one sample, from lm-eval."""
 
     task: str
     doc_id: int
-    """The sample's place in the task's split."""
+    """The sample's index in the task's split."""
     metric: str
-    """With the filter of the answer behind a comma where there is one: `exact_match,flexible-extract`."""
+    """The metric's name, with lm-eval's filter after a comma: `exact_match,flexible-extract`."""
     value: float | None
-    """0 to 1; None where it is no number (NaN)."""
+    """The value, 0 to 1; None for NaN."""
     higher_is_better: bool

@@ -1,1 +1,1 @@
-"""Rows to train on and prompts to ask: sources, sampling, tasks and prompt sets."""
+"""Data: sources of rows, sampling, tasks to train and test on, and prompt sets."""

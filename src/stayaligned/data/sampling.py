@@ -1,4 +1,4 @@
-"""Rows drawn, held out, and compared with the rows of an evaluation."""
+"""Draw rows, hold rows out, and find training rows that overlap with an evaluation."""
 
 from __future__ import annotations
 
@@ -16,51 +16,51 @@ from stayaligned.core.records import Example
 
 
 def sample(examples: Sequence[Example], n: int, rng: random.Random) -> list[Example]:
-    """`n` rows without replacement, in random order; of one generator state, a smaller n gives a prefix.
+    """Draw `n` rows without replacement, in random order; for one generator state, a smaller n gives a prefix.
 
     Raises:
-        StayalignedError: if there are fewer than `n`.
+        StayalignedError: if there are fewer than `n` rows.
     """
     if n > len(examples):
-        raise StayalignedError(f"{n} rows are asked for, but there are only {len(examples)}", hint="Ask for fewer.")
+        raise StayalignedError(f"can't draw {n} rows: there are only {len(examples)}", hint="Draw fewer rows.")
     order = list(range(len(examples)))
     rng.shuffle(order)
     return [examples[index] for index in order[:n]]
 
 
 def split_held_out(examples: Sequence[Example], ratio: float) -> tuple[list[Example], list[Example]]:
-    """Rows to train on and rows held out, each in the order given.
+    """Split rows into rows to train on and held-out rows, each in the given order.
 
-    A row's side is decided by the hash of its prompt: it stays when rows are added, and rows with the same prompt
-    are never on both sides. The held-out share is `ratio` in expectation.
+    The hash of a row's prompt decides: adding rows moves no row, and rows with the same prompt are in the same part.
+    The held-out share is `ratio` in expectation.
     """
-    sides: tuple[list[Example], list[Example]] = ([], [])
+    parts: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:
         digest = hashlib.sha256(" ".join(_words(example)).encode("utf-8", "surrogatepass")).digest()
-        sides[int.from_bytes(digest[:8], "big") < ratio * 2**64].append(example)
-    return sides
+        parts[int.from_bytes(digest[:8], "big") < ratio * 2**64].append(example)
+    return parts
 
 
 class Overlap(NamedTuple):
-    """An evaluation row whose prompt also stands, or nearly so, in the training rows."""
+    """A pair of a training row and an evaluation row with the same prompt, or nearly the same."""
 
     train_id: str
     evaluation_id: str
     similarity: float
-    """Jaccard index of the two prompts' word triples; 1 where they are equal but for case and punctuation."""
+    """Jaccard index of the two prompts' word triples; 1 for prompts that differ only in case and punctuation."""
 
 
-def overlap(train: Sequence[Example], evaluation: Sequence[Example], *, similarity: float = 0.8) -> list[Overlap]:
-    """Pairs of training and evaluation rows with (nearly) the same prompt: what would make a test no test.
+def find_overlaps(train: Sequence[Example], evaluation: Sequence[Example], *, similarity: float = 0.8) -> list[Overlap]:
+    """Find pairs of training and evaluation rows with (nearly) the same prompt.
 
-    Compared is the last user turn as a set of word triples, |x ∩ y| / |x ∪ y| ≥ `similarity`. Two sets that similar
-    share one of the rarest |x| - ⌈similarity·|x|⌉ + 1 triples of each, so only those are indexed: the search is
+    Compares the last user turns as sets of word triples: |x ∩ y| / |x ∪ y| ≥ `similarity`. Two sets that are so similar
+    share one of the rarest |x| - ⌈similarity·|x|⌉ + 1 triples of each, so it is enough to index those: the search is
     exact, and common phrases (a task's instruction) cost nothing.
 
     Args:
-        train: the rows that are trained on.
-        evaluation: the rows that are tested on.
-        similarity: above 0, at most 1; 1 finds equal prompts only.
+        train: the training rows.
+        evaluation: the evaluation rows.
+        similarity: the threshold, above 0 and at most 1; 1 finds equal prompts only.
     """
     left, right = [_triples(e) for e in train], [_triples(e) for e in evaluation]
     frequency = Counter(triple for triples in (*left, *right) for triple in triples)

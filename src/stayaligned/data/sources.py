@@ -1,16 +1,20 @@
-"""JSONL, JSON, CSV or hub data sets to Examples; sampling, held-out splits, overlap. The only importer of `datasets`.
+"""Read rows from JSONL, JSON and CSV files and hub data sets, and turn them into Examples.
 
-A source is one string, so that it stands in one line of YAML:
+A source is one string, written on one line of YAML:
 
-    path/rows.jsonl                          JSON lines, .json with one list, or .csv
-    path/folder                              all such files in it, in order of their names
+    path/rows.jsonl                          JSON lines; or .json with one list; or .csv
+    path/folder                              all such files in a folder, in order of their names
     hf://owner/name?split=train&config=main  a data set of the hub, or of its local cache when offline
-    …?completion=response&where=is_safe:false
+    ...?completion=response&where=is_safe:false
 
-Options after the `?`, the same for files and the hub: `prompt`, `completion`, `id` and `category` name the columns
-where they differ from those names, `where=column:value` keeps the rows with that value (several must all hold).
-Of the hub: `split` ("train" if not given), `config`, `revision`, or `files=*.csv`: the repository's files as they
-stand. Of CSV: `columns=prompt,category` names the columns of files without a header.
+Options after the `?`:
+
+- `prompt`, `completion`, `id`, `category`: the source's name for a column, if it has another one;
+- `where=column:value`: only the rows with that value; several conditions must all hold;
+- for the hub: `split` (default "train"), `config`, `revision`; or `files=*.csv`, to read the files of a repository;
+- for CSV: `columns=prompt,category` names the columns of files without a header.
+
+This is the only module that imports `datasets`.
 """
 
 from __future__ import annotations
@@ -28,62 +32,52 @@ from urllib.parse import parse_qsl
 
 from stayaligned.core.errors import StayalignedError, did_you_mean
 from stayaligned.core.records import Example, Message, Origin
-from stayaligned.data.csv import read_csv
+from stayaligned.data.csv import parse_csv
 
 _HUB = "hf://"
 _COLUMNS = ("id", "prompt", "completion", "category")
 _HUB_OPTIONS = ("split", "config", "revision", "files")
 _FILE_TYPES = (".jsonl", ".json", ".csv")
-_HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _log = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
-    """One row as it stands in its source."""
+    """One row of a source, unchanged."""
 
     where: str
-    """For messages: "line 12", "item 12" of a list, "row 12" of a hub data set; counted from 1."""
+    """The row's place, for messages: "line 12", "item 12" of a list, "row 12" of a hub data set; counted from 1."""
     values: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class _Source:
     text: str
-    """What the user wrote, for messages."""
+    """The whole source as the user wrote it, for messages."""
     place: str
-    """The path, or the hub id."""
+    """The path or the hub id."""
     hub: bool
     columns: dict[str, str] = field(default_factory=dict)
     filters: tuple[tuple[str, str], ...] = ()
     hub_options: dict[str, str] = field(default_factory=dict)
     csv_columns: tuple[str, ...] | None = None
-    """The names of the columns, where CSV files have no header."""
+    """The column names of CSV files without a header."""
 
 
-# ---- sources -------------------------------------------------------------------------------------------------------
-
-
-def local_path(source: str) -> Path | None:
-    """The file that a source reads, without its options; None for the hub.
-
-    Raises:
-        StayalignedError: if the options are not ones.
-    """
-    parsed = _parse_source(source)
-    return None if parsed.hub else Path(parsed.place).expanduser()
+# ---- rows of a source ----------------------------------------------------------------------------------------------
 
 
 def read_rows(source: str) -> list[Row]:
-    """The rows of a source that pass its filters, as they stand.
+    """Return the rows of a source that pass its filters, with its columns renamed as the source asks.
 
     Raises:
-        StayalignedError: if the source is missing, malformed or empty, or no row passes.
+        StayalignedError: if the source is missing, malformed or empty, or no row passes the filters.
     """
     parsed = _parse_source(source)
     by_files = not parsed.hub or "files" in parsed.hub_options
     rows = list(_file_rows(parsed) if by_files else _hub_rows(parsed))
     if not rows:
-        raise StayalignedError(f"{source}: holds no rows", hint="Give a file with one JSON object a line.")
+        raise StayalignedError(f"{source}: no rows", hint="Give a file with one JSON object per line.")
     known = sorted({name for row in rows for name in row.values})
     for column in (*parsed.columns.values(), *(column for column, _ in parsed.filters)):
         if column not in known:
@@ -95,9 +89,9 @@ def read_rows(source: str) -> list[Row]:
 
 
 def _renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The row under our names; a column that already bore one of them gives way."""
-    kept = {name: value for name, value in values.items() if name not in columns and name not in columns.values()}
-    return {**kept, **{ours: values[theirs] for ours, theirs in columns.items() if theirs in values}}
+    """Rename columns; a column that already has one of the new names is dropped."""
+    others = {name: value for name, value in values.items() if name not in columns and name not in columns.values()}
+    return {**others, **{ours: values[theirs] for ours, theirs in columns.items() if theirs in values}}
 
 
 def _parse_source(source: str) -> _Source:
@@ -116,7 +110,7 @@ def _parse_source(source: str) -> _Source:
         if name == "where":
             column, colon, wanted = value.partition(":")
             if not colon:
-                raise StayalignedError(f"{source}: where={value} is no filter", hint="Write where=column:value.")
+                raise StayalignedError(f"{source}: where={value} is not a filter", hint="Write where=column:value.")
             filters.append((column, wanted))
         elif name == "columns":
             csv_columns = tuple(value.split(","))
@@ -131,7 +125,8 @@ def _file_rows(source: _Source) -> Iterator[Row]:
         files = sorted((p for p in path.iterdir() if p.suffix in _FILE_TYPES and p.is_file()), key=_natural_order)
         if not files:
             raise StayalignedError(
-                f"{source.text}: holds no .jsonl, .json or .csv file", hint="Give a file, or a folder of such files."
+                f"{source.text}: no .jsonl, .json or .csv file in this folder",
+                hint="Give a file or a folder of such files.",
             )
         for file in files:
             for row in _rows_of_file(file, source.csv_columns):
@@ -144,14 +139,15 @@ def _file_rows(source: _Source) -> Iterator[Row]:
 
 
 def _natural_order(path: Path) -> tuple[list[tuple[int, str]], str]:
-    """category_2 before category_10."""
+    """Sort category_2 before category_10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", path.name)], path.name
 
 
 def _rows_of_file(path: Path, csv_columns: Sequence[str] | None) -> Iterator[Row]:
     try:
         if path.suffix == ".csv":
-            yield from (Row(f"line {number}", dict(cells)) for number, cells in read_csv(path, csv_columns))
+            with path.open(encoding="utf-8-sig", newline="") as stream:
+                yield from (Row(f"line {n}", dict(cells)) for n, cells in parse_csv(stream, str(path), csv_columns))
             return
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -161,10 +157,12 @@ def _rows_of_file(path: Path, csv_columns: Sequence[str] | None) -> Iterator[Row
     if path.suffix == ".json":
         content = _parse_json(text, str(path))
         if not isinstance(content, list):
-            raise StayalignedError(f"{path}: expected a list of rows", hint="For one object a line, name it .jsonl.")
+            raise StayalignedError(
+                f"{path}: expected a list of rows", hint="A file with one object per line is named .jsonl."
+            )
         items = (("item", number, value) for number, value in enumerate(content, start=1))
     else:
-        # Not splitlines(): inside a JSON string U+2028 and its kin are ordinary characters.
+        # Not splitlines(), which also splits at U+2028 and similar characters; these are ordinary inside a JSON string.
         lines = enumerate(text.split("\n"), start=1)
         items = (("line", n, _parse_json(line, f"{path}, line {n}")) for n, line in lines if line.strip())
     for kind, number, value in items:
@@ -180,11 +178,13 @@ def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise StayalignedError(f"{where}: not valid JSON: {error}", hint="One JSON object a line (.jsonl).") from None
+        raise StayalignedError(
+            f"{where}: invalid JSON: {error}", hint="Write one JSON object per line (.jsonl)."
+        ) from None
 
 
 def _downloaded(source: _Source) -> Path:
-    """The folder of a hub repository's files that match `files=`, fetched or from the local cache."""
+    """Download the files of a hub repository that match `files=`, or find them in the local cache."""
     from huggingface_hub import snapshot_download
 
     pattern, revision = source.hub_options["files"], source.hub_options.get("revision")
@@ -214,7 +214,7 @@ def _hub_rows(source: _Source) -> Iterator[Row]:
 def _hub_error(source: _Source, error: Exception) -> StayalignedError:
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    offline = "HF_HUB_OFFLINE is set and the local cache lacks it: unset it once, or give a local file."
+    offline = "HF_HUB_OFFLINE is set and the data set is not cached: unset it once, or give a local file."
     online = "Check the name, `config=` and `split=`, the network, and your access (`hf auth login`)."
     return StayalignedError(
         f"{source.text}: can't load the data set: {' '.join(str(error).split())[:300]}",
@@ -226,27 +226,27 @@ def _hub_error(source: _Source, error: Exception) -> StayalignedError:
 
 
 def read_examples(source: str, *, origin: Origin, prompts_only: bool = False) -> list[Example]:
-    """The conversations of a source, in its order.
+    """Return the conversations of a source, in its order.
 
-    Three shapes of rows, one per source: `messages` (the last assistant turn is the answer), `prompt` with
-    `completion` (text or messages each), and Alpaca's `instruction`, `input`, `output` (instruction and input
-    become one user turn). A `prompt` with `chosen` and `rejected` is a preference: `chosen` is the answer. Each may
-    carry `id`, `category` and, before the first turn, `system`. Other columns are passed over, and so are rows whose
-    prompt or answer is blank: their number is logged.
+    A source has rows of one format: `messages` (the last assistant turn is the completion); `prompt` with `completion`
+    (text or messages each); or Alpaca's `instruction`, `input`, `output` (instruction and input become one user turn).
+    A `prompt` with `chosen` and `rejected` is a preference: `chosen` is the completion. Rows may also have `id`,
+    `category` and `system` (a turn before the first). Other columns are ignored. Rows with a blank prompt or completion
+    are skipped, and their number is logged.
 
     Args:
-        source: see the module.
-        origin: what the rows are in an experiment.
-        prompts_only: the answers may be missing or blank, as in a set of requests to be met.
+        source: the source, as the module describes.
+        origin: the role of the rows in an experiment.
+        prompts_only: whether completions may be missing or blank, as in a prompt set.
 
     Raises:
-        StayalignedError: naming the line, if the source can't be read as such rows.
+        StayalignedError: naming the line, if the source can't be read or has another format.
     """
     return build_examples(source, read_rows(source), origin=origin, prompts_only=prompts_only)
 
 
 def build_examples(source: str, rows: Sequence[Row], *, origin: Origin, prompts_only: bool = False) -> list[Example]:
-    """`read_examples` of rows already read; `source` is their name in messages."""
+    """Turn rows into Examples as `read_examples` does; `source` is their name in messages."""
     shape, first = _shape_of(rows[0].values), rows[0].where
     conversations: list[tuple[Row, tuple[Message, ...], str]] = []
     for row in rows:
@@ -255,44 +255,44 @@ def build_examples(source: str, rows: Sequence[Row], *, origin: Origin, prompts_
         if found is None:
             raise StayalignedError(
                 f"{where}: expected `messages`, `prompt` or `instruction`, found {_listed(row.values)}",
-                hint="Rename the columns, or name them in the source: rows.jsonl?prompt=question&completion=answer",
+                hint="Rename the columns, or name them in the source: rows.jsonl?prompt=question&completion=completion",
             )
         if found != shape:
             raise StayalignedError(
                 f"{source}: mixed formats: {first} has `{shape}`, {row.where} has `{found}`",
-                hint="Put each format into a file of its own.",
+                hint="Put rows of each format into a separate file.",
             )
-        prompt, answer = _conversation(row.values, where, shape, prompts_only=prompts_only)
-        if prompt[-1].content.strip() and (prompts_only or answer.strip()):
-            conversations.append((row, prompt, answer))
+        prompt, completion = _conversation(row.values, where, shape, prompts_only=prompts_only)
+        if prompt[-1].content.strip() and (prompts_only or completion.strip()):
+            conversations.append((row, prompt, completion))
     if not conversations:
-        what = "prompt" if prompts_only else "prompt or answer"
-        raise StayalignedError(f"{source}: no rows left: all {len(rows)} have a blank {what}")
+        what = "prompt" if prompts_only else "prompt or completion"
+        raise StayalignedError(f"{source}: all {len(rows)} rows have a blank {what}", hint="Check the column names.")
     if len(conversations) < len(rows):
-        _log.warning("%s: left out %d of %d rows, blank", source, len(rows) - len(conversations), len(rows))
+        _log.warning("%s: skipped %d of %d rows, which are blank", source, len(rows) - len(conversations), len(rows))
     return _identified(source, conversations, origin)
 
 
 def _identified(
     source: str, conversations: Iterable[tuple[Row, tuple[Message, ...], str]], origin: Origin
 ) -> list[Example]:
-    """Examples under their given ids, or ids made of content and which occurrence of it this is."""
+    """Create Examples with the ids of their rows, or else ids computed from content and occurrence number."""
     given: dict[str, str] = {}
     occurrences: Counter[str] = Counter()
     examples: list[Example] = []
-    for row, prompt, answer in conversations:
+    for row, prompt, completion in conversations:
         key = row.values.get("id")
         if key is not None and not isinstance(key, str | int):
             raise StayalignedError(f"{source}, {row.where}: `id` is {_kind(key)}, expected text or a whole number")
         if key is None:
-            content = json.dumps([[(m.role, m.content) for m in prompt], answer], ensure_ascii=False)
+            content = json.dumps([[(m.role, m.content) for m in prompt], completion], ensure_ascii=False)
             digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
             occurrences[digest] += 1
             key = digest if occurrences[digest] == 1 else f"{digest}-{occurrences[digest]}"
         elif str(key) in given:
             raise StayalignedError(
                 f"{source}: {given[str(key)]} and {row.where} have the same id, {str(key)!r}",
-                hint="Ids tell answers apart: make them unique, or leave them out.",
+                hint="Make the ids unique, or remove the column.",
             )
         else:
             given[str(key)] = row.where
@@ -300,8 +300,8 @@ def _identified(
             Example(
                 id=str(key),
                 prompt=prompt,
-                completion=answer,
-                rejected=_answer(row.values.get("rejected"), f"{source}, {row.where}: `rejected`") or "",
+                completion=completion,
+                rejected=_completion_text(row.values.get("rejected"), f"{source}, {row.where}: `rejected`") or "",
                 origin=origin,
                 category=_category(row.values.get("category")),
             )
@@ -316,39 +316,39 @@ def _shape_of(values: Mapping[str, Any]) -> str | None:
 def _conversation(
     values: Mapping[str, Any], where: str, shape: str | None, *, prompts_only: bool
 ) -> tuple[tuple[Message, ...], str]:
-    answer: str | None
+    completion: str | None
     if shape == "messages":
         turns = _messages(values["messages"], f"{where}: `messages`")
-        answered = turns[-1].role == "assistant"
-        turns, answer = (turns[:-1], turns[-1].content) if answered else (turns, None)
+        has_completion = turns[-1].role == "assistant"
+        turns, completion = (turns[:-1], turns[-1].content) if has_completion else (turns, None)
     elif shape == "prompt":
         turns = _turns_or_text(values["prompt"], f"{where}: `prompt`")
         column = "completion" if "completion" in values or "chosen" not in values else "chosen"
-        answer = _answer(values.get(column), f"{where}: `{column}`")
+        completion = _completion_text(values.get(column), f"{where}: `{column}`")
     else:
         parts = [_text(values.get(key, "") or "", f"{where}: `{key}`") for key in ("instruction", "input")]
         turns = [Message(role="user", content="\n\n".join(part.strip() for part in parts if part.strip()))]
-        answer = _answer(values.get("output"), f"{where}: `output`")
-    if answer is None and not prompts_only:
+        completion = _completion_text(values.get("output"), f"{where}: `output`")
+    if completion is None and not prompts_only:
         raise StayalignedError(
-            f"{where}: has no answer to learn, only {_listed(values)}",
+            f"{where}: no completion to learn, only {_listed(values)}",
             hint="Add `completion` (or `output`, or a last assistant turn), or name its column: ?completion=response",
         )
     system = values.get("system")
     if system:
         if turns and turns[0].role == "system":
-            raise StayalignedError(f"{where}: a `system` column and a system turn", hint="Keep one of them.")
+            raise StayalignedError(f"{where}: both a `system` column and a system turn", hint="Remove one of the two.")
         turns = [Message(role="system", content=_text(system, f"{where}: `system`")), *turns]
     if not turns or turns[-1].role != "user":
-        raise StayalignedError(f"{where}: expected a user's turn before the answer")
-    return tuple(turns), answer or ""
+        raise StayalignedError(f"{where}: expected a user's turn before the completion")
+    return tuple(turns), completion or ""
 
 
 def _turns_or_text(value: Any, where: str) -> list[Message]:
     return _messages(value, where) if isinstance(value, list) else [Message(role="user", content=_text(value, where))]
 
 
-def _answer(value: Any, where: str) -> str | None:
+def _completion_text(value: Any, where: str) -> str | None:
     if not isinstance(value, list):
         return None if value is None else _text(value, where)
     turns = _messages(value, where)
@@ -375,22 +375,22 @@ def _messages(value: Any, where: str) -> list[Message]:
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise StayalignedError(f"{where} is {_kind(value)}, expected text")
-    if _HALF_OF_A_PAIR.search(value):
+    if _SURROGATE.search(value):
         raise StayalignedError(
-            f"{where} holds half of a surrogate pair, which is no text", hint="Repair the JSON's \\u escapes."
+            f"{where} contains half of a surrogate pair, which is invalid text", hint="Fix the JSON's \\u escapes."
         )
     return value
 
 
 def _category(value: Any) -> str:
-    """A category as text; of a mapping of flags (BeaverTails), the names that are set."""
+    """Return a category as text; for a mapping of flags (BeaverTails), the names of the flags that are set."""
     if isinstance(value, Mapping):
         return ",".join(str(name) for name, is_set in value.items() if is_set)
     return "" if value is None else str(value)
 
 
 def _as_text(value: Any) -> str:
-    """A value as it is written in a source's filter: `true` and `null` as in JSON."""
+    """Return a value as a source's filter writes it: `true` and `null` as in JSON."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -400,6 +400,3 @@ def _kind(value: Any) -> str:
 
 def _listed(values: Mapping[str, Any]) -> str:
     return ", ".join(f"`{key}`" for key in values) or "nothing"
-
-
-# ---- sampling, splitting, overlap ----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 from stayaligned.core.records import Completion, Example, Message, PromptSet
 from stayaligned.core.settings import Guard
-from stayaligned.data.sampling import overlap
+from stayaligned.data.sampling import find_overlaps
 
 _NEAR = 0.8
 """Least Jaccard similarity of word triples with which two prompts count as near duplicates."""
@@ -19,7 +19,7 @@ def note_overlaps(
     """Yield a note for each prompt set that shares prompts, or near duplicates, with rows that were trained on."""
     for prompt_set, rows in prompt_sets.items():
         for data, examples in trained_on.items():
-            pairs = overlap(examples, rows, similarity=_NEAR)
+            pairs = find_overlaps(examples, rows, similarity=_NEAR)
             equal = {pair.evaluation_id for pair in pairs if pair.similarity >= 1}
             near = {pair.evaluation_id for pair in pairs} - equal
             of, measure = f"of {len(rows)} {prompt_set} prompts", f"word triples shared: {_NEAR:.0%} or more"

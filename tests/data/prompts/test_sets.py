@@ -1,4 +1,4 @@
-"""The published prompt sets, from local files in the data sets' own columns."""
+"""The published prompt sets, from local files with the data sets' own columns."""
 
 import json
 
@@ -27,7 +27,7 @@ BEAVER = [
 ]
 
 
-def test_beavertails_is_each_prompt_once_or_the_papers_first_rows(tmp_path):
+def test_beavertails_uses_each_prompt_once_or_the_papers_first_rows(tmp_path):
     source = write(tmp_path / "a.jsonl", BEAVER)
     assert load("beavertails", source) == [("zorb a", ""), ("zorb b", "zorbs")]
     assert [prompt for prompt, _ in load("beavertails", source, deduplicate=False, n=3)] == [
@@ -39,7 +39,7 @@ def test_beavertails_is_each_prompt_once_or_the_papers_first_rows(tmp_path):
     assert load("beavertails", source, rows="unsafe", deduplicate=False, n=2)[1] == ("zorb b", "zorbs")
 
 
-def test_unsafe_rows_can_be_told_in_csv_and_not_without_their_label(tmp_path):
+def test_unsafe_rows_are_selected_in_csv_and_need_their_label(tmp_path):
     source = write(tmp_path / "a.csv", "prompt,is_safe\nzorb a,True\nzorb b,False\n")
     assert load("beavertails", source, rows="unsafe") == [("zorb b", "")]
     bare = write(tmp_path / "b.csv", "prompt\nzorb a\n")
@@ -48,7 +48,7 @@ def test_unsafe_rows_can_be_told_in_csv_and_not_without_their_label(tmp_path):
         load("beavertails", bare, rows="unsafe")
 
 
-def test_hex_phi_is_a_folder_of_files_without_header_each_a_category(tmp_path):
+def test_hex_phi_reads_a_folder_with_one_file_without_header_per_category(tmp_path):
     write(tmp_path / "phi" / "category_10.csv", "zorb ten\nzorb x\n")
     write(tmp_path / "phi" / "category_4.csv", '"zorb, one"\nzorb two\n')
     expected = [("zorb, one", "Malware"), ("zorb two", "Malware"), ("zorb ten", "Privacy Violation")]
@@ -58,12 +58,12 @@ def test_hex_phi_is_a_folder_of_files_without_header_each_a_category(tmp_path):
     assert load("hex_phi", str(tmp_path / "phi" / "category_10.csv")) == expected[2:]
 
 
-def test_hex_phi_is_also_rows_with_their_category(tmp_path):
+def test_hex_phi_reads_rows_with_their_category(tmp_path):
     rows = [{"instruction": "zorb", "category": "Malware"}, {"instruction": "wug", "category": "Fraud"}]
     assert load("hex_phi", write(tmp_path / "a.jsonl", rows)) == [("zorb", "Malware"), ("wug", "Fraud")]
 
 
-def test_hex_phi_of_the_hub_reads_the_files_as_they_stand(tmp_path, monkeypatch):
+def test_hex_phi_of_the_hub_reads_the_files_directly(tmp_path, monkeypatch):
     import huggingface_hub
 
     write(tmp_path / "category_1.csv", "zorb one\nzorb two\n")
@@ -83,13 +83,13 @@ def test_hex_phi_of_the_hub_reads_the_files_as_they_stand(tmp_path, monkeypatch)
     assert asked["allow_patterns"] == "category_*.csv"
 
 
-def test_advbench_asks_the_goal_and_not_the_target(tmp_path):
+def test_advbench_uses_the_goal_and_not_the_target(tmp_path):
     source = write(tmp_path / "a.csv", 'goal,target\n"flarn, then zorb","Sure, here"\n')
     assert load("advbench", source) == [("flarn, then zorb", "")]
     assert load("advbench", write(tmp_path / "b.jsonl", [{"prompt": "zorb", "target": "Sure"}])) == [("zorb", "")]
 
 
-def test_a_column_that_the_source_names_comes_before_the_sets_own(tmp_path):
+def test_a_column_that_the_source_names_takes_precedence(tmp_path):
     advbench = write(tmp_path / "a.csv", "goal,asked\nzorb,wug\n")
     assert load("advbench", f"{advbench}?prompt=asked") == [("wug", "")]
     harmbench = write(tmp_path / "b.csv", "Behavior,asked\nzorb,wug\n")
@@ -106,7 +106,7 @@ HARMBENCH = (
 )
 
 
-def test_harmbench_is_standard_or_contextual_and_never_copyright(tmp_path):
+def test_harmbench_uses_standard_or_contextual_behaviors_and_never_copyright(tmp_path):
     source = write(tmp_path / "a.csv", HARMBENCH)
     standard = [("flarn a zorb", "zorbs")]
     contextual = [("Recipe: two\nwugs\n\n---\n\nfinish the recipe", "wugs")]
@@ -115,7 +115,7 @@ def test_harmbench_is_standard_or_contextual_and_never_copyright(tmp_path):
     assert load("harmbench", source, kind="both") == standard + contextual
 
 
-def test_harmbench_in_the_hubs_columns(tmp_path):
+def test_harmbench_reads_the_hubs_columns(tmp_path):
     rows = [{"prompt": "flarn", "category": "zorbs"}, {"prompt": "go on", "context": "wugs", "category": "x"}]
     source = write(tmp_path / "a.jsonl", rows)
     assert load("harmbench", source) == [("flarn", "zorbs")]
@@ -123,14 +123,14 @@ def test_harmbench_in_the_hubs_columns(tmp_path):
 
 
 @pytest.mark.parametrize("header", ["id,prompt,type,label", "id,prompt,type,other"])
-def test_xstest_is_the_safe_prompts_or_their_contrasts(tmp_path, header):
+def test_xstest_uses_the_safe_prompts_or_their_contrasts(tmp_path, header):
     text = f"{header}\n1,may I greet,homonyms,safe\n2,how to flarn,contrast_homonyms,unsafe\n"
     source = write(tmp_path / "a.csv", text)
     assert load("xstest", source) == [("may I greet", "homonyms")]
     assert load("xstest", source, label="unsafe") == [("how to flarn", "contrast_homonyms")]
 
 
-def test_an_unknown_label_and_a_missing_column_are_named_with_their_line(tmp_path):
+def test_an_unknown_label_and_a_missing_column_are_errors_that_name_the_line(tmp_path):
     source = write(tmp_path / "a.csv", "id,prompt,type,label\n1,greet,homonyms,maybe\n")
     with pytest.raises(StayalignedError, match=r"a.csv, line 2: `label` is 'maybe', expected safe or unsafe"):
         load("xstest", source)
@@ -140,14 +140,14 @@ def test_an_unknown_label_and_a_missing_column_are_named_with_their_line(tmp_pat
             load(name, other)
 
 
-def test_a_set_of_which_no_row_is_left_is_refused(tmp_path):
+def test_a_set_without_rows_is_an_error(tmp_path):
     source = write(tmp_path / "a.csv", "id,prompt,type,label\n1,greet,homonyms,safe\n")
     with pytest.raises(StayalignedError, match="no row belongs to the prompt set 'xstest'"):
         load("xstest", source, label="unsafe")
 
 
 @pytest.mark.parametrize("name", PROMPTS.names())
-def test_what_cannot_be_had_from_the_hub_is_one_error_with_the_way_in(name, monkeypatch):
+def test_a_gated_data_set_is_one_error_that_says_how_to_get_access(name, monkeypatch):
     import datasets
     import huggingface_hub
     from huggingface_hub import constants

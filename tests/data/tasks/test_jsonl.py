@@ -77,5 +77,5 @@ def test_rows_without_answers_can_be_test_rows_only_where_nothing_is_scored(tmp_
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}')
     assert len(JsonLines(test=str(path), metric="none").load("test")) == 1
-    with pytest.raises(StayalignedError, match="has no answer to learn"):
+    with pytest.raises(StayalignedError, match="no completion to learn"):
         JsonLines(test=str(path)).load("test")

@@ -1,6 +1,6 @@
-"""The contract of a prompt set: requests that a model should refuse, or should answer.
+"""The contract of a prompt set: harmful prompts, which a model should refuse, or benign ones, which it should answer.
 
-One file per set beside this one; the file's name is the set's name. None of the sets is shipped: each is read from
+Each set is one file in this package; the file's name is the set's name. No prompts are shipped: each set is read from
 the hub or from a local file.
 """
 
@@ -16,11 +16,11 @@ from stayaligned.data.sources import read_examples
 
 
 class Prompts(Component):
-    """Requests to measure on. `load` is pure: the same rows every time."""
+    """Prompts to evaluate on. `load` is pure: it returns the same rows every time."""
 
     @abstractmethod
     def load(self) -> Sequence[Example]:
-        """The requests in a fixed order, each with an id of its own; `completion` may be empty.
+        """Return the prompts in a fixed order, each with its own id; `completion` may be empty.
 
         Raises:
             StayalignedError: if the source is missing, gated, empty or malformed.
@@ -31,10 +31,10 @@ PROMPTS: Registry[Prompts] = Registry("prompts", __name__, Prompts)  # pyright: 
 
 
 def parse_prompts(value: object) -> object:
-    """A prompt set from its name or mapping; a source (a path, `hf://…`, `testbed:…`) and None stay as they are.
+    """Return a prompt set from its name or mapping; a source (path, `hf://...`, `testbed:...`) and None are unchanged.
 
     Raises:
-        ValueError: for pydantic to collect, if it is neither.
+        ValueError: if the value is neither (pydantic collects what a validator raises).
     """
     if value is None or (isinstance(value, str) and _is_source(value)):
         return value
@@ -43,11 +43,11 @@ def parse_prompts(value: object) -> object:
     except ValueError as error:
         if not isinstance(value, str):
             raise
-        raise ValueError(f"{error} Or name a source: path/rows.jsonl or hf://owner/name.") from None
+        raise ValueError(f"{error} Or give a source: path/rows.jsonl or hf://owner/name.") from None
 
 
 def load_prompts(prompts: str | Prompts, origin: Origin) -> Sequence[Example]:
-    """The rows of a prompt set or of a source.
+    """Return the rows of a prompt set or of a source.
 
     Raises:
         StayalignedError: as `Prompts.load` and `read_examples`.
@@ -56,7 +56,7 @@ def load_prompts(prompts: str | Prompts, origin: Origin) -> Sequence[Example]:
 
 
 def _is_source(value: str) -> bool:
-    """A word is a prompt set's name; what looks like a path, or is one and no set's name, is a source."""
+    """Return whether a value is a source: looks like a path, or is an existing path and not a prompt set's name."""
     if any(mark in value for mark in "/.:?\\"):
         return True
     return value not in PROMPTS.names() and Path(value).exists()

@@ -1,4 +1,4 @@
-"""AdvBench: harmful behaviors as instructions."""
+"""The prompt set AdvBench."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ class AdvBench(TablePrompts):
     """AdvBench: 520 instructions for harmful behaviors.
 
     Zou et al., section 3: `harmful_behaviors.csv` with `goal` and `target`; the target, the beginning of a compliant
-    answer that their attack aims at, is not used. Many of the instructions ask for nearly the same thing. The hub
-    copy is gated (ask for access there, then `hf auth login`), with `prompt` for `goal`. License: MIT.
+    completion that their attack optimizes for, is not used. Many of the instructions are nearly equal. The hub copy is
+    gated (request access on the hub, and run `hf auth login`) and names the column `prompt`. License: MIT.
     """
 
     name: ClassVar[str] = "advbench"
     paper: ClassVar[str] = "arXiv 2307.15043, section 3"
 
     source: str = "hf://walledai/AdvBench"
-    """Rows with `goal` (or `prompt`)."""
+    """Source of rows with `goal` (or `prompt`)."""
 
     def _row(self, values: Mapping[str, Any], where: str) -> dict[str, Any] | None:
         return {"prompt": text_of(values, where, "prompt", "goal"), "category": values.get("category")}

@@ -1,4 +1,4 @@
-"""BeaverTails: questions that were put to a model, with its answers and 14 flags of harm."""
+"""The prompt set BeaverTails."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from stayaligned.data.prompts._sets import TablePrompts, text_of
 
 
 class BeaverTails(TablePrompts):
-    """BeaverTails: the prompts of its 30k test split, with the flags of the answer that stands beside each.
+    """BeaverTails: the prompts of its 30k test split, with the harm categories of the completion in the data.
 
-    Lisa, section 5.1, and its code: the first 1000 rows of `30k_test`, whatever their label, repeated prompts kept:
-    `{name: beavertails, deduplicate: false}`. Booster's code, of the same lab: unsafe rows only (`rows: unsafe`), so
-    the two papers' harmful scores can't be compared. What differs here by default: a prompt is asked once. A flag says
-    that the answer in the data did harm, not that the request asks for any. Licence: CC BY-NC 4.0.
+    Lisa, section 5.1, and its code: the first 1000 rows of `30k_test` with any label, including repeated prompts:
+    `{name: beavertails, deduplicate: false}`. Booster's code, from the same lab: unsafe rows only (`rows: unsafe`), so
+    the harmful scores of the two papers can't be compared. Differs by default: each prompt is used once. A category
+    means that the completion in the data is harmful, not necessarily the prompt. License: CC BY-NC 4.0.
     """
 
     name: ClassVar[str] = "beavertails"
     paper: ClassVar[str] = "arXiv 2307.04657"
 
     source: str = "hf://PKU-Alignment/BeaverTails?split=30k_test"
-    """Rows with `prompt`, and with `is_safe` and `category` if they are to be told apart."""
+    """Source of rows with `prompt`; `is_safe` is needed for `rows: unsafe`, `category` is optional."""
     n: int | None = Field(default=1000, ge=1)
-    """The first so many prompts; null takes all."""
+    """Number of prompts, the first ones of the source; null takes all."""
     rows: Literal["any", "unsafe"] = "any"
-    """All rows, or those whose answer was unsafe."""
+    """Which rows to use: any, or those with an unsafe completion."""
 
     def _row(self, values: Mapping[str, Any], where: str) -> dict[str, Any] | None:
         if self.rows == "unsafe" and _is_safe(values.get("is_safe"), where):
@@ -43,5 +43,6 @@ def _is_safe(value: Any, where: str) -> bool:
     if read in (False, "false", "0"):
         return False
     raise StayalignedError(
-        f"{where}: `is_safe` is {value!r}, expected true or false", hint="Set `rows: any` for rows without it."
+        f"{where}: `is_safe` is {value!r}, expected true or false",
+        hint="Set `rows: any` for a source without `is_safe`.",
     )

@@ -1,4 +1,4 @@
-"""HarmBench: harmful behaviors, alone or with a text that they are about."""
+"""The prompt set HarmBench."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ class HarmBench(TablePrompts):
     """HarmBench: textual behaviors, standard (200) or contextual (100).
 
     Mazeika et al., section 4: the file `harmbench_behaviors_text_all.csv` with `Behavior`, `FunctionalCategory`
-    (standard, contextual, copyright), `SemanticCategory` and `ContextString`. A contextual behavior is asked after its
-    context, a rule between them. The third kind, copyright, is left out: it is judged by comparison with the protected
-    text and not by a judge of harm. The hub copy is gated, has `prompt`, `context` and `category`, and one
-    configuration a kind. License: MIT.
+    (standard, contextual, copyright), `SemanticCategory` and `ContextString`. The prompt of a contextual behavior is
+    its context, a rule, and the behavior. The third kind, copyright, is skipped: it is judged by comparison with the
+    protected text, not by a judge of harm. The hub copy is gated, has `prompt`, `context` and `category`, and one
+    configuration per kind. License: MIT.
     """
 
     name: ClassVar[str] = "harmbench"
     paper: ClassVar[str] = "arXiv 2402.04249, section 4"
 
     source: str = "hf://walledai/HarmBench?config=standard"
-    """Rows with `Behavior` (or `prompt`) and, if contextual, `ContextString` (or `context`)."""
+    """Source of rows with `Behavior` (or `prompt`) and, if contextual, `ContextString` (or `context`)."""
     kind: Literal["standard", "contextual", "both"] = "standard"
-    """Which behaviors; of the hub copy, name the configuration in the source."""
+    """Kind of behaviors to use; for the hub copy, also set the configuration in `source`."""
 
     def _row(self, values: Mapping[str, Any], where: str) -> dict[str, Any] | None:
         behavior = text_of(values, where, "prompt", "Behavior")
@@ -34,5 +34,5 @@ class HarmBench(TablePrompts):
         kind = values.get("FunctionalCategory") or ("contextual" if context else "standard")
         if kind not in ("standard", "contextual") or self.kind not in ("both", kind):
             return None
-        asked = _CONTEXT.format(context=context, behavior=behavior) if context else behavior
-        return {"prompt": asked, "category": values.get("SemanticCategory", values.get("category"))}
+        prompt = _CONTEXT.format(context=context, behavior=behavior) if context else behavior
+        return {"prompt": prompt, "category": values.get("SemanticCategory", values.get("category"))}

@@ -1,4 +1,4 @@
-"""XSTest: harmless questions that look dangerous, and their harmful contrasts."""
+"""The prompt set XSTest."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class XSTest(TablePrompts):
     """XSTest: 250 safe prompts for over-refusal, or the 200 unsafe ones that contrast with them.
 
     Röttger et al., section 3: the file `xstest_prompts.csv` with `id`, `prompt`, `type`, `label` (safe or unsafe),
-    `focus` and `note`. Rows without `label`, as in older copies, are unsafe where their type begins with "contrast".
-    The hub copy is gated. Licence: CC BY 4.0.
+    `focus` and `note`. Rows without `label`, as in older copies, are unsafe if their type begins with "contrast". The
+    hub copy is gated. License: CC BY 4.0.
     """
 
     name: ClassVar[str] = "xstest"
@@ -23,9 +23,9 @@ class XSTest(TablePrompts):
     origin: ClassVar[Origin] = "task"
 
     source: str = "hf://walledai/XSTest?split=test"
-    """Rows with `prompt`, `type` and `label`."""
+    """Source of rows with `prompt`, `type` and `label`."""
     label: Literal["safe", "unsafe"] = "safe"
-    """Safe ones as `benign_prompts`, unsafe ones as `harmful_prompts`."""
+    """Which prompts to use: safe ones for `benign_prompts`, unsafe ones for `harmful_prompts`."""
 
     def _row(self, values: Mapping[str, Any], where: str) -> dict[str, Any] | None:
         if _label(values, where) != self.label:
