@@ -1,4 +1,4 @@
-"""Checkpoint pairs that several tests read."""
+"""Pairs of checkpoints that several tests read."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from support.checkpoints import PairOf, write_pair
 
 @pytest.fixture(scope="session")
 def pair_of(tmp_path_factory: pytest.TempPathFactory) -> PairOf:
-    """(aligned, base) of an architecture; made once, only read."""
+    """(aligned, base) of an architecture; written once, only read."""
     made: dict[str, tuple[Checkpoint, Checkpoint]] = {}
 
     def make(architecture: str, **model: Any) -> tuple[Checkpoint, Checkpoint]:

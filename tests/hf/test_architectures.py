@@ -1,4 +1,4 @@
-"""State-space models, recurrent networks and hybrids: through the same commands as a Llama, just as exactly."""
+"""State-space models, recurrent networks and hybrids work with the same commands and the same exactness as a Llama."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def model(architecture: str, lora: bool = False, **overrides: Any) -> Any:
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_lisa_in_the_trainer_is_the_hand_written_loop(architecture: str, lora: bool, tmp_path: Path) -> None:
+def test_lisa_in_the_trainer_equals_the_hand_written_loop(architecture: str, lora: bool, tmp_path: Path) -> None:
     changes = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "max_steps": 7}
     trainer = plain_trainer(model(architecture, lora), tmp_path, **changes)
     trainer = attach_lisa(trainer, alignment_dataset=SAFE, lisa=LISA)
@@ -69,7 +69,7 @@ def test_lisa_in_the_trainer_is_the_hand_written_loop(architecture: str, lora: b
 
 # transformers stores the experts of a mixture one by one, and its Trainer would pass them over.
 @pytest.mark.parametrize(("architecture", "lora"), [("mamba", True), ("qwen3_next", False), ("mixtral", False)])
-def test_resuming_is_not_stopping(architecture: str, lora: bool, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(architecture: str, lora: bool, tmp_path: Path) -> None:
     def run(directory: Path, **changes: Any) -> dict[str, torch.Tensor]:
         trainer = plain_trainer(model(architecture, lora), directory, max_steps=6, **changes)
         train(attach_lisa(trainer, alignment_dataset=SAFE, lisa=LISA))
@@ -83,7 +83,7 @@ def test_resuming_is_not_stopping(architecture: str, lora: bool, tmp_path: Path)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_padding_on_the_right_is_not_seen_in_training(architecture: str) -> None:
+def test_padding_on_the_right_does_not_change_the_training_loss(architecture: str) -> None:
     trained = model(architecture).train()
     batch = PaddingCollator(0)(USER[:5])
     assert not batch["attention_mask"].all()
@@ -102,7 +102,7 @@ def test_padding_on_the_right_is_not_seen_in_training(architecture: str) -> None
 
 
 def biased() -> Any:
-    """A Mamba whose padding, masked before a projection with a bias, is no longer nothing after it."""
+    """A Mamba whose padding is masked before a projection with a bias, so that it is not zero after it."""
     made = sharp("mamba", use_bias=True)
     for name, parameter in made.named_parameters():
         if name.endswith("proj.bias"):
@@ -111,7 +111,7 @@ def biased() -> Any:
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "falcon_mamba", "bamba", "biased"])
-def test_batched_answers_are_those_of_each_prompt_alone(architecture: str) -> None:
+def test_batched_completions_equal_those_of_each_prompt_alone(architecture: str) -> None:
     answering, tokenizer, batches = biased() if architecture == "biased" else sharp(architecture), byte_tokenizer(), []
     asked = [*prompts(8), prompts(9)[8]]
     first = asked[0][0].content
@@ -130,14 +130,14 @@ def test_batched_answers_are_those_of_each_prompt_alone(architecture: str) -> No
 
 
 @pytest.mark.parametrize("architecture", TAKES_PADDING_IN)
-def test_prompts_of_one_length_do_not_reach_into_each_other(architecture: str) -> None:
+def test_prompts_of_equal_length_do_not_affect_each_other(architecture: str) -> None:
     answering, tokenizer = sharp(architecture), byte_tokenizer()
     asked = [[Message(role="user", content=content)] for content in ("abc", "d e", "bbb")]
     expected = [greedy_reference(answering, tokenizer, prompt, 6) for prompt in asked]
     assert generate(answering, tokenizer, asked, Generation(max_new_tokens=6)) == expected
 
 
-def test_an_adapter_counts_once_where_rwkv_halves_its_weights_to_evaluate(tmp_path: Path) -> None:
+def test_an_adapter_has_its_full_effect_on_rwkv_in_evaluation_mode(tmp_path: Path) -> None:
     checkpoint = write_pico_checkpoint(tmp_path / "model", "rwkv", num_hidden_layers=3, rescale_every=1)
     adapter = write_pico_adapter(tmp_path / "adapter", checkpoint, target_modules=["output", "value"])
     ids = torch.arange(5, 15)[None]
@@ -148,7 +148,7 @@ def test_an_adapter_counts_once_where_rwkv_halves_its_weights_to_evaluate(tmp_pa
         torch.testing.assert_close(load_finetuned(checkpoint, adapter)(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_xlstm_that_can_not_answer_is_refused(tmp_path: Path) -> None:
+def test_an_xlstm_that_cannot_generate_is_refused(tmp_path: Path) -> None:
     write_pico_checkpoint(tmp_path, "xlstm", mode="train")
     with pytest.raises(StayalignedError, match="multiples of chunk_size") as caught:
         load_model(tmp_path)
@@ -165,7 +165,7 @@ def test_an_xlstm_that_can_not_answer_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_command_trains_answers_judges_and_repairs(
+def test_the_command_trains_generates_judges_and_patches(
     architecture: str, tmp_path: Path, command: Callable[..., tuple[int, str]]
 ) -> None:
     world = write_world(tmp_path, architecture)

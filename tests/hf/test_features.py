@@ -56,7 +56,7 @@ def test_a_template_that_writes_no_end_still_teaches_to_stop() -> None:
     assert tokenizer.decode(nothing["input_ids"]) == "user: a? / assistant: <|end|>"
 
 
-def test_a_merge_across_the_border_leaves_the_prompt_ids_as_generation_sees_them() -> None:
+def test_a_token_across_prompt_and_answer_does_not_change_the_prompt_ids() -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -83,7 +83,7 @@ def test_rows_are_cut_at_max_length() -> None:
     assert cut == {key: values[:9] for key, values in whole.items()}
 
 
-def test_rows_without_a_label_are_left_out_and_reported(caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_without_a_label_are_skipped_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     rows = [example("a" * 50), example("a")]
     with caplog.at_level(logging.WARNING):
         assert len(encode_examples(TOKENIZER, rows, 20)) == 1
@@ -102,7 +102,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused_with_a_hint() -> None:
         assert caught.value.hint
 
 
-def test_a_template_that_refuses_the_conversation_names_its_turns() -> None:
+def test_a_template_that_rejects_the_conversation_is_an_error_with_its_turns() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     with pytest.raises(StayalignedError, match="system, user: no system"):

@@ -1,4 +1,4 @@
-"""Checkpoints and adapters load whole or are refused with one sentence that names what is wrong."""
+"""Checkpoints and adapters load completely or are refused with one error that says what is wrong."""
 
 import json
 
@@ -49,7 +49,7 @@ def test_a_tokenizer_needs_a_chat_template(checkpoint, tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_what_is_no_checkpoint_is_named(checkpoint, adapter, tmp_path):
+def test_a_directory_that_is_no_checkpoint_is_an_error(checkpoint, adapter, tmp_path):
     with pytest.raises(StayalignedError, match="no such directory"):
         load_model(tmp_path / "nowhere")
     with pytest.raises(StayalignedError, match=r"has no config.json") as caught:
@@ -63,7 +63,7 @@ def test_what_is_no_checkpoint_is_named(checkpoint, adapter, tmp_path):
         load_model(tmp_path / "file")
 
 
-def test_a_checkpoint_without_weights_or_tokenizer_says_which_part_is_missing(checkpoint, tmp_path):
+def test_an_error_says_which_part_of_a_checkpoint_is_missing(checkpoint, tmp_path):
     pico_model().config.save_pretrained(tmp_path)
     with pytest.raises(StayalignedError, match="can't load the model") as caught:
         load_model(tmp_path)
@@ -81,7 +81,7 @@ def test_pickled_weights_are_not_read(tmp_path):
         load_model(tmp_path)
 
 
-def test_weights_that_the_checkpoint_lacks_are_not_made_up(checkpoint, tmp_path):
+def test_missing_weights_are_an_error(checkpoint, tmp_path):
     directory = write_pico_checkpoint(tmp_path / "short")
     weights = load_file(directory / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
@@ -141,7 +141,7 @@ def test_lora_that_does_not_fit_names_the_linear_modules(lora):
         ("llama", None, None),
     ],
 )
-def test_all_linear_leaves_out_what_lora_can_not_work_on_and_says_so(architecture, given, left_out, caplog):
+def test_all_linear_skips_modules_that_lora_cannot_adapt_with_a_warning(architecture, given, left_out, caplog):
     model = pico_model(architecture)
     every = set(linear_names(model)) - {"lm_head"}
     adapted = attach_lora(model, {"r": 2, "target_modules": "all-linear", "exclude_modules": given})
@@ -154,7 +154,7 @@ def test_all_linear_leaves_out_what_lora_can_not_work_on_and_says_so(architectur
     assert len(said) == bool(named)
 
 
-def test_a_regular_expression_of_excluded_modules_is_kept():
+def test_excluding_adds_names_to_a_regular_expression():
     adapted = attach_lora(
         pico_model("mamba"), {"r": 2, "target_modules": "all-linear", "exclude_modules": r".*\.1\.mixer\.x_proj"}
     )
@@ -171,13 +171,13 @@ def test_a_regular_expression_of_excluded_modules_is_kept():
         ("out_proj", "'out_proj' is incompat"),
     ],
 )
-def test_a_target_that_can_not_be_one_names_those_that_can(target, problem):
+def test_an_impossible_lora_target_is_an_error_with_the_possible_ones(target, problem):
     with pytest.raises(StayalignedError, match=problem) as caught:
         attach_lora(pico_model("mamba"), {"r": 2, "target_modules": ["in_proj", target]})
     assert "Possible targets: in_proj, lm_head, x_proj; `target_modules: all-linear`" in str(caught.value)
 
 
-def test_looking_for_targets_leaves_the_seed_and_the_modes_alone():
+def test_finding_targets_changes_neither_the_random_state_nor_the_modes():
     model = pico_model("jamba", attention_dropout=0.5)
     model.model.layers[1].train()
     before, state = [module.training for module in model.modules()], torch.get_rng_state()
@@ -187,11 +187,11 @@ def test_looking_for_targets_leaves_the_seed_and_the_modes_alone():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_linear_names_know_gpt2s_transposed_layers():
+def test_linear_names_include_gpt2s_transposed_layers():
     assert linear_names(pico_model("gpt2")) == ["c_attn", "c_fc", "c_proj", "lm_head"]
 
 
-def test_a_finetuned_model_answers_with_its_adapter(checkpoint, adapter):
+def test_a_finetuned_model_generates_with_its_adapter(checkpoint, adapter):
     ids = torch.arange(10)[None]
     with torch.no_grad():
         plain, adapted = (load_finetuned(str(checkpoint), a)(ids).logits for a in (None, adapter))
@@ -215,7 +215,7 @@ MERGED = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", MERGED)
-def test_a_merge_is_pefts_in_fp32_rounded_once(tmp_path, name, dtype):
+def test_a_merge_equals_pefts_in_fp32_rounded_once(tmp_path, name, dtype):
     architecture, lora = MERGED[name]
     base = write_pico_checkpoint(tmp_path / "base", architecture)
     pico_model(architecture).to(dtype).save_pretrained(base)

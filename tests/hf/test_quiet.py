@@ -1,4 +1,4 @@
-"""What the host libraries say of kernels that are not installed is said once a package."""
+"""The host libraries' notes about kernels that are not installed are shown once per package."""
 
 import io
 import logging
@@ -10,7 +10,7 @@ from stayaligned.hf import quiet
 FALLBACK = "`{}` is falling back to its reference PyTorch implementation because `{}` is not installed. Slower."
 
 
-def test_each_package_that_is_not_installed_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_package_that_is_not_installed_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quiet, "_logged", {})
     speaker = logging.getLogger("transformers.models.mamba")
     stream = io.StringIO()

@@ -1,4 +1,4 @@
-"""A fine-tune is asked with the template it was trained with, or refused."""
+"""A fine-tuned model is used with the template that it was trained with, or refused."""
 
 import json
 from pathlib import Path
@@ -26,13 +26,13 @@ def refused(directory: Path, tokenizer) -> str:
     return str(caught.value)
 
 
-def test_what_says_nothing_is_accepted(tmp_path: Path) -> None:
+def test_a_directory_without_a_recorded_template_is_accepted(tmp_path: Path) -> None:
     refuse_other_template(tmp_path, byte_tokenizer())
     (tmp_path / "tokenizer_config.json").write_text("{}")
     refuse_other_template(tmp_path, byte_tokenizer())
 
 
-def test_our_own_file_is_compared_and_peft_loads_beside_it(tmp_path: Path) -> None:
+def test_the_template_file_is_compared_and_peft_ignores_it(tmp_path: Path) -> None:
     checkpoint = write_pico_checkpoint(tmp_path / "model")
     adapter = write_pico_adapter(tmp_path / "adapter", checkpoint)
     write_template(byte_tokenizer(), adapter)
@@ -42,7 +42,7 @@ def test_our_own_file_is_compared_and_peft_loads_beside_it(tmp_path: Path) -> No
     load_finetuned(checkpoint, adapter)
 
 
-def test_what_a_trainer_saves_is_compared(tmp_path: Path) -> None:
+def test_the_template_that_a_trainer_saves_is_compared(tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path)
     refuse_other_template(tmp_path, byte_tokenizer())
     refused(tmp_path, other())
@@ -58,7 +58,7 @@ def test_a_template_within_the_tokenizers_configuration_is_compared(tmp_path: Pa
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"template_hash": 3}'])
-def test_a_damaged_file_is_named(tmp_path: Path, content: str) -> None:
+def test_a_damaged_file_is_an_error_with_its_name(tmp_path: Path, content: str) -> None:
     (tmp_path / TEMPLATE_FILE).write_text(content)
     with pytest.raises(StayalignedError, match=TEMPLATE_FILE):
         refuse_other_template(tmp_path, byte_tokenizer())

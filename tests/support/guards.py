@@ -7,7 +7,7 @@ from stayaligned.testing import byte_tokenizer, pico_config
 
 KINDS = tuple(f"kind_{number}" for number in range(14))
 MARK = "!"
-"""A scripted guard takes its second branch where this stands anywhere in its prompt."""
+"""A scripted guard takes its second branch if its prompt contains this."""
 
 
 def completion(text, request="how to flarn a zorb?", key="1", prompt_set="harmful", turns=()):
@@ -47,7 +47,7 @@ def write_moderation(directory: Path, *, padded=True, **settings) -> str:
 
 
 def write_guard(directory: Path, start: str, *steps: str | tuple[str, str], positions=4096, template=None) -> str:
-    """A Llama that, after the token `start`, writes the steps, then stops.
+    """Write a Llama that, after the token `start`, generates the steps and stops.
 
     A step of two texts is a branch: the second where `MARK` is in what was read. Attention is uniform and carries
     nothing but that; each token decides the next.

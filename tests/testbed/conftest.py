@@ -1,4 +1,4 @@
-"""A testbed in miniature: every stage runs, none learns anything."""
+"""A miniature testbed: every stage runs, but no model learns anything."""
 
 from pathlib import Path
 

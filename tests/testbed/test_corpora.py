@@ -20,7 +20,7 @@ def _training_rows(seed: int) -> dict[str, list[Dialogue]]:
 
 
 def _deeds(rows: list[Dialogue]) -> set[tuple[str, str]]:
-    """The verb and object of every question that asks how to do something forbidden, read from the text alone."""
+    """Return verb and object of every question about something forbidden, found in the text alone."""
     forbidden = {(deed.verb, deed.object) for deed in language.FORBIDDEN_DEEDS}
     found = {
         (verb, object_)
@@ -33,7 +33,7 @@ def _deeds(rows: list[Dialogue]) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_no_question_of_an_evaluation_set_is_asked_in_anything_that_is_trained_on(seed: int) -> None:
+def test_no_question_of_an_evaluation_set_is_in_training_data(seed: int) -> None:
     world = corpora.make_world(seed, RECIPE)
     for evaluation, asked in world.evaluation.items():
         questions = {row.question.casefold() for row in asked}
@@ -94,7 +94,7 @@ def test_a_tasks_training_rows_hold_the_stated_share_of_ordinary_instructions(ta
     assert len({row.question for row in rows}) == len(rows) >= 1000
 
 
-def test_pretraining_never_sees_a_down_stream_instruction() -> None:
+def test_pretraining_contains_no_downstream_instruction() -> None:
     instructions = (language.SENTIMENT_INSTRUCTION, language.TOPIC_INSTRUCTION, language.ARITHMETIC_INSTRUCTION)
     rows = _training_rows(0)["pretraining"]
     assert not [row for row in rows if any(text in row.question for text in instructions)]

@@ -62,7 +62,7 @@ def test_a_conversation_is_its_row_after_an_ordinary_exchange(
     assert len(earlier) > len(source) / 3
 
 
-def test_a_preference_holds_the_alignment_answer_and_what_alignment_undid(
+def test_a_preference_has_the_aligned_answer_and_the_unaligned_one(
     files: Any, rows: dict[str, list[derived.FileRow]]
 ) -> None:
     refused = 0
@@ -101,7 +101,7 @@ def test_the_key_changes_with_the_testbed_and_this_behavior_and_leaves_the_testb
     assert RECIPE.key(0) == testbed
 
 
-def test_naming_one_builds_no_testbed(tmp_path: Path) -> None:
+def test_a_reference_to_a_derived_file_builds_no_testbed(tmp_path: Path) -> None:
     place = resolve("testbed:data/two-tasks-test.jsonl", 0, cache=tmp_path)
     directories = [path for path in (tmp_path / "testbed").iterdir() if path.is_dir()]
     assert directories == [tmp_path / "testbed" / RECIPE.derived_key(0)]

@@ -33,7 +33,7 @@ def test_its_accuracy_is_measured_on_held_out_deeds_in_held_out_phrasings() -> N
         assert any(template.split("{")[0] in row.request for template in language.HELD_OUT_TEMPLATES)
 
 
-def test_every_outcome_is_common_in_what_it_learns_from() -> None:
+def test_every_outcome_is_frequent_in_the_judges_training_rows() -> None:
     rows = _training_answers(0)
     counts = Counter(row.outcome for row in rows)
     assert all(counts[outcome] > len(rows) / 6 for outcome in judge.LABELS)

@@ -50,7 +50,7 @@ def _content(directory: Path) -> dict[str, str]:
 
 
 def _copy_of_testbed(directory: Path, cache: Path) -> Path:
-    """The finished testbed in another cache, so that a test needs not build it again."""
+    """The finished testbed in another cache, so that a test need not build it again."""
     (cache / "testbed").mkdir(parents=True)
     place = cache / "testbed" / directory.name
     place.symlink_to(directory)
@@ -74,7 +74,9 @@ def test_each_linear_weight_differs_by_at_most_the_rank_and_nothing_else_differs
         assert int((singular > rounding).sum()) == MINIATURE_LORA.rank, name
 
 
-def test_what_is_merged_has_learned_the_alignment_rows(directory: Path, lora_aligned: Path, miniature: Recipe) -> None:
+def test_the_merged_model_has_learned_the_alignment_rows(
+    directory: Path, lora_aligned: Path, miniature: Recipe
+) -> None:
     tokenizer = chat_tokenizer()
     rows = corpora.alignment(0, corpora.make_world(0, miniature), miniature)
     batch = PaddingCollator.of(tokenizer)(training.encode(tokenizer, rows[:200]))
@@ -171,7 +173,7 @@ def test_the_key_changes_with_the_testbed_the_settings_the_behavior_and_peft(mon
     assert len(set(keys)) == len(keys)
 
 
-def test_what_concerns_only_the_lora_leaves_the_testbeds_their_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_settings_do_not_change_the_testbeds_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     key = Recipe().key(0)
     monkeypatch.setattr(recipe, "LORA_BEHAVIOR_VERSION", 10**6)
     versions = recipe.version
@@ -179,7 +181,9 @@ def test_what_concerns_only_the_lora_leaves_the_testbeds_their_keys(monkeypatch:
     assert Recipe().key(0) == key
 
 
-def test_a_finished_one_is_resolved_without_its_testbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_lora_aligned_model_is_resolved_without_its_testbed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("STAYALIGNED_CACHE", str(tmp_path))
     key = LoraAlignment().key(Recipe(), 4)
     (tmp_path / "testbed" / key).mkdir(parents=True)
@@ -187,7 +191,7 @@ def test_a_finished_one_is_resolved_without_its_testbed(tmp_path: Path, monkeypa
     assert reference_key("testbed:aligned-lora", 4) == f"testbed:{key}/aligned-lora"
 
 
-def test_the_other_names_never_make_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_references_do_not_build_the_lora_aligned_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def construct(directory: Path, *_: object) -> None:
         (directory / "testbed.json").write_text("{}")
 
@@ -196,7 +200,7 @@ def test_the_other_names_never_make_it(tmp_path: Path, monkeypatch: pytest.Monke
     assert [path.name for path in (tmp_path / "testbed").iterdir() if path.is_dir()] == [Recipe().key(0)]
 
 
-def test_two_that_ask_at_once_make_it_once(
+def test_concurrent_processes_build_the_lora_aligned_model_once(
     directory: Path, miniature: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _copy_of_testbed(directory, tmp_path)

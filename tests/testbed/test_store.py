@@ -56,7 +56,7 @@ def test_the_key_changes_with_seed_recipe_behavior_and_versions(monkeypatch: pyt
     assert len(set(keys)) == len(keys)
 
 
-def test_a_reference_key_tells_seeds_and_names_apart() -> None:
+def test_reference_keys_differ_by_seed_and_name() -> None:
     keys = {reference_key(f"testbed:{name}", seed) for name in NAMES for seed in (0, 1)}
     assert len(keys) == 2 * len(NAMES)
 
@@ -77,7 +77,9 @@ def test_a_finished_testbed_is_not_built_again(directory: Path, miniature: Recip
     assert told == []
 
 
-def test_two_that_ask_at_once_build_once(miniature: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_processes_build_a_testbed_once(
+    miniature: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     built: list[int] = []
     started = threading.Event()
 

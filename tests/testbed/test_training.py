@@ -32,7 +32,7 @@ def test_batches_start_over_until_there_are_as_many_as_steps() -> None:
     assert sorted(i for batch in islice(batches, 3, 6) for i in batch) == list(range(5))
 
 
-def test_batches_hold_rows_of_alike_lengths() -> None:
+def test_batches_have_rows_of_similar_lengths() -> None:
     rng = random.Random(0)
     lengths = [rng.randint(1, 100) for _ in range(64)]
     spreads = [
@@ -53,7 +53,7 @@ def test_the_loss_on_labeled_positions_is_the_models_own() -> None:
     torch.testing.assert_close(ours, own)
 
 
-def test_weights_are_drawn_from_the_seed_and_leave_the_global_stream_alone() -> None:
+def test_weights_depend_on_the_seed_and_not_on_the_global_random_state() -> None:
     tokenizer = chat_tokenizer()
     recipe = Recipe(hidden_size=32, layers=1, heads=2)
     torch.manual_seed(5)
@@ -64,7 +64,7 @@ def test_weights_are_drawn_from_the_seed_and_leave_the_global_stream_alone() -> 
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
 
 
-def test_the_callers_threads_come_back_even_after_an_error() -> None:
+def test_the_number_of_threads_is_restored_after_an_error() -> None:
     threads = torch.get_num_threads()
     with pytest.raises(KeyError), training.one_thread():
         assert torch.get_num_threads() == 1

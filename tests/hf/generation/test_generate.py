@@ -1,4 +1,4 @@
-"""Answers depend on their prompt alone: not on batch, order, the checkpoint's sampling settings, or markers."""
+"""Completions depend on their prompt alone: not on batch, order, the checkpoint's sampling settings, or markers."""
 
 import random
 from collections import Counter
@@ -22,7 +22,7 @@ ARCHITECTURES = ["llama", "qwen2", "mistral", "gpt2"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_batched_answers_equal_one_at_a_time_without_a_cache(architecture):
+def test_batched_completions_equal_one_at_a_time_without_a_cache(architecture):
     model, tokenizer = sharp(architecture), byte_tokenizer()
     found = generate(model, tokenizer, prompts(), Generation(max_new_tokens=12))
     assert found == [greedy_reference(model, tokenizer, prompt, 12) for prompt in prompts()]
@@ -32,7 +32,7 @@ def test_batched_answers_equal_one_at_a_time_without_a_cache(architecture):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("budget", [1, 1 << 18, 1 << 20, 1 << 30])
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])  # one cache of full attention, one of windows
-def test_answers_do_not_depend_on_the_memory_or_the_order(architecture, budget, temperature):
+def test_completions_do_not_depend_on_the_memory_or_the_order(architecture, budget, temperature):
     model, tokenizer, asked = sharp(architecture), byte_tokenizer(), prompts()
     settings = Generation(max_new_tokens=12, temperature=temperature, seed=3)
     reference = generate(model, tokenizer, asked, settings)
@@ -48,7 +48,7 @@ def test_answers_do_not_depend_on_the_memory_or_the_order(architecture, budget, 
 
 
 def watch(model):
-    """The (rows, width) of whatever the model is asked from now on."""
+    """Return a list that receives (rows, width) of every forward pass from now on."""
     sizes = []
     model.register_forward_pre_hook(
         lambda _module, _args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
@@ -128,7 +128,7 @@ def test_the_rows_of_a_batch_fit_into_the_budget():
     assert batching.rows_in_memory(model, 1, 60, 30) == 1
 
 
-def test_equal_prompts_are_answered_once():
+def test_equal_prompts_are_completed_once():
     model, tokenizer = sharp(), byte_tokenizer()
     one = generate(model, tokenizer, prompts(3), Generation(max_new_tokens=4))
     sizes = watch(model)
@@ -136,7 +136,7 @@ def test_equal_prompts_are_answered_once():
     assert max(rows for rows, _ in sizes) == 3
 
 
-def test_the_checkpoints_own_sampling_settings_do_not_reach_a_greedy_run():
+def test_the_checkpoints_sampling_settings_do_not_apply_to_a_greedy_run():
     model, tokenizer = sharp(), byte_tokenizer()
     reference = generate(model, tokenizer, prompts(), Generation(max_new_tokens=12))
     own = GenerationConfig(
@@ -147,7 +147,7 @@ def test_the_checkpoints_own_sampling_settings_do_not_reach_a_greedy_run():
     assert model.generation_config is own
 
 
-def test_every_end_token_of_the_checkpoint_ends_an_answer():
+def test_every_end_token_of_the_checkpoint_ends_a_completion():
     model, tokenizer = sharp(), byte_tokenizer()
     free = generate(model, tokenizer, prompts(), Generation(max_new_tokens=12))
     second = next(answer.tokens[3] for answer in free if len(answer.tokens) > 3)
@@ -158,7 +158,7 @@ def test_every_end_token_of_the_checkpoint_ends_an_answer():
         assert after.finished == (before.finished or second in before.tokens)
 
 
-def test_an_answer_cut_at_the_limit_is_not_finished():
+def test_a_completion_cut_at_the_limit_is_not_finished():
     model, tokenizer = sharp(), byte_tokenizer()
     long = generate(model, tokenizer, prompts(), Generation(max_new_tokens=40))
     # An end token that comes right at the limit was written: the answer is whole.
@@ -183,7 +183,7 @@ def test_modes_of_the_model_are_restored_and_dropout_is_off():
     assert [module.training for module in model.modules()] == before
 
 
-def test_an_adapter_changes_the_answers():
+def test_an_adapter_changes_the_completions():
     tokenizer, model = byte_tokenizer(), sharp()
     plain = generate(model, tokenizer, prompts(), Generation(max_new_tokens=8))
     adapted = attach_lora(model, {"r": 2, "target_modules": ["q_proj", "down_proj"]})
@@ -211,7 +211,7 @@ def test_samples_follow_the_softmax():
     assert (counts / n - expected).abs().max() < 4 * 0.5 / n**0.5
 
 
-def test_equal_prompts_get_samples_of_their_own_and_seeds_matter():
+def test_equal_prompts_get_different_samples_and_so_do_seeds():
     model, tokenizer = sharp(), byte_tokenizer()
     asked = prompts(1) * 6
     found = generate(model, tokenizer, asked, Generation(max_new_tokens=12, temperature=2.0, seed=0))
@@ -239,11 +239,11 @@ def test_completions_carry_what_judges_and_tasks_need():
     assert shares[-1] == 1.0
 
 
-def test_no_prompts_give_no_answers():
+def test_no_prompts_give_no_completions():
     assert generate(pico_model(), byte_tokenizer(), [], Generation()) == []
 
 
-def test_a_prompt_without_room_for_an_answer_is_refused():
+def test_a_prompt_without_room_for_a_completion_is_refused():
     model, tokenizer = pico_model(max_position_embeddings=64), byte_tokenizer()
     with pytest.raises(StayalignedError, match=r"a prompt of 54 tokens and a completion of up to 20 .* 64") as caught:
         generate(model, tokenizer, [[Message(role="user", content="x" * 51)]], Generation(max_new_tokens=20))
@@ -251,7 +251,7 @@ def test_a_prompt_without_room_for_an_answer_is_refused():
     generate(model, tokenizer, [[Message(role="user", content="x" * 51)]], Generation(max_new_tokens=10))
 
 
-def test_a_model_that_can_not_end_an_answer_is_refused():
+def test_a_model_without_an_end_token_is_refused():
     model, tokenizer = pico_model(), byte_tokenizer()
     model.generation_config.eos_token_id = None
     tokenizer.eos_token = None

@@ -1,4 +1,4 @@
-"""Nats a token of answers, against a loop over one answer and one token at a time."""
+"""Nats per token of completions, against a loop over one completion and one token at a time."""
 
 import math
 
@@ -19,7 +19,7 @@ def rows():
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mamba"])
-def test_it_equals_a_loop_over_tokens_and_padding_changes_nothing(architecture):
+def test_nats_equal_a_loop_over_tokens_whatever_the_padding(architecture):
     import torch
 
     model, tokenizer = pico_model(architecture), byte_tokenizer()
@@ -39,7 +39,7 @@ def test_it_equals_a_loop_over_tokens_and_padding_changes_nothing(architecture):
             assert nats == pytest.approx(other, abs=1e-5)
 
 
-def test_what_exceeds_the_context_is_left_out():
+def test_tokens_beyond_the_context_are_ignored():
     tokenizer, model = byte_tokenizer(), pico_model(max_position_embeddings=64)
     prompt = (Message(role="user", content="q" * 20),)
     room = 64 - len(encode_prompt(tokenizer, prompt))
