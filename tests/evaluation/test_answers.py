@@ -31,7 +31,7 @@ def answer(example: Example) -> Completion:
     return Completion(id=example.id, prompt_set="harmful", prompt=example.prompt, text=f"\u2028 {example.id}\ud7ff")
 
 
-def test_what_is_kept_is_not_asked_again_and_the_order_is_the_askeds(tmp_path: Path) -> None:
+def test_stored_completions_are_not_requested_again_and_the_order_is_the_examples(tmp_path: Path) -> None:
     rows, asked, shares = examples(6), list[int](), list[float]()
 
     def ask(_prompt_set, rows, known, stop_after=99):
@@ -61,7 +61,7 @@ def test_what_is_kept_is_not_asked_again_and_the_order_is_the_askeds(tmp_path: P
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_the_rest_is_answered_as_in_the_whole(temperature: float) -> None:
+def test_the_missing_completions_equal_those_of_a_whole_run(temperature: float) -> None:
     model, tokenizer, rows = sharp(), byte_tokenizer(), [*examples(6), *examples(6)]
     settings = Generation(max_new_tokens=8, temperature=temperature)
     whole = complete(model, tokenizer, rows, "harmful", settings)
@@ -69,7 +69,7 @@ def test_the_rest_is_answered_as_in_the_whole(temperature: float) -> None:
     assert rest == {i: row for i, row in enumerate(whole) if i not in (0, 3, 7)}
 
 
-def test_a_server_answers_in_place_of_the_model_and_only_what_is_lacking(tmp_path: Path) -> None:
+def test_a_server_replaces_the_model_and_gets_only_the_missing_prompts(tmp_path: Path) -> None:
     world = write_world(tmp_path / "world")
     broken = True
 
@@ -107,7 +107,7 @@ def test_a_server_answers_in_place_of_the_model_and_only_what_is_lacking(tmp_pat
     assert plan_experiment(Experiment.model_validate(moved)).generate != run.plan.generate
 
 
-def test_settings_that_change_no_answer_are_no_part_of_the_key(tmp_path: Path) -> None:
+def test_settings_that_change_no_completion_are_not_part_of_the_key(tmp_path: Path) -> None:
     world = write_world(tmp_path)
 
     def key(**generation: object) -> str:
@@ -125,12 +125,12 @@ def test_settings_that_change_no_answer_are_no_part_of_the_key(tmp_path: Path) -
         {"generation": {"backend": "endpoint", "endpoint": {"base_url": "http://h/v1", "model": "m"}}},
     ],
 )
-def test_a_server_and_what_needs_the_model_here_are_refused_together(tmp_path: Path, changes: dict) -> None:
+def test_a_server_with_settings_that_need_a_local_model_is_refused(tmp_path: Path, changes: dict) -> None:
     with pytest.raises(ValueError, match=r"need each other|a server generates with its own model"):
         Experiment.model_validate(experiment(tmp_path, **changes))
 
 
-def test_a_fine_tune_is_not_asked_with_another_template(tmp_path: Path, command) -> None:
+def test_a_finetuned_model_is_not_used_with_another_template(tmp_path: Path, command) -> None:
     world = write_world(tmp_path)
     config = experiment(world, defenses=[{"name": "drop", "like": {"name": "safe_lora", "all_layers": True}}])
     (world / "run.yaml").write_text(yaml.safe_dump(config))
