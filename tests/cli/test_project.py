@@ -199,7 +199,7 @@ def test_a_fleet_is_written_into_directories_of_its_members_names(
         assert (tmp_path / "out" / name / "adapter_model.safetensors").is_file()
     code, shown = command(*arguments(world, tmp_path / "twice", adapters[0], "--all"))
     assert code == 2
-    assert "named twice" in shown
+    assert "given twice" in shown
 
 
 def test_a_full_fine_tune_comes_out_as_a_model(world: Path, tmp_path: Path, command: Command) -> None:

@@ -502,7 +502,7 @@ def test_the_command_builds_and_shows(pair: tuple[Path, Path], tmp_path: Path) -
     shown = stayaligned("subspace", "show", tmp_path / "f.safetensors").stdout
     for model in (header.aligned, header.base):
         assert f"{model.ref}  sha256 {model.sha256}" in shown
-    assert "asked for rank 4" in shown
+    assert "built with rank 4" in shown
     for name, module in header.modules.items():
         (row,) = (line.split() for line in shown.splitlines() if line.startswith(name))
         shape = "×".join(map(str, module.shape))

@@ -1,4 +1,4 @@
-"""`stayaligned project`: Safe LoRA and its relatives on finished fine-tunes."""
+"""`stayaligned project`: patch finished fine-tunes with Safe LoRA, the complement or a control."""
 
 from __future__ import annotations
 
@@ -17,34 +17,53 @@ if TYPE_CHECKING:
     from stayaligned.core.records import LayerReport
     from stayaligned.defenses import ModelPair, PatchDefense
 
-Operator = Literal["scaled_gram", "orthogonal", "complement"]
-Side = Literal["left", "right", "both"]
-Control = Literal["drop", "shrink", "random"]
-
 
 def project(
     finetuned: Annotated[
         list[Path],
-        typer.Argument(help="PEFT LoRA adapters of one model, or one fully fine-tuned checkpoint; never changed."),
+        typer.Argument(help="PEFT LoRA adapters of one model, or one fully fine-tuned checkpoint; only read."),
     ],
     *,
-    aligned: Annotated[str | None, typer.Option(help="The model that was fine-tuned: directory or hub id.")] = None,
-    base: Annotated[str | None, typer.Option(help="Its unaligned ancestor: directory or hub id.")] = None,
-    subspace: Annotated[Path | None, typer.Option(help="A file of `subspace build`, in place of the two.")] = None,
+    aligned: Annotated[
+        str | None, typer.Option(help="Aligned model, which was fine-tuned: directory or hub id.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Base model, its unaligned ancestor: directory or hub id.")] = None,
+    subspace: Annotated[
+        Path | None, typer.Option(help="Subspace file (`subspace build`), instead of the two models.")
+    ] = None,
     out_dir: Annotated[
         Path,
-        typer.Option("--out", help="The new directory, which must not exist; with several adapters one in it each."),
+        typer.Option(
+            "--out", help="New directory; must not exist. With several adapters, it gets a subdirectory for each."
+        ),
     ],
-    threshold: Annotated[float | None, typer.Option(help="Change layers with similarity below this.")] = None,
-    lowest: Annotated[int | None, typer.Option(min=0, help="Change exactly this many layers.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Change the layers with similarity strictly below this.")
+    ] = None,
+    lowest: Annotated[
+        int | None, typer.Option(min=0, help="Change exactly this many layers, the least similar ones.")
+    ] = None,
     all_layers: Annotated[bool, typer.Option("--all", help="Change every layer.")] = False,
-    scan: Annotated[bool, typer.Option("--scan", help="Change nothing; show what each threshold would do.")] = False,
-    operator: Annotated[Operator, typer.Option(help="scaled_gram is the paper's C.")] = "scaled_gram",
-    rank: Annotated[int | None, typer.Option(min=1, help="k of the rank-k operators.")] = None,
-    energy: Annotated[float | None, typer.Option(help="Instead of --rank: share of V's energy to capture.")] = None,
-    side: Annotated[Side | None, typer.Option(help="Where the complement acts.")] = None,
-    control: Annotated[Control | None, typer.Option(help="Do this to the same layers instead.")] = None,
-    device: Annotated[str, typer.Option(help="Where the products are made: cpu, or cuda for a GPU.")] = "cpu",
+    scan: Annotated[
+        bool, typer.Option("--scan", help="Write no patch; report what each threshold would change.")
+    ] = False,
+    operator: Annotated[
+        Literal["scaled_gram", "orthogonal", "complement"], typer.Option(help="scaled_gram is the paper's C.")
+    ] = "scaled_gram",
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Number k of V's directions, for the rank-k operators.")
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Instead of --rank: share of ‖V‖² that the directions hold.")
+    ] = None,
+    side: Annotated[
+        Literal["left", "right", "both"] | None, typer.Option(help="Directions that the complement removes.")
+    ] = None,
+    control: Annotated[
+        Literal["drop", "shrink", "random"] | None,
+        typer.Option(help="Apply this control to the selected layers instead."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where products are computed: cpu, or cuda for a GPU.")] = "cpu",
 ) -> None:
     """Patch finished fine-tunes with Safe LoRA.
 
@@ -57,12 +76,12 @@ def project(
 
     if (threshold is not None) + (lowest is not None) + all_layers + scan != 1:
         raise StayalignedError(
-            "which layers to change is not said",
-            hint="Give exactly one of --threshold T, --lowest K and --all; or --scan to see what they would do.",
+            "the layers to change are not specified",
+            hint="Give exactly one of --threshold T, --lowest K and --all, or --scan to see what they would change.",
         )
     if (subspace is None) == (base is None) or (subspace is None and aligned is None):
         raise StayalignedError(
-            "where the alignment direction comes from is not said",
+            "the source of the alignment direction is not specified",
             hint="Give --aligned and --base, or --subspace (with --aligned for a fully fine-tuned checkpoint).",
         )
     settings = {"rank": rank, "energy": energy, "side": side}
@@ -78,8 +97,12 @@ def project(
 
 def _patch(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: ModelPair, device: str) -> None:
     from stayaligned.defenses import Execution
-    from stayaligned.defenses.patching.directories import PROJECTION_FILE, patch_directories, patch_directory
-    from stayaligned.weights.checkpoints import read_json_object
+    from stayaligned.defenses.patching.directories import (
+        PROJECTION_FILE,
+        patch_directories,
+        patch_directory,
+        read_projection,
+    )
 
     command = ["stayaligned", *sys.argv[1:]]
     with weights_bar() as progress:
@@ -89,17 +112,17 @@ def _patch(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: Mo
                 patch_directory(finetuned[0], out_dir, patch, models, command=command, device=device, progress=progress)
             ]
         else:
-            outs = [out_dir / name for name in _names(finetuned)]
+            outs = [out_dir / name for name in _output_names(finetuned)]
             how = Execution(device, progress)
             reports = patch_directories(finetuned, outs, patch, models, command=command, how=how)
     if len(reports) == 1:
         _print_layers(reports[0])
     else:
-        _print_fleet(outs, reports)
+        _print_adapters(outs, reports)
     for each in outs:
-        for note in read_json_object(each / PROJECTION_FILE, hint="").get("notes", []):
+        for note in read_projection(each / PROJECTION_FILE).notes:
             err.print(f"note: {note}", soft_wrap=True)
-        out.print(f"wrote  {each}  (projection.json says what was done to each layer)", soft_wrap=True)
+        out.print(f"wrote  {each}  (projection.json reports every layer)", soft_wrap=True)
 
 
 def _scan(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: ModelPair, device: str) -> None:
@@ -108,7 +131,7 @@ def _scan(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: Mod
     from stayaligned.defenses.patching.scan import scan_adapters
     from stayaligned.report.scan import threshold_outcomes, write_scan
 
-    outs = [out_dir] if len(finetuned) == 1 else [out_dir / name for name in _names(finetuned)]
+    outs = [out_dir] if len(finetuned) == 1 else [out_dir / name for name in _output_names(finetuned)]
     for place in outs:
         refuse_existing(place)
     with weights_bar() as progress:
@@ -123,19 +146,21 @@ def _scan(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: Mod
             out.print(f"wrote  {place / name}", soft_wrap=True)
 
 
-def _names(adapters: Sequence[Path]) -> list[str]:
-    """A directory name for each adapter: its own, with as many of its parents' as tell it from the others."""
+def _output_names(adapters: Sequence[Path]) -> list[str]:
+    """Return a unique directory name for each adapter: its own name, with its parents' names where needed."""
     resolved = [path.resolve() for path in adapters]
     for depth in range(1, max(len(path.parts) for path in resolved)):
         names = ["-".join(path.parts[-depth:]) for path in resolved]
         if len(set(names)) == len(names):
             return names
-    raise StayalignedError("an adapter is named twice", hint="Name each adapter once.")
+    raise StayalignedError("an adapter is given twice", hint="Give each adapter once.")
 
 
 def _print_layers(layers: Sequence[LayerReport]) -> None:
     bounded = any(layer.truncation_error is not None for layer in layers)
-    table = plain_table("layer", "similarity", "kept norm", "changed", *(["C off by"] if bounded else []), numbers=True)
+    table = plain_table(
+        "layer", "similarity", "kept norm", "changed", *(["error of C"] if bounded else []), numbers=True
+    )
     for layer in layers:
         cells = [f"{layer.similarity:.4f}", f"{layer.shrinkage:.4f}", "yes" if layer.selected else ""]
         error = [] if layer.truncation_error is None else [f"{layer.truncation_error:.1e}"]
@@ -143,10 +168,12 @@ def _print_layers(layers: Sequence[LayerReport]) -> None:
     out.print(table)
     out.print(f"{sum(layer.selected for layer in layers)} of {len(layers)} layers changed")
     if all(layer.update_norm == 0 for layer in layers):
-        err.print("note: the update is zero in every layer (B = 0): nothing was trained, or it was dropped before")
+        err.print(
+            "note: the update is zero in every layer (B = 0): the adapter was not trained, or its update was removed"
+        )
 
 
-def _print_fleet(outs: Sequence[Path], reports: Sequence[Sequence[LayerReport]]) -> None:
+def _print_adapters(outs: Sequence[Path], reports: Sequence[Sequence[LayerReport]]) -> None:
     from stayaligned.report.scan import kept_norm
 
     table = plain_table("adapter", "layers", "changed", "lowest similarity", "kept norm", numbers=True)

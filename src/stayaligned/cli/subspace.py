@@ -1,4 +1,4 @@
-"""`stayaligned subspace`: files that stand for a pair of models in `stayaligned project`."""
+"""`stayaligned subspace`: build and show the files that `stayaligned project` uses instead of a pair of models."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ subspace_app = typer.Typer(
 @subspace_app.command()
 def build(
     *,
-    aligned: Annotated[str, typer.Option(help="The aligned model: directory or hub id.")],
-    base: Annotated[str, typer.Option(help="Its unaligned ancestor: directory or hub id.")],
-    out_file: Annotated[Path, typer.Option("--out", help="The file to write; must not exist.")],
-    rank: Annotated[int | None, typer.Option(min=1, help="Directions per module.")] = None,
-    energy: Annotated[float | None, typer.Option(help="Instead of --rank: share of V's energy to capture.")] = None,
-    device: Annotated[str, typer.Option(help="Where the products are made: cpu, or cuda for a GPU.")] = "cpu",
+    aligned: Annotated[str, typer.Option(help="Aligned model: directory or hub id.")],
+    base: Annotated[str, typer.Option(help="Base model, its unaligned ancestor: directory or hub id.")],
+    out_file: Annotated[Path, typer.Option("--out", help="File to write; must not exist.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="Number of V's directions per module.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Instead of --rank: share of ‖V‖² that the directions hold.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where products are computed: cpu, or cuda for a GPU.")] = "cpu",
 ) -> None:
     """Write a subspace file for a pair of models.
 
@@ -38,7 +40,7 @@ def build(
 
     require_device(device)
     if (rank is None) == (energy is None):
-        raise StayalignedError("how much of V to keep is not said", hint="Give one of --rank K and --energy E.")
+        raise StayalignedError("the number of directions is not specified", hint="Give one of --rank K and --energy E.")
     with weights_bar() as progress:
         header = build_subspace(aligned, base, out_file, rank=rank, energy=energy, device=device, progress=progress)
     stored = [module.rank for module in header.modules.values()]
@@ -51,7 +53,7 @@ def build(
 
 
 @subspace_app.command()
-def show(file: Annotated[Path, typer.Argument(help="What `subspace build` wrote.", show_default=False)]) -> None:
+def show(file: Annotated[Path, typer.Argument(help="A file that `subspace build` wrote.", show_default=False)]) -> None:
     """Show the models and modules of a subspace file.
 
     For each module: its rank, and how much of V it captures.
@@ -62,8 +64,8 @@ def show(file: Annotated[Path, typer.Argument(help="What `subspace build` wrote.
     for role, model in (("aligned", header.aligned), ("base", header.base)):
         name = f"  ({model.name})" if model.name not in ("", model.ref) else ""
         out.print(f"{role:<8} {model.ref}{name}  sha256 {model.sha256}", soft_wrap=True)
-    asked = f"rank {header.rank}" if header.rank is not None else f"energy {header.energy:g}"
-    out.print(f"asked for {asked}; written by stayaligned {header.versions.get('stayaligned', 'unknown')}\n")
+    requested = f"rank {header.rank}" if header.rank is not None else f"energy {header.energy:g}"
+    out.print(f"built with {requested}; written by stayaligned {header.versions.get('stayaligned', 'unknown')}\n")
     table = plain_table("module", "out × in", "k", "captured energy", "‖V‖", numbers=True)
     for name, module in header.modules.items():
         shape = "×".join(map(str, module.shape))

@@ -1,4 +1,4 @@
-"""A scan of thresholds: the paper's figures 3 and 4 for one adapter, as a table, JSON and an SVG."""
+"""Write a scan of thresholds (the paper's figures 3 and 4 for one adapter) as JSON and SVG."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ _STEPS = 20
 
 
 class ThresholdOutcome(NamedTuple):
-    """What one threshold would do."""
+    """The effect of one threshold."""
 
     threshold: float
     layers: int
+    """Number of layers."""
     changed: int
-    """Layers with similarity below the threshold."""
+    """Number of layers with similarity below the threshold."""
     kept_norm: float
-    """Norm of the whole update after / before, over all layers."""
+    """Norm of the whole update after / before the patch, over all layers."""
 
 
 def threshold_outcomes(layers: Sequence[LayerReport]) -> list[ThresholdOutcome]:
-    """The outcome of thresholds from 0 to above 1, in steps of 0.05.
+    """Return the outcomes of the thresholds from 0 to above 1, in steps of 0.05.
 
     Args:
         layers: reports of a patch that changed every layer.
     """
-    found: list[ThresholdOutcome] = []
+    rows: list[ThresholdOutcome] = []
     for step in range(_STEPS + 2):
         threshold = step / _STEPS
         below = [layer.similarity < threshold for layer in layers]
@@ -40,24 +41,24 @@ def threshold_outcomes(layers: Sequence[LayerReport]) -> list[ThresholdOutcome]:
             layer if changed else layer.model_copy(update={"shrinkage": 1.0})
             for layer, changed in zip(layers, below, strict=True)
         ]
-        found.append(ThresholdOutcome(threshold, len(layers), sum(below), kept_norm(after)))
-    return found
+        rows.append(ThresholdOutcome(threshold, len(layers), sum(below), kept_norm(after)))
+    return rows
 
 
 def kept_norm(layers: Sequence[LayerReport]) -> float:
-    """Norm of the whole update after / before, over all layers; 1 for an update that was zero."""
+    """Return the norm of the whole update after / before the patch, over all layers; 1 for an update that was zero."""
     before = math.fsum(layer.update_norm**2 for layer in layers)
     after = math.fsum((layer.update_norm * layer.shrinkage) ** 2 for layer in layers)
     return math.sqrt(after / before) if before else 1.0
 
 
 def write_scan(layers: Sequence[LayerReport], out: Path, defense: Mapping[str, Any]) -> list[Path]:
-    """Write `scan.json` and `scan.svg` into a directory; returns their paths.
+    """Write `scan.json` and `scan.svg` into a directory, and return their paths.
 
     Args:
         layers: reports of a patch that changed every layer.
-        out: the directory; made if it is not there.
-        defense: what was scanned.
+        out: the directory; created if it does not exist.
+        defense: the identity of the patch.
     """
     rows = threshold_outcomes(layers)
     record = {
@@ -71,7 +72,7 @@ def write_scan(layers: Sequence[LayerReport], out: Path, defense: Mapping[str, A
 
 
 def _figure(layers: Sequence[LayerReport], rows: Sequence[ThresholdOutcome]) -> str:
-    """Left: layers changed and norm kept against the threshold (figure 3). Right: similarity by layer (figure 4)."""
+    """Plot changed layers and kept norm against the threshold (figure 3), and similarity by layer (figure 4)."""
     with drawing(860, 300) as figure:
         left, right = figure.subplots(1, 2)
         thresholds = [row.threshold for row in rows]
@@ -88,5 +89,5 @@ def _figure(layers: Sequence[LayerReport], rows: Sequence[ThresholdOutcome]) -> 
         for axes in (left, right):
             axes.grid(axis="y")
             axes.tick_params(length=0)
-        text = svg(figure, "scan", f"A scan of {len(layers)} layers; scan.json has every value.")
+        text = svg(figure, "scan", f"A scan of thresholds over {len(layers)} layers; scan.json holds all values.")
     return standalone(text)
