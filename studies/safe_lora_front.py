@@ -1,9 +1,9 @@
-"""The front of harm against accuracy of Safe LoRA's operators, from finished grids of `safe_lora_front.yaml`.
+"""Report the front of harm against accuracy of Safe LoRA's operators, from finished grids of `safe_lora_front.yaml`.
 
     python studies/safe_lora_front.py DIR [DIR ...] [--out OUT] [--max-loss 5]
 
-Writes OUT/safe-lora-front.md (what the numbers say, then all tables), .svg (the fronts) and .csv (every arm, on both
-halves of the prompts). What is chosen, compared and drawn, and how, is in `safe_lora_front_table.py`.
+Writes OUT/safe-lora-front.md (the findings, then all tables), .svg (the fronts) and .csv (every arm, on both halves of
+the prompts). `safe_lora_front_table.py` defines what is chosen, compared and plotted, and how.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ METRICS = {
     "skills_kept": "skills kept",
 }
 NAME = "safe-lora-front"
-STYLES = {  # Okabe and Ito's colors, which the color-blind tell apart; markers say the same again
+STYLES = {  # Okabe and Ito's palette for the color-blind; markers repeat the distinction
     "scaled_gram": ("#0072B2", "o"),
     "orthogonal": ("#009E73", "s"),
     "complement": ("#D55E00", "^"),
@@ -66,8 +66,11 @@ _WIDTH = 1e-9
 # ---- cells of tables -----------------------------------------------------------------------------------------------
 
 
-def estimate(by_seed: Mapping[int, Metric]) -> str:
-    """`96.4 (88.9 to 100.0)`: mean over seeds and Student's interval; where seeds agree, that of one's prompts."""
+def format_estimate(by_seed: Mapping[int, Metric]) -> str:
+    """Format the mean over seeds and Student's interval, `96.4 (88.9 to 100.0)`.
+
+    If all seeds agree, the interval is that of one seed's prompts.
+    """
     if not by_seed:
         return "not measured"
     pooled = across_seeds(list(by_seed.values()))
@@ -75,17 +78,17 @@ def estimate(by_seed: Mapping[int, Metric]) -> str:
     if low is None or high is None or high - low <= _WIDTH:
         widest = max(by_seed.values(), key=lambda m: (m.high or 0.0) - (m.low or 0.0))
         low, high = widest.low, widest.high
-    return with_bounds(pooled.value, low, high)
+    return format_share(pooled.value, low, high)
 
 
-def with_bounds(value: float | None, low: float | None, high: float | None) -> str:
-    """A share and its interval, cut to what a share can be, in percent."""
+def format_share(value: float | None, low: float | None, high: float | None) -> str:
+    """Format a share and its interval, clipped to 0 to 100, in percent."""
     shown = bounds(None if low is None else max(0.0, low), None if high is None else min(1.0, high))
     return percent(value) + (f" ({shown})" if shown else "")
 
 
-def points(difference: PairedDifference) -> str:
-    """`−12.0 (−20.1 to −3.9)`: a paired difference in points; equal differences in every seed have no interval."""
+def format_points(difference: PairedDifference) -> str:
+    """Format a paired difference in points, `−12.0 (−20.1 to −3.9)`; without an interval if all seeds agree."""
     low, high = difference.low, difference.high
     spread = low is not None and high is not None and high - low > _WIDTH
     shown = bounds(max(-1.0, low or 0.0), min(1.0, high or 0.0), signed=True) if spread else ""
@@ -93,7 +96,7 @@ def points(difference: PairedDifference) -> str:
 
 
 def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """A Markdown table; texts on the left, numbers on the right."""
+    """Yield the lines of a Markdown table."""
     yield f"| {' | '.join(head)} |"
     yield f"|{'|'.join(['---'] * len(head))}|"
     for row in rows:
@@ -101,11 +104,11 @@ def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[
     yield ""
 
 
-# ---- what the numbers say ------------------------------------------------------------------------------------------
+# ---- findings ------------------------------------------------------------------------------------------------------
 
 
 class Findings:
-    """Everything at the poison ratio at which settings are chosen."""
+    """Choices and fronts at the poison ratio at which settings are chosen."""
 
     def __init__(self, table: Table, max_loss: float) -> None:
         self.table, self.max_loss = table, max_loss
@@ -115,7 +118,7 @@ class Findings:
         self.families = list(dict.fromkeys(family for cell in self.cells for family in self.chosen[cell]))
 
     def sides(self, family: str, rival: str) -> dict[Cell, int]:
-        """1, 0 or -1 per cell: this operator's area above, not told apart from, or below the rival's."""
+        """Return {cell: 1, 0 or -1}: this operator's area is above, not distinguished from, or below the rival's."""
         found = {cell: self.fronts[cell].get(family) for cell in self.cells}
         return {
             cell: side_of_zero(front.against[rival])
@@ -123,28 +126,28 @@ class Findings:
             if front is not None and rival in front.against
         }
 
-    def faults(self, cell: Cell, family: str) -> list[str]:
-        """In what the chosen setting falls short on the reported prompts."""
+    def list_faults(self, cell: Cell, family: str) -> list[str]:
+        """Return what is wrong with the chosen setting on the reported prompts."""
         choice = self.chosen[cell][family]
         key, untreated = (cell, CHOSEN_AT, choice.treatment), (cell, CHOSEN_AT, UNTREATED)
         harm, accuracy = (self.table.difference(key, untreated, name) for name in (HARM, ACCURACY))
         found: list[str] = []
         if side_of_zero(harm) >= 0:
-            found.append(f"harm not shown lower: {points(harm)}")
+            found.append(f"harm not shown lower: {format_points(harm)}")
         if accuracy.mean is not None and -accuracy.mean > self.max_loss:
-            found.append(f"accuracy {points(accuracy)}")
+            found.append(f"accuracy {format_points(accuracy)}")
         if not choice.admissible:
             found.append("no setting within the allowed loss")
         return found
 
 
 def summary(findings: Findings) -> Iterator[str]:
-    """The claims that hold and those that fail: counted over the cells, then cell by cell."""
+    """Yield the findings: counted over the cells, then cell by cell."""
     rivals = [*CONTROLS, *findings.families]
     families = [family for family in findings.families if family != UNIFORM]
     yield (
         f"Area under the front at p = {CHOSEN_AT:g}, operator minus rival, in {len(findings.cells)} cells: above / not "
-        "told apart / below, by the 95 % interval over seeds. `drop`, `shrink` and `random` are the operator's own "
+        "distinguished / below, by the 95 % interval over seeds. `drop`, `shrink` and `random` are the operator's own "
         "controls at each of its settings."
     )
     yield ""
@@ -157,67 +160,68 @@ def summary(findings: Findings) -> Iterator[str]:
         rows.append(row)
     yield from table_lines(["operator", *(f"− {rival}" for rival in rivals)], rows)
     for family in families:
-        yield f"- **{family}**: {counts(findings, family)}"
+        yield f"- **{family}**: {count_cells(findings, family)}"
     compared = sum(len(findings.sides(family, rival)) for family in families for rival in rivals)
     yield ""
     yield (
-        f"{compared} comparisons at 95 % each, uncorrected: some {compared * 0.05:.0f} would look different with no "
-        "real difference anywhere. A cell that is not told apart is not shown to be equal."
+        f"{compared} comparisons at 95 % each, uncorrected: about {compared * 0.05:.0f} would differ by chance if "
+        "there were no real difference. A difference that is not distinguished from zero is not shown to be zero."
     )
     yield ""
     yield "Cell by cell, the front against the operator's own controls and uniform shrinking:"
     yield ""
     rows = [
-        [markdown(str(cell)), *(against_controls(findings, cell, family) for family in families)]
+        [markdown(str(cell)), *(compare_with_controls(findings, cell, family) for family in families)]
         for cell in findings.cells
     ]
     yield from table_lines(["cell", *families], rows)
-    yield "Cell by cell, where the chosen setting falls short (differences to the untreated model, in points):"
+    yield "Cell by cell, what is wrong with the chosen setting (differences to the untreated model, in points):"
     yield ""
     rows = [
-        [markdown(str(cell)), *(shortfall(findings, cell, family) for family in families)] for cell in findings.cells
+        [markdown(str(cell)), *(describe_faults(findings, cell, family) for family in families)]
+        for cell in findings.cells
     ]
     yield from table_lines(["cell", *families], rows)
 
 
-def counts(findings: Findings, family: str) -> str:
-    """In how many cells an operator beats all its controls, covers every other one, and is fit to be used."""
+def count_cells(findings: Findings, family: str) -> str:
+    """Report in how many cells an operator beats all its controls, covers every other one, and is usable."""
     known = [cell for cell in findings.cells if family in findings.chosen[cell]]
-    wins = [cell for cell in known if against_controls(findings, cell, family) == ABOVE_ALL]
+    wins = [cell for cell in known if compare_with_controls(findings, cell, family) == ABOVE_ALL]
     everywhere = [cell for cell in known if not findings.fronts[cell][family].uncovered]
-    fit = [cell for cell in known if not findings.faults(cell, family)]
+    fit = [cell for cell in known if not findings.list_faults(cell, family)]
     return (
         f"front above all of its controls and uniform shrinking in {len(wins)} of {len(known)} cells; by the means, "
-        f"some setting at least as good in both as every setting of every other operator in {len(everywhere)}; harm "
-        f"lowered within the allowed loss at its chosen setting in {len(fit)}."
+        f"at least as good in both as every setting of every other operator in {len(everywhere)}; less harm within the "
+        f"allowed loss at its chosen setting in {len(fit)}."
     )
 
 
-def against_controls(findings: Findings, cell: Cell, family: str) -> str:
-    """`above all`, or which rivals an operator is not above."""
+def compare_with_controls(findings: Findings, cell: Cell, family: str) -> str:
+    """Return `above all`, or the rivals that an operator is not above."""
     if family not in findings.chosen[cell]:
         return ""
     sides = {rival: findings.sides(family, rival).get(cell) for rival in (*CONTROLS, UNIFORM)}
-    words = {0: "not told apart: ", -1: "below: ", None: "not run: "}
+    words = {0: "not distinguished: ", -1: "below: ", None: "not run: "}
     parts = [
         text + ", ".join(named) for side, text in words.items() if (named := [r for r in sides if sides[r] == side])
     ]
     return "; ".join(parts) or ABOVE_ALL
 
 
-def shortfall(findings: Findings, cell: Cell, family: str) -> str:
-    """What is wrong with the chosen setting, if anything."""
+def describe_faults(findings: Findings, cell: Cell, family: str) -> str:
+    """Return the chosen setting and what is wrong with it, or `none`."""
     if family not in findings.chosen[cell]:
         return ""
     setting = findings.chosen[cell][family].treatment.setting
-    return f"{setting}: {'; '.join(findings.faults(cell, family)) or 'none'}"
+    return f"{setting}: {'; '.join(findings.list_faults(cell, family)) or 'none'}"
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
 
 
 def chosen_tables(findings: Findings) -> Iterator[str]:
-    """Per cell: every operator at its chosen setting, at the poison ratio where it was chosen."""
+    """Yield, for each cell, every operator at its chosen setting, at the poison ratio where it was chosen."""
     table = findings.table
     for cell in findings.cells:
         yield f"#### {markdown(str(cell))}"
@@ -226,14 +230,18 @@ def chosen_tables(findings: Findings) -> Iterator[str]:
         for family, (treatment, admissible) in findings.chosen[cell].items():
             arms.append((family, treatment.setting + ("" if admissible else " (none within the loss)"), treatment))
         rows = [
-            [name, setting, *(estimate(table.metrics((cell, CHOSEN_AT, treatment), metric)) for metric in METRICS)]
+            [
+                name,
+                setting,
+                *(format_estimate(table.metrics((cell, CHOSEN_AT, treatment), metric)) for metric in METRICS),
+            ]
             for name, setting, treatment in arms
         ]
         yield from table_lines(["arm", "chosen", *METRICS.values()], rows)
 
 
 def difference_tables(findings: Findings) -> Iterator[str]:
-    """Per cell: every operator's chosen setting minus the untreated model and minus its own controls."""
+    """Yield, for each cell, every operator's chosen setting minus the untreated model and minus its own controls."""
     table = findings.table
     for cell in findings.cells:
         present = set(table.treatments(cell, CHOSEN_AT))
@@ -241,21 +249,21 @@ def difference_tables(findings: Findings) -> Iterator[str]:
         for family, (treatment, _) in findings.chosen[cell].items():
             rivals = {"untreated": UNTREATED}
             if family != UNIFORM:
-                rivals |= {control: treatment.controlled(control) for control in CONTROLS}
+                rivals |= {control: treatment.control_by(control) for control in CONTROLS}
             for name, rival in rivals.items():
                 if rival not in present:
                     continue
                 keys: tuple[Key, Key] = (cell, CHOSEN_AT, treatment), (cell, CHOSEN_AT, rival)
                 harm, accuracy = (table.difference(*keys, metric) for metric in (HARM, ACCURACY))
                 row = [family, treatment.setting, "all layers dropped" if rival == DROPPED else name]
-                rows.append([*row, points(harm), points(accuracy), verdict(harm, accuracy)])
+                rows.append([*row, format_points(harm), format_points(accuracy), verdict(harm, accuracy)])
         yield f"#### {markdown(str(cell))}"
         yield ""
         yield from table_lines(["operator", "setting", "minus", "harmful score", "accuracy", "verdict"], rows)
 
 
 def ratio_tables(findings: Findings) -> Iterator[str]:
-    """Per metric: the chosen settings at every poison ratio."""
+    """Yield, for each metric, the chosen settings at every poison ratio."""
     table = findings.table
     for metric, title in METRICS.items():
         rows: list[list[str]] = []
@@ -263,7 +271,9 @@ def ratio_tables(findings: Findings) -> Iterator[str]:
             arms = {UNTREATED.family: UNTREATED} | {f: c.treatment for f, c in findings.chosen[cell].items()}
             for name, treatment in arms.items():
                 setting = "" if treatment in ENDS else treatment.setting
-                measured = [estimate(table.metrics((cell, ratio, treatment), metric)) for ratio in table.ratios()]
+                measured = [
+                    format_estimate(table.metrics((cell, ratio, treatment), metric)) for ratio in table.ratios()
+                ]
                 rows.append([markdown(str(cell)), name, setting, *measured])
         yield f"#### {title}"
         yield ""
@@ -271,16 +281,16 @@ def ratio_tables(findings: Findings) -> Iterator[str]:
 
 
 def front_tables(findings: Findings) -> Iterator[str]:
-    """The areas, their differences, and at the other poison ratios the difference to uniform shrinking."""
+    """Yield the areas, their differences, and the difference to uniform shrinking at the other poison ratios."""
     rows: list[list[str]] = []
     for cell in findings.cells:
         for family, front in findings.fronts[cell].items():
             values = list(front.area.values())
             low, high = t_interval(values) or (None, None)
             mean = sum(values) / len(values) if values else None
-            against = [points(front.against[r]) if r in front.against else "" for r in (*CONTROLS, UNIFORM)]
+            against = [format_points(front.against[r]) if r in front.against else "" for r in (*CONTROLS, UNIFORM)]
             missed = join_names((f"{t.family} {t.setting}" for t in front.uncovered), 4)
-            rows.append([markdown(str(cell)), family, with_bounds(mean, low, high), *against, markdown(missed)])
+            rows.append([markdown(str(cell)), family, format_share(mean, low, high), *against, markdown(missed)])
     head = ["cell", "operator", "area", *(f"− {rival}" for rival in (*CONTROLS, UNIFORM)), "not covered"]
     yield from table_lines(head, rows)
     others = [ratio for ratio in findings.table.ratios() if ratio != CHOSEN_AT]
@@ -290,7 +300,7 @@ def front_tables(findings: Findings) -> Iterator[str]:
         for family in findings.chosen[cell]:
             found = [front[family].against.get(UNIFORM) if family in front else None for front in by_ratio]
             if any(found):
-                rows.append([markdown(str(cell)), family, *("" if d is None else points(d) for d in found)])
+                rows.append([markdown(str(cell)), family, *("" if d is None else format_points(d) for d in found)])
     if rows:
         yield f"Area minus that of {UNIFORM} at the other poison ratios:"
         yield ""
@@ -298,7 +308,7 @@ def front_tables(findings: Findings) -> Iterator[str]:
 
 
 def introduction(table: Table, max_loss: float) -> Iterator[str]:
-    """What was measured on what, and what is missing."""
+    """Yield what was measured, on which prompts, and what is missing."""
     seeds = sorted({seed for runs in table.readings.values() for seed in runs})
     sizes: dict[str, set[int]] = {}
     unscored = 0
@@ -311,9 +321,9 @@ def introduction(table: Table, max_loss: float) -> Iterator[str]:
     yield (
         f"{len(table.cells())} cells (alignment · task · target), seeds {', '.join(map(str, seeds))}. "
         "Percent; mean over seeds and Student's 95 % interval, cut to 0–100 (where all seeds agree, the interval of "
-        f"one seed's prompts). Prompts a seed in the reported half: {counts}; the other half chose the settings, by "
-        f"least mean harm at p = {CHOSEN_AT:g} among those that lose at most {100 * max_loss:g} points of mean "
-        f"accuracy (where none does: least loss). Unscored answers in the reported half: {unscored}."
+        f"one seed's prompts). Prompts per seed in the reported half: {counts}; settings were chosen on the other half "
+        f"by least mean harm at p = {CHOSEN_AT:g} among those that lose at most {100 * max_loss:g} points of mean "
+        f"accuracy (if there is none: least loss). Unscored completions in the reported half: {unscored}."
     )
     yield ""
     short = [key for key, runs in table.readings.items() if len(runs) < len(seeds)]
@@ -324,7 +334,7 @@ def introduction(table: Table, max_loss: float) -> Iterator[str]:
 
 
 def page(table: Table, max_loss: float) -> str:
-    """The whole text.
+    """Return the report as Markdown.
 
     Raises:
         StayalignedError: if no arm was run at the ratio at which settings are chosen.
@@ -333,10 +343,10 @@ def page(table: Table, max_loss: float) -> str:
     if not findings.cells:
         raise StayalignedError(
             f"no operator was run at poison ratio {CHOSEN_AT:g}, where settings are chosen",
-            hint="Run `bench studies/safe_lora_front.yaml` to its end first.",
+            hint="Finish `bench studies/safe_lora_front.yaml` first.",
         )
     sections: list[tuple[str, Iterator[str]]] = [
-        ("What the numbers say", summary(findings)),
+        ("Findings", summary(findings)),
         (f"The fronts at p = {CHOSEN_AT:g}", front_tables(findings)),
         (f"Chosen settings at p = {CHOSEN_AT:g}", chosen_tables(findings)),
         (f"Chosen settings against their controls, paired by seed, p = {CHOSEN_AT:g}", difference_tables(findings)),
@@ -349,7 +359,7 @@ def page(table: Table, max_loss: float) -> str:
 
 
 def csv_text(table: Table) -> str:
-    """One row for every arm, half and metric."""
+    """Return one row for every arm, half and metric."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     head = ["alignment", "task", "target", "poison_ratio", "operator", "setting", "control", "half", "metric"]
@@ -371,7 +381,7 @@ def csv_text(table: Table) -> str:
 
 
 def draw(findings: Findings, path: Path) -> None:
-    """Harm against accuracy, a panel for each cell: means over seeds, with Student's intervals as thin lines."""
+    """Plot harm against accuracy, one panel per cell: means over seeds, with Student's intervals as thin lines."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -403,7 +413,7 @@ def draw(findings: Findings, path: Path) -> None:
 
 
 def draw_cell(axes: Any, findings: Findings, cell: Cell) -> None:
-    """One panel. Lines join an operator's settings in the order of its scan; the chosen one has a ring."""
+    """Plot one panel. Lines join an operator's settings in the order of its scan; the chosen one has a ring."""
     table = findings.table
 
     def place(treatment: Any) -> tuple[list[float], list[list[float]]] | None:
@@ -448,8 +458,8 @@ def draw_cell(axes: Any, findings: Findings, cell: Cell) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="what `bench` wrote")
-    parser.add_argument("--out", type=Path, default=Path(), help="where to write; by default the current directory")
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="a directory that `bench` wrote")
+    parser.add_argument("--out", type=Path, default=Path(), help="output directory; by default the current one")
     parser.add_argument("--max-loss", type=float, default=5.0, help="points of accuracy a chosen setting may lose")
     arguments = parser.parse_args()
     try:

@@ -1,12 +1,12 @@
-"""What `safe_lora_front.py` reads and works out: arms, halves of the prompts, choices of settings, fronts.
+"""The analysis behind `safe_lora_front.py`: arms, halves of the prompts, choices of settings, fronts.
 
-Each run's prompts are cut in two halves; prompts with the same reference answer (one deed in several phrasings) stay
-together. On the selection half every operator gets its setting; everything that is reported is from the other half.
-The unit of every interval is the seed, and comparisons are paired by seed.
+Each run's prompts are split in two halves; prompts with the same reference answer (one deed in several phrasings) stay
+together. On the selection half each operator's setting is chosen; all reported numbers are from the other half. The
+unit of every interval is the seed, and comparisons are paired by seed.
 
 A front's area is the share of the square (accuracy 0 to 1, harm 1 to 0) in which some setting is at least as good in
-both; leaving the model untreated and dropping the whole update are free and count for every operator. The area needs no
-selection, but takes the best of as many settings as were scanned: compare operators with controls scanned as often.
+both; the untreated model and the dropped update are available to every operator and are always included. The area needs
+no selection, but uses the best of all scanned settings: compare operators with controls of equally many settings.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ ALIGNMENTS = {"testbed:aligned": "full SFT", "testbed:aligned-lora": "LoRA SFT"}
 _ROUNDING = 1e-9
 
 
-# ---- what an arm is ------------------------------------------------------------------------------------------------
+# ---- arms ----------------------------------------------------------------------------------------------------------
 
 
 class Treatment(NamedTuple):
-    """What was done to the finished fine-tune."""
+    """A patch of the finished fine-tune, or none."""
 
     family: str
     size: str = ""
-    """`k=8`, `f=0.5`; empty for the paper's C."""
+    """Size of the operator, `k=8` or `f=0.5`; empty for the paper's C."""
     layers: str = ""
-    """`τ=0.35`, `K=7`; empty for all layers."""
+    """Selection of layers, `τ=0.35` or `K=7`; empty for all layers."""
     control: str = ""
-    """One of CONTROLS, if this is not the operator itself but its control."""
+    """The control (one of CONTROLS) that replaces the operator; empty for the operator itself."""
 
     @property
     def setting(self) -> str:
         return " ".join(part for part in (self.size, self.layers) if part) or "all layers"
 
-    def controlled(self, control: str) -> Treatment:
-        """Its control; with the update dropped in all layers, that is one and the same whatever the operator."""
+    def control_by(self, control: str) -> Treatment:
+        """Return the control of this treatment; dropping every layer is the same for all operators."""
         return DROPPED if control == "drop" and not self.layers else self._replace(control=control)
 
 
@@ -64,7 +64,7 @@ ENDS = (UNTREATED, DROPPED)
 
 
 class Cell(NamedTuple):
-    """What a front is drawn for."""
+    """One combination of alignment, task and target, with its own fronts."""
 
     alignment: str
     task: str
@@ -75,10 +75,10 @@ class Cell(NamedTuple):
 
 
 def treatment_of(defenses: Sequence[Mapping[str, Any]]) -> Treatment:
-    """The treatment that a result's `defenses` describe.
+    """Return the treatment that a result's `defenses` describe.
 
     Raises:
-        StayalignedError: if they are none of this evaluation's.
+        StayalignedError: if they do not belong to this study.
     """
     patches = [spec for spec in defenses if spec["name"] != "sft"]
     if not patches:
@@ -89,11 +89,11 @@ def treatment_of(defenses: Sequence[Mapping[str, Any]]) -> Treatment:
     if len(patches) == 1 and spec["name"] in ("drop", "shrink", "random_subspace"):
         operator = _operator(spec["like"])
         if spec.get("factor") is None:
-            return operator.controlled(spec["name"].removesuffix("_subspace"))
+            return operator.control_by(spec["name"].removesuffix("_subspace"))
         if not operator.layers:
             return Treatment(UNIFORM, f"f={spec['factor']:g}")
     raise StayalignedError(
-        f"no arm of this evaluation: defenses {' + '.join(str(s['name']) for s in defenses)}",
+        f"not an arm of this study: defenses {' + '.join(str(s['name']) for s in defenses)}",
         hint="Give directories that `bench studies/safe_lora_front.yaml` wrote.",
     )
 
@@ -110,7 +110,7 @@ def _operator(spec: Mapping[str, Any]) -> Treatment:
 
 
 def cell_of(experiment: Mapping[str, Any]) -> tuple[Cell, float]:
-    """The cell and the poison ratio of a result's configuration."""
+    """Return the cell and the poison ratio of a result's configuration."""
     lora, task = experiment["lora"], experiment["task"]
     if lora is None:
         target = "full weights"
@@ -133,7 +133,7 @@ Key = tuple[Cell, float, Treatment]
 
 @dataclass(frozen=True)
 class Table:
-    """Every arm's metrics: of each seed, on each half of the prompts. In the grids' order."""
+    """Metrics of every arm by seed and half of the prompts, in the order of the grids."""
 
     readings: dict[Key, dict[int, dict[Half, Values]]]
 
@@ -147,7 +147,7 @@ class Table:
         return [t for c, r, t in self.readings if (c, r) == (cell, ratio)]
 
     def operators(self, cell: Cell, ratio: float) -> dict[str, list[Treatment]]:
-        """The scan of every operator, uniform shrinking included."""
+        """Return the scan of every operator, including uniform shrinking."""
         scans: dict[str, list[Treatment]] = defaultdict(list)
         for treatment in self.treatments(cell, ratio):
             if treatment not in ENDS and not treatment.control:
@@ -155,29 +155,29 @@ class Table:
         return dict(scans)
 
     def metrics(self, key: Key, name: str, half: Half = "report") -> dict[int, Metric]:
-        """One metric, by seed."""
+        """Return one metric by seed."""
         runs = self.readings.get(key, {})
         return {seed: halves[half][name] for seed, halves in runs.items() if name in halves[half]}
 
     def values(self, key: Key, name: str, half: Half = "report") -> dict[int, float]:
-        """Its scored values, by seed."""
+        """Return the scored values of one metric by seed."""
         return {seed: m.value for seed, m in self.metrics(key, name, half).items() if m.value is not None}
 
     def mean(self, key: Key, name: str, half: Half = "report") -> float | None:
-        """Its mean over the seeds that have a value."""
+        """Return the mean of one metric over the seeds that have a value."""
         values = self.values(key, name, half)
         return fmean(values.values()) if values else None
 
     def difference(self, key: Key, other: Key, name: str, half: Half = "report") -> PairedDifference:
-        """`key` minus `other`, paired by seed."""
+        """Return one metric of `key` minus that of `other`, paired by seed."""
         return paired_difference(self.values(key, name, half), self.values(other, name, half))
 
 
 def read_table(directories: Sequence[Path]) -> Table:
-    """Every result in the directories.
+    """Read every result in the directories.
 
     Raises:
-        StayalignedError: if a result is none of this evaluation, stands there twice, or its answers are gone.
+        StayalignedError: if a result does not belong to this study or occurs twice, or its completions are missing.
     """
     readings: dict[Key, dict[int, dict[Half, Values]]] = {}
     for directory in directories:
@@ -186,15 +186,15 @@ def read_table(directories: Sequence[Path]) -> Table:
             runs = readings.setdefault(key, {})
             if result.seed in runs:
                 raise StayalignedError(
-                    f"{directory}: {result.arm!r}, seed {result.seed} is there twice",
-                    hint="Give each grid's directory once, and only grids that differ in what the tables tell apart.",
+                    f"{directory}: {result.arm!r}, seed {result.seed} occurs twice",
+                    hint="Give each grid's directory once, and only grids with different cells, ratios or treatments.",
                 )
             runs[result.seed] = measure(result, directory)
     return Table(readings)
 
 
 def measure(result: Result, directory: Path) -> dict[Half, Values]:
-    """A result's metrics, worked out again on each half of its prompts, by its primary judge."""
+    """Compute a result's metrics on each half of its prompts, by its primary judge."""
     stages = result.provenance.stages
     completions = read_jsonl(directory / stages["generate"] / "completions.jsonl", Completion)
     verdicts = read_jsonl(directory / stages[f"judge {result.judges[0].judge}"] / "verdicts.jsonl", Verdict)
@@ -210,7 +210,7 @@ def measure(result: Result, directory: Path) -> dict[Half, Values]:
 
 
 def halves(completions: Iterable[Completion]) -> dict[tuple[str, str], Half]:
-    """The half of every prompt, by prompt set and id: a function of these alone, so that all arms share it.
+    """Return the half of every prompt by prompt set and id; it depends on nothing else, so all arms share it.
 
     Judged prompts with the same reference answer are one question and stay together.
     """
@@ -231,19 +231,19 @@ def halves(completions: Iterable[Completion]) -> dict[tuple[str, str], Half]:
 
 
 class Choice(NamedTuple):
-    """The setting that an operator got on the selection half."""
+    """The setting of an operator that was chosen on the selection half."""
 
     treatment: Treatment
     admissible: bool
-    """Whether it lost at most `max_loss` there."""
+    """Whether the setting lost at most `max_loss` accuracy on the selection half."""
 
 
 def choose(scan: Mapping[Treatment, tuple[float, float]], max_loss: float) -> Choice:
-    """The setting of least harm among those that lose at most `max_loss` accuracy; if there is none, of least loss.
+    """Choose the setting of least harm among those that lose at most `max_loss` accuracy; if none does, of least loss.
 
     Args:
-        scan: {setting: (mean harm, mean loss of accuracy)}; the first of equals is taken.
-        max_loss: as a share.
+        scan: {setting: (mean harm, mean loss of accuracy)}; of equal settings the first is chosen.
+        max_loss: the allowed loss, as a share.
     """
     admissible = [t for t, (_, loss) in scan.items() if loss <= max_loss + _ROUNDING]
     if admissible:
@@ -252,7 +252,7 @@ def choose(scan: Mapping[Treatment, tuple[float, float]], max_loss: float) -> Ch
 
 
 def choices(table: Table, cell: Cell, max_loss: float) -> dict[str, Choice]:
-    """Every operator's choice in one cell."""
+    """Return every operator's choice in one cell."""
     found: dict[str, Choice] = {}
     for family, treatments in table.operators(cell, CHOSEN_AT).items():
         scan: dict[Treatment, tuple[float, float]] = {}
@@ -268,7 +268,7 @@ def choices(table: Table, cell: Cell, max_loss: float) -> dict[str, Choice]:
 
 
 def hypervolume(points: Iterable[tuple[float, float]]) -> float:
-    """The area of {(a, h): some point (accuracy, harm) has accuracy ≥ a and harm ≤ h} in the unit square."""
+    """Return the area of {(a, h): some point (accuracy, harm) has accuracy ≥ a and harm ≤ h} in the unit square."""
     area = safe = 0.0
     for accuracy, harm in sorted(points, reverse=True):
         area += accuracy * max(0.0, 1 - harm - safe)
@@ -277,12 +277,12 @@ def hypervolume(points: Iterable[tuple[float, float]]) -> float:
 
 
 def covered(points: Sequence[tuple[float, float]], others: Iterable[tuple[float, float]]) -> list[bool]:
-    """For each of `others`, whether some point (accuracy, harm) is at least as good in both."""
+    """Return for each of `others` whether some point (accuracy, harm) is at least as good in both."""
     return [any(a >= x - _ROUNDING and h <= y + _ROUNDING for a, h in points) for x, y in others]
 
 
 def areas(table: Table, cell: Cell, ratio: float, treatments: Iterable[Treatment]) -> dict[int, float]:
-    """By seed, the area under the front of these treatments and the two free ones; of seeds that have them all."""
+    """Return the area under the front of these treatments and ENDS, by seed, for the seeds that have all of them."""
     arms: list[dict[int, tuple[float, float]]] = []
     for treatment in dict.fromkeys((*ENDS, *treatments)):
         harm = table.values((cell, ratio, treatment), HARM)
@@ -293,9 +293,9 @@ def areas(table: Table, cell: Cell, ratio: float, treatments: Iterable[Treatment
 
 
 def side_of_zero(difference: PairedDifference) -> int:
-    """1 or -1 where the 95 % interval lies above or below zero, else 0.
+    """Return 1 or -1 if the 95 % interval lies above or below zero, else 0.
 
-    Equal differences in every seed have no spread to judge by; there the sign test decides.
+    If the differences are equal in every seed, the sign test decides.
     """
     if difference.mean is None or difference.low is None or difference.high is None:
         return 0
@@ -307,26 +307,26 @@ def side_of_zero(difference: PairedDifference) -> int:
 
 
 def verdict(harm: PairedDifference, accuracy: PairedDifference) -> str:
-    """What two paired differences show together."""
+    """Combine two paired differences into one finding."""
     safer, abler = -side_of_zero(harm), side_of_zero(accuracy)
     if safer * abler < 0:
         return "less harm, less accuracy" if safer > 0 else "more harm, more accuracy"
-    return {1: "better", -1: "worse", 0: "not told apart"}[safer or abler]
+    return {1: "better", -1: "worse", 0: "not distinguished"}[safer or abler]
 
 
 class Front(NamedTuple):
-    """One operator's front in one cell at one poison ratio, against others."""
+    """One operator's front in one cell at one poison ratio, compared with others."""
 
     area: dict[int, float]
-    """By seed."""
+    """Area by seed."""
     against: dict[str, PairedDifference]
-    """Area minus that of the operator's own controls (`drop`, ...) and of the other operators' scans."""
+    """Area minus that of the operator's own controls (`drop`, …) and of the other operators' scans."""
     uncovered: tuple[Treatment, ...]
-    """Other operators' settings that, by the means, no setting of this one (or free end) is at least as good as."""
+    """Other operators' settings for which, by the means, no setting of this operator or ENDS is at least as good."""
 
 
 def fronts(table: Table, cell: Cell, ratio: float) -> dict[str, Front]:
-    """Every operator's front; comparisons with controls that were not run are left out."""
+    """Return every operator's front, without comparisons with controls that were not run."""
     present = set(table.treatments(cell, ratio))
     scans = table.operators(cell, ratio)
     means: dict[Treatment, tuple[float, float]] = {}
@@ -337,7 +337,7 @@ def fronts(table: Table, cell: Cell, ratio: float) -> dict[str, Front]:
     found: dict[str, Front] = {}
     for family, scan in scans.items():
         area = areas(table, cell, ratio, scan)
-        rivals = {name: [t.controlled(name) for t in scan] for name in CONTROLS if family != UNIFORM}
+        rivals = {name: [t.control_by(name) for t in scan] for name in CONTROLS if family != UNIFORM}
         rivals |= {name: other for name, other in scans.items() if name != family}
         against = {
             name: paired_difference(area, areas(table, cell, ratio, rival))

@@ -1,4 +1,4 @@
-"""What `benchmarks/safe_lora.py` measures with is itself right: its model pair, its byte counts, its dense form."""
+"""The parts of `benchmarks/safe_lora.py`: its model pair, its byte counts, its dense form."""
 
 import importlib
 import json
@@ -38,11 +38,11 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {name: value for file in sorted(directory.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
-def test_the_pair_and_its_adapters_load_as_their_libraries_wrote_them(home: Path) -> None:
+def test_transformers_and_peft_load_the_pair_and_its_adapters(home: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(home / "aligned")
     assert {name for name, _ in model.named_parameters()} == SHAPE.tensors().keys()
     assert len(list((home / "aligned").glob("*.safetensors"))) > 2
-    tuned = PeftModel.from_pretrained(model, home / "adapter")  # a missing key is a warning, and that an error
+    tuned = PeftModel.from_pretrained(model, home / "adapter")  # a missing key is a warning, which fails the test
     placed = {name for name, _ in tuned.named_parameters() if "lora_B" in name}
     assert len(placed) == 2 * 7
     trained = [load_file(home / "fleet" / name / "adapter_model.safetensors") for name in ("000", "001")]
@@ -50,13 +50,13 @@ def test_the_pair_and_its_adapters_load_as_their_libraries_wrote_them(home: Path
     assert not any(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
 
 
-def test_only_the_linears_differ_and_by_a_decaying_spectrum_over_noise(home: Path) -> None:
+def test_only_linear_weights_differ_by_a_decaying_spectrum_over_noise(home: Path) -> None:
     aligned, base = tensors(home / "aligned"), tensors(home / "base")
     changed = {name for name in aligned if not torch.equal(aligned[name], base[name])}
     assert changed == SHAPE.linears().keys()
     for name in changed:
         values = torch.linalg.svdvals(aligned[name].double() - base[name].double())
-        assert 0.5 < values[8] / values[0] * 3 < 1.5  # 1/√9, but for what random factors overlap
+        assert 0.5 < values[8] / values[0] * 3 < 1.5  # 1/√9, up to the overlap of random factors
         assert 0 < values[work.SPECTRUM :].square().sum() < 0.1 * values.square().sum()
 
 
@@ -72,13 +72,13 @@ def test_the_reader_reads_the_bytes_of_the_needed_tensors_and_no_others(home: Pa
     assert 2 * work.read_ranges([(str(file), start, length) for file, start, length in found]) == needed
 
 
-def test_a_file_cut_short_is_not_read_for_ever(home: Path) -> None:
+def test_reading_a_truncated_file_ends_with_an_error(home: Path) -> None:
     file = next((home / "base").glob("*.safetensors"))
     with pytest.raises(EOFError):
         work.read_ranges([(str(file), 0, file.stat().st_size + 1)])
 
 
-def test_the_dense_form_is_the_papers(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_dense_form_is_that_of_the_paper(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = list(SHAPE.linears(layers=2))
     pair = [str(home / "aligned"), str(home / "base")]
     work.dense({"adapter": str(home / "adapter"), "pair": pair, "names": names})
@@ -95,7 +95,7 @@ def test_the_dense_form_is_the_papers(home: Path, capsys: pytest.CaptureFixture[
         torch.testing.assert_close(image @ a, projected)
 
 
-def test_the_page_cache_is_dropped_and_filled_as_said(tmp_path: Path) -> None:
+def test_the_page_cache_is_dropped_and_filled(tmp_path: Path) -> None:
     file = tmp_path / "shard"
     file.write_bytes(bytes(3 << 20))
     subprocess.run(["sync", file], check=True)
@@ -108,16 +108,16 @@ def test_the_page_cache_is_dropped_and_filled_as_said(tmp_path: Path) -> None:
     assert bench.cached_share([file]) < 0.1
 
 
-def test_a_failing_process_ends_the_benchmark_with_its_words() -> None:
-    finished = bench.run([sys.executable, "-c", "print('came to its end')"], {})
-    assert finished.output == "came to its end\n"
+def test_a_failing_process_ends_the_benchmark_with_its_output() -> None:
+    finished = bench.run([sys.executable, "-c", "print('finished')"], {})
+    assert finished.output == "finished\n"
     assert finished.seconds > 0
-    with pytest.raises(SystemExit, match="what went wrong"):
-        bench.run([sys.executable, "-c", "raise SystemExit('what went wrong')"], {})
+    with pytest.raises(SystemExit, match="the reason"):
+        bench.run([sys.executable, "-c", "raise SystemExit('the reason')"], {})
 
 
 @given(st.lists(st.integers(1, 50), min_size=1), st.integers(1, 100))
-def test_shards_keep_the_order_and_the_limit(sizes: list[int], limit: int) -> None:
+def test_shards_keep_the_order_of_tensors_and_the_size_limit(sizes: list[int], limit: int) -> None:
     named = {str(index): size for index, size in enumerate(sizes)}
     groups = work.plan_shards(named, limit)
     assert [name for group in groups for name in group] == list(named)
@@ -126,13 +126,13 @@ def test_shards_keep_the_order_and_the_limit(sizes: list[int], limit: int) -> No
     assert all(total + named[after[0]] > limit for total, after in zip(totals, groups[1:], strict=False))
 
 
-def test_a_line_is_found_and_a_point_off_it_is_told() -> None:
+def test_a_line_is_fitted_and_points_off_it_are_reported() -> None:
     assert bench.fit_line([1, 2, 4], [5.0, 7.0, 11.0]) == pytest.approx((3, 2, 0))
     assert bench.fit_line([1, 2, 4], [5.0, 9.0, 11.0])[2] > 0.05
     assert bench.fit_line([2], [6.0]) == (0, 3, 0)
 
 
-def test_the_gpu_section_measures_what_it_says_on_any_device(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_gpu_section_measures_ratio_and_bandwidth_on_any_device(capsys: pytest.CaptureFixture[str]) -> None:
     work.gpu({"device": "cpu", "widths": [96], "repeats": 2, "copy_bytes": 1 << 20})
     found = json.loads(capsys.readouterr().out)
     row = found["96"]

@@ -1,4 +1,4 @@
-"""`stayaligned project` on every kind of model, on fleets, on full fine-tunes, and on bad input."""
+"""`stayaligned project` on every kind of model, on several adapters, on full fine-tunes, and on invalid input."""
 
 import json
 import resource
@@ -39,7 +39,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 def merged(aligned: Path, adapter: Path | None) -> dict[str, torch.Tensor]:
-    """Every matrix of the model with the adapter merged in, fp64: fp32 would round small updates of large weights."""
+    """Every matrix of the model with the adapter merged, in fp64: fp32 would round small updates of large weights."""
     model: Any = AutoModelForCausalLM.from_pretrained(aligned, dtype=torch.float64)
     if adapter is not None:
         with warnings.catch_warnings():
@@ -57,7 +57,7 @@ def dense(operator: str, v: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
 
 
 def allowed(operator: str, v: torch.Tensor) -> float:
-    """1e-5; two leading directions are less certain, in fp32, the closer the third singular value is to the second."""
+    """The tolerance: 1e-5, or more if the second and third singular values are too close for fp32."""
     if operator == "scaled_gram":
         return 1e-5
     values = torch.linalg.svdvals(v).tolist()
@@ -67,7 +67,7 @@ def allowed(operator: str, v: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_on_every_kind_of_model_the_merged_weights_are_those_of_the_dense_formula(
+def test_the_merged_weights_equal_the_dense_formula_on_every_kind_of_model(
     name: str, tmp_path: Path, command: Command
 ) -> None:
     architecture, model, lora = MODELS[name]
@@ -85,7 +85,7 @@ def test_on_every_kind_of_model_the_merged_weights_are_those_of_the_dense_formul
         after = merged(tmp_path / "aligned", tmp_path / operator)
         changed = [key for key in aligned if not torch.equal(before[key], aligned[key])]
         assert changed
-        # Stored (in, out): Conv1D, gpt-oss' experts; and a table of embeddings maps indices to outputs.
+        # Stored as (in, out): Conv1D, gpt-oss' experts, and embeddings, which map indices to outputs.
         turned = architecture in ("gpt2", "gpt_oss")
         layers = 0
         for key in aligned:
@@ -159,7 +159,7 @@ def arguments(world: Path, out: Path, *options: object, adapter: Path | None = N
     return ["project", source, "--aligned", world / "aligned", "--base", world / "base", "--out", out, *options]
 
 
-def test_one_adapter_comes_out_with_its_record(world: Path, tmp_path: Path, command: Command) -> None:
+def test_one_adapter_is_written_with_its_record(world: Path, tmp_path: Path, command: Command) -> None:
     for name, options in {
         "c": ["--lowest", "2"],
         "o": ["--all", "--operator", "orthogonal", "--rank", "4"],
@@ -179,7 +179,7 @@ def test_one_adapter_comes_out_with_its_record(world: Path, tmp_path: Path, comm
         assert record["command"][:2] == ["stayaligned", "project"]
 
 
-def test_a_fleet_is_written_into_directories_of_its_members_names(
+def test_several_adapters_are_written_into_directories_with_their_names(
     world: Path, tmp_path: Path, command: Command
 ) -> None:
     adapters = [world / "fleet" / f"a{i}" for i in range(3)]
@@ -202,14 +202,14 @@ def test_a_fleet_is_written_into_directories_of_its_members_names(
     assert "given twice" in shown
 
 
-def test_a_full_fine_tune_comes_out_as_a_model(world: Path, tmp_path: Path, command: Command) -> None:
+def test_a_full_fine_tune_is_written_as_a_model(world: Path, tmp_path: Path, command: Command) -> None:
     code, shown = command(*arguments(world, tmp_path / "out", "--all", adapter=world / "tuned"))
     assert code == 0, shown
     assert "14 of 14 layers changed" in shown
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_a_scan_prints_and_draws_and_changes_nothing(world: Path, tmp_path: Path, command: Command) -> None:
+def test_a_scan_prints_and_plots_and_changes_nothing(world: Path, tmp_path: Path, command: Command) -> None:
     before = fingerprint(world / "fleet")
     code, shown = command(*arguments(world, tmp_path / "scan", "--scan"))
     assert code == 0, shown
@@ -226,7 +226,7 @@ def test_a_scan_prints_and_draws_and_changes_nothing(world: Path, tmp_path: Path
     [[], ["--all", "--lowest", "1"], ["--threshold", "0.1", "--all"], ["--scan", "--all"]],
     ids=["none", "two", "other two", "scan and all"],
 )
-def test_project_needs_to_know_which_layers(
+def test_project_requires_exactly_one_selection_of_layers(
     world: Path, tmp_path: Path, command: Command, selection: list[str]
 ) -> None:
     code, shown = command(*arguments(world, tmp_path / "n", *selection))
@@ -237,7 +237,7 @@ def test_project_needs_to_know_which_layers(
 @pytest.mark.parametrize(
     "models", [[], ["--aligned", "x"], ["--base", "x"], ["--subspace", "f", "--base", "x"]], ids=" ".join
 )
-def test_project_needs_to_know_the_alignment_direction(
+def test_project_requires_a_source_of_the_alignment_direction(
     world: Path, tmp_path: Path, command: Command, models: list[str]
 ) -> None:
     code, shown = command("project", world / "fleet" / "a0", "--all", "--out", tmp_path / "n", *models)
@@ -399,7 +399,7 @@ def test_a_full_disk_is_one_error_that_leaves_the_input_and_no_output(
     sources = {"one": [world / "fleet" / "a0"], "full": [world / "tuned"], "fleet": sorted((world / "fleet").iterdir())}
     for name, (first, *others) in sources.items():
         try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # as a full disk, at the fourth kilobyte
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # writing more than 4 KiB fails, as on a full disk
             code, shown = command(*arguments(world, tmp_path / name, "--all", *others, adapter=first))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -425,7 +425,7 @@ def test_a_scan_overwrites_nothing_and_reads_adapters_only(world: Path, tmp_path
 @pytest.mark.parametrize(
     "setting", [{"target_modules": "("}, {"rank_pattern": ["q"]}, {"lora_alpha": "x"}, {"r": None}], ids=str
 )
-def test_a_configuration_that_makes_no_sense_is_one_error(
+def test_an_invalid_adapter_configuration_is_one_error(
     world: Path, tmp_path: Path, command: Command, setting: dict[str, Any]
 ) -> None:
     shutil.copytree(world / "fleet" / "a0", tmp_path / "adapter")
@@ -437,7 +437,7 @@ def test_a_configuration_that_makes_no_sense_is_one_error(
     assert str(tmp_path / "adapter") in shown
 
 
-def test_settings_that_make_no_sense_are_one_error(world: Path, tmp_path: Path, command: Command) -> None:
+def test_invalid_settings_are_one_error(world: Path, tmp_path: Path, command: Command) -> None:
     for options in (
         ["--threshold", "nan"],
         ["--all", "--energy", "2", "--operator", "orthogonal"],
@@ -449,7 +449,7 @@ def test_settings_that_make_no_sense_are_one_error(world: Path, tmp_path: Path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_third_model_is_noted_and_a_wrong_one_beside_a_subspace_file_refused(
+def test_an_adapter_of_a_third_model_is_noted_and_another_aligned_model_than_the_subspace_files_is_refused(
     world: Path, tmp_path: Path, command: Command
 ) -> None:
     shutil.copytree(world / "fleet" / "a0", tmp_path / "adapter")
@@ -471,7 +471,9 @@ def test_a_third_model_is_noted_and_a_wrong_one_beside_a_subspace_file_refused(
     assert (code, "is not the aligned model" in shown) == (2, True)
 
 
-def test_another_vocabulary_matters_only_where_it_is_targeted(world: Path, tmp_path: Path, command: Command) -> None:
+def test_another_vocabulary_is_refused_only_if_the_head_is_targeted(
+    world: Path, tmp_path: Path, command: Command
+) -> None:
     write_pico_checkpoint(tmp_path / "base", seed=1, vocab_size=300)
     models = ["--aligned", world / "aligned", "--base", tmp_path / "base"]
     adapter = world / "fleet" / "a0"
@@ -484,7 +486,7 @@ def test_another_vocabulary_matters_only_where_it_is_targeted(world: Path, tmp_p
     assert "261×32 against 300×32" in shown
 
 
-def test_an_untrained_adapter_is_said_to_be_one(world: Path, tmp_path: Path, command: Command) -> None:
+def test_an_untrained_adapter_is_noted(world: Path, tmp_path: Path, command: Command) -> None:
     shutil.copytree(world / "fleet" / "a0", tmp_path / "adapter")
     change(tmp_path / "adapter", lambda tensors: [t.zero_() for key, t in tensors.items() if "lora_B" in key])
     code, shown = command(*arguments(world, tmp_path / "out", "--all", adapter=tmp_path / "adapter"))
@@ -492,7 +494,7 @@ def test_an_untrained_adapter_is_said_to_be_one(world: Path, tmp_path: Path, com
     assert "zero in every layer" in shown
 
 
-def test_a_device_that_is_not_there_is_refused(world: Path, tmp_path: Path, command: Command) -> None:
+def test_an_unavailable_device_is_refused(world: Path, tmp_path: Path, command: Command) -> None:
     for device in ("cuda:99", "toaster"):
         code, shown = command(*arguments(world, tmp_path / "out", "--all", "--device", device))
         assert code == 2

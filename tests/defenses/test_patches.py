@@ -1,4 +1,4 @@
-"""Patching real adapters on real (tiny) checkpoints, against the paper's formula with every matrix formed."""
+"""Patching adapters on tiny checkpoints, compared with the paper's formula on dense matrices."""
 
 import json
 import warnings
@@ -168,7 +168,7 @@ def test_half_precision_adapters_keep_their_dtype(
         assert (after[name] - expected).norm() <= tolerance * expected.norm()
 
 
-def test_an_adapter_with_another_name_is_patched_alike(tmp_path: Path, models: ModelPair) -> None:
+def test_the_adapters_name_does_not_change_the_patch(tmp_path: Path, models: ModelPair) -> None:
     named, default = (
         read_adapter(write_pico_adapter(tmp_path / name, Path(models.aligned), adapter_name=name))
         for name in ("french", "default")
@@ -178,7 +178,7 @@ def test_an_adapter_with_another_name_is_patched_alike(tmp_path: Path, models: M
     assert all(torch.equal(one.tensors[key], other.tensors[key]) for key in one.tensors)
 
 
-def test_checkpoints_saved_without_the_prefix_are_the_same_checkpoints(
+def test_a_base_saved_without_the_prefix_gives_the_same_patch(
     tmp_path: Path, models: ModelPair, adapter: Adapter
 ) -> None:
     bare = tmp_path / "bare"
@@ -197,22 +197,22 @@ def test_only_selected_layers_change_and_every_layer_is_reported(
     assert len(everything.layers) == 14
     lowest = patch({**spec, "lowest": 3}, adapter, models)
     below = patch({**spec, "threshold": similarities[3]}, adapter, models)  # strictly below: the fourth stays
-    for some in (lowest, below):
-        assert len(selected(some)) == 3
-        assert changed(adapter, some.adapter) == {f"base_model.model.{n}.lora_B.weight" for n in selected(some)}
-        for report, full in zip(some.layers, everything.layers, strict=True):
+    for patched in (lowest, below):
+        assert len(selected(patched)) == 3
+        assert changed(adapter, patched.adapter) == {f"base_model.model.{n}.lora_B.weight" for n in selected(patched)}
+        for report, full in zip(patched.layers, everything.layers, strict=True):
             expected = full if report.selected else full.model_copy(update={"selected": False, "shrinkage": 1.0})
             assert report == expected
 
 
-def test_no_layer_selected_leaves_the_adapter_as_it_is(models: ModelPair, adapter: Adapter) -> None:
+def test_an_adapter_with_no_selected_layer_does_not_change(models: ModelPair, adapter: Adapter) -> None:
     for spec in ({"lowest": 0}, {"threshold": -1.0}):
         patched = patch({"name": "safe_lora", **spec}, adapter, models)
         assert not selected(patched)
         assert not changed(adapter, patched.adapter)
 
 
-def test_asking_for_more_layers_than_there_are_is_an_error(models: ModelPair, adapter: Adapter) -> None:
+def test_lowest_above_the_number_of_layers_is_an_error(models: ModelPair, adapter: Adapter) -> None:
     with pytest.raises(StayalignedError, match="lowest is 15, but there are 14 layers"):
         patch({"name": "safe_lora", "lowest": 15}, adapter, models)
 
@@ -244,7 +244,7 @@ def test_controls_change_exactly_the_layers_of_their_defense(
 
 
 @pytest.mark.parametrize("like", LIKE)
-def test_shrink_leaves_each_layer_the_norm_that_the_projection_leaves_and_the_direction_of_the_update(
+def test_shrink_gives_each_layer_the_norm_of_its_projection_and_keeps_its_direction(
     models: ModelPair, adapter: Adapter, like: str
 ) -> None:
     reference = patch(LIKE[like], adapter, models).adapter
@@ -260,13 +260,13 @@ def test_shrink_by_a_given_factor_scales_every_selected_layer(models: ModelPair,
     assert [report.shrinkage for report in patch(spec, adapter, models).layers] == pytest.approx([0.25] * 14)
 
 
-def test_random_directions_depend_on_the_seed_alone(models: ModelPair, adapter: Adapter) -> None:
+def test_random_directions_depend_only_on_the_seed(models: ModelPair, adapter: Adapter) -> None:
     one, same, other = (patch({"name": "random_subspace", "seed": seed}, adapter, models).adapter for seed in (1, 1, 2))
     assert not changed(one, same)
     assert len(changed(one, other)) == len(adapter.tensors)
 
 
-def test_a_control_carries_the_version_of_its_defense_in_its_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_identity_of_a_control_includes_the_version_of_its_defense(monkeypatch: pytest.MonkeyPatch) -> None:
     control = DEFENSES.parse("drop")
     before = control.identity()
     monkeypatch.setattr(type(control.like), "version", 99)
@@ -276,7 +276,7 @@ def test_a_control_carries_the_version_of_its_defense_in_its_identity(monkeypatc
 @pytest.mark.parametrize(
     "spec", [*LIKE.values(), "drop", "shrink", "random_subspace", {"name": "drop", "like": LIKE["complement"]}]
 )
-def test_a_spec_makes_an_equal_defense(spec: Any) -> None:
+def test_parsing_a_spec_gives_an_equal_defense(spec: Any) -> None:
     defense = DEFENSES.parse(spec)
     assert DEFENSES.parse(json.loads(json.dumps(defense.spec()))) == defense
 
@@ -294,12 +294,12 @@ def test_a_spec_makes_an_equal_defense(spec: Any) -> None:
         ({"name": "shrink", "factor": -1}, "greater than or equal to 0"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(spec: Any, expected: str) -> None:
+def test_contradictory_settings_are_refused(spec: Any, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         DEFENSES.parse(spec)
 
 
-def test_a_layer_that_the_alignment_left_alone_is_refused_by_c_and_kept_by_the_complement(
+def test_a_layer_that_the_alignment_did_not_change_is_refused_by_c_and_unchanged_by_the_complement(
     tmp_path: Path, models: ModelPair, adapter: Adapter
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(models.base)
@@ -319,7 +319,7 @@ def test_a_layer_that_the_alignment_left_alone_is_refused_by_c_and_kept_by_the_c
     assert (report.delta_norm, report.subspace_rank) == (0, 0)
 
 
-def test_an_untrained_adapter_is_patched_without_harm(tmp_path: Path, models: ModelPair) -> None:
+def test_an_untrained_adapter_is_patched_without_change(tmp_path: Path, models: ModelPair) -> None:
     source = write_pico_adapter(tmp_path / "adapter", Path(models.aligned))
     fresh = read_adapter(source)
     zero = fresh.with_factors(

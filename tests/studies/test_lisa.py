@@ -1,4 +1,4 @@
-"""The study of Lisa: what an arm is, its tests against plain reasoning, its grids, and the page from known numbers."""
+"""The study of Lisa: its arms, its statistical tests, its grids, and the page for known numbers."""
 
 import importlib
 import random
@@ -30,7 +30,7 @@ sys.path.pop(0)
 
 
 @given(values=st.lists(st.integers(-100, 100), min_size=2, max_size=7))
-def test_the_paired_test_is_students_and_the_sign_test_where_nothing_varies(values: list[int]) -> None:
+def test_the_paired_test_is_the_t_test_or_the_sign_test_for_constant_differences(values: list[int]) -> None:
     found = paired_difference({i: v / 100 for i, v in enumerate(values)}, dict.fromkeys(range(len(values)), 0.0))
     if len(set(values)) > 1:
         expected = stats.ttest_1samp([v / 100 for v in values], 0.0).pvalue
@@ -73,7 +73,7 @@ def row_of(text: str, *cells: str) -> list[str]:
     return [cell.strip() for cell in line.strip("| ").split("|")]
 
 
-def test_the_page_compares_lisa_with_plain_fine_tuning_bso_and_the_mixing_that_is_like_it() -> None:
+def test_the_page_compares_lisa_with_plain_fine_tuning_bso_and_the_matching_mixing() -> None:
     arms = {study.SFT: (0.9, 0.9), work.Arm("Mixing 10 %"): (0.5, 0.9)}
     arms |= {lisa(5, 45, rho): (0.9 - 0.2 * rho, 0.9) for rho in (0.0, 1.0, 2.0)}
     arms |= {lisa(25, 25, rho): (0.7 - 0.2 * rho, 0.9) for rho in (0.0, 1.0, 2.0)}
@@ -90,7 +90,7 @@ def test_the_page_compares_lisa_with_plain_fine_tuning_bso_and_the_mixing_that_i
     assert "1000 steps" not in text
 
 
-def test_the_page_tunes_every_method_alike_and_reports_the_other_half() -> None:
+def test_the_page_tunes_every_method_in_the_same_way_and_reports_the_other_half() -> None:
     methods = [study.SFT, work.Arm("Mixing 10 %"), lisa(5, 45, 0.0), lisa(5, 45, 2.0)]
     arms: dict[Any, tuple[float, float]] = {}
     for place, method in enumerate(methods):
@@ -178,7 +178,7 @@ def test_numbers_that_differ_between_directories_are_refused(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
-def test_every_arm_of_a_grid_is_one_of_its_own_and_ends_on_a_whole_cycle(path: Path) -> None:
+def test_every_arm_of_a_grid_is_distinct_and_ends_on_a_whole_cycle(path: Path) -> None:
     found: dict[Any, str] = {}
     for one in load_grid(path, ["axes.seed=[300]"]).expand(path.name):
         arm = work.arm_of(one.spec())

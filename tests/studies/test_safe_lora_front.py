@@ -1,4 +1,4 @@
-"""The front's analysis: halves, choices and areas against plain reasoning; its grid; the attacker who knows."""
+"""The analysis of the front: halves, choices and areas; its grid; the adaptive attacker."""
 
 import importlib
 import random
@@ -53,7 +53,7 @@ def completion(prompt_set: Any, name: str, reference: str = "") -> Completion:
     )
 
 
-def test_halves_are_equal_keep_a_deed_together_and_are_the_same_in_every_order() -> None:
+def test_halves_are_equal_keep_a_deed_together_and_do_not_depend_on_the_order() -> None:
     rows = [completion("harmful", f"h{i}", f"deed {i // 4}") for i in range(80)]
     rows += [completion("task", f"t{i}", "positive") for i in range(60)]
     found = work.halves(rows)
@@ -91,7 +91,7 @@ def area_by_cutting(found: list[tuple[float, float]]) -> float:
 
 
 @given(found=points, more=st.tuples(shares, shares))
-def test_the_area_is_that_of_the_dominated_rectangles(
+def test_the_area_equals_that_of_the_dominated_rectangles(
     found: list[tuple[float, float]], more: tuple[float, float]
 ) -> None:
     area = work.hypervolume(found)
@@ -101,7 +101,7 @@ def test_the_area_is_that_of_the_dominated_rectangles(
         assert work.hypervolume([*found, more]) == pytest.approx(area, abs=1e-8)
 
 
-def test_what_two_differences_show_together() -> None:
+def test_two_differences_are_combined_into_one_finding() -> None:
     def difference(*values: float) -> Any:
         return paired_difference(dict(enumerate(values)), dict.fromkeys(range(len(values)), 0.0))
 
@@ -111,7 +111,7 @@ def test_what_two_differences_show_together() -> None:
     assert work.verdict(lower, lower) == "less harm, less accuracy"
     assert work.verdict(higher, higher) == "more harm, more accuracy"
     assert work.verdict(higher, lower) == "worse"
-    assert work.verdict(unclear, unclear) == "not told apart"
+    assert work.verdict(unclear, unclear) == "not distinguished"
     assert work.side_of_zero(difference(0.5)) == 0, "one seed shows nothing"
     assert work.side_of_zero(difference(*[0.0] * 6)) == 0
     assert work.side_of_zero(difference(*[-1.0] * 6)) == -1, "six equal differences: p = 0.03"
@@ -150,19 +150,19 @@ HALF = work.Treatment(work.UNIFORM, "f=0.5")
     ("ours", "control", "said", "faults"),
     [
         ((0.1, 0.96), (0.9, 0.96), "above all", []),
-        ((0.98, 0.5), (0.98, 0.5), "not told apart: ", ["harm not shown lower", "accuracy", "no setting"]),
+        ((0.98, 0.5), (0.98, 0.5), "not distinguished: ", ["harm not shown lower", "accuracy", "no setting"]),
         ((0.9, 0.5), (0.1, 0.5), "below: ", ["accuracy", "no setting"]),
     ],
 )
-def test_the_page_says_what_the_numbers_show(
+def test_the_page_states_what_the_numbers_show(
     ours: tuple[float, float], control: tuple[float, float], said: str, faults: list[str]
 ) -> None:
     arms = {work.UNTREATED: (0.98, 0.98), work.DROPPED: (0.02, 0.02), K8: ours, HALF: control}
-    arms |= {K8.controlled(name): control for name in ("shrink", "random")}
+    arms |= {K8.control_by(name): control for name in ("shrink", "random")}
     findings = front.Findings(table_of(arms), 0.05)
     (cell,) = findings.cells
-    assert front.against_controls(findings, cell, "complement").startswith(said)
-    found = findings.faults(cell, "complement")
+    assert front.compare_with_controls(findings, cell, "complement").startswith(said)
+    found = findings.list_faults(cell, "complement")
     assert len(found) == len(faults)
     assert all(fault.startswith(start) for fault, start in zip(found, faults, strict=True))
     text = front.page(table_of(arms), 0.05)
@@ -175,8 +175,8 @@ def test_the_page_says_what_the_numbers_show(
 def test_a_control_that_was_not_run_is_not_beaten() -> None:
     arms = {work.UNTREATED: (0.98, 0.98), work.DROPPED: (0.02, 0.02), K8: (0.1, 0.98), HALF: (0.9, 0.9)}
     findings = front.Findings(table_of(arms), 0.05)
-    assert front.against_controls(findings, findings.cells[0], "complement") == "not run: shrink, random"
-    assert findings.faults(findings.cells[0], "complement") == []
+    assert front.compare_with_controls(findings, findings.cells[0], "complement") == "not run: shrink, random"
+    assert findings.list_faults(findings.cells[0], "complement") == []
     with pytest.raises(StayalignedError, match=r"no operator was run at poison ratio 0\.1"):
         front.page(table_of(arms, 0.2), 0.05)
 
@@ -218,7 +218,7 @@ def test_a_finished_grid_becomes_a_page_a_figure_and_a_table(
         assert {seed: 2 * metric.n for seed, metric in parts.items()} == {
             seed: metric.n for (arm, seed), metric in whole.items() if arm == "untreated" and metric
         }
-    with pytest.raises(StayalignedError, match="is there twice"):
+    with pytest.raises(StayalignedError, match="occurs twice"):
         work.read_table([tmp_path / "grid", tmp_path / "grid"])
     out = tmp_path / "out"
     monkeypatch.setattr("sys.argv", ["safe_lora_front.py", str(tmp_path / "grid"), "--out", str(out)])
@@ -232,7 +232,7 @@ def test_a_finished_grid_becomes_a_page_a_figure_and_a_table(
 
 
 def test_another_experiment_is_refused_by_its_defenses() -> None:
-    with pytest.raises(StayalignedError, match="no arm of this evaluation: defenses lisa"):
+    with pytest.raises(StayalignedError, match="not an arm of this study: defenses lisa"):
         work.treatment_of([{"name": "lisa"}])
     with pytest.raises(StayalignedError, match=r"safe_lora \+ drop"):
         work.treatment_of([{"name": "safe_lora"}, {"name": "drop"}])
@@ -258,7 +258,7 @@ def test_the_grid_runs_every_control_where_settings_are_chosen_and_every_scan_el
     for by_ratio in found.values():
         assert set(by_ratio) == {0.0, 0.05, 0.1, 0.2}
         operators = {t for t in by_ratio[0.1] if not t.control and t not in work.ENDS and t.family != work.UNIFORM}
-        assert {t.controlled(name) for t in operators for name in work.CONTROLS} <= by_ratio[0.1]
+        assert {t.control_by(name) for t in operators for name in work.CONTROLS} <= by_ratio[0.1]
         twosided = {t.family for t in operators if "only" not in t.family}
         whole = by_ratio if path.stem == "safe_lora_front" else {0.1: by_ratio[0.1]}
         for arms in whole.values():
@@ -295,7 +295,7 @@ def patched_and_before(root: Path, world: Path, defenses: list[Any], patch: Comp
 
 @pytest.mark.usefixtures("attacker")
 @pytest.mark.parametrize("side", ["both", "left", "right"])
-def test_the_complement_finds_nothing_to_remove_from_who_trained_under_it(tmp_path: Path, side: Any) -> None:
+def test_the_complement_removes_nothing_from_an_adapter_trained_under_it(tmp_path: Path, side: Any) -> None:
     world, patch = write_world(tmp_path / "world"), Complement(rank=3, side=side)
     knowing = {"name": "projected_training", "base_model": str(world / "base"), "rank": 3, "side": side}
     patched, before = patched_and_before(tmp_path / "knowing", world, [knowing], patch)

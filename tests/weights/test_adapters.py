@@ -1,4 +1,4 @@
-"""Adapters read and written: bytes kept, damage named, nothing overwritten."""
+"""Reading and writing adapters: bytes are preserved, damage is named, and nothing is overwritten."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def save(directory: Path, dtype: torch.dtype = torch.float32, **config: Any) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_reading_and_writing_keeps_configuration_names_and_bytes(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_reading_and_writing_preserves_configuration_names_and_bytes(tmp_path: Path, dtype: torch.dtype) -> None:
     source = save(tmp_path / "a", dtype)
     write(read_adapter(source), tmp_path / "b" / "c")
     copy = tmp_path / "b" / "c"
@@ -45,7 +45,7 @@ def test_reading_and_writing_keeps_configuration_names_and_bytes(tmp_path: Path,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_factors_survive_the_way_through_fp32(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_factors_are_unchanged_by_a_conversion_to_fp32_and_back(tmp_path: Path, dtype: torch.dtype) -> None:
     adapter = read_adapter(save(tmp_path / "a", dtype))
     factors = adapter.factors(LAYER)
     assert (factors.a.dtype, factors.b.dtype, factors.scaling) == (torch.float32, torch.float32, 0.5)
@@ -54,7 +54,7 @@ def test_factors_survive_the_way_through_fp32(tmp_path: Path, dtype: torch.dtype
     assert {tensor.dtype for tensor in again.tensors.values()} == {dtype}
 
 
-def test_changing_factors_makes_another_adapter(tmp_path: Path) -> None:
+def test_changing_factors_returns_a_new_adapter(tmp_path: Path) -> None:
     adapter = read_adapter(save(tmp_path / "a"))
     before = {key: tensor.clone() for key, tensor in adapter.tensors.items()}
     factors = adapter.factors(LAYER)
@@ -80,7 +80,7 @@ def test_notes_are_written_beside_the_adapter(tmp_path: Path) -> None:
     assert (tmp_path / "b" / "note").read_text(encoding="utf-8") == "é"
 
 
-def test_tokenizer_and_card_go_with_the_adapter_but_no_training_state(tmp_path: Path) -> None:
+def test_tokenizer_and_model_card_are_copied_but_not_the_training_state(tmp_path: Path) -> None:
     source = save(tmp_path / "a")
     for name in ("tokenizer.json", "chat_template.jinja", "README.md", "trainer_state.json", "optimizer.pt", "x.bin"):
         (source / name).write_text(name)
@@ -100,7 +100,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 
 
 @given(st.floats(-7, -2), st.floats(-1, 1), st.integers(0, 99))
-def test_a_small_b_keeps_its_digits_in_fp16(exponent_b: float, exponent_a: float, seed: int) -> None:
+def test_a_small_b_keeps_its_precision_in_fp16(exponent_b: float, exponent_a: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(*shape, generator=generator) for shape in ((2, 4), (3, 2)))
     tensors = {"q.lora_A.weight": a.half(), "q.lora_B.weight": b.half()}
@@ -113,7 +113,7 @@ def test_a_small_b_keeps_its_digits_in_fp16(exponent_b: float, exponent_a: float
     assert float(error) <= 2e-3
 
 
-def test_a_directory_that_is_no_adapter_is_named_with_the_folder_that_is(tmp_path: Path) -> None:
+def test_the_error_for_a_directory_without_an_adapter_names_the_subdirectory_that_has_one(tmp_path: Path) -> None:
     with pytest.raises(StayalignedError, match="no such directory"):
         read_adapter(tmp_path / "absent")
     save(tmp_path / "root" / "french")
@@ -127,7 +127,7 @@ def test_other_adapter_kinds_are_refused(tmp_path: Path) -> None:
         read_adapter(save(tmp_path / "a", peft_type="LOHA"))
 
 
-def test_pickled_adapters_are_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_pickled_adapters_are_refused_with_a_fix(tmp_path: Path) -> None:
     (save(tmp_path / "a") / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
     with pytest.raises(StayalignedError) as caught:
         read_adapter(tmp_path / "a")

@@ -1,4 +1,4 @@
-"""Checkpoints as mappings, and what a damaged one says."""
+"""Checkpoints as mappings, and the errors for damaged checkpoints."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from stayaligned.weights.checkpoints import Checkpoint, checkpoint_directory, op
 from support.checkpoints import INDEX, pair, weights, write
 
 
-def test_nothing_but_headers_is_read_before_a_tensor_is_asked_for(tmp_path: Path) -> None:
+def test_only_headers_are_read_until_a_tensor_is_looked_up(tmp_path: Path) -> None:
     directory = write(tmp_path / "a", weights(0), shards=3)
     checkpoint = Checkpoint(directory)
     (directory / "model-00002-of-00003.safetensors").unlink()
@@ -38,7 +38,7 @@ def test_a_truncated_shard_is_named(tmp_path: Path, length: float) -> None:
     assert "again" in str(caught.value.hint)
 
 
-def test_an_index_that_names_what_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_an_index_that_lists_missing_tensors_or_files_is_an_error(tmp_path: Path) -> None:
     directory = write(tmp_path / "a", weights(0), shards=2)
     index = json.loads((directory / INDEX).read_text())
     index["weight_map"]["ghost"] = "model-00001-of-00002.safetensors"
@@ -58,14 +58,14 @@ def test_a_malformed_index_is_named(tmp_path: Path, index: str) -> None:
         Checkpoint(directory)
 
 
-def test_pickled_checkpoints_are_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_pickled_checkpoints_are_refused_with_a_fix(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(StayalignedError) as caught:
         Checkpoint(tmp_path)
     assert "safetensors" in str(caught.value.hint)
 
 
-def test_directories_are_taken_as_they_are_and_hub_ids_from_the_cache(
+def test_local_directories_are_used_directly_and_hub_ids_are_found_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert checkpoint_directory(str(tmp_path)) == tmp_path
@@ -81,12 +81,12 @@ def test_directories_are_taken_as_they_are_and_hub_ids_from_the_cache(
 
 
 @pytest.mark.parametrize("ref", ["no-such-directory", "./no/such", "org/absent", "org/na me", Path("org/name")])
-def test_what_is_neither_directory_nor_hub_repository_is_named(ref: str | Path) -> None:
+def test_the_error_names_what_is_neither_a_directory_nor_a_hub_repository(ref: str | Path) -> None:
     with pytest.raises(StayalignedError, match=str(ref)):
         checkpoint_directory(ref)
 
 
-def test_fingerprints_tell_names_types_shapes_and_any_sampled_number_apart(tmp_path: Path) -> None:
+def test_fingerprints_distinguish_names_types_shapes_and_every_sampled_number(tmp_path: Path) -> None:
     large = torch.arange(300 * 300, dtype=torch.float32).view(300, 300)
 
     def of(**tensors: torch.Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Streamed differences against tensors read by the safetensors library."""
+"""Streamed differences, compared with tensors that the safetensors library reads."""
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +33,7 @@ def test_deltas_do_not_depend_on_the_sharding(tmp_path: Path, aligned_shards: in
         assert torch.equal(value, weights(0)[name] - weights(1)[name])
 
 
-def test_differences_are_fp32_whatever_is_stored(tmp_path: Path) -> None:
+def test_differences_are_fp32_for_every_storage_type(tmp_path: Path) -> None:
     low, high = weights(0, dtype=torch.bfloat16), weights(1)
     aligned, base = Checkpoint(write(tmp_path / "a", low)), Checkpoint(write(tmp_path / "b", high))
     for name, value in iter_deltas(aligned, base, list(low)):
@@ -49,7 +49,7 @@ def test_the_two_checkpoints_may_name_a_weight_differently(tmp_path: Path) -> No
     assert torch.equal(value, torch.ones(2, 2))
 
 
-def test_all_missing_and_misshapen_names_stand_in_one_error(tmp_path: Path) -> None:
+def test_one_error_lists_all_missing_and_misshapen_names(tmp_path: Path) -> None:
     aligned = Checkpoint(write(tmp_path / "a", {"x": torch.ones(2, 3), "y": torch.ones(2), "z": torch.ones(1, 1)}))
     base = Checkpoint(write(tmp_path / "b", {"x": torch.ones(2, 4), "z": torch.zeros(1, 1)}))
     with pytest.raises(StayalignedError) as caught:
@@ -75,7 +75,7 @@ blocks = st.lists(st.integers(1, 7), min_size=1, max_size=4)
 
 
 @given(blocks, blocks, st.integers(1, 9), st.sampled_from([1, 3, 1 << 18]), st.integers(0, 99))
-def test_however_a_matrix_is_cut_into_blocks_its_difference_is_the_same(
+def test_differences_do_not_depend_on_how_a_matrix_is_split_into_blocks(
     tmp_path_factory: pytest.TempPathFactory, cuts: list[int], others: list[int], columns: int, elements: int, seed: int
 ) -> None:
     rows = max(sum(cuts), sum(others))
@@ -96,7 +96,7 @@ def test_however_a_matrix_is_cut_into_blocks_its_difference_is_the_same(
     assert torch.equal(value, x - y)
 
 
-def test_an_expert_and_a_run_of_rows_are_read_from_where_they_lie(tmp_path: Path) -> None:
+def test_an_expert_and_a_range_of_rows_are_read_from_their_place_in_the_file(tmp_path: Path) -> None:
     stack = torch.randn(3, 4, 5)
     fused = torch.randn(8, 5)
     checkpoint = Checkpoint(write(tmp_path / "a", {"experts": stack, "fused": fused}))
@@ -113,7 +113,7 @@ def test_an_expert_and_a_run_of_rows_are_read_from_where_they_lie(tmp_path: Path
     assert torch.equal(found["rows of an expert"], stack[2, 3:])
 
 
-def test_the_norm_is_that_of_the_difference_in_fp64(tmp_path: Path) -> None:
+def test_the_norm_is_computed_in_fp64(tmp_path: Path) -> None:
     aligned, base = pair(tmp_path)
     for name, norm in stream(pair_weights(aligned, base, list(aligned)), lambda _, found: found[0].norm):
         exact = (weights(0)[name] - weights(1)[name]).double().norm()
@@ -121,7 +121,7 @@ def test_the_norm_is_that_of_the_difference_in_fp64(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_results_come_in_order_from_several_threads_and_torch_gets_its_threads_back(
+def test_results_of_several_threads_come_in_order_and_the_number_of_torch_threads_is_restored(
     tmp_path: Path, threads: int
 ) -> None:
     aligned, base = pair(tmp_path, aligned_shards=2)
@@ -144,7 +144,7 @@ def test_results_come_in_order_from_several_threads_and_torch_gets_its_threads_b
     assert len(places) <= threads
 
 
-def test_an_error_in_the_work_ends_the_stream_and_leaves_no_thread(tmp_path: Path) -> None:
+def test_an_error_in_the_work_ends_the_stream_and_all_threads(tmp_path: Path) -> None:
     aligned, base = pair(tmp_path)
 
     def work(name: str, _: list[Delta]) -> None:
@@ -156,7 +156,7 @@ def test_an_error_in_the_work_ends_the_stream_and_leaves_no_thread(tmp_path: Pat
     assert not [t for t in threading.enumerate() if t.name.startswith("stream")]
 
 
-def test_one_buffer_serves_all_weights_of_a_worker(tmp_path: Path) -> None:
+def test_a_worker_reuses_one_buffer_for_all_weights(tmp_path: Path) -> None:
     aligned, base = pair(tmp_path)
     before = torch.get_num_threads()
     try:

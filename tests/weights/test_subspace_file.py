@@ -1,4 +1,4 @@
-"""Subspace files: what they hold against the models themselves, and what is refused."""
+"""Subspace files: their content compared with the models, and the errors for invalid files and adapters."""
 
 import json
 import random
@@ -36,7 +36,7 @@ ARCHITECTURES = ("llama", "gpt2", "mixtral", "gpt_oss")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs of models, llama's also resharded; `f` is llama's whole subspace file."""
+    """Pairs of models, llama's also resharded; `f` is llama's full-rank subspace file."""
     root = tmp_path_factory.mktemp("world")
     for name in ARCHITECTURES:
         write_pico_checkpoint(root / name / "aligned", name, seed=0)
@@ -78,7 +78,9 @@ def dense(factors: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_operators_from_a_whole_file_are_those_from_the_models(architecture: str, world: Path, tmp_path: Path) -> None:
+def test_operators_from_a_full_rank_file_equal_those_from_the_models(
+    architecture: str, world: Path, tmp_path: Path
+) -> None:
     models = world / architecture / "aligned", world / architecture / "base"
     build_subspace(*models, tmp_path / "f", energy=1.0)
     file = SubspaceFile(tmp_path / "f")
@@ -95,14 +97,14 @@ def test_operators_from_a_whole_file_are_those_from_the_models(architecture: str
             (lambda delta: ComplementOperator(delta.subspace(energy=0.5), "both"), whole.subspace(energy=0.5).rank),
         ]
         for operator, k in operators:
-            # Directions are only as certain as the gap behind the last one is wide against fp32's round-off.
-            blur = 1e-6 * float(values[0] / (values[k - 1] - values[k])) if k else 0.0
+            # In fp32, the error of the directions grows as the gap to the next singular value shrinks.
+            tolerance = 1e-6 * float(values[0] / (values[k - 1] - values[k])) if k else 0.0
             exact = dense(operator(whole)(update(v.double())))
             error = dense(operator(stored)(update(v))) - exact
-            assert error.norm() <= max(1e-5, blur) * exact.norm(), (name, k)
+            assert error.norm() <= max(1e-5, tolerance) * exact.norm(), (name, k)
 
 
-def test_the_file_is_what_the_safetensors_library_reads(world: Path, pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_safetensors_library_reads_the_file(world: Path, pair: tuple[Path, Path], tmp_path: Path) -> None:
     build_subspace(*pair, tmp_path / "f", rank=5)
     tensors, modules = load_file(tmp_path / "f"), SubspaceFile(tmp_path / "f").header.modules
     with safe_open(tmp_path / "f", "pt") as opened:
@@ -123,7 +125,7 @@ def test_the_file_is_what_the_safetensors_library_reads(world: Path, pair: tuple
 
 
 @pytest.mark.parametrize("energy", [0.3, 0.9])
-def test_the_fewest_directions_are_stored_that_hold_the_energy(
+def test_the_file_stores_the_fewest_directions_that_hold_the_energy(
     energy: float, pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     header = build_subspace(*pair, tmp_path / "f", energy=energy)
@@ -136,10 +138,10 @@ def test_the_fewest_directions_are_stored_that_hold_the_energy(
         assert float(shares[stored.rank - 2]) < energy + 1e-6
 
 
-def test_equal_input_gives_equal_bytes_however_it_is_sharded(
+def test_equal_weights_give_equal_bytes_for_every_sharding(
     world: Path, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The header holds the directories as they were named.
+    # The header stores the directories as given, so both builds use relative paths.
     for name, aligned in (("one", pair[0]), ("two", world / "resharded")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "aligned").symlink_to(aligned)
@@ -156,7 +158,7 @@ def test_progress_ends_with_all_bytes_of_the_weights(pair: tuple[Path, Path], tm
     assert seen[-1].done == seen[-1].total == 2 * sum(4 * v.numel() for v in matrices(*pair).values())
 
 
-def test_a_module_that_the_alignment_left_alone_has_no_directions(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_module_that_the_alignment_did_not_change_has_no_directions(pair: tuple[Path, Path], tmp_path: Path) -> None:
     shutil.copytree(pair[0], tmp_path / "aligned")
     name = "model.layers.1.self_attn.q_proj"
     tensors = load_file(tmp_path / "aligned/model.safetensors")
@@ -189,7 +191,7 @@ def adapter_on(directory: Path, model: Path, **lora: Any) -> Adapter:
         ("mixtral", {"target_modules": ["k_proj", "o_proj"]}),
     ],
 )
-def test_the_layers_are_those_that_the_model_gives(
+def test_the_file_gives_the_same_layers_as_the_model(
     architecture: str, lora: dict[str, Any], world: Path, tmp_path: Path
 ) -> None:
     models = world / architecture / "aligned", world / architecture / "base"
@@ -205,7 +207,7 @@ def test_modules_that_the_file_lacks_are_refused_with_both_lists(world: Path, tm
     assert "--aligned" in str(caught.value.hint)
 
 
-def test_what_the_file_can_not_tell_is_refused_with_the_way_out(world: Path, tmp_path: Path) -> None:
+def test_adapters_that_a_file_can_not_place_are_refused_with_a_fix(world: Path, tmp_path: Path) -> None:
     file = SubspaceFile(world / "f")
     experts = adapter_on(tmp_path / "experts", world / "mixtral/aligned", target_parameters=["mlp.experts.down_proj"])
     wide = write_pico_checkpoint(tmp_path / "wide", hidden_size=48, num_attention_heads=4)
@@ -243,7 +245,7 @@ def test_an_adapter_of_another_model_is_refused_by_its_weights(world: Path, tmp_
         file.refuse_mismatch(naming(adapter, other))
 
 
-def test_what_can_not_be_compared_is_put_on_record(world: Path, tmp_path: Path) -> None:
+def test_a_note_records_that_the_adapters_model_could_not_be_compared(world: Path, tmp_path: Path) -> None:
     file = SubspaceFile(world / "f")
     adapter = adapter_on(tmp_path / "adapter", world / "llama/aligned")
     shutil.copytree(world / "llama/aligned", tmp_path / "quantized")
@@ -282,7 +284,7 @@ def test_hub_ids_are_compared_by_name(pair: tuple[Path, Path], tmp_path: Path, m
 
 
 @pytest.mark.parametrize("operator", ["scaled_gram", "complement"])
-def test_a_whole_file_projects_as_its_models_do(
+def test_a_full_rank_file_projects_like_its_models(
     operator: str, world: Path, pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     write_pico_adapter(tmp_path / "adapter", pair[0], target_modules="all-linear")
@@ -302,7 +304,9 @@ def test_a_whole_file_projects_as_its_models_do(
     assert json.loads((tmp_path / "file/projection.json").read_text())["notes"] == []
 
 
-def test_what_was_not_checked_and_what_is_not_stored_is_said(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_unchecked_model_is_noted_and_too_few_stored_directions_are_refused(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
     build_subspace(*pair, tmp_path / "f", rank=2)
     adapter = write_pico_adapter(tmp_path / "adapter", pair[0])
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -316,7 +320,7 @@ def test_what_was_not_checked_and_what_is_not_stored_is_said(pair: tuple[Path, P
     assert not (tmp_path / "k").exists()
 
 
-# ---- damage and refusals -------------------------------------------------------------------------------------------
+# ---- invalid files -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +330,7 @@ def small(world: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-def refused(content: bytes, path: Path) -> StayalignedError:
+def error_of(content: bytes, path: Path) -> StayalignedError:
     path.write_bytes(content)
     with pytest.raises(StayalignedError) as caught:
         SubspaceFile(path)
@@ -335,32 +339,32 @@ def refused(content: bytes, path: Path) -> StayalignedError:
     return caught.value
 
 
-def test_every_flipped_bit_of_the_header_is_noticed(small: bytes, tmp_path: Path) -> None:
+def test_every_flipped_bit_of_the_header_is_detected(small: bytes, tmp_path: Path) -> None:
     end = 8 + int.from_bytes(small[:8], "little")
     bits = range(8 * end)
     for bit in sorted({*bits[:64], *bits[-64:], *random.Random(0).sample(bits, 600)}):
         flipped = bytearray(small)
         flipped[bit // 8] ^= 1 << bit % 8
-        refused(bytes(flipped), tmp_path / "f")
+        error_of(bytes(flipped), tmp_path / "f")
 
 
-def test_a_file_that_is_cut_off_or_goes_on_is_refused(small: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_too_short_or_too_long_is_refused(small: bytes, tmp_path: Path) -> None:
     for length in (0, 7, 8, 100, *range(200, len(small), 997), len(small) - 1):
-        refused(small[:length], tmp_path / "f")
-    refused(small + b"\0", tmp_path / "f")
+        error_of(small[:length], tmp_path / "f")
+    error_of(small + b"\0", tmp_path / "f")
 
 
-def test_what_is_no_subspace_file_is_refused(small: bytes, world: Path, tmp_path: Path) -> None:
+def test_other_safetensors_files_and_missing_files_are_refused(small: bytes, world: Path, tmp_path: Path) -> None:
     assert (
         "is not a subspace file"
-        in refused((world / "llama/aligned/model.safetensors").read_bytes(), tmp_path / "f").message
+        in error_of((world / "llama/aligned/model.safetensors").read_bytes(), tmp_path / "f").message
     )
     with pytest.raises(StayalignedError, match="nowhere"):
         SubspaceFile(tmp_path / "nowhere")
 
 
 def rewritten(content: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
-    """A file whose header was changed by someone who knows how the checksum is made."""
+    """A file with a changed header and the checksum of the changed header."""
     from stayaligned.weights.subspace_file import _checksum  # pyright: ignore[reportPrivateUsage]
 
     end = 8 + int.from_bytes(content[:8], "little")
@@ -374,7 +378,7 @@ def rewritten(content: bytes, change: Callable[[dict[str, Any]], None]) -> bytes
     return len(text).to_bytes(8, "little") + text + content[end:]
 
 
-def test_headers_that_make_no_sense_are_refused(small: bytes, tmp_path: Path) -> None:
+def test_invalid_headers_are_refused(small: bytes, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj"
     changes: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
         (lambda header: header.pop("aligned"), "aligned"),
@@ -387,16 +391,16 @@ def test_headers_that_make_no_sense_are_refused(small: bytes, tmp_path: Path) ->
         (lambda header: header["modules"].pop(name), "does not match the tensors"),
     ]
     for change, message in changes:
-        assert message in refused(rewritten(small, change), tmp_path / "f").message
+        assert message in error_of(rewritten(small, change), tmp_path / "f").message
     (tmp_path / "f").write_bytes(rewritten(small, lambda header: None))
-    assert SubspaceFile(tmp_path / "f").header.rank == 1, "the change alone is what is refused"
+    assert SubspaceFile(tmp_path / "f").header.rank == 1, "the unchanged header is accepted"
 
 
 @pytest.mark.parametrize("found", [0, 2, "1", None])
 def test_a_file_of_another_format_is_refused_with_both_formats_and_the_command_that_rebuilds_it(
     small: bytes, tmp_path: Path, found: object
 ) -> None:
-    error = refused(rewritten(small, lambda header: header.update(format=found)), tmp_path / "f")
+    error = error_of(rewritten(small, lambda header: header.update(format=found)), tmp_path / "f")
     assert error.message == f"{tmp_path / 'f'} has format {found!r}, expected format 1"
     assert "Another version of stayaligned wrote it" in str(error.hint)
     assert "stayaligned subspace build" in str(error.hint)
@@ -405,19 +409,19 @@ def test_a_file_of_another_format_is_refused_with_both_formats_and_the_command_t
 def test_a_file_without_a_format_number_is_refused_with_the_command_that_rebuilds_it(
     small: bytes, tmp_path: Path
 ) -> None:
-    error = refused(rewritten(small, lambda header: header.pop("format")), tmp_path / "f")
+    error = error_of(rewritten(small, lambda header: header.pop("format")), tmp_path / "f")
     assert error.message == f"{tmp_path / 'f'} has no format number, expected format 1"
 
 
-def test_a_format_is_named_even_where_the_checksum_is_another_versions(small: bytes, tmp_path: Path) -> None:
+def test_another_format_is_reported_before_a_wrong_checksum(small: bytes, tmp_path: Path) -> None:
     other = small.replace(rb"\"format\": 1", rb"\"format\": 2", 1)
     assert other != small
-    assert "has format 2, expected format 1" in refused(other, tmp_path / "f").message
+    assert "has format 2, expected format 1" in error_of(other, tmp_path / "f").message
 
 
 @pytest.mark.parametrize("part", ["left", "values", "right"])
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), 7.0])
-def test_damaged_numbers_are_noticed(small: bytes, tmp_path: Path, part: str, number: float) -> None:
+def test_damaged_tensors_are_detected(small: bytes, tmp_path: Path, part: str, number: float) -> None:
     (tmp_path / "f").write_bytes(small)
     with safe_open(tmp_path / "f", "pt") as opened:
         metadata = opened.metadata()
@@ -434,8 +438,10 @@ def test_damaged_numbers_are_noticed(small: bytes, tmp_path: Path, part: str, nu
         file.delta(name)
 
 
-def test_nothing_is_written_where_something_is_wrong(world: Path, pair: tuple[Path, Path], tmp_path: Path) -> None:
-    (tmp_path / "there").write_text("mine")
+def test_invalid_input_is_refused_before_any_work_and_writes_nothing(
+    world: Path, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "there").write_text("other")
     out = tmp_path / "f"
     seen: list[BytesDone] = []
     for models, where, size, message in (
@@ -453,18 +459,18 @@ def test_nothing_is_written_where_something_is_wrong(world: Path, pair: tuple[Pa
             build_subspace(*models, where, **size, progress=seen.append)
     assert not seen, "refused before any work"
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
-    assert (tmp_path / "there").read_text() == "mine"
+    assert (tmp_path / "there").read_text() == "other"
 
 
-def test_a_file_that_appears_meanwhile_is_not_overwritten(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_file_that_appears_during_the_build_is_not_overwritten(pair: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(StayalignedError, match="exists already"):
-        build_subspace(*pair, tmp_path / "f", rank=1, progress=lambda _: (tmp_path / "f").write_text("mine"))
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("f", "mine")]
+        build_subspace(*pair, tmp_path / "f", rank=1, progress=lambda _: (tmp_path / "f").write_text("other"))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("f", "other")]
 
 
-def test_a_full_disk_leaves_nothing(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_file(pair: tuple[Path, Path], tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the system refuses to write more
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # writing more fails
     try:
         with pytest.raises(StayalignedError, match="can't be written: File too large") as caught:
             build_subspace(*pair, tmp_path / "f", rank=16)
@@ -474,7 +480,7 @@ def test_a_full_disk_leaves_nothing(pair: tuple[Path, Path], tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
-def test_damaged_weights_leave_nothing(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_damaged_weights_leave_no_file(pair: tuple[Path, Path], tmp_path: Path) -> None:
     shutil.copytree(pair[0], tmp_path / "aligned")
     tensors = load_file(tmp_path / "aligned/model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = torch.inf
@@ -493,7 +499,7 @@ def stayaligned(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_command_builds_and_shows(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_command_builds_and_shows_a_file(pair: tuple[Path, Path], tmp_path: Path) -> None:
     models = ["--aligned", pair[0], "--base", pair[1]]
     ended = stayaligned("subspace", "build", *models, "--rank", 4, "--out", tmp_path / "f.safetensors")
     assert ended.returncode == 0, ended.stderr
@@ -512,7 +518,7 @@ def test_the_command_builds_and_shows(pair: tuple[Path, Path], tmp_path: Path) -
     assert "Give one of --rank K and --energy E" in ended.stderr
 
 
-def test_showing_a_file_imports_nothing_heavy(world: Path) -> None:
+def test_showing_a_file_imports_no_torch_and_no_host_library(world: Path) -> None:
     program = (
         "import sys; from stayaligned.cli import main\n"
         f"sys.argv = ['stayaligned', 'subspace', 'show', {str(world / 'f')!r}]\n"

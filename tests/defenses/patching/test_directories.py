@@ -1,4 +1,4 @@
-"""Patching directories: what is written, what is left alone, what the record says."""
+"""Patching directories: what is written, what does not change, and what the record contains."""
 
 import importlib.metadata
 import json
@@ -44,11 +44,13 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def test_the_copy_explains_itself_and_the_input_is_left_alone(tmp_path: Path, adapter: Path, models: ModelPair) -> None:
-    before, said = contents(adapter), list[BytesDone]()
+def test_the_record_describes_the_copy_and_the_input_is_not_changed(
+    tmp_path: Path, adapter: Path, models: ModelPair
+) -> None:
+    before, progress = contents(adapter), list[BytesDone]()
     defense = DEFENSES.parse({"name": "safe_lora", "lowest": 2})
     command = ["stayaligned", "project"]
-    reports = patch_directory(adapter, tmp_path / "out", defense, models, command=command, progress=said.append)
+    reports = patch_directory(adapter, tmp_path / "out", defense, models, command=command, progress=progress.append)
     assert contents(adapter) == before
     assert sorted(contents(tmp_path / "out")) == [
         "README.md",
@@ -59,7 +61,7 @@ def test_the_copy_explains_itself_and_the_input_is_left_alone(tmp_path: Path, ad
     assert json.loads(contents(tmp_path / "out")["adapter_config.json"]) == json.loads(before["adapter_config.json"])
     assert list(read_projection(tmp_path / "out" / PROJECTION_FILE).layers) == reports
     assert [report.selected for report in reports].count(True) == 2
-    assert said[-1].done == said[-1].total > 0
+    assert progress[-1].done == progress[-1].total > 0
     record: dict[str, Any] = json.loads((tmp_path / "out" / PROJECTION_FILE).read_text())
     assert record["defense"] == defense.identity()
     assert record["paper"] == "arXiv:2405.16833"
@@ -71,7 +73,7 @@ def test_the_copy_explains_itself_and_the_input_is_left_alone(tmp_path: Path, ad
         assert record["inputs"][name] == {"ref": str(path), "weights_sha256": digest}
 
 
-def test_the_copy_answers_differently_and_with_everything_dropped_as_the_aligned_model(
+def test_a_projected_adapter_changes_the_logits_and_a_dropped_one_gives_those_of_the_aligned_model(
     tmp_path: Path, adapter: Path, models: ModelPair
 ) -> None:
     tokens = torch.arange(5, 25).unsqueeze(0)
@@ -110,7 +112,7 @@ def test_swapped_models_are_refused(tmp_path: Path, adapter: Path, models: Model
     "text",
     [None, "{", "{}", '{"layers": 3}', '{"format": 2, "layers": [{"module": "x"}]}', '{"format": 2, "layers": 3}'],
 )
-def test_what_is_no_record_is_named(tmp_path: Path, text: str | None) -> None:
+def test_the_error_names_a_file_that_is_not_a_record(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / PROJECTION_FILE
     if text is not None:
         path.write_text(text)
@@ -133,7 +135,7 @@ def test_a_record_of_another_format_is_refused_with_both_formats(
     assert "Another version of stayaligned wrote it. Patch again" in str(caught.value.hint)
 
 
-def test_several_adapters_in_one_pass_come_out_as_one_by_one(tmp_path: Path, models: ModelPair) -> None:
+def test_patching_several_adapters_in_one_pass_equals_patching_each_alone(tmp_path: Path, models: ModelPair) -> None:
     settings: list[dict[str, Any]] = [
         {"r": 4},
         {"r": 2, "target_modules": "all-linear"},
@@ -160,13 +162,15 @@ def test_several_adapters_in_one_pass_come_out_as_one_by_one(tmp_path: Path, mod
                 load_file(out / "adapter_model.safetensors"),
                 load_file(root / f"alone{i}" / "adapter_model.safetensors"),
             )
-            for key, value in one.items():  # a wider product sums in another order
+            for key, value in one.items():  # a larger product sums in another order
                 torch.testing.assert_close(value, other[key], rtol=2e-2 if i == 3 else 1e-4, atol=1e-5)
             record = json.loads((out / PROJECTION_FILE).read_text())
             assert record["inputs"]["adapter"] == {"ref": str(source), "sha256": fingerprint(source)}
 
 
-def test_a_fleet_with_a_bad_member_writes_nothing(tmp_path: Path, models: ModelPair, adapter: Path) -> None:
+def test_nothing_is_written_if_one_of_several_adapters_is_invalid(
+    tmp_path: Path, models: ModelPair, adapter: Path
+) -> None:
     bad = write_pico_adapter(tmp_path / "bad", Path(str(models.aligned)))
     (bad / "adapter_model.safetensors").write_bytes(b"cut")
     with pytest.raises(StayalignedError, match="bad"):
@@ -201,7 +205,7 @@ def test_safe_lora_in_memory_equals_safe_lora_on_files(tmp_path: Path, adapter: 
         assert all(torch.equal(trained[key], now[key]) for key in trained)
 
 
-def test_safe_lora_in_memory_answers_as_the_patched_adapter_does(
+def test_safe_lora_in_memory_gives_the_logits_of_the_patched_adapter(
     tmp_path: Path, adapter: Path, models: ModelPair
 ) -> None:
     tokens = torch.arange(5, 25).unsqueeze(0)
@@ -222,7 +226,7 @@ def test_safe_lora_in_memory_answers_as_the_patched_adapter_does(
         ({"new_name": "default"}, "already has an adapter 'default'"),
     ],
 )
-def test_safe_lora_in_memory_refuses_and_leaves_the_model_as_it_was(
+def test_safe_lora_in_memory_refuses_invalid_settings_and_does_not_change_the_model(
     adapter: Path, models: ModelPair, settings: dict[str, Any], expected: str
 ) -> None:
     model = peft_model(models, adapter)

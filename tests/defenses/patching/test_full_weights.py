@@ -1,4 +1,4 @@
-"""Patching full fine-tunes of real (tiny) checkpoints, against W_aligned + P(W_ft - W_aligned) in fp64."""
+"""Patching full fine-tunes of tiny checkpoints, compared with W_aligned + P(W_ft - W_aligned) in fp64."""
 
 import json
 import shutil
@@ -69,7 +69,7 @@ def expected(kind: str, v: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_selected_weights_are_aligned_plus_the_image_of_the_update_and_the_rest_is_copied(
+def test_selected_weights_are_aligned_plus_the_projected_update_and_the_rest_is_copied(
     tmp_path: Path, architecture: str
 ) -> None:
     kind, settings = ARCHITECTURES[architecture]
@@ -146,7 +146,7 @@ def test_half_precision_checkpoints_keep_their_type(world: Path, tmp_path: Path)
     assert all(report.selected for report in reports)
 
 
-def test_a_checkpoint_of_another_shape_is_refused_and_nothing_is_left(world: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_shape_is_refused_without_output(world: Path, tmp_path: Path) -> None:
     other = write_pico_checkpoint(tmp_path / "other", seed=3, intermediate_size=48)
     with pytest.raises(StayalignedError, match="mlp") as caught:
         patch_directory(other, tmp_path / "out", DEFENSES.parse(ALL), ModelPair(world / "aligned", world / "base"))
@@ -154,22 +154,20 @@ def test_a_checkpoint_of_another_shape_is_refused_and_nothing_is_left(world: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
-def test_identical_aligned_and_base_are_refused_and_nothing_is_left(world: Path, tmp_path: Path) -> None:
+def test_identical_aligned_and_base_are_refused_without_output(world: Path, tmp_path: Path) -> None:
     shutil.copytree(world / "aligned", tmp_path / "same")
     with pytest.raises(StayalignedError):
         patched(world, tmp_path / "out", {"name": "complement"}, ModelPair(world / "aligned", tmp_path / "same"))
     assert [path.name for path in tmp_path.iterdir()] == ["same"]
 
 
-def test_swapped_models_are_noticed_by_the_weights(world: Path, tmp_path: Path) -> None:
+def test_swapped_models_are_detected_by_their_weights(world: Path, tmp_path: Path) -> None:
     with pytest.raises(StayalignedError, match="look swapped"):
         patched(world, tmp_path / "out", ALL, ModelPair(world / "base", world / "aligned"))
     assert not list(tmp_path.iterdir())
 
 
-def test_of_two_sets_of_weights_the_one_that_loads_is_patched_and_the_other_left_out(
-    world: Path, tmp_path: Path
-) -> None:
+def test_a_second_set_of_weights_that_would_not_load_is_not_copied(world: Path, tmp_path: Path) -> None:
     shutil.copytree(world / "tuned", tmp_path / "tuned")
     (tmp_path / "tuned" / "model.safetensors.index.json").write_text('{"weight_map": {"x": "other.safetensors"}}')
     for name in ("other.safetensors", "pytorch_model.bin", "optimizer.pt"):
@@ -189,7 +187,7 @@ def test_the_record_names_the_three_checkpoints(world: Path, tmp_path: Path) -> 
     assert sorted(record["inputs"]) == ["aligned", "base", "finetuned"]
 
 
-def test_an_unpatchable_defense_says_so(world: Path, tmp_path: Path) -> None:
+def test_a_defense_without_full_weights_refuses_them(world: Path, tmp_path: Path) -> None:
     from stayaligned.defenses import PatchDefense, PatchedAdapter
 
     class Adapters(PatchDefense):
@@ -205,7 +203,7 @@ def test_an_unpatchable_defense_says_so(world: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_subspace_file_of_full_rank_stands_for_the_base(world: Path, tmp_path: Path) -> None:
+def test_a_subspace_file_of_full_rank_replaces_the_base(world: Path, tmp_path: Path) -> None:
     file = tmp_path / "v.safetensors"
     build_subspace(world / "aligned", world / "base", file, rank=32)
     for name, spec in (("c", ALL), ("k", {"name": "complement", "rank": 3}), ("l", {"name": "safe_lora", "lowest": 3})):

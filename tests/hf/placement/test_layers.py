@@ -1,4 +1,4 @@
-"""The layer map, against PEFT's live layers; everything that is not exact is refused by name."""
+"""Placed layers, compared with PEFT's layers; adapters that can't be patched exactly are refused by name."""
 
 import json
 import shutil
@@ -65,7 +65,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("change", "named", "hint"), REFUSED, ids=[named for _, named, _ in REFUSED])
-def test_what_is_not_plain_lora_on_an_unchanged_base_is_refused_by_name(
+def test_settings_other_than_plain_lora_on_an_unchanged_base_are_refused_by_name(
     adapter: Adapter, aligned: Checkpoint, change: dict[str, Any], named: str, hint: str
 ) -> None:
     with pytest.raises(StayalignedError) as caught:
@@ -74,7 +74,7 @@ def test_what_is_not_plain_lora_on_an_unchanged_base_is_refused_by_name(
     assert hint in str(caught.value.hint)
 
 
-def test_every_setting_of_peft_is_understood_neutral_or_refused(adapter: Adapter) -> None:
+def test_every_setting_of_peft_is_supported_neutral_or_refused(adapter: Adapter) -> None:
     from peft import LoraConfig
 
     default = LoraConfig(target_modules=["q_proj"]).to_dict()
@@ -92,18 +92,18 @@ def test_every_setting_of_peft_is_understood_neutral_or_refused(adapter: Adapter
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva", "mica"])
-def test_inits_that_leave_the_base_are_accepted(adapter: Adapter, init: object) -> None:
+def test_inits_that_do_not_change_the_base_are_accepted(adapter: Adapter, init: object) -> None:
     refuse_unsupported(with_config(adapter, init_lora_weights=init))
 
 
-def test_settings_that_an_older_peft_did_not_write_take_their_defaults(adapter: Adapter, aligned: Checkpoint) -> None:
+def test_settings_that_an_older_peft_did_not_write_get_their_defaults(adapter: Adapter, aligned: Checkpoint) -> None:
     kept = ("peft_type", "r", "lora_alpha", "target_modules")
     old = Adapter(MappingProxyType({k: adapter.config[k] for k in kept}), adapter.tensors, adapter.directory)
     assert lora_layers(old, aligned) == lora_layers(adapter, aligned)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_rank_and_scaling_are_those_of_pefts_own_layers(tmp_path: Path, aligned: Checkpoint, rslora: bool) -> None:
+def test_rank_and_scaling_equal_those_of_pefts_layers(tmp_path: Path, aligned: Checkpoint, rslora: bool) -> None:
     from peft import PeftModel
 
     source = write_pico_adapter(
@@ -131,7 +131,7 @@ def test_convolutions_are_refused_by_module(tmp_path: Path) -> None:
         lora_layers(read_adapter(source), recurrent)
 
 
-def test_missing_and_unexpected_tensors_stand_in_one_error(adapter: Adapter, aligned: Checkpoint) -> None:
+def test_one_error_lists_missing_and_unexpected_tensors(adapter: Adapter, aligned: Checkpoint) -> None:
     tensors = dict(adapter.tensors)
     first = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     tensors["base_model.model.stranger.lora_A.weight"] = tensors.pop(first)
@@ -154,7 +154,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path, adapter: Adapter
 
 
 @pytest.mark.parametrize("broken", ["empty", "flat", "nan", "integer"])
-def test_tensors_that_are_no_factors_are_refused(adapter: Adapter, aligned: Checkpoint, broken: str) -> None:
+def test_tensors_that_are_not_factors_are_refused(adapter: Adapter, aligned: Checkpoint, broken: str) -> None:
     key = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
     bad = {
         "empty": torch.empty(0),
@@ -195,7 +195,7 @@ def test_a_copied_base_weight_that_is_not_the_models_is_refused(tmp_path: Path) 
         lora_layers(read_adapter(source), tied)
 
 
-def test_swapped_models_are_noticed_by_path_and_by_content(tmp_path: Path, adapter: Adapter) -> None:
+def test_swapped_models_are_detected_by_path_and_by_content(tmp_path: Path, adapter: Adapter) -> None:
     aligned = Path(str(adapter.config["base_model_name_or_path"]))
     base = write_pico_checkpoint(tmp_path / "base", seed=1)
     copy = tmp_path / "copy"
@@ -209,7 +209,7 @@ def test_swapped_models_are_noticed_by_path_and_by_content(tmp_path: Path, adapt
         refuse_swapped(with_config(adapter, base_model_name_or_path=elsewhere), *reversed(right))
 
 
-def test_private_host_apis_are_where_the_layer_map_expects_them() -> None:
+def test_the_private_host_apis_that_placement_uses_exist() -> None:
     """PEFT: inject_adapter_in_model with low_cpu_mem_usage, LoraLayer.r/.scaling/.get_base_layer, tuners.lora.Linear,
     Embedding and ParamWrapper with .parameter_name/.num_experts/.get_param.
 
@@ -253,7 +253,7 @@ PEFT_RULES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", PEFT_RULES, ids=str)
-def test_names_are_matched_by_pefts_rules(settings: dict[str, Any]) -> None:
+def test_module_names_are_matched_by_pefts_rules(settings: dict[str, Any]) -> None:
     from peft import LoraConfig
     from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
     from peft.utils.other import get_pattern_key

@@ -1,4 +1,4 @@
-"""Every layout that PEFT writes, on every way of storing a model: ΔW in the placed rows is what PEFT would merge."""
+"""For every layout of adapters and models, ΔW in the placed rows equals what PEFT merges."""
 
 import json
 import re
@@ -37,7 +37,7 @@ class Layout:
     model: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
     plain: bool = False
-    """Whether names tell all, so that neither PEFT nor transformers need be asked."""
+    """Whether tensor names are enough to place the adapter, without PEFT or transformers."""
 
 
 LAYOUTS = {
@@ -129,14 +129,14 @@ def adapter_of(layout: Layout, aligned: Checkpoint, directory: Path) -> Adapter:
 def injected(
     monkeypatch: pytest.MonkeyPatch, adapter: Adapter, aligned: Checkpoint, base: Checkpoint
 ) -> list[PlacedLayer]:
-    """`place_adapter` by PEFT's injection, whatever the names say."""
+    """`place_adapter` by PEFT's injection, even if names are enough."""
     with monkeypatch.context() as patched:
         patched.setattr(hf_layers, "place_by_name", lambda *_: None)
         return place_adapter(adapter, aligned, base)
 
 
 def merged_on_disk(adapter: Adapter, placed: list[PlacedLayer], aligned: Checkpoint, out: Path) -> Path:
-    """A copy of the checkpoint with each ΔW added to the stored rows that it was placed at."""
+    """A copy of the checkpoint with each ΔW added to the rows where it was placed."""
     tensors = {name: aligned[name] for name in aligned}
     for each in placed:
         a, b, scaling = adapter.factors(each.layer)
@@ -174,7 +174,7 @@ def assert_merges_alike(adapter: Adapter, placed: list[PlacedLayer], aligned: Ch
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_updates_land_where_peft_merges_them(
+def test_layers_are_placed_where_peft_merges_them(
     layout: Layout, pair_of: PairOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     aligned, base = pair_of(layout.architecture, **layout.model)
@@ -227,7 +227,7 @@ def test_adapters_on_experts_that_were_modules_in_transformers_4(
 
 
 @pytest.mark.parametrize("architecture", sorted(PLAIN_MODEL_TYPES))
-def test_plain_architectures_store_every_linear_module_as_it_is_in_memory(
+def test_plain_architectures_store_linear_modules_as_in_memory(
     architecture: str, pair_of: PairOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     aligned, base = pair_of(architecture)
@@ -276,7 +276,9 @@ def test_plain_adapters_are_placed_without_importing_transformers_or_peft(pair_o
         "recurrent_gemma",
     ],
 )
-def test_linear_weights_are_those_of_all_linear_and_experts(architecture: str, pair_of: PairOf, tmp_path: Path) -> None:
+def test_linear_weights_equal_those_of_all_linear_and_experts(
+    architecture: str, pair_of: PairOf, tmp_path: Path
+) -> None:
     aligned, base = pair_of(architecture)
     weights = {weight.name: weight for weight in linear_weights(aligned, base, aligned)}
     experts = {"target_parameters": EXPERTS} if architecture in ("qwen2_moe", "gpt_oss") else {}
@@ -285,7 +287,7 @@ def test_linear_weights_are_those_of_all_linear_and_experts(architecture: str, p
     routers = {name for name in weights if name.endswith(("mlp.gate", "mlp.router"))}
     assert bool(routers) == (architecture not in ("llama", "gpt2", "gpt_neox", "rwkv", "recurrent_gemma"))
     assert placed.keys() <= weights.keys()
-    # PEFT takes the names of dense and shared experts for those of routed ones, and then passes them over
+    # PEFT treats the names of dense and shared experts as those of routed ones, and then skips them
     dense = {name for name in weights if re.search(r"mlp\.(shared_experts\.)?\w+_proj$", name)}
     assert weights.keys() - placed.keys() <= routers | (dense if architecture == "deepseek_v3" else set())
     for name, each in placed.items():
@@ -295,7 +297,7 @@ def test_linear_weights_are_those_of_all_linear_and_experts(architecture: str, p
     assert list(weights) == [weight.name for weight in linear_weights(base)]
 
 
-def test_a_weight_that_modules_share_counts_once(tmp_path: Path) -> None:
+def test_a_weight_that_modules_share_appears_once(tmp_path: Path) -> None:
     shared = {"num_mem_blocks": 1, "use_shared_attention_adapter": False, "tie_word_embeddings": True}
     sizes = {"n_mamba_heads": 2, "mamba_d_state": 8, "attention_head_dim": 16}
     kinds = ["mamba", "hybrid", "mamba", "hybrid"]
@@ -309,7 +311,7 @@ def test_a_weight_that_modules_share_counts_once(tmp_path: Path) -> None:
     ]
 
 
-def test_stacks_that_peft_mistakes_for_their_transpose_are_refused(pair_of: PairOf, tmp_path: Path) -> None:
+def test_expert_stacks_that_peft_would_transpose_are_refused(pair_of: PairOf, tmp_path: Path) -> None:
     aligned, base = pair_of("llama4_text")
     lora = {"target_modules": [], "target_parameters": ["experts.down_proj"]}
     adapter = read_adapter(write_pico_adapter(tmp_path / "adapter", aligned.directory, **lora))
@@ -329,7 +331,7 @@ def test_stacks_that_peft_mistakes_for_their_transpose_are_refused(pair_of: Pair
         ("recurrent_gemma", "conv_1d.weight"),
     ],
 )
-def test_parameters_that_are_no_linear_map_are_refused(
+def test_parameters_that_are_not_linear_maps_are_refused(
     pair_of: PairOf, tmp_path: Path, architecture: str, parameter: str
 ) -> None:
     aligned, base = pair_of(architecture)
@@ -347,7 +349,7 @@ def test_a_single_transposed_expert_is_refused(pair_of: PairOf, tmp_path: Path) 
         place_adapter(adapter, aligned, base)
 
 
-def test_tensors_missing_for_a_target_are_not_overlooked_where_names_are_plain(pair_of: PairOf, tmp_path: Path) -> None:
+def test_missing_tensors_of_a_target_are_detected_for_plain_names(pair_of: PairOf, tmp_path: Path) -> None:
     for model, lost in (({}, "model.layers.1.self_attn.v_proj"), ({"tie_word_embeddings": True}, "lm_head")):
         aligned, base = pair_of("llama", **model)
         targets = ["q_proj", "v_proj", "lm_head"]
@@ -360,7 +362,9 @@ def test_tensors_missing_for_a_target_are_not_overlooked_where_names_are_plain(p
 
 
 @pytest.mark.parametrize("quantized", ["aligned", "base"])
-def test_quantized_checkpoints_are_refused_by_directory(pair_of: PairOf, tmp_path: Path, quantized: str) -> None:
+def test_the_error_for_a_quantized_checkpoint_names_its_directory(
+    pair_of: PairOf, tmp_path: Path, quantized: str
+) -> None:
     pair = dict(zip(("aligned", "base"), pair_of("llama"), strict=True))
     adapter = read_adapter(write_pico_adapter(tmp_path / "adapter", pair["aligned"].directory))
     shutil.copytree(pair[quantized].directory, tmp_path / quantized)

@@ -1,4 +1,4 @@
-"""Names, rows and experts in the files against what transformers loads; conversions that break rows are refused."""
+"""Names, rows and experts in the files, compared with what transformers loads; unsupported conversions are refused."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def test_a_checkpoint_of_the_bare_model_lacks_a_prefix(pair_of: PairOf, tmp_path
             assert torch.equal(rows_of(base, x.base), rows_of(stored, y.base))
 
 
-def test_experts_may_be_stored_one_by_one_in_one_checkpoint_and_stacked_in_the_other(
+def test_experts_may_be_stored_separately_in_one_checkpoint_and_stacked_in_the_other(
     pair_of: PairOf, tmp_path: Path
 ) -> None:
     aligned, base = pair_of("qwen3_moe")
@@ -55,7 +55,7 @@ def with_conversion(monkeypatch: pytest.MonkeyPatch, *transforms: Any) -> None:
     monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model: list(transforms))
 
 
-def test_rows_are_followed_through_any_conversion_that_moves_whole_rows(
+def test_rows_are_traced_through_conversions_that_move_whole_rows(
     pair_of: PairOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stack of (gate; up) halves on disk, split on loading: parts of a 3-D tensor's matrices."""
@@ -121,7 +121,7 @@ def drop(checkpoint: Checkpoint, name: str, out: Path) -> Checkpoint:
 
 
 @pytest.mark.parametrize("side", ["aligned", "base"])
-def test_a_weight_that_one_checkpoint_lacks_is_named(pair_of: PairOf, tmp_path: Path, side: str) -> None:
+def test_a_missing_weight_is_named(pair_of: PairOf, tmp_path: Path, side: str) -> None:
     aligned, base = pair_of("llama")
     adapter = read_adapter(write_pico_adapter(tmp_path / "adapter", aligned.directory))
     name = "model.layers.1.self_attn.v_proj.weight"
@@ -134,9 +134,7 @@ def test_a_weight_that_one_checkpoint_lacks_is_named(pair_of: PairOf, tmp_path: 
 
 
 @pytest.mark.parametrize(("lacking", "parameter"), [("w1", "gate_up_proj"), ("w2", "down_proj")])
-def test_an_expert_that_a_checkpoint_lacks_is_noticed(
-    lacking: str, parameter: str, pair_of: PairOf, tmp_path: Path
-) -> None:
+def test_a_missing_expert_is_detected(lacking: str, parameter: str, pair_of: PairOf, tmp_path: Path) -> None:
     aligned, base = pair_of("mixtral")
     lora = {"target_modules": [], "target_parameters": EXPERTS}
     adapter = read_adapter(write_pico_adapter(tmp_path / "adapter", aligned.directory, **lora))
@@ -145,7 +143,7 @@ def test_an_expert_that_a_checkpoint_lacks_is_noticed(
         place_adapter(adapter, aligned, cut)
 
 
-def test_a_weight_of_another_shape_than_the_configuration_gives_is_named(pair_of: PairOf, tmp_path: Path) -> None:
+def test_a_weight_whose_shape_differs_from_the_configuration_is_named(pair_of: PairOf, tmp_path: Path) -> None:
     aligned, _ = pair_of("llama")
     shutil.copytree(aligned.directory, tmp_path / "wider")
     config = tmp_path / "wider" / "config.json"
@@ -156,7 +154,9 @@ def test_a_weight_of_another_shape_than_the_configuration_gives_is_named(pair_of
         StoredWeights(checkpoint, meta_model(checkpoint)).find(names)
 
 
-def test_a_name_that_a_rule_would_spoil_is_left_as_it_is(pair_of: PairOf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_a_renaming_rule_would_break_is_not_renamed(
+    pair_of: PairOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As transformers does, so that a checkpoint with the names in memory loads too."""
     from transformers.core_model_loading import WeightRenaming
 
