@@ -1,10 +1,10 @@
-"""Safe LoRA's operator in factor form against the paper's form, in one run on one thread.
+"""Compare Safe LoRA's operator on factors with the paper's dense form, in one run on one thread.
 
 Run: python benchmarks/projection.py [--width 4096]
 
-Prints, for one square weight and a rank-8 update: time and temporary memory of B ← V(VᵀB)/‖V‖ with Gram cosine in fp64
-against C = VVᵀ/‖V‖ formed, BA formed, and the flattened cosine in fp32; how far the two edits and the two cosines are
-from fp64; and the time of the rank-k subspace.
+Prints, for one square weight and a rank-8 update: time and temporary memory of B ← V(VᵀB)/‖V‖ with the cosine from fp64
+Grams, against the dense form (C = VVᵀ/‖V‖ and BA as matrices, cosine of the flattened products in fp32); the errors of
+both against fp64; and the time of the rank-k subspace.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ T = TypeVar("T")
 class Cost(NamedTuple):
     seconds: float
     peak_mib: float
-    """Resident memory at its highest during the work, above that before it."""
+    """Peak resident memory during the work, minus that before it."""
 
 
 def resident_mib() -> float:
@@ -37,8 +37,8 @@ def resident_mib() -> float:
     return pages * 4096 / 2**20
 
 
-def measured(work: Callable[[], T], repeats: int) -> tuple[T, Cost]:
-    """The result, the best time of `repeats`, and the peak of resident memory, sampled every half millisecond."""
+def measure(work: Callable[[], T], repeats: int) -> tuple[T, Cost]:
+    """Return the result, the best time of `repeats`, and the peak of resident memory, sampled every 0.5 ms."""
     result = work()
     start_mib, peak = resident_mib(), 0.0
     done = threading.Event()
@@ -61,7 +61,7 @@ def measured(work: Callable[[], T], repeats: int) -> tuple[T, Cost]:
 
 
 def make_problem(width: int) -> tuple[torch.Tensor, LoraFactors]:
-    """V with singular values that fall off as 1/√j, as an alignment's do roughly, and a random update."""
+    """Return V with singular values that decay as 1/√j, roughly like an alignment's, and a random update."""
     torch.manual_seed(0)
     v = torch.randn(width, width) / width
     v += sum(torch.outer(torch.randn(width), torch.randn(width)) / (width * (j + 1) ** 0.5) for j in range(32))
@@ -75,7 +75,7 @@ def factor_form(v: torch.Tensor, factors: LoraFactors) -> tuple[LoraFactors, flo
 
 
 def dense_form(v: torch.Tensor, factors: LoraFactors) -> tuple[torch.Tensor, float]:
-    """What the paper's code computes, without its rounding."""
+    """Compute what the paper's code computes, without its rounding."""
     c = v @ v.T / torch.norm(v)
     b = c @ factors.b
     update, projected = factors.b @ factors.a, b @ factors.a
@@ -83,7 +83,7 @@ def dense_form(v: torch.Tensor, factors: LoraFactors) -> tuple[torch.Tensor, flo
 
 
 def exact(v: torch.Tensor, factors: LoraFactors) -> tuple[torch.Tensor, float]:
-    """fp64 throughout; the cosine of the products, row block by row block."""
+    """Compute the image and the cosine of the products in fp64, by blocks of rows."""
     a, b = factors.a.double(), factors.b.double()
     image = v.double() @ (v.double().T @ b) / v.double().norm()
     inner = before = after = 0.0
@@ -100,11 +100,11 @@ def main() -> None:
     torch.set_num_threads(1)
     v, factors = make_problem(width)
     image, cosine = exact(v, factors)
-    (after, factor_cosine), factor_cost = measured(lambda: factor_form(v, factors), 5)
-    (dense_b, dense_cosine), dense_cost = measured(lambda: dense_form(v, factors), 1)
-    subspace, subspace_cost = measured(lambda: alignment_subspace(v, rank=RANK), 1)
+    (after, factor_cosine), factor_cost = measure(lambda: factor_form(v, factors), 5)
+    (dense_b, dense_cosine), dense_cost = measure(lambda: dense_form(v, factors), 1)
+    subspace, subspace_cost = measure(lambda: alignment_subspace(v, rank=RANK), 1)
 
-    def edit_error(b: torch.Tensor) -> float:
+    def relative_error(b: torch.Tensor) -> float:
         return float((b - image).norm() / image.norm())
 
     print(f"one {width} × {width} weight, rank {RANK}, one thread, torch {torch.__version__}")
@@ -115,7 +115,7 @@ def main() -> None:
     ):
         ratio = f"{theirs / mine:.0f}×" if mine else "-"
         print(f"{label:24}{mine:14.{digits}f}{theirs:14.{digits}f}{ratio:>9}")
-    print(f"{'error of B, relative':24}{edit_error(after.b):14.1e}{edit_error(dense_b):14.1e}")
+    print(f"{'error of B, relative':24}{relative_error(after.b):14.1e}{relative_error(dense_b):14.1e}")
     print(f"{'error of the cosine':24}{abs(factor_cosine - cosine):14.1e}{abs(dense_cosine - cosine):14.1e}")
     print(f"rank-{RANK} subspace: {subspace_cost.seconds:.2f} s, {subspace_cost.peak_mib:.0f} MiB")
     row = {"width": width, "factor": factor_cost, "dense": dense_cost, "subspace": subspace_cost}

@@ -1,22 +1,24 @@
-"""What `stayaligned project` costs on a Llama-2-7B-shaped pair of checkpoints: whole processes, start-up included.
+"""Measure `stayaligned project` on a pair of checkpoints of Llama-2-7B's shape: whole processes, including start-up.
 
 Run: python benchmarks/safe_lora.py [--layers 8] [--sections time,memory,fleet,subspace,gpu] [--dir DIR]
 
-Makes the pair once (random weights, bf16, 2 GiB shards; V has a spectrum that falls off as 1/√j, over the full-rank
-noise of the rounding) and prints
+Creates the pair once (random weights, bf16, 2 GiB shards; the spectrum of V decays as 1/√j, over full-rank rounding
+noise) and prints
 
-time      the command, against a process that only reads the needed bytes into one buffer that fits the cache, and
-          against the published procedure done module by module with C, BA and CBA formed. That is kinder than the
-          published code, which holds three models and every C in memory. The dense form runs on `--dense-layers`
-          layers; its time is scaled to all of them, start-up counted once. Each from a cold and from a warm page cache
-          of weights (Python's own libraries are always warm, and a host may cache what this machine has dropped).
+time      the command, compared with a process that only reads the needed bytes into one buffer that fits the CPU
+          cache, and with the published procedure, module by module, with C, BA and CBA as dense matrices. (The
+          published code needs more: it holds three models and every C in memory.) The dense form runs on
+          `--dense-layers` layers; its time is scaled to all layers, with start-up counted once. Each is measured with a
+          cold and with a warm page cache of weights (Python's libraries are always warm, and a host may cache what
+          this machine has dropped).
 memory    peak resident memory and time on a quarter, a half and all of the layers, and the time of one more layer
-fleet     100 adapters in one pass against one
-subspace  the rank-64 subspace file: its cost, and projecting from it against projecting from the checkpoints, both by
-          the command's own function in one process that has imported everything
-gpu       the maths of one module against the dense form, and the share of the memory bandwidth; skipped without CUDA
+fleet     100 adapters in one pass, compared with one
+subspace  the rank-64 subspace file: its cost, and projecting from it compared with projecting from the checkpoints,
+          both by the command's own function in one process that has imported everything
+gpu       the maths of one module, compared with the dense form, and the share of the memory bandwidth; skipped without
+          CUDA
 
-and at last one JSON line with every figure. This process imports no torch: what a child is charged for memory starts
+and finally one JSON line with every number. This process does not import torch, because a child's peak memory starts
 at its parent's.
 """
 
@@ -43,7 +45,7 @@ from safe_lora_work import RANK, TARGETS, Shape, byte_ranges, read_ranges
 WORK = str(Path(__file__).with_name("safe_lora_work.py"))
 SUBSPACE_RANK = 64
 COSINES_AGREE = 0.01
-"""The dense form takes the cosine of millions of products in fp32."""
+"""Tolerance; the dense form computes the cosine of millions of products in fp32."""
 SECTIONS = ("time", "memory", "fleet", "subspace", "gpu")
 
 
@@ -56,7 +58,7 @@ class Run(NamedTuple):
 
 
 class Bench(NamedTuple):
-    """What the sections share."""
+    """The options and inputs of all sections."""
 
     options: argparse.Namespace
     shape: Shape
@@ -74,7 +76,7 @@ class Bench(NamedTuple):
         return [file for directory in self.pair for file in sorted(directory.glob("*.safetensors"))]
 
     def adapter(self, layers: int, count: int | None = None) -> Path:
-        """The adapter on the first `layers` layers, or the directory of `count` of them, made when first asked for."""
+        """Return the adapter on the first `layers` layers, or a directory of `count` adapters; created at first use."""
         name = f"adapter-{self.options.targets}-{layers}" + (f"-x{count}" if count else "")
         if not (self.home / name).exists():
             request = {"path": str(self.home / name), "layers": layers, "count": count, "aligned": str(self.pair[0])}
@@ -82,7 +84,7 @@ class Bench(NamedTuple):
         return self.home / name
 
     def project(self, *adapters: Path) -> tuple[Run, dict[str, float]]:
-        """The product, and the similarities that it found where it was given one adapter."""
+        """Run `stayaligned project`; also return the similarities if there is one adapter."""
         with tempfile.TemporaryDirectory(dir=self.home) as scratch:
             out = Path(scratch) / "out"
             command = ["project", *map(str, adapters), *self.from_pair(), "--out", str(out), "--all"]
@@ -92,7 +94,7 @@ class Bench(NamedTuple):
             return finished, {row["module"]: row["similarity"] for row in rows}
 
     def read(self, layers: int) -> Run:
-        """A process that reads the bytes that projecting the first `layers` layers needs, and does nothing else."""
+        """Run a process that only reads the bytes that projecting the first `layers` layers needs."""
         names = list(self.shape.linears(TARGETS[self.options.targets], layers))
         reads = [(str(file), *where) for directory in self.pair for file, *where in byte_ranges(directory, names)]
         with tempfile.NamedTemporaryFile("w", dir=self.home, suffix=".json") as request:
@@ -101,7 +103,7 @@ class Bench(NamedTuple):
             return run([sys.executable, "-I", "-S", WORK, "read", request.name], self.environment)
 
     def needed_bytes(self, layers: int | None = None) -> int:
-        """Of both checkpoints, for projecting the first `layers` layers: bf16."""
+        """Return the bytes of both checkpoints (bf16) that projecting the first `layers` layers needs."""
         sizes = self.shape.linears(TARGETS[self.options.targets], layers).values()
         return 2 * 2 * sum(math.prod(size) for size in sizes)
 
@@ -110,23 +112,23 @@ class Bench(NamedTuple):
 
 
 def run(command: Sequence[str], environment: Mapping[str, str]) -> Run:
-    """Run to the end; ends this program with the command's own words if it fails."""
+    """Run a command to its end; if it fails, exit with its output."""
     with tempfile.TemporaryFile("w+") as output:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=dict(environment))
-        # wait4 gives this one child's peak, as the kernel kept it; polling would miss the last milliseconds
+        # wait4 gives the kernel's record of this child's peak; polling would miss the last milliseconds
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         text = output.read()
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)}\nended with {process.returncode}:\n{text[-3000:]}")
+        raise SystemExit(f"{' '.join(command)}\nexited with {process.returncode}:\n{text[-3000:]}")
     return Run(seconds, usage.ru_maxrss / 1024, text)
 
 
 def child(role: str, request: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[Run, Any]:
-    """A role of `safe_lora_work.py` in a process of its own; and the JSON that it printed last."""
+    """Run a role of `safe_lora_work.py` in its own process; also return the JSON that it printed last."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(request, file)
         file.flush()
@@ -135,7 +137,7 @@ def child(role: str, request: Mapping[str, Any], environment: Mapping[str, str])
 
 
 def drop_cache(files: Sequence[Path]) -> None:
-    """Ask the kernel to forget the files, which it does as far as they are written out."""
+    """Ask the kernel to drop the files from the page cache, which it does for pages that are written to disk."""
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -148,13 +150,13 @@ def fill_cache(files: Sequence[Path]) -> None:
 
 
 def cached_share(files: Sequence[Path]) -> float:
-    """Share of the files' pages that lie in the page cache, by mincore."""
+    """Return the share of the files' pages that are in the page cache, by mincore."""
     cached = total = 0
     mincore = ctypes.CDLL(None, use_errno=True).mincore
     for file in files:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY) as view:
             pages = (ctypes.c_ubyte * -(-len(view) // mmap.PAGESIZE))()
-            start = ctypes.c_char.from_buffer(view)  # only a writable view gives its address away
+            start = ctypes.c_char.from_buffer(view)  # ctypes needs a writable view
             if mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(len(view)), pages):
                 raise OSError(ctypes.get_errno(), "mincore failed", str(file))
             del start
@@ -173,7 +175,7 @@ def measure_time(bench: Bench) -> dict[str, Any]:
     names = list(bench.shape.linears(TARGETS[options.targets], dense_layers))
     request = {"adapter": str(adapter), "pair": [str(directory) for directory in bench.pair], "names": names}
     found: dict[str, Any] = {"needed_bytes": needed, "dense_layers": dense_layers}
-    bench.project(adapter)  # Python's own files into the page cache, and its bytecode written
+    bench.project(adapter)  # bring Python's files into the page cache, and write its bytecode
     print(f"\nwhole process, {needed / 1e9:.2f} GB needed; dense measured on {dense_layers} of {layers} layers")
     print(f"{'page cache':12}{'project':>20}{'reading':>20}{'dense':>10}{'project/reading':>17}{'dense/project':>15}")
     for state, prepare in (("cold", drop_cache), ("warm", fill_cache)):
@@ -192,9 +194,11 @@ def measure_time(bench: Bench) -> dict[str, Any]:
         start_up = whole.seconds - inside["seconds"]
         scaled = start_up + inside["seconds"] * layers / dense_layers
         ours, theirs = statistics.median(projecting), statistics.median(reading)
-        apart = max(abs(similarities[module] - cosine) for module, cosine in inside["cosines"].items())
-        if apart > COSINES_AGREE:
-            raise SystemExit(f"the two procedures' cosines are {apart:.3f} apart: they don't compute the same")
+        difference = max(abs(similarities[module] - cosine) for module, cosine in inside["cosines"].items())
+        if difference > COSINES_AGREE:
+            raise SystemExit(
+                f"the cosines of the two procedures differ by {difference:.3f}: they don't compute the same values"
+            )
         found[state] = {
             "cached": shares,
             "project_seconds": projecting,
@@ -204,13 +208,13 @@ def measure_time(bench: Bench) -> dict[str, Any]:
             "dense_scaled_seconds": scaled,
             "project_over_reading": ours / theirs,
             "dense_over_project": scaled / ours,
-            "largest_cosine_difference": apart,
+            "largest_cosine_difference": difference,
         }
         rates = [f"{seconds:.2f} s{needed / seconds / 1e9:6.2f} GB/s" for seconds in (ours, theirs)]
         where = f"{state} {statistics.mean(shares):.0%}"
         print(
             f"{where:12}{rates[0]:>20}{rates[1]:>20}{scaled:8.1f} s{ours / theirs:16.2f}×{scaled / ours:14.1f}×"
-            f"   cosines agree to {apart:.1e}"
+            f"   cosines agree to {difference:.1e}"
         )
     print("claimed: project/reading ≤ 1.5, dense/project ≥ 20")
     return found
@@ -235,25 +239,23 @@ def measure_memory(bench: Bench) -> dict[str, Any]:
         rows.append({"layers": count, "seconds": seconds, "reading_seconds": reading, "peak_mib": peak})
         print(f"{count:8}{seconds:10.2f}{reading:10.2f}{peak:20.0f}")
     ours, theirs = (fit_line(counts, [row[key] for row in rows]) for key in ("seconds", "reading_seconds"))
-    print(f"project: {ours[0]:.2f} s to start, {ours[1]:.3f} s a layer, off the line by at most {ours[2]:.1%}")
-    print(f"reading: {theirs[0]:.2f} s to start, {theirs[1]:.3f} s a layer; a further layer {ours[1] / theirs[1]:.2f}×")
+    print(f"project: {ours[0]:.2f} s to start, {ours[1]:.3f} s per layer, at most {ours[2]:.1%} off the line")
+    print(
+        f"reading: {theirs[0]:.2f} s to start, {theirs[1]:.3f} s per layer; one more layer {ours[1] / theirs[1]:.2f}×"
+    )
     print("claimed: peak ≤ 1024 MiB and flat, time linear")
     return {"runs": rows, "project_line": ours, "reading_line": theirs}
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
-    """(value at 0, slope, largest relative distance of a point from the line) of the least-squares line."""
+    """Return (value at 0, slope, largest relative distance of a point from the line) of the least-squares line."""
     if len(x) < 2:
         return 0.0, y[0] / x[0], 0.0
     slope, start = statistics.linear_regression(x, y)
     return start, slope, max(abs(start + slope * at - value) / value for at, value in zip(x, y, strict=True))
 
 
-def measure_fleet(bench: Bench) -> dict[str, Any] | None:
-    _, usage = project_help(bench)
-    if "..." not in usage:
-        print("\nfleet: skipped, as `stayaligned project` of this version takes one adapter")
-        return None
+def measure_fleet(bench: Bench) -> dict[str, Any]:
     count, layers = bench.options.adapters, bench.shape.layers
     fleet = sorted(bench.adapter(layers, count).iterdir())
     fill_cache([*bench.shards(), *(adapter / "adapter_model.safetensors" for adapter in fleet)])
@@ -265,11 +267,7 @@ def measure_fleet(bench: Bench) -> dict[str, Any] | None:
     return {"adapters": count, "one_seconds": single, "seconds": many.seconds, "peak_mib": many.peak_mib}
 
 
-def measure_subspace(bench: Bench) -> dict[str, Any] | None:
-    commands, usage = project_help(bench)
-    if "--subspace" not in usage or "\n  subspace " not in commands:
-        print("\nsubspace: skipped, as this version has no subspace files")
-        return None
+def measure_subspace(bench: Bench) -> dict[str, Any]:
     adapter = str(bench.adapter(bench.shape.layers))
     pair = bench.from_pair()
     fill_cache(bench.shards())
@@ -295,7 +293,7 @@ def measure_gpu(bench: Bench) -> dict[str, Any] | None:
     request = {"device": "cuda", "widths": [4096, 8192], "repeats": 20, "copy_bytes": 1 << 30}
     _, found = child("gpu", request, bench.environment)
     if found is None:
-        print("\ngpu: skipped, as there is none here")
+        print("\ngpu: skipped, because no GPU is available")
         return None
     print(f"\n{found['device']}, copies at {found['copy'] / 1e9:.0f} GB/s; rank {RANK}, fp32")
     for width in map(str, request["widths"]):
@@ -304,12 +302,6 @@ def measure_gpu(bench: Bench) -> dict[str, Any] | None:
         print(f"{width}²: {ours:.3f} ms against {theirs:.3f} ms dense: ", end="")
         print(f"{row['ratio']:.0f}×, {row['bandwidth']:.0%} of the bandwidth  (claimed: ≥ 100)")
     return found
-
-
-def project_help(bench: Bench) -> tuple[str, str]:
-    """What the product says of its commands, and of `project`."""
-    wide, product = {**bench.environment, "COLUMNS": "200"}, [sys.executable, "-m", "stayaligned"]
-    return run([*product, "--help"], wide).output, run([*product, "project", "--help"], wide).output
 
 
 def prepare(options: argparse.Namespace) -> Bench:
@@ -321,9 +313,9 @@ def prepare(options: argparse.Namespace) -> Bench:
         needed = 4 * sum(math.prod(size) for size in shape.tensors().values())
         if shutil.disk_usage(options.dir).free < 1.1 * needed:
             raise SystemExit(
-                f"{options.dir}: the pair needs {needed / 1e9:.0f} GB; name another --dir or fewer --layers"
+                f"{options.dir}: the pair needs {needed / 1e9:.0f} GB; give another --dir or fewer --layers"
             )
-        print(f"making the pair, {needed / 1e9:.1f} GB", flush=True)
+        print(f"creating the pair, {needed / 1e9:.1f} GB", flush=True)
         request = {"path": str(home), "shape": shape, "shard_bytes": options.shard_mib << 20}
         child("make_pair", request, environment)
     return Bench(options, shape, home, environment)
@@ -332,7 +324,7 @@ def prepare(options: argparse.Namespace) -> Bench:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(tempfile.gettempdir()) / "stayaligned-safe-lora"
-    parser.add_argument("--dir", type=Path, default=default, help="where the checkpoints are kept from run to run")
+    parser.add_argument("--dir", type=Path, default=default, help="where the checkpoints are cached between runs")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--targets", choices=sorted(TARGETS), default="all")
     parser.add_argument("--sections", default=",".join(SECTIONS))
@@ -345,7 +337,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     unknown = set(options.sections.split(",")) - set(SECTIONS)
     if unknown:
-        parser.error(f"no such section: {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+        parser.error(f"unknown section: {', '.join(sorted(unknown))}; sections: {', '.join(SECTIONS)}")
     return options
 
 

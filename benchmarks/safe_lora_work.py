@@ -1,7 +1,7 @@
-"""What `benchmarks/safe_lora.py` runs in processes of their own: the makers of its checkpoints, and its comparisons.
+"""The parts of `benchmarks/safe_lora.py` that run in their own processes: its checkpoints and its comparisons.
 
-Run by it: python benchmarks/safe_lora_work.py ROLE REQUEST.json. Only the standard library is imported before a role
-asks for more, so that the process that merely reads starts as fast as Python can.
+Usage, by that benchmark: python benchmarks/safe_lora_work.py ROLE REQUEST.json. At module level, only the standard
+library is imported, so that the process that only reads starts as fast as Python can.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 RANK = 8
 SPECTRUM = 64
-"""Singular values of V above the noise."""
+"""Number of singular values of V above the noise."""
 CHUNK = 1 << 20
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -33,7 +33,7 @@ class Shape(NamedTuple):
     vocabulary: int = 320
 
     def linears(self, modules: Sequence[str] = TARGETS["all"], layers: int | None = None) -> dict[str, tuple[int, int]]:
-        """{name of the weight: (out, in)} of the modules in the first `layers` layers."""
+        """Return {name of the weight: (out, in)} of the modules in the first `layers` layers."""
         sizes = {"mlp.gate_proj": (self.intermediate, self.hidden), "mlp.down_proj": (self.hidden, self.intermediate)}
         sizes["mlp.up_proj"] = sizes["mlp.gate_proj"]
         return {
@@ -43,7 +43,7 @@ class Shape(NamedTuple):
         }
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """{name: shape} of the whole model."""
+        """Return {name: shape} of the whole model."""
         norms = {
             f"model.layers.{layer}.{norm}.weight": (self.hidden,)
             for layer in range(self.layers)
@@ -54,7 +54,7 @@ class Shape(NamedTuple):
 
 
 def byte_ranges(directory: Path, names: Sequence[str]) -> Iterator[tuple[Path, int, int]]:
-    """(file, first byte, how many) of the tensors in a checkpoint, in the order in which they lie on disk."""
+    """Yield (file, offset, number of bytes) of the tensors in a checkpoint, in the order of the files."""
     weight_map = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
     for file in sorted({weight_map[name] for name in names}):
         with (directory / file).open("rb") as stream:
@@ -65,8 +65,8 @@ def byte_ranges(directory: Path, names: Sequence[str]) -> Iterator[tuple[Path, i
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> int:
-    """Read them through one buffer; how many bytes came."""
-    buffer, came = memoryview(bytearray(CHUNK)), 0
+    """Read the ranges through one buffer, and return the number of bytes."""
+    buffer, total = memoryview(bytearray(CHUNK)), 0
     descriptors: dict[str, int] = {}
     for file, start, length in ranges:
         if file not in descriptors:
@@ -76,17 +76,17 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> int:
             count = os.preadv(descriptors[file], [buffer[: min(CHUNK, end - start)]], start)
             if not count:
                 raise EOFError(file)
-            start, came = start + count, came + count
+            start, total = start + count, total + count
     for descriptor in descriptors.values():
         os.close(descriptor)
-    return came
+    return total
 
 
-# What is made
+# Checkpoints
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """The names in order, in groups of at most `limit` bytes (or of one)."""
+    """Split the names, in order, into groups of at most `limit` bytes, or of one name."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -99,7 +99,7 @@ def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 def weight_pair(name: str, size: tuple[int, ...], seed: int) -> tuple[Any, Any]:
-    """(base, aligned) of one tensor; only the linears of the layers differ, by singular values 1/√j and by rounding."""
+    """Return (base, aligned) of one tensor; only linear weights differ, by singular values 1/√j and by rounding."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -141,7 +141,7 @@ def make_pair(request: Mapping[str, Any]) -> None:
         dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
     )
-    # syncs every file, without which its pages could not be dropped
+    # syncs every file; otherwise its pages could not be dropped
     with replace_directory(Path(request["path"])) as temporary:
         for file, group in zip(files, groups, strict=True):
             pairs = {name: weight_pair(name, tensors[name], seeds[name]) for name in group}
@@ -156,7 +156,7 @@ def make_pair(request: Mapping[str, Any]) -> None:
 
 
 def _targets(modules: list[str], layers: int, of: int) -> list[str] | str:
-    """Names, or for the first layers alone a regular expression: both are placed without importing PEFT."""
+    """Return names, or a regular expression for the first layers only: both are placed without importing PEFT."""
     if layers == of:
         return modules
     numbers = "|".join(map(str, range(layers)))
@@ -164,7 +164,7 @@ def _targets(modules: list[str], layers: int, of: int) -> list[str] | str:
 
 
 def make_adapters(request: Mapping[str, Any]) -> None:
-    """One adapter, or a directory of `count`; fp32, as PEFT keeps trained factors."""
+    """Write one adapter, or a directory of `count` adapters; fp32, as PEFT stores trained factors."""
     import torch
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -193,11 +193,11 @@ def make_adapters(request: Mapping[str, Any]) -> None:
             save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-# What else runs in processes of its own
+# Comparisons
 
 
 def dense_form(v: Any, a: Any, b: Any) -> tuple[Any, float]:
-    """The published procedure on one module, without its rounding: C·B, and the cosine of BA and CBA."""
+    """Run the published procedure on one module, without its rounding: C·B, and the cosine of BA and CBA."""
     import torch
 
     c = v @ v.T / torch.norm(v)
@@ -207,7 +207,7 @@ def dense_form(v: Any, a: Any, b: Any) -> tuple[Any, float]:
 
 
 def dense(request: Mapping[str, Any]) -> None:
-    """The published procedure over an adapter; writes nothing."""
+    """Run the published procedure on an adapter; write nothing."""
     from safetensors import safe_open
     from safetensors.torch import load_file
 
@@ -231,7 +231,7 @@ def dense(request: Mapping[str, Any]) -> None:
 
 
 def in_process(request: Mapping[str, Any]) -> None:
-    """The command's own function, again and again in this one process: best-case start-up, none."""
+    """Time the command's own function repeatedly in this process, without start-up."""
     import contextlib
     import statistics
     import tempfile
@@ -244,13 +244,13 @@ def in_process(request: Mapping[str, Any]) -> None:
             with tempfile.TemporaryDirectory(dir=request["home"]) as scratch, contextlib.redirect_stdout(sys.stderr):
                 start = time.perf_counter()
                 app([*arguments, "--out", str(Path(scratch) / "out")], standalone_mode=False)
-                if turn:  # the first one imports
+                if turn:  # the first turn includes imports
                     seconds[source].append(time.perf_counter() - start)
     print(json.dumps({source: statistics.median(each) for source, each in seconds.items()}))
 
 
 def gpu(request: Mapping[str, Any]) -> None:
-    """The maths of one square module on a device; null without it."""
+    """Time the maths of one square module on a device; print null if the device is not available."""
     import statistics
 
     import torch
@@ -286,7 +286,7 @@ def gpu(request: Mapping[str, Any]) -> None:
         factors = LoraFactors(a, torch.randn(width, RANK, generator=generator, device=device), 2.0)
         quick = timed(lambda v=v, f=factors: compare(f, ScaledGram(FullDelta.from_matrix(v))(f)).similarity)
         slow = timed(lambda v=v, f=factors: dense_form(v, f.a, f.b))
-        # V has to come twice, for VᵀB and for V(VᵀB)
+        # V is read twice, for VᵀB and for V(VᵀB)
         share = 2 * v.numel() * v.element_size() / quick / rate
         found[str(width)] = {"factor_seconds": quick, "dense_seconds": slow, "ratio": slow / quick, "bandwidth": share}
     print(json.dumps(found))

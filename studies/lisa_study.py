@@ -20,7 +20,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from lisa_study_table import WHOLE, Arm, Study, read_study, t_test, tuned
-from safe_lora_front import estimate, points, table_lines, with_bounds
+from safe_lora_front import format_estimate, format_points, format_share, table_lines
 from safe_lora_front_table import ACCURACY, HARM
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import replace_file, write_text
@@ -92,7 +92,9 @@ def comparison_lines(head: Sequence[str], rows: Sequence[Comparison]) -> Iterato
     cells: list[list[str]] = []
     for row, (h, h_p), (a, a_p) in zip(rows, harm, accuracy, strict=True):
         n = str(len(h.pairs))
-        cells.append([*row.names, n, points(h), p_text(h_p), points(a), p_text(a_p), shown(h, h_p, a, a_p)])
+        cells.append(
+            [*row.names, n, format_points(h), p_text(h_p), format_points(a), p_text(a_p), shown(h, h_p, a, a_p)]
+        )
     yield from table_lines([*head, "n", "harmful score", "p", "accuracy", "p", "shown"], cells)
 
 
@@ -128,7 +130,7 @@ def arm_lines(study: Study, arms: Sequence[Arm], label: Callable[[Arm], str] = l
     """Yield a table of every metric of some arms."""
     names = [*METRICS, *sorted({name for a in arms for run in study.runs[a].values() for name in run[WHOLE]})]
     extra = [name for name in names if name.startswith(f"{ACCURACY}: ")]
-    rows = [[label(arm), *(estimate(study.metrics(arm, name)) for name in [*METRICS, *extra])] for arm in arms]
+    rows = [[label(arm), *(format_estimate(study.metrics(arm, name)) for name in [*METRICS, *extra])] for arm in arms]
     yield from table_lines(["arm", *METRICS.values(), *(name.partition(": ")[2] for name in extra)], rows)
 
 
@@ -151,7 +153,7 @@ def allocation(study: Study) -> Iterator[str]:
         rows: list[list[str]] = []
         for split in splits:
             found = [study.metrics(Arm("Lisa", split, rho), name) for rho in rhos]
-            rows.append([f"{split[0]}:{split[1]}", *(estimate(metrics) if metrics else "" for metrics in found)])
+            rows.append([f"{split[0]}:{split[1]}", *(format_estimate(metrics) if metrics else "" for metrics in found)])
         yield f"{METRICS[name].capitalize()} (ρ = 0 is BSO; 0:50 is the proximal term to the initial weights alone):"
         yield ""
         yield from table_lines(["K1:K2", *(f"ρ = {rho:g}" for rho in rhos)], rows)
@@ -233,7 +235,9 @@ def tuning(study: Study, max_loss: float) -> Iterator[str]:
         for method in methods:
             for steps in lengths:
                 found = [study.metrics(method._replace(rate=rate, steps=steps), name) for rate in rates]
-                rows.append([method.name, str(steps), *(estimate(metrics) if metrics else "" for metrics in found)])
+                rows.append(
+                    [method.name, str(steps), *(format_estimate(metrics) if metrics else "" for metrics in found)]
+                )
         yield f"{METRICS[name].capitalize()}:"
         yield ""
         yield from table_lines(["method", "steps", *(f"rate {rate:g}" for rate in rates)], rows)
@@ -251,7 +255,7 @@ def tuning(study: Study, max_loss: float) -> Iterator[str]:
         allowed = f"{100 * loss:g}"
         for title, (arm, admissible) in choices.items():
             chosen = setting(arm) + ("" if admissible else " (none within the loss)")
-            measured = [estimate(study.metrics(arm, name, "report")) for name in METRICS]
+            measured = [format_estimate(study.metrics(arm, name, "report")) for name in METRICS]
             rows.append([title, allowed, chosen, *measured])
         for title in names[:3]:
             found = [TUNED, f"tuned {title}", allowed]
@@ -277,8 +281,8 @@ def area_lines(study: Study, scans: dict[str, list[Arm]], control: str) -> Itera
     for title, area in areas.items():
         low, high = t_interval(list(area.values())) or (None, None)
         mean = fmean(area.values()) if area else None
-        minus = [points(differences[title]), p_text(adjusted[title])] if title in differences else ["", ""]
-        rows.append([title, str(len(scans[title])), with_bounds(mean, low, high), *minus])
+        minus = [format_points(differences[title]), p_text(adjusted[title])] if title in differences else ["", ""]
+        rows.append([title, str(len(scans[title])), format_share(mean, low, high), *minus])
     yield from table_lines(["front of", "settings", "area, %", f"minus {control}", "p"], rows)
 
 

@@ -288,7 +288,7 @@ def test_a_full_rank_file_projects_like_its_models(
     operator: str, world: Path, pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     write_pico_adapter(tmp_path / "adapter", pair[0], target_modules="all-linear")
-    patch = DEFENSES.parse(projection_spec(operator, {}, {"rank": 3} if operator == "complement" else {}))
+    patch = DEFENSES.parse(projection_spec(operator, {"rank": 3} if operator == "complement" else {}))
     found = {
         name: patch_directory(tmp_path / "adapter", tmp_path / name, patch, models)
         for name, models in (("models", ModelPair(*pair)), ("file", ModelPair(None, None, world / "f")))
@@ -312,11 +312,11 @@ def test_an_unchecked_model_is_noted_and_too_few_stored_directions_are_refused(
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/chat"}))
     models = ModelPair(None, None, tmp_path / "f")
-    patch_directory(adapter, tmp_path / "out", DEFENSES.parse(projection_spec("scaled_gram", {}, {})), models)
+    patch_directory(adapter, tmp_path / "out", DEFENSES.parse(projection_spec("scaled_gram", {})), models)
     (note,) = json.loads((tmp_path / "out/projection.json").read_text())["notes"]
     assert "names org/chat, which is not a local directory" in note
     with pytest.raises(StayalignedError, match="3 directions required, but 2 directions"):
-        patch_directory(adapter, tmp_path / "k", DEFENSES.parse(projection_spec("complement", {}, {"rank": 3})), models)
+        patch_directory(adapter, tmp_path / "k", DEFENSES.parse(projection_spec("complement", {"rank": 3})), models)
     assert not (tmp_path / "k").exists()
 
 

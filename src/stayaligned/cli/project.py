@@ -84,8 +84,8 @@ def project(
             "the source of the alignment direction is not specified",
             hint="Give --aligned and --base, or --subspace (with --aligned for a fully fine-tuned checkpoint).",
         )
-    settings = {"rank": rank, "energy": energy, "side": side}
-    spec = projection_spec(operator, {"threshold": threshold, "lowest": lowest}, settings, control)
+    settings = {"threshold": threshold, "lowest": lowest, "rank": rank, "energy": energy, "side": side}
+    spec = projection_spec(operator, settings, control)
     patch: PatchDefense = parse_component(DEFENSES, spec, "project")
     require_device(device)
     models = ModelPair(aligned=aligned, base=base, subspace=subspace)

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from stayaligned.algorithms.alignment_delta import AlignmentDelta
     from stayaligned.algorithms.safe_lora import Operator
 
+OperatorName = Literal["scaled_gram", "orthogonal", "complement"]
+"""The operators of the projection defenses; `complement` is that of the defense of this name, the others SafeLora's."""
+ControlName = Literal["drop", "shrink", "random"]
+"""The controls for a projection defense; `random` is the defense `random_subspace`."""
+
 
 class SafeLora(ProjectionDefense):
     """Where an update points away from the alignment direction, keep only what that direction spans (Safe LoRA).
@@ -89,7 +94,7 @@ def apply_safe_lora(
     *,
     threshold: float | None = None,
     lowest: int | None = None,
-    operator: Literal["scaled_gram", "orthogonal", "complement"] = "scaled_gram",
+    operator: OperatorName = "scaled_gram",
     rank: int | None = None,
     energy: float | None = None,
     adapter_name: str | None = None,
@@ -122,9 +127,9 @@ def apply_safe_lora(
     """
     from stayaligned.hf.placement.in_memory import active_adapter, adapter_in_memory, add_adapter
 
-    spec = projection_spec(operator, {"threshold": threshold, "lowest": lowest}, {"rank": rank, "energy": energy})
+    settings = {"threshold": threshold, "lowest": lowest, "rank": rank, "energy": energy}
     try:
-        patch: PatchDefense = DEFENSES.parse(spec)
+        patch: PatchDefense = DEFENSES.parse(projection_spec(operator, settings))
     except ValueError as error:
         raise StayalignedError(f"apply_safe_lora: {error}", hint="See `stayaligned show defense safe_lora`.") from None
     if new_name in peft_model.peft_config:
@@ -136,21 +141,23 @@ def apply_safe_lora(
 
 
 def projection_spec(
-    operator: str, selection: Mapping[str, Any], settings: Mapping[str, Any], control: str | None = None
+    operator: OperatorName, settings: Mapping[str, Any], control: ControlName | None = None
 ) -> dict[str, Any]:
     """Return the spec of a projection defense, or of a control for it.
 
     Args:
-        operator: scaled_gram, orthogonal or complement.
-        selection: `threshold` and `lowest`; None values are ignored, and without any value every layer is selected.
-        settings: `rank`, `energy` and `side`; None values are ignored.
-        control: drop, shrink or random, to return that control for the projection.
+        operator: the operator of the projection.
+        settings: fields of the projection defense. None values are ignored; without `threshold` and `lowest`, every
+            layer is selected.
+        control: return the spec of this control for the projection.
     """
-    name = "complement" if operator == "complement" else "safe_lora"
-    chosen = {key: value for key, value in selection.items() if value is not None} or {"all_layers": True}
-    spec: dict[str, Any] = {"name": name, **chosen, **{k: v for k, v in settings.items() if v is not None}}
-    if operator != "complement":
-        spec["operator"] = operator
+    given = {key: value for key, value in settings.items() if value is not None}
+    if not given.keys() & {"threshold", "lowest"}:
+        given["all_layers"] = True
+    if operator == "complement":
+        spec = {"name": "complement", **given}
+    else:
+        spec = {"name": "safe_lora", "operator": operator, **given}
     if control is None:
         return spec
     return {"name": "random_subspace" if control == "random" else control, "like": spec}
