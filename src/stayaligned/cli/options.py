@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 
@@ -70,7 +70,8 @@ def field_options(
 
 def _field_option(name: str, field: FieldInfo, doc: str, optional: bool, settings: dict[str, Any]) -> inspect.Parameter:
     kinds = set(get_args(field.annotation) or [field.annotation])
-    kind: Any = field.annotation if kinds <= {str, int, float, bool, NoneType} else str | None
+    holdable = kinds <= {str, int, float, bool, NoneType} or get_origin(field.annotation) is Literal
+    kind: Any = field.annotation if holdable else str | None
     default = None if optional else inspect.Parameter.empty if field.is_required() else field.default
     if optional:
         kind = kind | None

@@ -5,19 +5,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stayaligned.cli.console import err, out, plain_table, weights_bar
+from stayaligned.cli.options import field_options
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.text import visible
+from stayaligned.defenses import DEFENSES, Execution, ModelPair
+from stayaligned.defenses._projection import ProjectionDefense
+from stayaligned.defenses.complement import Complement
+from stayaligned.defenses.safe_lora import ControlName, OperatorName, SafeLora, projection_spec
 
 if TYPE_CHECKING:
     from stayaligned.core.records import LayerReport
-    from stayaligned.defenses import ModelPair, PatchDefense
+    from stayaligned.defenses import PatchDefense
 
 
+@field_options(ProjectionDefense, "threshold", "lowest", optional=True)
+@field_options(SafeLora, "rank", "energy", optional=True)
+@field_options(Complement, "side", optional=True)
 def project(
     finetuned: Annotated[
         list[Path],
@@ -37,44 +45,25 @@ def project(
             "--out", help="New directory; must not exist. With several adapters, it gets a subdirectory for each."
         ),
     ],
-    threshold: Annotated[
-        float | None, typer.Option(help="Change the layers with similarity strictly below this.")
-    ] = None,
-    lowest: Annotated[
-        int | None, typer.Option(min=0, help="Change exactly this many layers, the least similar ones.")
-    ] = None,
     all_layers: Annotated[bool, typer.Option("--all", help="Change every layer.")] = False,
     scan: Annotated[
         bool, typer.Option("--scan", help="Write no patch; report what each threshold would change.")
     ] = False,
-    operator: Annotated[
-        Literal["scaled_gram", "orthogonal", "complement"], typer.Option(help="scaled_gram is the paper's C.")
-    ] = "scaled_gram",
-    rank: Annotated[
-        int | None, typer.Option(min=1, help="Number k of V's directions, for the rank-k operators.")
-    ] = None,
-    energy: Annotated[
-        float | None, typer.Option(help="Instead of --rank: share of ‖V‖² that the directions hold.")
-    ] = None,
-    side: Annotated[
-        Literal["left", "right", "both"] | None, typer.Option(help="Directions that the complement removes.")
-    ] = None,
+    operator: Annotated[OperatorName, typer.Option(help="The operator; scaled_gram is the paper's C.")] = "scaled_gram",
     control: Annotated[
-        Literal["drop", "shrink", "random"] | None,
-        typer.Option(help="Apply this control to the selected layers instead."),
+        ControlName | None, typer.Option(help="Apply this control to the selected layers instead.")
     ] = None,
     device: Annotated[str, typer.Option(help="Where products are computed: cpu, or cuda for a GPU.")] = "cpu",
+    **settings: Any,
 ) -> None:
     """Patch finished fine-tunes with Safe LoRA.
 
     Works layer by layer, without loading a model.
     """
-    from stayaligned.defenses import DEFENSES, ModelPair
-    from stayaligned.defenses.safe_lora import projection_spec
     from stayaligned.experiments.config.validation import parse_component
     from stayaligned.weights.deltas import require_device
 
-    if (threshold is not None) + (lowest is not None) + all_layers + scan != 1:
+    if (settings["threshold"] is not None) + (settings["lowest"] is not None) + all_layers + scan != 1:
         raise StayalignedError(
             "the layers to change are not specified",
             hint="Give exactly one of --threshold T, --lowest K and --all, or --scan to see what they would change.",
@@ -84,7 +73,6 @@ def project(
             "the source of the alignment direction is not specified",
             hint="Give --aligned and --base, or --subspace (with --aligned for a fully fine-tuned checkpoint).",
         )
-    settings = {"threshold": threshold, "lowest": lowest, "rank": rank, "energy": energy, "side": side}
     spec = projection_spec(operator, settings, control)
     patch: PatchDefense = parse_component(DEFENSES, spec, "project")
     require_device(device)
@@ -96,7 +84,6 @@ def project(
 
 
 def _patch(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: ModelPair, device: str) -> None:
-    from stayaligned.defenses import Execution
     from stayaligned.defenses.patching.directories import (
         PROJECTION_FILE,
         patch_directories,
@@ -127,7 +114,6 @@ def _patch(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: Mo
 
 def _scan(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: ModelPair, device: str) -> None:
     from stayaligned.core.files import new_directory, refuse_existing
-    from stayaligned.defenses import Execution
     from stayaligned.defenses.patching.scan import scan_adapters
     from stayaligned.report.scan import threshold_outcomes, write_scan
 

@@ -30,7 +30,7 @@ class SafeLora(ProjectionDefense):
 
     ΔW ← C ΔW with C = V Vᵀ/‖V‖_F and V = W_aligned - W_base, in the layers with cos(ΔW, CΔW) < τ (arXiv 2405.16833,
     sections 3.2 to 3.4). C is not a projector: it shrinks an update by an amount that depends on ‖V‖_F, which the
-    reports show. `operator: orthogonal` is the projector U_k U_kᵀ, with k given by `rank` or by `energy`.
+    reports show. `operator: orthogonal` is the projector U_k U_kᵀ, of rank k, given by `rank` or by `energy`.
 
     Differences from the paper's code: weights are paired by name, not by position; the cosine is compared with < (as
     in the paper) and not rounded; C is never formed; the input is not changed; and where V = 0 the operator is
@@ -51,9 +51,9 @@ class SafeLora(ProjectionDefense):
     operator: Literal["scaled_gram", "orthogonal"] = "scaled_gram"
     """The paper's C (`scaled_gram`), or the rank-k orthogonal projector (`orthogonal`)."""
     rank: int | None = Field(default=None, ge=1)
-    """Number k of V's leading directions that `operator: orthogonal` keeps. Excludes `energy`."""
+    """Number k of V's leading directions that a rank-k operator uses. Excludes `energy`."""
     energy: float | None = Field(default=None, gt=0, le=1)
-    """Let `operator: orthogonal` keep the fewest leading directions that hold this share of ‖V‖². Excludes `rank`."""
+    """Let a rank-k operator use the fewest leading directions that hold this share of ‖V‖². Excludes `rank`."""
 
     @model_validator(mode="before")
     @classmethod
