@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import sys
 import textwrap
@@ -113,7 +114,8 @@ def _settings(component: type[Component], width: int) -> str:
     docs = field_docs(component)
     lines = ["settings"]
     for name, field in component.model_fields.items():
-        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
+        value = json.dumps(field.get_default(call_default_factory=True), ensure_ascii=False, default=str)
+        default = "required" if field.is_required() else f"default {value}"
         lines.append(f"  {name}: {_type_name(field.annotation)}, {default}")
         lines += textwrap.wrap(docs.get(name, ""), width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join([*lines, ""])
