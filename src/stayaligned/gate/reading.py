@@ -155,8 +155,8 @@ def _decoding(result: Result) -> dict[str, Any]:
 
 def _task(result: Result, key: str) -> object:
     spec = result.experiment.get(key) or {}
-    kept = {name: value for name, value in spec.items() if not name.startswith(_TRAINING_PREFIXES)}
-    return _identified(kept, key, result.provenance.inputs)
+    scoring = {name: value for name, value in spec.items() if not name.startswith(_TRAINING_PREFIXES)}
+    return _identified(scoring, key, result.provenance.inputs)
 
 
 def _identified(value: Any, place: str, inputs: Mapping[str, str]) -> Any:

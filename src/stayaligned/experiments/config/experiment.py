@@ -158,7 +158,7 @@ class Experiment(BaseModel):
         if trainers and not self.trains:
             yield f"defenses: {trainers[0]} trains, but this experiment does not (`training: null` or `adapter:`)"
         if self.training_defense.needs_alignment_data and trainers and self.alignment_data is None:
-            yield f"alignment_data: {trainers[0]} needs safety data; name a JSONL file of requests and safe answers"
+            yield f"alignment_data: {trainers[0]} needs safety data: a JSONL file of requests with safe completions"
         for patch in self.patches:
             if not self.trains and self.adapter is None:
                 yield f"defenses: {patch.name} patches a fine-tuned model, but none is trained or given as `adapter:`"

@@ -23,7 +23,7 @@ class Judging:
 
     store: Store
     seed: int
-    """Seed whose testbed the judges' `testbed:` references mean."""
+    """Seed of the testbed that the judges' `testbed:` references mean."""
     max_unscored: float
     """Largest share of unscored verdicts with which a stage is complete."""
     host_libraries: Callable[[], contextlib.AbstractContextManager[None]]

@@ -47,7 +47,7 @@ def identify_judge(judge: Judge, seed: int) -> JudgeIdentity:
 
     Args:
         judge: the judge, with `testbed:` references as written.
-        seed: the seed whose testbed such a reference means.
+        seed: seed of the testbed that the references mean.
     """
     operational = {*judge.operational, "name", "version"}
     settings = {key: value for key, value in judge.identity().items() if key not in operational}
@@ -80,10 +80,10 @@ def _is_part_of_a_judge(base: type) -> bool:
 
 
 def input_path(name: str, value: str) -> Path | None:
-    """Return the local path that a setting's value means, by the setting's name or by its form; None if it is none."""
+    """Return the local path that a setting's value means, by the setting's name or its form; None if it means none."""
     place, _ = split_options(value)
-    looks = place.startswith(("./", "../", "/", "~/")) or place.endswith((".jsonl", ".json", ".csv", ".jinja"))
-    if len(place) > _LONGEST_PATH or "\n" in place or not (looks or name in _PATH_SETTINGS):
+    is_path = place.startswith(("./", "../", "/", "~/")) or place.endswith((".jsonl", ".json", ".csv", ".jinja"))
+    if len(place) > _LONGEST_PATH or "\n" in place or not (is_path or name in _PATH_SETTINGS):
         return None
     return Path(place).expanduser()
 
