@@ -32,7 +32,7 @@ PLAIN = {
     r"besides": "also, in addition",
     r"t(old|ell|ells|elling) (\w+ )?apart": "distinguish",
     r"taken for": "mistaken for, treated as",
-    r"in (the )?place of": "instead of",
+    r"in (the )?place of(?! a professional)": "instead of",
     r"(may|can|can't|cannot) be had": "is available",
     r"comes? upon": "find, reach",
     r"passed (by|over)|passes by": "skip, ignore",
@@ -44,13 +44,14 @@ PLAIN = {
     r"ways? out": "fix",
     r"babbl\w+": "degenerate",
     r"(a |the |of )garble": "garbled text",
-    r"the pull|pulls?(?! in| request)|pulled": "proximal term",
+    r"the pull|pulls?(?! in| request| towards)|pulled": "proximal term",
     r"for ever": "without limit",
     r"go(es)? unseen|unseen by": "silently",
     r"(is|are|was|were) looked (at|for)": "check, measure",
     r"goes on": "continue",
-    r"then\.(?=\s|$)": "do not end a sentence with 'then'",
-    r"would have had it": "rephrase",
+    r"(?<!by )then\.(?=\s|$)": "do not end a sentence with 'then'",
+    r"f(ind|inds|ound|inding) out": "check, detect",
+    r"whence|thence|hitherto|thereof|therein|wherein|lest": "rephrase",
 }
 """A pattern, matched as whole words in any case, and what to write instead."""
 LISTED = re.compile(
@@ -60,12 +61,13 @@ LISTED = re.compile(
 PAGES = sorted(
     [
         *ROOT.glob("*.md"),
-        *(page for name in ("docs", "studies") for page in (ROOT / name).glob("*.md")),
-        *(path for name in ("examples", "studies") for path in (ROOT / name).glob("**/*.y*ml")),
+        *(page for name in ("docs", "studies") for page in (ROOT / name).glob("**/*.md")),
+        *(path for name in ("examples", "studies", "src") for path in (ROOT / name).glob("**/*.y*ml")),
+        *(path for ending in ("j2", "txt", "js", "css") for path in (ROOT / "src").glob(f"**/*.{ending}")),
         ROOT / "Makefile",
     ]
 )
-SOURCES = sorted(path for name in ("examples",) for path in (ROOT / name).glob("**/*.py"))
+SOURCES = sorted(path for name in ("src", "examples") for path in (ROOT / name).glob("**/*.py"))
 
 
 def odd_phrases(text: str) -> list[str]:
@@ -124,5 +126,5 @@ def test_plain_text_has_no_listed_phrase() -> None:
 
 def test_every_kind_of_text_is_checked() -> None:
     assert len(PAGES) >= 40
-    assert {path.suffix for path in PAGES} >= {".md", ".yaml", ".yml"}
-    assert len(SOURCES) >= 2
+    assert {path.suffix for path in PAGES} >= {".md", ".yaml", ".yml", ".j2", ".txt"}
+    assert len(SOURCES) >= 100
