@@ -109,21 +109,21 @@ def own_parts(n: int, first: Array, second: Array) -> tuple[Array, Array]:
 
 
 def own_bounds(n: int, first: Array, second: Array) -> Bounds:
-    """The interval that the gate uses."""
+    """Return the interval that the gate uses."""
     center, error = own_parts(n, first, second)
     half = stdtrit(n + 1, 0.975) * error + 0.5 / n
     return np.maximum(-1, center - half), np.minimum(1, center + half)
 
 
 def bonett_price(n: int, first: Array, second: Array) -> Bounds:
-    """As published: a normal quantile, no half step."""
+    """Return the published interval: a normal quantile, no half step."""
     center = (first - second) / (n + 2)
     half = 1.959964 * np.sqrt(((first + second + 2) / (n + 2) - center**2) / (n + 2))
     return center - half, center + half
 
 
 def newcombe(n: int, first: Array, second: Array, both: Array) -> Bounds:
-    """Newcombe's method 10, of all four cells."""
+    """Return the interval of Newcombe's method 10, from all four cells."""
     neither = n - first - second - both
     one, two = both + first, both + second
     low, high = wilson_bounds(n)
@@ -138,7 +138,7 @@ def newcombe(n: int, first: Array, second: Array, both: Array) -> Bounds:
 
 
 def differences() -> Iterator[list[str]]:
-    """Coverage where nothing differs, and the least over pairs of discordant shares."""
+    """Yield the coverage without a difference, and the minimum over pairs of discordant shares."""
     check_own_bounds()
     yield ["n", "interval", "0, 0", "0.001, 0.001", "0.01, 0.01", "0.03, 0.01", "least over pairs", "one-sided error"]
     chosen = ((0.0, 0.0), (0.001, 0.001), (0.01, 0.01), (0.03, 0.01))
@@ -183,7 +183,7 @@ def _row(
 
 
 def check_own_bounds() -> None:
-    """The arrays here are the class that the gate uses."""
+    """Check that the array functions equal the class that the gate uses."""
     for n, b, c in ((30, 0, 0), (30, 7, 2), (200, 9, 31)):
         values = [1] * b + [-1] * c + [0] * (n - b - c)
         low, high = own_bounds(n, np.array([b]), np.array([c]))
@@ -195,7 +195,7 @@ def check_own_bounds() -> None:
 
 
 def graded(rng: np.random.Generator) -> Iterator[list[str]]:
-    """Differences of scores: mostly equal, a few rises; and rises everywhere."""
+    """Yield the coverage for differences of scores: mostly equal with a few rises, and rises everywhere."""
     kinds: dict[str, Callable[[tuple[int, int]], Array]] = {
         "every score moves (beta)": lambda size: rng.beta(2, 3, size) - rng.beta(2, 4, size),
         "5 % rise by up to 1": lambda size: (rng.random(size) < 0.05) * rng.random(size),
@@ -231,7 +231,7 @@ def _three_intervals(row: Array) -> Iterator[tuple[float, float]]:
 
 
 def seeds(rng: np.random.Generator) -> Iterator[list[str]]:
-    """Two arms on the same prompts under k seeds; prompts, seeds and chance move the answers (logistic)."""
+    """Yield the coverage for two arms on the same prompts under k seeds, in a logistic model of prompts and seeds."""
     kinds = {
         "nothing changed, seeds don't matter": (-3.0, 0.0, 2.0, 0.0),
         "harm rises, seeds matter a little": (-3.0, 0.7, 2.0, 0.3),
@@ -252,7 +252,7 @@ def seeds(rng: np.random.Generator) -> Iterator[list[str]]:
 
 
 def answers(rng: np.random.Generator, repeats: int, k: int, n: int, kind: tuple[float, ...]) -> Array:
-    """Differences (repeats, seeds, prompts) of two arms."""
+    """Draw differences of two arms, shaped (repeats, seeds, prompts)."""
     base, rise, by_prompt, by_seed = kind
     prompts = rng.normal(size=(repeats, 1, n)) * by_prompt
 
@@ -264,7 +264,7 @@ def answers(rng: np.random.Generator, repeats: int, k: int, n: int, kind: tuple[
 
 
 def true_difference(rng: np.random.Generator, kind: tuple[float, ...]) -> float:
-    """By a large sample of prompts and seeds, without the noise of single answers."""
+    """Compute the expected difference from a large sample of prompts and seeds."""
     base, rise, by_prompt, by_seed = kind
     latent = rng.normal(size=4_000_000) * (by_prompt**2 + by_seed**2) ** 0.5
     expected = [1 / (1 + np.exp(-(level + latent))) for level in (base + rise, base)]
@@ -272,7 +272,7 @@ def true_difference(rng: np.random.Generator, kind: tuple[float, ...]) -> float:
 
 
 def seed_intervals(found: Array) -> Iterator[Bounds]:
-    """The interval that is used, checked against the class; and its two parts alone."""
+    """Yield the interval that the gate uses, checked against the class, and its two parts alone."""
     _, k, n = found.shape
     mean = found.mean(axis=(1, 2))
     center = mean * n / (n + 2)
@@ -297,19 +297,19 @@ LIMIT, DRAWS = 0.02, 100_000
 
 
 def draw_cells(rng: np.random.Generator, n: int, p10: float, p01: float, draws: int = DRAWS) -> tuple[Array, Array]:
-    """Discordant counts of many runs."""
+    """Draw the discordant counts of many runs."""
     found = rng.multinomial(n, [p10, p01, 1 - p10 - p01], size=draws)
     return found[:, 0], found[:, 1]
 
 
 def p_above(n: int, first: Array, second: Array, limit: float) -> Array:
-    """`MeanOfPrompts.p_above` of arrays."""
+    """Compute `MeanOfPrompts.p_above` for arrays."""
     center, error = own_parts(n, first, second)
     return stdtr(n + 1, -(center - 0.5 / n - limit) / error)
 
 
 def gate(rng: np.random.Generator) -> Iterator[list[str]]:
-    """How often a gate passes and fails models that are as bad as said."""
+    """Yield how often the gate passes and fails models of a given quality."""
     assert np.isclose(
         p_above(300, np.array([14]), np.array([3]), LIMIT)[0],
         MeanOfPrompts(11 / 300, 300, (17 - 121 / 300) / 299, step=1 / 300).p_above(LIMIT),
@@ -329,7 +329,7 @@ def gate(rng: np.random.Generator) -> Iterator[list[str]]:
 
 
 def criteria(rng: np.random.Generator) -> Iterator[list[str]]:
-    """Four unrelated criteria: false fails are held by Holm, false passes by asking for all."""
+    """Yield the error rates of four independent criteria, with and without Holm's correction."""
     n, share, draws = 1000, 0.03, 20_000
     yield ["truth", "passes", "fails", "fails without the correction"]
     for name, worse in (

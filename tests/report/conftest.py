@@ -194,7 +194,7 @@ def grid_result(arm: str, seed: int, position: int = 0) -> Result:
         arm=arm,
         seed=seed,
         position=position,
-        notes=("3 of 200 harmful prompts also stand in the training data, or nearly so",) if seed == 101 else (),
+        notes=("3 of 200 harmful prompts also occur in the training data, or nearly so",) if seed == 101 else (),
         experiment=experiment,
         judges=(
             JudgeReading(judge="classifier", metrics=harmful),

@@ -161,7 +161,7 @@ def test_a_fact_on_which_results_differ_names_the_results(make_result):
 
 def test_notes_come_once_with_their_owners(grid_results):
     assert build_report(grid_results, title="t").notes == (
-        ("3 of 200 harmful prompts also stand in the training data, or nearly so", "seed 101"),
+        ("3 of 200 harmful prompts also occur in the training data, or nearly so", "seed 101"),
     )
 
 
