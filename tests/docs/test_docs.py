@@ -84,6 +84,13 @@ def test_every_module_that_the_changelog_calls_new_exists() -> None:
         assert path.is_dir() or path.with_suffix(".py").exists(), name
 
 
+def test_the_tree_of_the_readme_lists_every_part_of_the_package() -> None:
+    tree = (ROOT / "README.md").read_text().partition("```\nsrc/stayaligned/\n")[2].partition("```")[0]
+    listed = re.findall(r"^  (\w+)(?:/|\.py) +\S", tree, flags=re.MULTILINE)
+    parts = {path.stem for path in (ROOT / "src" / "stayaligned").iterdir() if not path.name.startswith("__")}
+    assert sorted(listed) == sorted(parts - {"py"})
+
+
 def commands_in(page: Path) -> list[list[str]]:
     text = re.sub(r"\\\n\s*", " ", page.read_text())
     found = re.findall(r"(?:^(?: {4}|\$ )|`)(stayaligned [a-z][^`\n]*)", text, flags=re.MULTILINE)
