@@ -360,3 +360,19 @@ def test_a_disk_that_fills_up_while_the_adapter_is_written_does_not_cost_the_tra
     run_experiment(Experiment.model_validate(content), tmp_path / "whole")
     weights = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "out")]
     assert weights[0] == weights[1]
+
+
+def test_a_judge_of_the_testbed_has_a_plan_without_building_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A judge's identity names the testbed's entry by its key, which must not be resolved again as a reference."""
+    monkeypatch.setenv("STAYALIGNED_CACHE", str(tmp_path))
+    content = {
+        "model": "testbed:aligned",
+        "training": None,
+        "harmful_prompts": "testbed:data/harmful-prompts.jsonl",
+        "judges": [{"name": "classifier", "model": "testbed:judge"}],
+    }
+    plans = [plan_experiment(Experiment.model_validate({**content, "seed": seed})) for seed in (0, 0, 1)]
+    assert plans[0] == plans[1]
+    assert plans[0].judges != plans[2].judges
+    assert plans[0].id != plans[2].id
+    assert not list(tmp_path.iterdir())

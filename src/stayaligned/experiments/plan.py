@@ -52,7 +52,8 @@ def plan_experiment(experiment: Experiment) -> Plan:
     judges = tuple(identify_judge(judge, e.seed) for judge in e.judges)
     lm_eval = _lm_eval_keys(e, weights)
     optional = [*([[*lm_eval.values()]] if lm_eval else []), *([] if e.degeneration is None else [degeneration])]
-    identities = [identity.model_dump(mode="json") for identity in judges]
+    # As text: what is hashed in an identity already must not be hashed again.
+    identities = [identity.model_dump_json() for identity in judges]
     return Plan(
         data=data,
         train=train,

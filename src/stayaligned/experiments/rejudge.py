@@ -176,7 +176,7 @@ def _describe(source: _Source, judged: Sequence[Judged], out: Path) -> Result:
             "seconds": {**before.provenance.seconds, **own["seconds"]},
         }
     )
-    identities = [one.identity.model_dump(mode="json") for one in judged]
+    identities = [one.identity.model_dump_json() for one in judged]
     return before.model_copy(
         update={
             "id": stage_key(("judged again", before.id, identities), before.seed)[:20],
