@@ -40,7 +40,7 @@ check: $(STAMP)  ## check format, lint, types and import contracts
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 
-bench: $(STAMP)  ## measure the claims of the README
+bench: $(STAMP)  ## measure what docs/benchmarks.md claims
 	$(BIN)/python benchmarks/projection.py
 	$(BIN)/python benchmarks/safe_lora.py  # writes 6.5 GB of checkpoints to the temporary directory, once
 	$(BIN)/python benchmarks/lisa.py
