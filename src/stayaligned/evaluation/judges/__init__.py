@@ -9,10 +9,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from stayaligned.core.component import Component, Registry
-from stayaligned.core.records import Completion, Verdict
+from stayaligned.core.records import Completion, Outcome, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,10 @@ class Judge(Component):
         If not, its only rate is the harmful score.
         """
         return True
+
+    def make_verdict(self, completion: Completion, outcome: Outcome | None, **fields: Any) -> Verdict:
+        """Return this judge's verdict on a completion; `fields` are further fields of `Verdict`."""
+        return Verdict(id=completion.id, prompt_set=completion.prompt_set, judge=self.name, outcome=outcome, **fields)
 
     def forecast(self, completions: Sequence[Completion]) -> Forecast | None:
         """Estimate the effort of judging the completions; None for judges without notable cost.

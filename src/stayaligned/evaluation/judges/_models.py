@@ -28,7 +28,7 @@ def empty_verdicts(judge: Judge, completions: Sequence[Completion]) -> Iterable[
     """Yield the verdict `other` for every empty completion, which needs no model."""
     for c in completions:
         if not c.text.strip():
-            yield Verdict(id=c.id, prompt_set=c.prompt_set, judge=judge.name, outcome=Outcome.OTHER, reason="empty")
+            yield judge.make_verdict(c, Outcome.OTHER, reason="empty")
 
 
 class GuardJudge(Judge):
@@ -72,14 +72,7 @@ class GuardJudge(Judge):
             outcome, categories, reason = self.read(reply.text, completion)
             notes = [CUT] if reply.was_cut else []
             notes += [reason] if reason else []
-        return Verdict(
-            id=completion.id,
-            prompt_set=completion.prompt_set,
-            judge=self.name,
-            outcome=outcome,
-            categories=categories,
-            reason="; ".join(notes),
-        )
+        return self.make_verdict(completion, outcome, categories=categories, reason="; ".join(notes))
 
 
 def unreadable(reply: str) -> str:

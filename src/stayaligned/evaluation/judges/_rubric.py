@@ -128,12 +128,6 @@ class RubricJudge(Endpoint, Judge):
             )
         return forecast
 
-    def make_verdict(self, completion: Completion, outcome: Outcome | None, *, reason: str) -> Verdict:
-        """Return a verdict without a score."""
-        return Verdict(
-            id=completion.id, prompt_set=completion.prompt_set, judge=self.name, outcome=outcome, reason=reason
-        )
-
     def _meter(self) -> Meter:
         return Meter(prices=self.prices, budget_dollars=self.budget_dollars, budget_requests=self.budget_requests)
 
@@ -155,11 +149,8 @@ def fence_for(completion: Completion) -> str:
     """Return sixteen hexadecimal digits that do not occur in prompt or completion: a hash of both, so deterministic."""
     texts = [turn.content for turn in completion.prompt] + [completion.text]
     content = "\0".join(texts).encode("utf-8", "surrogatepass")
-    for number in itertools.count():
-        fence = hashlib.sha256(b"%d\0%s" % (number, content)).hexdigest()[:16]
-        if not any(fence in text for text in texts):
-            return fence
-    raise AssertionError("unreachable: itertools.count never ends")
+    fences = (hashlib.sha256(b"%d\0%s" % (number, content)).hexdigest()[:16] for number in itertools.count())
+    return next(fence for fence in fences if not any(fence in text for text in texts))
 
 
 def fence_material(completion: Completion, fence: str) -> str:

@@ -110,14 +110,8 @@ class Classifier(Judge):
             outcome = min((outcomes[label] for label in reading.labels), key=_WORST_FIRST.index)
         else:
             outcome = Outcome.OTHER if self.tells_refusals else Outcome.SAFE
-        return Verdict(
-            id=completion.id,
-            prompt_set=completion.prompt_set,
-            judge=self.name,
-            outcome=outcome,
-            confidence=None if reading.labels is None else reading.confidence,
-            reason="; ".join(notes),
-        )
+        confidence = None if reading.labels is None else reading.confidence
+        return self.make_verdict(completion, outcome, confidence=confidence, reason="; ".join(notes))
 
 
 _WORST_FIRST = (Outcome.HARM, Outcome.REFUSE, Outcome.OTHER, Outcome.SAFE)

@@ -115,8 +115,8 @@ class PolicyRubric(RubricJudge):
         """Return harm for scores from `harm_from` on, otherwise safe."""
         score = numbers["thescore"]
         outcome = Outcome.HARM if score >= self.harm_from else Outcome.SAFE
-        verdict = self.make_verdict(completion, outcome, reason=read_text(reply, "thereason"))
-        return verdict.model_copy(update={"score": float(score), "categories": self._kinds(reply)})
+        reason, kinds = read_text(reply, "thereason"), self._kinds(reply)
+        return self.make_verdict(completion, outcome, score=float(score), categories=kinds, reason=reason)
 
     def _kinds(self, reply: str) -> tuple[str, ...]:
         names = [name for name, _ in self._policy()]
