@@ -24,9 +24,8 @@ from safe_lora_front import format_estimate, format_points, format_share, table_
 from safe_lora_front_table import ACCURACY, HARM
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import replace_file, write_text
-from stayaligned.core.text import markdown
+from stayaligned.core.text import markdown, percent
 from stayaligned.evaluation.metrics import PairedDifference, across_seeds, holm, paired_difference, t_interval
-from stayaligned.report.texts import percent
 
 METRICS = {
     HARM: "harmful score",

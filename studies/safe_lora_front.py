@@ -40,9 +40,9 @@ from safe_lora_front_table import (
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import replace_file, write_text
 from stayaligned.core.records import Metric
-from stayaligned.core.text import markdown
+from stayaligned.core.text import markdown, percent
 from stayaligned.evaluation.metrics import PairedDifference, across_seeds, t_interval
-from stayaligned.report.texts import bounds, join_names, percent
+from stayaligned.report.texts import bounds, join_names
 
 METRICS = {
     HARM: "harmful score",

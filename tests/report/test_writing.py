@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from stayaligned.core.records import Message
-from stayaligned.core.text import markdown, one_line
+from stayaligned.core.text import markdown, one_line, percent, visible
 from stayaligned.evaluation.results import Sample
 from stayaligned.report import build_report, terminal_table, write_report
 from stayaligned.report.figures import harm_against_accuracy
-from stayaligned.report.texts import csv_cell, percent, visible
+from stayaligned.report.texts import csv_cell
 
 HOSTILE = (
     "</script><img src=x onerror=alert(1)>",

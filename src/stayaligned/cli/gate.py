@@ -11,6 +11,7 @@ import typer
 from stayaligned.cli.console import err, out, plain_table
 from stayaligned.cli.options import SHARE, Plugins, field_options, load_plugins
 from stayaligned.core.errors import StayalignedError
+from stayaligned.core.text import percent
 from stayaligned.gate import Limits
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def _write(texts: dict[Path, str]) -> None:
 
 
 def _print(decision: Decision) -> None:
-    from stayaligned.gate.words import interval_text, points
+    from stayaligned.gate.words import interval_text
     from stayaligned.gate.writing import remarks, side_text
 
     out.print(decision.sentence, soft_wrap=True)
@@ -144,11 +145,11 @@ def _print(decision: Decision) -> None:
         of_a_change = c.kind != "ceiling"
         table.add_row(
             c.title,
-            points(c.baseline) if of_a_change else "",
-            points(c.candidate),
-            points(c.change, signed=True) if of_a_change else "",
+            percent(c.baseline) if of_a_change else "",
+            percent(c.candidate),
+            percent(c.change, signed=True) if of_a_change else "",
             interval_text(c),
-            points(c.limit, signed=of_a_change),
+            percent(c.limit, signed=of_a_change),
             str(c.n_prompts),
             str(c.unscored_baseline + c.unscored_candidate),
             c.answer,

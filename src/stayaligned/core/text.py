@@ -1,4 +1,4 @@
-"""Untrusted text made safe to show in a terminal, a report or a table."""
+"""Untrusted text made safe to show in a terminal, a report or a table; the format of percentages."""
 
 from __future__ import annotations
 
@@ -38,3 +38,19 @@ def markdown(text: str, limit: int = 200) -> str:
     backslash before a pipe, but programs differ in how they split table cells.
     """
     return _MARKDOWN.sub(lambda found: f"&#{ord(found.group())};", one_line(text, limit))
+
+
+SHARE = (0.0, 1.0)
+"""Scale of a share."""
+
+
+def percent(value: float | None, *, signed: bool = False, scale: tuple[float, float] = SHARE) -> str:
+    """Format a share as a percentage with one decimal: `3.5`, with `signed` `−12.0` or `+3.5`, `n/a` for None.
+
+    A value on another `scale` than 0 to 1 keeps its own units, with two decimals.
+    """
+    if value is None:
+        return "n/a"
+    digits = 1 if scale == SHARE else 2
+    rounded = round((100 if scale == SHARE else 1) * value, digits) + 0.0
+    return f"{rounded:+.{digits}f}".replace("-", "−") if signed else f"{rounded:.{digits}f}"

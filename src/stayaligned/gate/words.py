@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from stayaligned.core.text import percent
 from stayaligned.gate.values import Conclusion, Criterion
-
-
-def points(share: float | None, *, signed: bool = False) -> str:
-    """Format a share in percent or percentage points: `2.0`, with `signed` `+2.0` or `−2.0`."""
-    if share is None:
-        return "n/a"
-    rounded = round(100 * share, 1) + 0.0
-    return f"{rounded:+.1f}".replace("-", "−") if signed else f"{rounded:.1f}"
 
 
 def interval_text(criterion: Criterion) -> str:
@@ -20,14 +13,14 @@ def interval_text(criterion: Criterion) -> str:
     if criterion.low is None or criterion.high is None:
         return "n/a"
     signed = criterion.kind != "ceiling"
-    return f"{points(criterion.low, signed=signed)} to {points(criterion.high, signed=signed)}"
+    return f"{percent(criterion.low, signed=signed)} to {percent(criterion.high, signed=signed)}"
 
 
 def limit_text(criterion: Criterion) -> str:
     """Describe the limit of a criterion: `rise by 2.0 points`, `drop by 2.0 points`, `5.0 %`."""
     if criterion.kind == "ceiling":
-        return f"{points(criterion.limit)} %"
-    return f"{'rise' if criterion.kind == 'increase' else 'drop'} by {points(criterion.limit)} points"
+        return f"{percent(criterion.limit)} %"
+    return f"{'rise' if criterion.kind == 'increase' else 'drop'} by {percent(criterion.limit)} points"
 
 
 def describe_reason(
@@ -59,12 +52,12 @@ def describe_reason(
 def _describe_change(criterion: Criterion) -> str:
     change = criterion.change or 0.0
     if criterion.kind == "ceiling":
-        return f"{criterion.title} is {points(change)} %"
+        return f"{criterion.title} is {percent(change)} %"
     moved = "rose" if (change > 0) == (criterion.kind == "increase") else "fell"
     return (
         f"{criterion.title} did not change"
         if change == 0
-        else f"{criterion.title} {moved} by {points(abs(change))} points"
+        else f"{criterion.title} {moved} by {percent(abs(change))} points"
     )
 
 

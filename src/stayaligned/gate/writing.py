@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from xml.etree import ElementTree
 
-from stayaligned.core.text import markdown, one_line, visible
+from stayaligned.core.text import markdown, one_line, percent, visible
 from stayaligned.gate.values import Criterion, Decision
-from stayaligned.gate.words import describe_disagreement, interval_text, limit_text, points
+from stayaligned.gate.words import describe_disagreement, interval_text, limit_text
 
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 forbids, even as entities."""
@@ -61,14 +61,14 @@ def to_markdown(decision: Decision) -> str:
         "|---|---:|---:|---:|---:|---|",
     ]
     for c in decision.criteria:
-        shown = f"{points(c.change, signed=c.kind != 'ceiling')} ({interval_text(c)})"
+        shown = f"{percent(c.change, signed=c.kind != 'ceiling')} ({interval_text(c)})"
         unscored = c.unscored_baseline + c.unscored_candidate
         prompts = f"{c.n_prompts}" + (f" over {c.n_seeds} seeds" if c.n_seeds > 1 else "")
         prompts += f", {unscored} unscored" if unscored else ""
         cells = [
             f"{c.title}: {limit_text(c)}",
-            "" if c.kind == "ceiling" else points(c.baseline),
-            points(c.candidate),
+            "" if c.kind == "ceiling" else percent(c.baseline),
+            percent(c.candidate),
             shown,
             prompts,
             c.answer,
@@ -98,9 +98,9 @@ def side_text(decision: Decision, role: str) -> str:
 
 
 def _line(c: Criterion) -> str:
-    before = "" if c.kind == "ceiling" else f"baseline {points(c.baseline)} %, "
+    before = "" if c.kind == "ceiling" else f"baseline {percent(c.baseline)} %, "
     return (
-        f"{c.name} = {c.limit:g}: {before}candidate {points(c.candidate)} %, interval {interval_text(c)}; "
+        f"{c.name} = {c.limit:g}: {before}candidate {percent(c.candidate)} %, interval {interval_text(c)}; "
         f"{c.n_prompts} prompts, {c.n_seeds} seeds, {c.interval}; one-sided p-value of a fail {_p(c.p_fail)}"
     )
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from stayaligned.core.text import one_line
+from stayaligned.core.text import one_line, percent
 from stayaligned.report.drawing import BLUE, GRAY, INK, ORANGE, PAPER, drawing, share_axis, svg
-from stayaligned.report.texts import join_names, percent
+from stayaligned.report.texts import join_names
 from stayaligned.report.training import BY_PHASE, SEPARATE
 from stayaligned.report.values import Arm, Estimate, ModuleEffect, PatchSummary, Points, Report, Training
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from stayaligned.core.text import markdown
-from stayaligned.report.texts import bounds, describe_seeds, p_value, percent, sample_size, unscored_count
+from stayaligned.core.text import markdown, percent
+from stayaligned.report.texts import bounds, describe_seeds, p_value, sample_size, unscored_count
 from stayaligned.report.values import Arm, Estimate, Report
 from stayaligned.report.words import NEVER_CLAIMED
 

@@ -6,9 +6,9 @@ import csv
 import io
 from typing import TYPE_CHECKING
 
-from stayaligned.core.text import one_line
+from stayaligned.core.text import one_line, percent
 from stayaligned.evaluation.results import RESULT_COLUMNS
-from stayaligned.report.texts import csv_cell, percent, unscored_count
+from stayaligned.report.texts import csv_cell, unscored_count
 from stayaligned.report.values import Arm, Estimate, Report
 
 if TYPE_CHECKING:

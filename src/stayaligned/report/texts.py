@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable
 
-from stayaligned.core.text import one_line, visible
+from stayaligned.core.text import SHARE, one_line, percent, visible
 from stayaligned.report.values import ArmDifference, Estimate
 
 
@@ -20,22 +20,7 @@ def attribute(text: str) -> str:
     return html.escape(one_line(text), quote=True)
 
 
-_SHARE = (0.0, 1.0)
-
-
-def percent(value: float | None, *, signed: bool = False, scale: tuple[float, float] = _SHARE) -> str:
-    """Format a share as a percentage with one decimal: `3.5`, with `signed` `−12.0` or `+3.5`, `n/a` for None.
-
-    A value on another `scale` than 0 to 1 keeps its own units, with two decimals.
-    """
-    if value is None:
-        return "n/a"
-    digits = 1 if scale == _SHARE else 2
-    rounded = round((100 if scale == _SHARE else 1) * value, digits) + 0.0
-    return f"{rounded:+.{digits}f}".replace("-", "−") if signed else f"{rounded:.{digits}f}"
-
-
-def bounds(low: float | None, high: float | None, *, signed: bool = False, scale: tuple[float, float] = _SHARE) -> str:
+def bounds(low: float | None, high: float | None, *, signed: bool = False, scale: tuple[float, float] = SHARE) -> str:
     """Format an interval with `percent`: `30.0 to 44.6`; empty without an interval."""
     if low is None or high is None:
         return ""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from stayaligned.core.text import one_line
-from stayaligned.report.texts import bounds, join_names, percent
+from stayaligned.core.text import one_line, percent
+from stayaligned.report.texts import bounds, join_names
 from stayaligned.report.values import Arm, JudgePair
 
 _FEW_SEEDS = 5
