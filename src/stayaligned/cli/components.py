@@ -14,16 +14,15 @@ import typer
 
 from stayaligned.cli.console import out, plain_table
 from stayaligned.cli.options import Plugins, field_docs, load_plugins
+from stayaligned.cli.scaffold import NOUNS, write_plugin
 from stayaligned.core.errors import StayalignedError
 
 if TYPE_CHECKING:
     from stayaligned.core.component import Component, Registry
 
-_NOUNS = ("task", "attack", "defense", "prompts", "judge")
-
 
 def _complete_noun(incomplete: str) -> list[str]:
-    return [noun for noun in _NOUNS if noun.startswith(incomplete)]
+    return [noun for noun in NOUNS if noun.startswith(incomplete)]
 
 
 def _complete_name(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -86,8 +85,6 @@ def new(
 
     The file is a working component of its kind; pass it to other commands with --plugin.
     """
-    from stayaligned.cli.scaffold import write_plugin
-
     path = write_plugin(noun, name, directory)
     out.print(f"wrote  {path}; try: stayaligned show {noun} {name} --plugin {path}", soft_wrap=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections import Counter
@@ -11,7 +10,7 @@ from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
-from stayaligned.core.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError, nearest
 from stayaligned.core.records import Metric, PromptSet
 from stayaligned.evaluation.metrics import across_seeds, exact_interval
 from stayaligned.evaluation.results import Evidence, JudgeReading, Result, result_rows
@@ -115,10 +114,9 @@ def _group_by_arm(results: Sequence[Result], reference: str | None) -> dict[str,
             "a report needs at least one result", hint="Pass a directory that `run`, `evaluate` or `bench` wrote."
         )
     if reference is not None and reference not in groups:
-        near = difflib.get_close_matches(reference, groups, 1)
         raise StayalignedError(
             f"reference: no arm is labelled {reference!r}; the arms are {join_names(groups, 20)}",
-            hint=f"Did you mean {near[0]!r}?" if near else "Name one of these arms, or omit the reference.",
+            hint=nearest(reference, groups) or "Name one of these arms, or omit the reference.",
         )
     for name, runs in groups.items():
         seed, count = Counter(run.seed for run in runs).most_common(1)[0]

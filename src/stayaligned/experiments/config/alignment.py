@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from stayaligned.core.records import Record
-from stayaligned.experiments.config.host_settings import Host
-from stayaligned.experiments.config.validation import parse, refuse_unknown_settings
+from stayaligned.core.settings import TrainerKind
+from stayaligned.experiments.config.validation import check_host_settings, parse
 from stayaligned.experiments.config.yaml_file import apply_overrides, load_yaml
 
 RECORD_FORMAT = 1
@@ -60,7 +60,7 @@ class Alignment(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights during training. auto: with a LoRA as stored (fp16 in fp32), full weights in fp32.
     The aligned model always has the base model's type."""
-    trainer: Literal["transformers", "sft"] = "transformers"
+    trainer: TrainerKind = "transformers"
     """Trainer class: transformers' Trainer, or TRL's SFTTrainer."""
     training: dict[str, Any] = Field(default_factory=dict)
     """Fields of TrainingArguments (of SFTConfig for `trainer: sft`), which override the paper's."""
@@ -90,12 +90,7 @@ class Alignment(BaseModel):
         rate = {"learning_rate": _PAPER_LEARNING_RATE} if info.data.get("lora") is not None else {}
         return {**_PAPER_TRAINING, **rate, **value}
 
-    @field_validator("lora", "training")
-    @classmethod
-    def _host_knows_every_setting(cls, value: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
-        host: Host = "lora" if info.field_name == "lora" else info.data.get("trainer", "transformers")
-        refuse_unknown_settings(str(info.field_name), value or {}, host)
-        return value
+    _check_host_settings = field_validator("lora", "training")(check_host_settings)
 
     @model_validator(mode="after")
     def _full_weights_need_a_rate(self) -> Alignment:

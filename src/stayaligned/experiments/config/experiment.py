@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
@@ -12,21 +12,19 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from stayaligned.attacks import ATTACKS, Attack
 from stayaligned.core.component import Component, Registry
-from stayaligned.core.settings import Generation, LmEval, Watch
+from stayaligned.core.settings import Generation, LmEval, TrainerKind, Watch
 from stayaligned.data.prompts import PROMPTS, Prompts, parse_prompts
 from stayaligned.data.tasks import TASKS, Task
 from stayaligned.defenses import DEFENSES, PatchDefense, TrainingDefense
 from stayaligned.evaluation.degeneration import Degeneration
 from stayaligned.evaluation.judges import JUDGES, Judge
-from stayaligned.experiments.config.host_settings import Host
-from stayaligned.experiments.config.validation import parse, refuse_unknown_settings
+from stayaligned.experiments.config.validation import check_host_settings, parse
 from stayaligned.experiments.config.yaml_file import load_yaml
 
 
@@ -78,7 +76,7 @@ class Experiment(BaseModel):
     """At most one training defense (plain fine-tuning if none), then patches, which are applied in this order."""
     lora: dict[str, Any] | None = Field(default_factory=dict)
     """Fields of PEFT's LoraConfig; null trains the full weights."""
-    trainer: Literal["transformers", "sft"] = "transformers"
+    trainer: TrainerKind = "transformers"
     """Trainer class: transformers' Trainer, or TRL's SFTTrainer."""
     training: dict[str, Any] | None = Field(default_factory=dict)
     """Fields of TrainingArguments (of SFTConfig for `trainer: sft`); null evaluates without training."""
@@ -133,12 +131,7 @@ class Experiment(BaseModel):
         """Return the plain mapping that validates to an equal experiment, defaults included."""
         return self.model_dump(mode="json")
 
-    @field_validator("lora", "training")
-    @classmethod
-    def _host_knows_every_setting(cls, value: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
-        host: Host = "lora" if info.field_name == "lora" else info.data.get("trainer", "transformers")
-        refuse_unknown_settings(str(info.field_name), value or {}, host)
-        return value
+    _check_host_settings = field_validator("lora", "training")(check_host_settings)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Experiment:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 from pydantic import (
     BaseModel,
     ValidationError,
+    ValidationInfo,
 )
 
 from stayaligned import testbed
 from stayaligned.core.component import ComponentError, ComponentT, Registry
-from stayaligned.core.errors import StayalignedError, did_you_mean
+from stayaligned.core.errors import StayalignedError, did_you_mean, nearest
 from stayaligned.core.progress import Progress, silent
 from stayaligned.experiments.config.host_settings import Host, setting_names
 from stayaligned.experiments.stages.keys import input_path, split_options
@@ -142,15 +142,17 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
     return lines
 
 
-def refuse_unknown_settings(field: str, given: Mapping[str, Any], host: Host) -> None:
-    """Refuse settings that the host library does not have or that are set elsewhere; called in validators.
+def check_host_settings(value: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
+    """Refuse settings that the host library does not have or that are set elsewhere: a validator of two fields.
 
     Raises:
         ValueError: with a line for each setting.
     """
-    problems = list(_unknown_settings(field, given, host))
+    host: Host = "lora" if info.field_name == "lora" else info.data.get("trainer", "transformers")
+    problems = list(_unknown_settings(str(info.field_name), value or {}, host))
     if problems:
         raise ValueError("\n".join(problems))
+    return value
 
 
 def _unknown_settings(field: str, given: Mapping[str, Any], host: Host) -> Iterator[str]:
@@ -164,8 +166,7 @@ def _unknown_settings(field: str, given: Mapping[str, Any], host: Host) -> Itera
         yield f"{field}: {error.message}. {error.hint}"
         return
     for key in sorted(set(given) - known):
-        close = difflib.get_close_matches(key, known, n=1)
-        yield f"{field}.{key}: {class_name} has no such setting." + (f" Did you mean {close[0]!r}?" if close else "")
+        yield f"{field}.{key}: {class_name} has no such setting. {nearest(key, known)}".rstrip()
 
 
 def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:

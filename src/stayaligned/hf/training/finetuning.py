@@ -252,9 +252,15 @@ def _is_complete(checkpoint: Path) -> bool:
     return False
 
 
-def _build_arguments(arguments: Mapping[str, Any], kind: TrainerKind, max_length: int) -> TrainingArguments:
+def host_defaults() -> dict[str, Any]:
+    """Return the settings of every trainer that the user does not give."""
     import torch
 
+    on_cpu = {} if torch.accelerator.is_available() else {"use_cpu": True, "bf16": False}
+    return {"report_to": "none", "gradient_checkpointing": None, **on_cpu}
+
+
+def _build_arguments(arguments: Mapping[str, Any], kind: TrainerKind, max_length: int) -> TrainingArguments:
     if kind == "sft":
         from trl import SFTConfig
 
@@ -264,9 +270,7 @@ def _build_arguments(arguments: Mapping[str, Any], kind: TrainerKind, max_length
         from transformers import TrainingArguments
 
         config_class, defaults = TrainingArguments, {}
-    defaults |= {"report_to": "none", "gradient_checkpointing": None}
-    if not torch.accelerator.is_available():
-        defaults |= {"use_cpu": True, "bf16": False}
+    defaults |= host_defaults()
     _require_known_arguments(config_class, arguments)
     for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if arguments.get(key, 1) < 1:
@@ -298,13 +302,11 @@ def _require_known_arguments(config_class: type[TrainingArguments], given: Mappi
     for key, value in given.items():
         if key not in fields:
             problems.append(f"training.{key}: {config_class.__name__} has no such setting")
-            hints.append(f"Instead of {key}: {_RENAMED[key]}." if key in _RENAMED else _suggest(key, sorted(fields)))
+            hints.append(
+                f"Instead of {key}: {_RENAMED[key]}." if key in _RENAMED else nearest(key, fields) or f"Remove {key}."
+            )
         elif isinstance(value, str) and type(fields[key].default) in (int, float):
             problems.append(f"training.{key}: {value!r} is text; a number is required")
             hints.append("In YAML, 1e-5 is text: write 1.0e-5.")
     if problems:
         raise StayalignedError("\n".join(problems), hint=" ".join(dict.fromkeys(hints)))
-
-
-def _suggest(key: str, known: list[str]) -> str:
-    return nearest(key, known) or f"Remove {key}."

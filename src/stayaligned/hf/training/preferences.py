@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from stayaligned.core.errors import StayalignedError
 from stayaligned.hf.quiet import bars_off
 from stayaligned.hf.training import processes
+from stayaligned.hf.training.finetuning import host_defaults
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -64,7 +65,6 @@ def build_preference_trainer(
         from trl import DPOConfig, DPOTrainer
     except ImportError:
         raise StayalignedError("alignment_loss='dpo' needs TRL", hint="pip install 'stayaligned[trl]'") from None
-    import torch
     from datasets import Dataset
 
     def as_turn(content: str) -> list[dict[str, str]]:
@@ -78,16 +78,11 @@ def build_preference_trainer(
         }
         for example in examples
     ]
-    settings: dict[str, Any] = {"gradient_checkpointing": None}
-    if not torch.accelerator.is_available():
-        settings |= {"use_cpu": True, "bf16": False}
-    settings |= {key: arguments[key] for key in _SHARED if key in arguments}
     config = DPOConfig(
-        **settings,
+        **host_defaults() | {key: arguments[key] for key in _SHARED if key in arguments},
         beta=beta,
         max_length=max_length,
         precompute_ref_log_probs=not isinstance(model, PeftModel),
-        report_to="none",
     )
     with bars_off(bool(config.disable_tqdm)):
         return DPOTrainer(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
