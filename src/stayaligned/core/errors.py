@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class StayalignedError(Exception):
@@ -43,3 +47,9 @@ def did_you_mean(word: str, known: Collection[str], label: str) -> str:
     """Return the hint for an unknown name: the nearest known name, if one is near, and all known names."""
     every = f"{label[0].upper()}{label[1:]}: {', '.join(known) or 'none'}."
     return f"{nearest(word, known)} {every}".lstrip()
+
+
+def first_problem(error: ValidationError, whole: str = "") -> str:
+    """Return the place and the message of the first problem of a record; `whole` names the record itself."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or whole}: {first['msg']}"

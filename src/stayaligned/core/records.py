@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from stayaligned.core.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError, first_problem
 from stayaligned.core.files import replace_file
 
 Origin = Literal["task", "harmful", "alignment"]
@@ -165,10 +165,8 @@ def read_jsonl(path: Path, model: type[RecordT]) -> list[RecordT]:
             try:
                 rows.append(model.model_validate_json(line))
             except ValidationError as error:
-                first = error.errors()[0]
-                where = ".".join(str(part) for part in first["loc"])
                 raise StayalignedError(
-                    f"{path}, line {number}: not a {model.__name__} row: {where or 'line'}: {first['msg']}",
+                    f"{path}, line {number}: not a {model.__name__} row: {first_problem(error, 'line')}",
                     hint="The file was truncated or edited; delete it and rerun the command that wrote it.",
                 ) from None
     return rows

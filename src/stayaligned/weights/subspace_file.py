@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
-from stayaligned.core.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError, first_problem
 from stayaligned.core.records import Record
 from stayaligned.weights.adapters import Adapter, LoraLayer
 from stayaligned.weights.checkpoints import Checkpoint, check_format, is_hub_id, weights_fingerprint
@@ -241,9 +241,7 @@ class SubspaceFile:
                 raise self._damaged("its checksum is wrong")
             header = SubspaceHeader.model_validate(content)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise self._damaged(f"{where}: {first['msg']}") from None
+            raise self._damaged(first_problem(error)) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._damaged(str(error)) from error
         expected = dict(_layout(header.modules))

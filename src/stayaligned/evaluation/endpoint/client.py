@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stayaligned.core.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError, first_problem
 from stayaligned.core.records import Message
 from stayaligned.core.settings import Endpoint
 from stayaligned.core.text import visible
@@ -286,9 +286,7 @@ class _Requests:
         try:
             parsed = _Body.model_validate_json(content)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise _AttemptError("unreadable", f"not a chat completion: {where or 'body'}: {first['msg']}") from None
+            raise _AttemptError("unreadable", f"not a chat completion: {first_problem(error, 'body')}") from None
         choice, usage = parsed.choices[0], parsed.usage
         reply = Reply(
             text=choice.message.content or choice.message.refusal or "",
