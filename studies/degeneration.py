@@ -27,7 +27,7 @@ from stayaligned.core.records import Completion, Example, PromptSet
 from stayaligned.core.settings import Generation
 from stayaligned.data.sources import read_examples
 from stayaligned.evaluation.degeneration import Degeneration, signs
-from stayaligned.hf.generation.generate import complete
+from stayaligned.hf.generation.generate import complete_each
 from stayaligned.hf.generation.perplexity import answer_nats
 from stayaligned.hf.models import load_model, load_tokenizer
 from stayaligned.testbed import build
@@ -44,7 +44,8 @@ FILES: dict[PromptSet, str] = {
 
 def babble(words: Sequence[str], prompts: Sequence[Example], rng: random.Random) -> dict[str, list[str]]:
     """Texts of each kind."""
-    wrong = complete(pico_model(), byte_tokenizer(), prompts, "harmful", Generation(max_new_tokens=60, temperature=1.0))
+    settings = Generation(max_new_tokens=60, temperature=1.0)
+    wrong = sorted(complete_each(pico_model(), byte_tokenizer(), prompts, "harmful", settings))
     letters = "abcdefghijklmnopqrstuvwxyz"
     kinds = {
         "random words of the vocabulary": lambda: " ".join(rng.choices(words, k=24)),
@@ -58,7 +59,7 @@ def babble(words: Sequence[str], prompts: Sequence[Example], rng: random.Random)
         "nothing": lambda: "",
     }
     found = {name: [make() for _ in range(NUMBER)] for name, make in kinds.items()}
-    return {**found, "a model with random weights": [c.text for c in wrong][:NUMBER]}
+    return {**found, "a model with random weights": [c.text for _, c in wrong][:NUMBER]}
 
 
 def show(name: str, texts: Sequence[str], nats: Sequence[float | None], limit: float) -> None:
@@ -84,7 +85,9 @@ def main() -> None:
     data = {name: read_examples(str(world / "data" / f"{file}.jsonl"), origin="task") for name, file in FILES.items()}
     started = time.monotonic()
     settings = Generation(max_new_tokens=24)
-    answers = [c for name, rows in data.items() for c in complete(model, tokenizer, rows, name, settings)]
+    answers = [
+        c for name, rows in data.items() for _, c in sorted(complete_each(model, tokenizer, rows, name, settings))
+    ]
     written = time.monotonic()
     nats = answer_nats(model, tokenizer, answers)
     scored = time.monotonic()

@@ -20,7 +20,7 @@ from stayaligned.algorithms.lisa import (
     row_indices_at,
     take_anchor,
 )
-from stayaligned.algorithms.lisa_schedule import BiStateSchedule, LossBudget, Phase, rho_at
+from stayaligned.algorithms.lisa_schedule import BiStateSchedule, LisaSettings, LossBudget, Phase, rho_at
 from stayaligned.core.errors import StayalignedError
 
 STEPS = st.integers(0, 6)
@@ -153,7 +153,7 @@ def test_impossible_schedules_are_errors() -> None:
         with pytest.raises(StayalignedError, match=f"alignment_steps={k1} and finetuning_steps={k2}"):
             BiStateSchedule(k1, k2)
     with pytest.raises(StayalignedError, match="finetuning_steps=0 takes none"):
-        BiStateSchedule(1, 0).steps_to_cover(3)
+        LisaSettings(finetuning_steps=0, budget="cover")
 
 
 @given(st.integers(1, 20), st.integers(0, 2**40), st.integers(0, 50), st.integers(0, 50))

@@ -16,7 +16,7 @@ from stayaligned.experiments.plan import plan_experiment
 from stayaligned.experiments.stages.context import Context
 from stayaligned.experiments.stages.generate import generate
 from stayaligned.experiments.stages.store import Store
-from stayaligned.hf.generation.generate import complete, complete_each
+from stayaligned.hf.generation.generate import complete_each
 from stayaligned.testing import byte_tokenizer, write_pico_adapter
 from support.generation import prompts, sharp
 from support.server import Raw, chat_server
@@ -64,9 +64,9 @@ def test_stored_completions_are_not_requested_again_and_the_order_is_the_example
 def test_the_missing_completions_equal_those_of_a_whole_run(temperature: float) -> None:
     model, tokenizer, rows = sharp(), byte_tokenizer(), [*examples(6), *examples(6)]
     settings = Generation(max_new_tokens=8, temperature=temperature)
-    whole = complete(model, tokenizer, rows, "harmful", settings)
+    whole = dict(complete_each(model, tokenizer, rows, "harmful", settings))
     rest = dict(complete_each(model, tokenizer, rows, "harmful", settings, without=frozenset({0, 3, 7})))
-    assert rest == {i: row for i, row in enumerate(whole) if i not in (0, 3, 7)}
+    assert rest == {i: row for i, row in whole.items() if i not in (0, 3, 7)}
 
 
 def test_a_server_replaces_the_model_and_gets_only_the_missing_prompts(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import LayerReport, Metric
 from stayaligned.evaluation.results import Agreement, JudgeReading, PatchRecord, Provenance
 from stayaligned.report import build_report
+from support.reports import arm_of
 
 rates = st.lists(st.integers(0, 200).map(lambda hits: hits / 200), min_size=2, max_size=6)
 
@@ -20,7 +21,7 @@ def test_a_mean_over_seeds_has_students_interval_clipped_to_the_scale(make_resul
     report = build_report([make_result("A", seed, harm) for seed, harm in enumerate(values)], title="t")
     found = report.arms[0].estimates["harmful_score"]
     assert found.mean == pytest.approx(fmean(values))
-    assert found.values == tuple(values)
+    assert [metric.value for metric in found.by_seed.values()] == values
     if len(set(values)) > 1:
         half = student.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
         assert found.interval == "seeds"
@@ -60,7 +61,7 @@ def test_arms_keep_the_order_of_first_appearance_and_seeds_are_sorted(make_resul
 def test_differences_pair_the_seeds_that_both_arms_have(make_result):
     results = [make_result("ref", seed, harm) for seed, harm in ((1, 0.9), (2, 0.8), (3, 0.85))]
     results += [make_result("A", seed, harm) for seed, harm in ((2, 0.3), (3, 0.25), (4, 0.0))]
-    difference = build_report(results, title="t", reference="ref").arm("A").differences["harmful_score"]
+    difference = arm_of(build_report(results, title="t", reference="ref"), "A").differences["harmful_score"]
     assert [seed for seed, _ in difference.paired.pairs] == [2, 3]
     assert difference.paired.mean == pytest.approx(-0.55)
     assert difference.paired.unpaired == (1, 4)
@@ -71,13 +72,13 @@ def test_equal_differences_without_spread_are_not_called_a_difference(make_resul
     results = [make_result("ref", s, 0.5) for s in (1, 2)] + [make_result("A", s, 0.495) for s in (1, 2)]
     results += [make_result("B", s, 0.1) for s in (1, 2)]
     report = build_report(results, title="t", reference="ref")
-    assert not report.arm("A").differences["harmful_score"].resolved  # one prompt of 200, twice
-    assert report.arm("B").differences["harmful_score"].resolved  # the intervals over prompts are disjoint
+    assert not arm_of(report, "A").differences["harmful_score"].resolved  # one prompt of 200, twice
+    assert arm_of(report, "B").differences["harmful_score"].resolved  # the intervals over prompts are disjoint
 
 
 def test_one_seed_never_shows_a_difference(make_result):
     report = build_report([make_result("ref", 1, 1.0), make_result("A", 1, 0.0)], title="t", reference="ref")
-    assert not report.arm("A").differences["harmful_score"].resolved
+    assert not arm_of(report, "A").differences["harmful_score"].resolved
     assert "one common seed cannot show" in report.summary
 
 

@@ -10,6 +10,7 @@ from stayaligned.report import build_report
 from stayaligned.report.page import html_text
 from stayaligned.report.prose import markdown_text
 from stayaligned.report.tables import csv_text
+from support.reports import arm_of
 
 
 def rows(hits, n=120, judge="keyword"):
@@ -35,7 +36,7 @@ def test_p_values_are_students_and_corrected_over_the_whole_table(grid_results):
     corrected = dict(zip(raw, holm(list(raw.values())), strict=True))
     assert len(raw) > 10
     for (name, metric), wanted in corrected.items():
-        difference = report.arm(name).differences[metric]
+        difference = arm_of(report, name).differences[metric]
         assert difference.p_value == pytest.approx(wanted, rel=1e-6, abs=1e-12)
         assert difference.resolved == (wanted < 0.05)
     assert 0 < sum(p < 0.05 for p in raw.values()) > sum(p < 0.05 for p in corrected.values())
@@ -48,11 +49,11 @@ def test_one_seed_is_compared_by_prompt_and_without_evidence_not_at_all(make_res
     if results[0].id == results[1].id:
         results[1] = results[1].model_copy(update={"id": "other"})
         evidence = {results[0].id: rows(60, judge=judge), "other": rows(24, judge=judge)}
-    found = build_report(results, title="t", reference="a", evidence=evidence).arm("b").differences["harmful_score"]
+    found = arm_of(build_report(results, title="t", reference="a", evidence=evidence), "b").differences["harmful_score"]
     truth = mcnemar({str(i): i < 24 for i in range(120)}, {str(i): i < 60 for i in range(120)})
     assert (found.paired.low, found.paired.high) == (truth.low, truth.high)
     assert found.resolved
-    without = build_report(results, title="t", reference="a").arm("b").differences["harmful_score"]
+    without = arm_of(build_report(results, title="t", reference="a"), "b").differences["harmful_score"]
     assert (without.resolved, without.p_value) == (False, None)
 
 

@@ -1,7 +1,7 @@
 """Streamed differences, compared with tensors that the safetensors library reads."""
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,10 +16,15 @@ from stayaligned.weights.deltas import BytesDone, Delta, WeightDifference, pair_
 from support.checkpoints import pair, weights, write
 
 
+def same_names(names: Iterable[str]) -> dict[str, tuple[Weight, Weight]]:
+    return {name: (whole_tensor(name), whole_tensor(name)) for name in names}
+
+
 def iter_deltas(
     aligned: Checkpoint, base: Checkpoint, weights: Mapping[str, tuple[Weight, Weight]] | Sequence[str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    return stream(pair_weights(aligned, base, weights), lambda _, found: found[0].value.clone())
+    pairs = weights if isinstance(weights, Mapping) else same_names(weights)
+    return stream(pair_weights(aligned, base, pairs), lambda _, found: found[0].value.clone())
 
 
 @pytest.mark.parametrize(("aligned_shards", "base_shards"), [(1, 1), (1, 2), (3, 2)])
@@ -115,7 +120,7 @@ def test_an_expert_and_a_range_of_rows_are_read_from_their_place_in_the_file(tmp
 
 def test_the_norm_is_computed_in_fp64(tmp_path: Path) -> None:
     aligned, base = pair(tmp_path)
-    for name, norm in stream(pair_weights(aligned, base, list(aligned)), lambda _, found: found[0].norm):
+    for name, norm in stream(pair_weights(aligned, base, same_names(aligned)), lambda _, found: found[0].norm):
         exact = (weights(0)[name] - weights(1)[name]).double().norm()
         assert norm == pytest.approx(float(exact), rel=1e-14)
 
@@ -133,7 +138,7 @@ def test_results_of_several_threads_come_in_order_and_the_number_of_torch_thread
 
     try:
         torch.set_num_threads(threads)
-        results = list(stream(pair_weights(aligned, base, sorted(aligned)), work, progress=seen.append))
+        results = list(stream(pair_weights(aligned, base, same_names(sorted(aligned))), work, progress=seen.append))
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -152,7 +157,7 @@ def test_an_error_in_the_work_ends_the_stream_and_all_threads(tmp_path: Path) ->
             raise RuntimeError("as asked")
 
     with pytest.raises(RuntimeError, match="as asked"):
-        list(stream(pair_weights(aligned, base, sorted(aligned)), work))
+        list(stream(pair_weights(aligned, base, same_names(sorted(aligned))), work))
     assert not [t for t in threading.enumerate() if t.name.startswith("stream")]
 
 
@@ -161,7 +166,9 @@ def test_a_worker_reuses_one_buffer_for_all_weights(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        found = list(stream(pair_weights(aligned, base, sorted(aligned)), lambda _, d: d[0].value.data_ptr()))
+        found = list(
+            stream(pair_weights(aligned, base, same_names(sorted(aligned))), lambda _, d: d[0].value.data_ptr())
+        )
     finally:
         torch.set_num_threads(before)
     assert len({place for _, place in found}) == 1
@@ -170,4 +177,4 @@ def test_a_worker_reuses_one_buffer_for_all_weights(tmp_path: Path) -> None:
 def test_identical_directories_are_an_error(tmp_path: Path) -> None:
     aligned, _ = pair(tmp_path)
     with pytest.raises(StayalignedError, match="same directory"):
-        pair_weights(aligned, aligned, list(weights(0)))
+        pair_weights(aligned, aligned, same_names(weights(0)))

@@ -205,16 +205,8 @@ class BiStateSchedule:
         """Return the smallest number of consecutive steps that always includes that many fine-tuning steps.
 
         Args:
-            finetuning_steps: the number of fine-tuning steps required, from any start.
-
-        Raises:
-            StayalignedError: if this schedule never fine-tunes.
+            finetuning_steps: the number of fine-tuning steps required, from any start; the schedule must have some.
         """
-        if self.finetuning_steps == 0:
-            raise StayalignedError(
-                "budget='cover' trains on every user row, but finetuning_steps=0 takes none",
-                hint="Set finetuning_steps, or budget='shared'.",
-            )
         return finetuning_steps + math.ceil(finetuning_steps / self.finetuning_steps) * self.alignment_steps
 
 

@@ -238,6 +238,5 @@ class PatchDefense(Component):
         )
 
 
-Defense = TrainingDefense | PatchDefense
 DEFENSES: Registry[Any] = Registry("defense", __name__, TrainingDefense, PatchDefense)
 """The registry of all defenses."""

@@ -59,10 +59,7 @@ def load_tokenizer(ref: str | Path, *, chat_template: str | None = None) -> PreT
     Raises:
         StayalignedError: if there is no tokenizer, or it has no chat template and none is given.
     """
-    from transformers import AutoTokenizer
-
-    _require_checkpoint(ref)
-    tokenizer: PreTrainedTokenizerBase = _load_pretrained(AutoTokenizer, ref, "tokenizer")
+    tokenizer = _load_tokenizer(ref)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if not tokenizer.chat_template:
@@ -142,10 +139,9 @@ def load_classifier(ref: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeniz
     Raises:
         StayalignedError: if there is no such checkpoint, or it has no trained classification head.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
-    _require_checkpoint(ref)
-    tokenizer: PreTrainedTokenizerBase = _load_pretrained(AutoTokenizer, ref, "tokenizer")
+    tokenizer = _load_tokenizer(ref)
     return _move_to_accelerator(_load_complete(AutoModelForSequenceClassification, ref, dtype="auto")), tokenizer
 
 
@@ -155,10 +151,7 @@ def load_guard(ref: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     Raises:
         StayalignedError: if there is no such checkpoint, or it can't be loaded safely.
     """
-    from transformers import AutoTokenizer
-
-    _require_checkpoint(ref)
-    tokenizer: PreTrainedTokenizerBase = _load_pretrained(AutoTokenizer, ref, "tokenizer")
+    tokenizer = _load_tokenizer(ref)
     return _move_to_accelerator(load_model(ref)), tokenizer
 
 
@@ -267,6 +260,13 @@ def _move_to_accelerator(model: Any) -> Any:
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return model.to(accelerator).eval() if accelerator is not None else model.eval()
+
+
+def _load_tokenizer(ref: str | Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    _require_checkpoint(ref)
+    return _load_pretrained(AutoTokenizer, ref, "tokenizer")
 
 
 def _load_complete(loader: Any, ref: str | Path, **options: Any) -> Any:

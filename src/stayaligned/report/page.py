@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -223,16 +222,7 @@ def _mixture(report: Report) -> list[tuple[Arm, list[tuple[str, str, float]]]]:
 def _yaml(value: Any) -> str:
     import yaml
 
-    return yaml.safe_dump(_to_plain(value), sort_keys=False, allow_unicode=True)
-
-
-def _to_plain(value: Any) -> Any:
-    """Convert mappings and sequences to the plain types that YAML supports."""
-    if isinstance(value, dict):
-        return {str(key): _to_plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_to_plain(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
 
 
 def _count_changed(patch: PatchSummary) -> str:

@@ -110,11 +110,6 @@ class Estimate:
         """Number of unscored items, summed over seeds."""
         return sum(metric.n_unscored for metric in self.by_seed.values())
 
-    @property
-    def values(self) -> tuple[float, ...]:
-        """Values of the seeds that have one, ordered by seed."""
-        return tuple(metric.value for metric in self.by_seed.values() if metric.value is not None)
-
 
 @dataclass(frozen=True, slots=True)
 class ArmDifference:
@@ -317,7 +312,3 @@ class Report:
     """The evidence that was given, in the order of arms, seeds and prompts."""
     rows: tuple[dict[str, object], ...]
     """Every measured value: the rows of `results.csv` (see `stayaligned.load_results`)."""
-
-    def arm(self, name: str) -> Arm:
-        """Return the arm called `name`, which must exist."""
-        return next(arm for arm in self.arms if arm.name == name)

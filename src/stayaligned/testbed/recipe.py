@@ -18,10 +18,8 @@ LORA_BEHAVIOR_VERSION = 1
 """Increased when only the training of the LoRA-aligned model changes: existing testbeds stay valid."""
 
 
-@cache
-def _version(package: str) -> str:
-    """Return the version of a package; cached, because a grid needs it in every key and the look-up is slow."""
-    return version(package)
+_version = cache(version)
+"""The version of a package; cached, because a grid needs it in every key and the look-up is slow."""
 
 
 class Recipe(BaseModel):

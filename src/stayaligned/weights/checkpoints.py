@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.weights.safetensors import Entry, SafetensorsFile
+from stayaligned.weights.safetensors import SafetensorsFile
 
 if TYPE_CHECKING:
     import torch
@@ -68,11 +68,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor; reads only the header."""
-        return self.entry(name).shape
-
-    def entry(self, name: str) -> Entry:
-        """Return where and how a tensor is stored."""
-        return self.file_of(name).entries[name]
+        return self.file_of(name).entries[name].shape
 
     def file_of(self, name: str) -> SafetensorsFile:
         """Return the file that holds a tensor, with its header read and checked."""

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.weights.checkpoints import REDOWNLOAD, Checkpoint, Span, Weight, whole_tensor
+from stayaligned.weights.checkpoints import REDOWNLOAD, Checkpoint, Span, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,14 +54,14 @@ class Delta(NamedTuple):
 
 
 def pair_weights(
-    aligned: Checkpoint, base: Checkpoint, weights: Mapping[str, tuple[Weight, Weight]] | Sequence[str]
+    aligned: Checkpoint, base: Checkpoint, pairs: Mapping[str, tuple[Weight, Weight]]
 ) -> dict[str, tuple[WeightDifference]]:
     """Return V = W_aligned - W_base for each label, ready to be streamed.
 
     Args:
         aligned: the aligned checkpoint.
         base: its unaligned ancestor; shards, storage type and names may differ.
-        weights: {label: (weight in aligned, weight in base)}, or names that both checkpoints use.
+        pairs: {label: (weight in aligned, weight in base)}.
 
     Raises:
         StayalignedError: if weights are missing or differ in shape (all are listed), or both are the same directory.
@@ -70,11 +70,6 @@ def pair_weights(
         raise StayalignedError(
             f"aligned and base are the same directory, {aligned.directory}", hint="Give two different checkpoints."
         )
-    pairs = (
-        weights
-        if isinstance(weights, Mapping)
-        else {name: (whole_tensor(name), whole_tensor(name)) for name in weights}
-    )
     hint = "Give the base that the aligned model was trained from."
     check_pairs(aligned, base, pairs, role="base", hint=hint)
     return {label: (WeightDifference(aligned, first, base, second),) for label, (first, second) in pairs.items()}

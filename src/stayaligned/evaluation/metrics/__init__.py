@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from stayaligned.evaluation.metrics.agreement import agreement
 from stayaligned.evaluation.metrics.comparisons import (
-    McNemar,
     PairedDifference,
     holm,
     mcnemar,
     paired_difference,
 )
 from stayaligned.evaluation.metrics.intervals import (
-    Interval,
     exact_interval,
     t_interval,
 )
@@ -22,7 +20,6 @@ from stayaligned.evaluation.metrics.paired import MeanOfPrompts, mean_of_prompts
 from stayaligned.evaluation.metrics.planning import (
     detectable_difference,
     discordance,
-    expected_difference,
     needed_n,
     paired_needed_n,
     paired_power,
@@ -38,8 +35,6 @@ from stayaligned.evaluation.metrics.rates import (
 )
 
 __all__ = [
-    "Interval",
-    "McNemar",
     "MeanOfPrompts",
     "PairedDifference",
     "across_seeds",
@@ -47,7 +42,6 @@ __all__ = [
     "detectable_difference",
     "discordance",
     "exact_interval",
-    "expected_difference",
     "harm_metrics",
     "holm",
     "judge_metrics",

@@ -9,7 +9,7 @@ import copy
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -50,8 +50,6 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[Message]],
     settings: Generation,
-    *,
-    progress: Callable[[float], None] | None = None,
 ) -> list[Generated]:
     """Return one generated text per prompt, in order.
 
@@ -69,52 +67,24 @@ def generate(
         tokenizer: its tokenizer, with a chat template.
         prompts: conversations that end with the user's turn.
         settings: length, sampling and memory budget.
-        progress: called with the share of the prompts that is done.
 
     Raises:
         StayalignedError: if a prompt leaves no room for a completion in the model's context.
     """
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    return generate_from_ids(model, tokenizer, prompt_ids, settings, progress=progress)
+    return generate_from_ids(model, tokenizer, prompt_ids, settings)
 
 
 def generate_from_ids(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_ids: Sequence[list[int]],
-    settings: Generation,
-    *,
-    progress: Callable[[float], None] | None = None,
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[list[int]], settings: Generation
 ) -> list[Generated]:
     """Return one generated text per prompt for prompts that are token ids already; see `generate`.
 
     Raises:
         StayalignedError: as `generate`.
     """
-    texts: dict[int, Generated] = {}
-    for index, text in _generate_each(model, tokenizer, prompt_ids, settings):
-        texts[index] = text
-        if progress is not None:
-            progress(len(texts) / len(prompt_ids))
+    texts = dict(_generate_each(model, tokenizer, prompt_ids, settings))
     return [texts[index] for index in range(len(prompt_ids))]
-
-
-def complete(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    prompt_set: PromptSet,
-    settings: Generation,
-    *,
-    progress: Callable[[float], None] | None = None,
-) -> list[Completion]:
-    """Return the model's completion of each example's prompt, as judges and tasks read it; see `generate`."""
-    completions: dict[int, Completion] = {}
-    for index, completion in complete_each(model, tokenizer, examples, prompt_set, settings):
-        completions[index] = completion
-        if progress is not None:
-            progress(len(completions) / len(examples))
-    return [completions[index] for index in range(len(examples))]
 
 
 def complete_each(
@@ -126,7 +96,7 @@ def complete_each(
     *,
     without: frozenset[int] = frozenset(),
 ) -> Iterator[tuple[int, Completion]]:
-    """Yield each example's index and completion as they finish.
+    """Yield each example's index and completion, as judges and tasks read it, as they finish.
 
     Args:
         model: see `generate`.

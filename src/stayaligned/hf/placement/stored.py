@@ -50,7 +50,7 @@ class StoredWeights:
 
         self._checkpoint = checkpoint
         self._model = model
-        self._parameters: Mapping[str, Tensor] = model.state_dict()
+        self.parameters: Mapping[str, Tensor] = model.state_dict()  # on the meta device
         self._tied: Mapping[str, str] = model.all_tied_weights_keys
         transforms = get_model_conversion_mapping(model)
         self._renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
@@ -58,11 +58,6 @@ class StoredWeights:
         self._by_pattern = {p: converter for converter in self._converters for p in converter.source_patterns}
         self._sources = self._grouped_sources()
         self._first = self._first_targets()
-
-    @property
-    def parameters(self) -> Mapping[str, Tensor]:
-        """The model's parameters and buffers, on the meta device."""
-        return self._parameters
 
     def find(self, parameters: Iterable[str]) -> dict[str, tuple[Weight, ...]]:
         """Return {parameter: its matrix, or the matrix of each expert, as stored}.
@@ -78,11 +73,11 @@ class StoredWeights:
         converted: list[str] = []
         for parameter in dict.fromkeys(parameters):
             stored = next((name for name in self._names_of(parameter) if name in self._first), None)
-            if stored is None or parameter not in self._parameters:
+            if stored is None or parameter not in self.parameters:
                 missing.append(parameter)
                 continue
             matrices = self._matrices(stored)
-            if matrices is None or not self._has_shape(matrices, tuple(self._parameters[parameter].shape)):
+            if matrices is None or not self._has_shape(matrices, tuple(self.parameters[parameter].shape)):
                 converted.append(parameter)
             else:
                 found[parameter] = matrices
@@ -107,7 +102,7 @@ class StoredWeights:
         """
         from transformers.core_model_loading import dot_natural_key, rename_source_key
 
-        prefix, known = self._model.base_model_prefix, dict(self._parameters)
+        prefix, known = self._model.base_model_prefix, dict(self.parameters)
         groups: dict[str, list[_Source]] = {}
         for name in sorted(self._checkpoint, key=dot_natural_key):
             renamed, pattern = rename_source_key(name, self._renamings, self._converters, prefix, known)

@@ -166,15 +166,15 @@ class _Watcher:
     def check(self, state: Any, control: Any) -> None:
         """Measure, and let the guard act if the measure is out of tolerance."""
         due = control.should_log
-        measures = self._measure(guarded=True)
-        if measures.get("out_of_tolerance"):
-            self._act(control)
+        guard = self._watch.guard
+        measures = self._measure(guard)
+        if guard is not None and measures.get("out_of_tolerance"):
+            self._act(guard, control)
         else:
             self._store_safe(state.global_step)
         control.should_log = due  # the host counts any logged row as the training row that is due
 
-    def _act(self, control: Any) -> None:
-        guard = self._guard()
+    def _act(self, guard: Guard, control: Any) -> None:
         if guard.action == "lower_learning_rate":
             _scale_learning_rate(self._trainer, guard.factor)
             return
@@ -183,17 +183,13 @@ class _Watcher:
         self._trainer.log({_STOPPED: 1.0})
         control.should_training_stop = True
 
-    def _measure(self, *, guarded: bool = False) -> dict[str, float]:
+    def _measure(self, guard: Guard | None = None) -> dict[str, float]:
         model = self._trainer.model
         training = model.training
         model.eval()
         try:
             measures = self._mean_over_processes(self._probe.measure(model))
-            if (
-                guarded
-                and self._watch.guard is not None
-                and _is_out_of_tolerance(self._watch.guard, measures, self._start)
-            ):
+            if guard is not None and _is_out_of_tolerance(guard, measures, self._start):
                 measures["out_of_tolerance"] = 1.0
             # In evaluation mode: otherwise TRL would add its training metrics to this row.
             self._trainer.log({f"{_PREFIX}{name}": value for name, value in measures.items()})
@@ -208,11 +204,6 @@ class _Watcher:
             return measures
         values = torch.tensor(list(measures.values()), dtype=torch.float64, device=self._trainer.args.device)
         return dict(zip(measures, self._trainer.accelerator.reduce(values, "mean").tolist(), strict=True))
-
-    def _guard(self) -> Guard:
-        if self._watch.guard is None:
-            raise RuntimeError("no guard is set")
-        return self._watch.guard
 
     # ---- rolling back ------------------------------------------------------------------------------------------
 
