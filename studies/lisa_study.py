@@ -9,10 +9,9 @@ directories are omitted.
 
 from __future__ import annotations
 
-import argparse
 import csv
+import functools
 import io
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -20,10 +19,10 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from lisa_study_table import WHOLE, Arm, Study, read_study, t_test, tuned
-from safe_lora_front import format_estimate, format_points, format_share, table_lines
+from safe_lora_front import format_estimate, format_points, format_share, table_lines, write_study
 from safe_lora_front_table import ACCURACY, HARM
 from stayaligned.core.errors import StayalignedError
-from stayaligned.core.files import replace_file, write_text
+from stayaligned.core.files import replace_file
 from stayaligned.core.text import markdown, percent
 from stayaligned.evaluation.metrics import PairedDifference, across_seeds, holm, paired_difference, t_interval
 
@@ -477,22 +476,11 @@ def draw_panel(axes: Any, study: Study, lines: dict[str, list[Arm]], joined: str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="output directories of `bench`")
-    parser.add_argument("--out", type=Path, default=Path(), help="output directory; default: the current directory")
-    parser.add_argument("--max-loss", type=float, default=5.0, help="points of accuracy a chosen setting may lose")
-    arguments = parser.parse_args()
-    try:
-        study = read_study(arguments.directories)
-        text = page(study, arguments.max_loss / 100)
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        write_text(arguments.out / f"{NAME}.md", text)
-        write_text(arguments.out / f"{NAME}.csv", csv_text(study))
-        draw(study, arguments.out / f"{NAME}.svg")
-    except StayalignedError as error:
-        sys.exit(f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""))
-    for ending in ("md", "svg", "csv"):
-        print(f"wrote  {arguments.out / f'{NAME}.{ending}'}")
+    def measure(directories: Sequence[Path], max_loss: float) -> tuple[str, str, Callable[[Path], None]]:
+        study = read_study(directories)
+        return page(study, max_loss), csv_text(study), functools.partial(draw, study)
+
+    write_study(__doc__, NAME, measure)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import io
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -456,24 +457,44 @@ def draw_cell(axes: Any, findings: Findings, cell: Cell) -> None:
 # ---- command -------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="a directory that `bench` wrote")
-    parser.add_argument("--out", type=Path, default=Path(), help="output directory; by default the current one")
+def write_study(
+    description: str | None,
+    name: str,
+    measure: Callable[[Sequence[Path], float], tuple[str, str, Callable[[Path], None]]],
+) -> str:
+    """Run the command of a study: write NAME.md, NAME.csv and NAME.svg; return the text of the page.
+
+    Args:
+        description: the help text.
+        name: the name of the files.
+        measure: returns the page, the table and a function that draws the figure, from the directories of the grids
+            and the accuracy (0 to 1) that a chosen setting may lose.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="output directories of `bench`")
+    parser.add_argument("--out", type=Path, default=Path(), help="output directory; default: the current directory")
     parser.add_argument("--max-loss", type=float, default=5.0, help="points of accuracy a chosen setting may lose")
     arguments = parser.parse_args()
+    out: Path = arguments.out
     try:
-        table = read_table(arguments.directories)
-        text = page(table, arguments.max_loss / 100)
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        write_text(arguments.out / f"{NAME}.md", text)
-        write_text(arguments.out / f"{NAME}.csv", csv_text(table))
-        draw(Findings(table, arguments.max_loss / 100), arguments.out / f"{NAME}.svg")
+        text, table, draw_figure = measure(arguments.directories, arguments.max_loss / 100)
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / f"{name}.md", text)
+        write_text(out / f"{name}.csv", table)
+        draw_figure(out / f"{name}.svg")
     except StayalignedError as error:
         sys.exit(f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""))
-    print(text.partition("### The fronts")[0].rstrip())
     for ending in ("md", "svg", "csv"):
-        print(f"wrote  {arguments.out / f'{NAME}.{ending}'}")
+        print(f"wrote  {out / f'{name}.{ending}'}")
+    return text
+
+
+def main() -> None:
+    def measure_fronts(directories: Sequence[Path], max_loss: float) -> tuple[str, str, Callable[[Path], None]]:
+        table = read_table(directories)
+        return page(table, max_loss), csv_text(table), functools.partial(draw, Findings(table, max_loss))
+
+    print(write_study(__doc__, NAME, measure_fronts).partition("### The fronts")[0].rstrip())
 
 
 if __name__ == "__main__":

@@ -9,16 +9,13 @@ from hypothesis import strategies as st
 
 from stayaligned.algorithms.alignment_delta import FullDelta, leading_triplets
 from stayaligned.algorithms.safe_lora import LoraFactors, ScaledGram, compare, update_norm
+from support.factors import dense
 
 
 def update(v: torch.Tensor, seed: int) -> LoraFactors:
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(3, v.shape[1], generator=generator), torch.randn(v.shape[0], 3, generator=generator)
     return LoraFactors(a.to(v.dtype), b.to(v.dtype), 2.0)
-
-
-def dense(factors: Any) -> torch.Tensor:
-    return factors.scaling * factors.b.double() @ factors.a.double()
 
 
 @st.composite

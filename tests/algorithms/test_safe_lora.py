@@ -32,6 +32,7 @@ from stayaligned.algorithms.safe_lora import (
     update_norm,
 )
 from stayaligned.core.errors import StayalignedError
+from support.factors import dense
 
 F64 = torch.float64
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 5), st.integers(0, 10_000))
@@ -45,10 +46,6 @@ def problem(shape: tuple[int, int, int, int], dtype: Any = F64) -> tuple[torch.T
         for size in ((out, inner), (rank, inner), (out, rank))
     )
     return v, LoraFactors(a, b, 0.5 + seed % 7)
-
-
-def dense(factors: LoraFactors) -> torch.Tensor:
-    return factors.scaling * factors.b.double() @ factors.a.double()
 
 
 def scaled_gram(v: torch.Tensor) -> ScaledGram:

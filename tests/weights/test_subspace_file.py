@@ -30,6 +30,7 @@ from stayaligned.weights.checkpoints import Checkpoint, open_checkpoint, weights
 from stayaligned.weights.deltas import BytesDone
 from stayaligned.weights.subspace_file import SubspaceFile
 from support.checkpoints import lora_layers
+from support.factors import dense
 
 ARCHITECTURES = ("llama", "gpt2", "mixtral", "gpt_oss")
 
@@ -71,10 +72,6 @@ def update(v: torch.Tensor, seed: int = 0) -> LoraFactors:
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(3, v.shape[1], generator=generator), torch.randn(v.shape[0], 3, generator=generator)
     return LoraFactors(a.to(v.dtype), b.to(v.dtype), 2.0)
-
-
-def dense(factors: Any) -> torch.Tensor:
-    return factors.scaling * factors.b.double() @ factors.a.double()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
