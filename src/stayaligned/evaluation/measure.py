@@ -68,11 +68,10 @@ def refuse_unscored(judge: str, verdicts: Sequence[Verdict], limit: float) -> No
 def read_judge(judged: Judged, completions: Iterable[Completion] = ()) -> JudgeReading:
     """Compute a judge's rates, over all prompts and for each of the most frequent categories of the completions."""
     judge = judged.judge
-    scale = None if judge.scale is None else (judge.scale.name, judge.scale.low, judge.scale.high)
     categories: dict[Place, str] = {(c.prompt_set, c.id): c.category for c in completions}
 
     def compute(rows: Sequence[Verdict]) -> tuple[Metric, ...]:
-        return metrics.judge_metrics(rows, tells_refusals=judge.tells_refusals, scale=scale)
+        return metrics.judge_metrics(rows, tells_refusals=judge.tells_refusals, scale=judge.scale)
 
     by_category: dict[tuple[PromptSet, str], list[Verdict]] = {}
     for verdict in judged.verdicts:

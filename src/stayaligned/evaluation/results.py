@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from stayaligned.core.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError, first_problem
 from stayaligned.core.files import write_text
 from stayaligned.core.records import LayerReport, Message, Metric, Outcome, PromptSet, Record, read_jsonl
 
@@ -70,14 +70,14 @@ class JudgeIdentity(Record):
     def differences(self, other: JudgeIdentity) -> list[str]:
         """Return one phrase per difference from another identity, for an error message."""
         found = [
-            f"{field} ({_shorten(mine)} and {_shorten(theirs)})"
+            f"{field} ({shorten(mine)} and {shorten(theirs)})"
             for field in ("name", "version")
             if (mine := getattr(self, field)) != (theirs := getattr(other, field))
         ]
         for key in sorted(self.settings.keys() | other.settings.keys()):
             mine, theirs = self.settings.get(key), other.settings.get(key)
             if mine != theirs:
-                found.append(f"setting {key!r} ({_shorten(mine)} and {_shorten(theirs)})")
+                found.append(f"setting {key!r} ({shorten(mine)} and {shorten(theirs)})")
         return found + (["its source code"] if self.source != other.source else [])
 
 
@@ -388,10 +388,9 @@ def read_result(path: Path) -> Result:
             f"{path}: {error.strerror}", hint="Give an output directory of `run`, `evaluate`, `judge` or `bench`."
         ) from None
     except (ValidationError, ValueError, AttributeError) as error:
-        detail = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-        where = ".".join(str(part) for part in detail["loc"])
+        problem = first_problem(error) if isinstance(error, ValidationError) else error
         raise StayalignedError(
-            f"{path}: not a result of format version {FORMAT_VERSION}: {where}: {detail['msg']}",
+            f"{path}: not a result of format version {FORMAT_VERSION}: {problem}",
             hint="It was edited or damaged; rerun the command that wrote it.",
         ) from None
 
@@ -450,6 +449,7 @@ def read_index(out: Path) -> dict[str, Any]:
     raise StayalignedError(f"{path}: damaged", hint="Run the same `bench` into another --out.")
 
 
-def _shorten(value: object) -> str:
+def shorten(value: object, limit: int = 80) -> str:
+    """Return a value as JSON, text as it is, cut after `limit` characters."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
-    return text if len(text) <= 80 else text[:79] + "…"
+    return text if len(text) <= limit else text[: limit - 1] + "…"

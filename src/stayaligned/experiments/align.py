@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
-from stayaligned.core.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError, first_problem
 from stayaligned.core.files import new_directory, refuse_existing, writable, write_text
 from stayaligned.core.progress import Progress, silent
 from stayaligned.core.provenance import commit, versions
@@ -134,10 +134,8 @@ def _finished(job: _Job) -> AlignmentRecord:
     try:
         return AlignmentRecord.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
         raise StayalignedError(
-            f"{file}: not a record of format version {RECORD_FORMAT}: {where}: {first['msg']}",
+            f"{file}: not a record of format version {RECORD_FORMAT}: {first_problem(error)}",
             hint="It was edited or damaged; use another --out, or remove the directory.",
         ) from None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import PromptSet
 from stayaligned.core.settings import Generation
-from stayaligned.evaluation.results import JudgeIdentity, Result, StoredResult, read_results
+from stayaligned.evaluation.results import JudgeIdentity, Result, StoredResult, read_results, shorten
 from stayaligned.gate.values import ComparedMetric
 
 _FREE_DECODING = Generation.operational | {"seed", "endpoint"}
@@ -133,7 +132,7 @@ def _refuse_other_settings(ours: StoredResult, theirs: StoredResult, metrics: Se
     for name, left, right in _settings(ours.result, theirs.result, metrics):
         if left != right:
             raise StayalignedError(
-                f"{ours.directory} and {theirs.directory} differ in {name}: {_shorten(left)} and {_shorten(right)}",
+                f"{ours.directory} and {theirs.directory} differ in {name}: {_show(left)} and {_show(right)}",
                 hint="Only model, adapter, training, defenses and seed may differ; rerun one side.",
             )
 
@@ -189,6 +188,5 @@ def _refuse_other_prompts(ours: StoredResult, theirs: StoredResult, prompt_sets:
         )
 
 
-def _shorten(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str) if not isinstance(value, str) else value
-    return (text if len(text) <= 160 else text[:159] + "…") or "none"
+def _show(value: object) -> str:
+    return shorten(value, 160) or "none"

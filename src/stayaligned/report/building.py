@@ -13,7 +13,7 @@ from typing import Any
 from stayaligned.core.errors import StayalignedError, nearest
 from stayaligned.core.records import Metric, PromptSet
 from stayaligned.evaluation.metrics import across_seeds, exact_interval
-from stayaligned.evaluation.results import Evidence, JudgeReading, Result, result_rows
+from stayaligned.evaluation.results import Agreement, Evidence, JudgeReading, Result, result_rows
 from stayaligned.report.background import collect_facts, collect_notes, collect_prompts, collect_times
 from stayaligned.report.comparing import ROUNDING, compare
 from stayaligned.report.texts import join_names
@@ -24,7 +24,6 @@ from stayaligned.report.values import (
     CategoryRate,
     Estimate,
     EvidenceRow,
-    JudgePair,
     MetricKind,
     ModuleEffect,
     PatchSummary,
@@ -255,25 +254,25 @@ def _add_reading(by_name: dict[str, dict[int, Metric]], seed: int, reading: Judg
         by_name.setdefault(metric.name, {})[seed] = metric
 
 
-def _agreements(runs: Sequence[Result]) -> list[JudgePair]:
+def _agreements(runs: Sequence[Result]) -> list[Agreement]:
     """Pool agreement over the completions of all seeds, and average kappa, which cannot be pooled."""
     found: list[tuple[tuple[str, str], PromptSet]] = list(
         dict.fromkeys((a.judges, a.prompt_set) for run in runs for a in run.agreements)
     )
-    pairs: list[JudgePair] = []
+    pairs: list[Agreement] = []
     for judges, prompt_set in found:
         rows = [a for run in runs for a in run.agreements if a.judges == judges and a.prompt_set == prompt_set]
         scored = [(a.agreement, a.n) for a in rows if a.agreement is not None]
         total = sum(n for _, n in scored)
         kappas = [a.kappa for a in rows if a.kappa is not None]
         pairs.append(
-            JudgePair(
+            Agreement(
                 judges=judges,
                 prompt_set=prompt_set,
                 n=total,
                 agreement=math.fsum(share * n for share, n in scored) / total if total else None,
                 kappa=fmean(kappas) if kappas else None,
-                n_disputed=sum(len(a.disputed) for a in rows),
+                disputed=tuple(key for a in rows for key in a.disputed),
             )
         )
     return pairs

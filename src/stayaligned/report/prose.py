@@ -150,7 +150,7 @@ def _agreement_table(report: Report) -> Iterator[str]:
             str(pair.n),
             f"{percent(pair.agreement)} %" if pair.agreement is not None else "n/a",
             "undefined" if pair.kappa is None else f"{pair.kappa:.2f}",
-            str(pair.n_disputed),
+            str(len(pair.disputed)),
         ]
         for arm in report.arms
         for pair in arm.agreements

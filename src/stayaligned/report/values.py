@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from stayaligned.core.records import Message, Metric, Outcome, PromptSet
 from stayaligned.evaluation.metrics import PairedDifference
-from stayaligned.evaluation.results import Evidence
+from stayaligned.evaluation.results import Agreement, Evidence
 
 IntervalKind = Literal["seeds", "prompts", "none"]
 """What an interval covers: the spread over seeds, or the sampling of one seed's prompts; `none` without an interval."""
@@ -124,24 +124,6 @@ class ArmDifference:
 
 
 @dataclass(frozen=True, slots=True)
-class JudgePair:
-    """Agreement of two judges on the completions of one arm, over its seeds."""
-
-    judges: tuple[str, str]
-    """Names of the two judges."""
-    prompt_set: PromptSet
-    """Prompt set of the completions."""
-    n: int
-    """Number of completions that both judges scored."""
-    agreement: float | None
-    """Share of equal outcomes among the `n` completions; None if there are none."""
-    kappa: float | None
-    """Mean of Cohen's kappa over the seeds for which it is defined."""
-    n_disputed: int
-    """Number of completions with different outcomes."""
-
-
-@dataclass(frozen=True, slots=True)
 class CategoryRate:
     """One rate of one arm on the prompts of one category, from the primary judge, pooled over seeds."""
 
@@ -229,8 +211,8 @@ class Arm:
     """Differences from the reference arm by metric; empty for the reference arm itself."""
     other_judges: tuple[Estimate, ...]
     """Estimates of the judges other than the primary judge."""
-    agreements: tuple[JudgePair, ...]
-    """Agreement of each pair of judges on each prompt set."""
+    agreements: tuple[Agreement, ...]
+    """Agreement of each pair of judges on each prompt set, pooled over the seeds; its kappa is the mean over seeds."""
     categories: tuple[CategoryRate, ...]
     """Rates by category of the prompt."""
     patches: tuple[PatchSummary, ...]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from stayaligned.core.text import one_line, percent
+from stayaligned.evaluation.results import Agreement
 from stayaligned.report.texts import bounds, join_names
-from stayaligned.report.values import Arm, JudgePair
+from stayaligned.report.values import Arm
 
 _FEW_SEEDS = 5
 _NOTABLE_OTHER = 0.1
@@ -107,7 +108,7 @@ def _is_much_worse(arm: Arm, metric: str, reference: str | None, arms: Sequence[
     return arm.name != reference and (_mean(arm, metric) or 0.0) >= before + _NOTABLE_OTHER
 
 
-def _is_disputed(pair: JudgePair) -> bool:
+def _is_disputed(pair: Agreement) -> bool:
     """Whether two judges agree little, by agreement and kappa.
 
     Kappa alone is misleading if nearly all outcomes are equal: one dispute in 200 can make it 0.

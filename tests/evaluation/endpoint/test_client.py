@@ -60,12 +60,11 @@ def test_a_request_contains_only_what_was_set(monkeypatch: pytest.MonkeyPatch) -
     turns = (Message(role="system", content="s"), Message(role="user", content="u\ud800\u202e"))
     with chat_server(lambda _: "yes") as server:
         target = endpoint(server.url + "/", api_key_env="MY_KEY", limit_field="max_completion_tokens")
-        form = {"type": "json_object"}
-        list(ask(target, [turns], max_tokens=7, temperature=None, seed=3, response_format=form))
+        list(ask(target, [turns], max_tokens=7, temperature=None, seed=3))
         list(ask(endpoint(server.url), [turns], max_tokens=7))
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u\ud800\u202e"}]
     common = {"model": "m", "messages": messages, "stream": False}
-    assert server.bodies[0] == {**common, "max_completion_tokens": 7, "seed": 3, "response_format": form}
+    assert server.bodies[0] == {**common, "max_completion_tokens": 7, "seed": 3}
     assert server.bodies[1] == {**common, "max_tokens": 7, "temperature": 0.0}
     assert server.paths == ["/v1/chat/completions"] * 2
     assert server.headers[0]["authorization"] == f"Bearer {KEY}"

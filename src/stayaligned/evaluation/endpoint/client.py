@@ -87,7 +87,6 @@ def ask(
     max_tokens: int,
     temperature: float | None = 0.0,
     seed: int | None = None,
-    response_format: Mapping[str, Any] | None = None,
     check: Callable[[Reply], str] = accept_reply,
     meter: Meter | None = None,
 ) -> Iterator[tuple[int, Reply | Failure]]:
@@ -105,7 +104,6 @@ def ask(
         max_tokens: Maximum number of tokens of a completion.
         temperature: Sampling temperature; None omits it, for models that accept only their default.
         seed: Sampling seed, sent if given; few servers guarantee that it has an effect.
-        response_format: Response format as in OpenAI's interface, for servers that support it.
         check: Returns why a reply cannot be used, or ""; an unusable reply is requested again while attempts remain.
         meter: Counts tokens and requests, and stops at its budget.
 
@@ -113,7 +111,6 @@ def ask(
         StayalignedError: If the server refuses the key or the model, stops responding, or the budget is used up.
     """
     options = {endpoint.limit_field: max_tokens, "temperature": temperature, "seed": seed}
-    options |= {"response_format": response_format}
     sent = {"model": endpoint.model, "stream": False, **{k: v for k, v in options.items() if v is not None}}
     requests = _Requests(endpoint, sent, max_tokens, check, meter or Meter(), len(conversations))
     return requests.run(conversations)

@@ -9,14 +9,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from stayaligned.core.component import Component, Registry
 from stayaligned.core.records import Completion, Outcome, Verdict
 
 
-@dataclass(frozen=True, slots=True)
-class ScoreScale:
+class ScoreScale(NamedTuple):
     """The scale of the score that a judge gives in addition to its outcome."""
 
     name: str

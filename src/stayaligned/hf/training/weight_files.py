@@ -31,14 +31,10 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def is_sharded(params: Mapping[str, Tensor]) -> bool:
-    """Return whether each process has only a part of the weights."""
-    return any(isinstance(param, DTensor) for param in params.values())
-
-
 def weights_file(name: str, params: Mapping[str, Tensor], *, rank: int, processes: int) -> str:
-    """Return the name of the file for this process's copy of the weights."""
-    part = f"-{rank:05}-of-{processes:05}" if is_sharded(params) else ""
+    """Return the name of the file for this process's copy of the weights, of which it may have only a part."""
+    is_sharded = any(isinstance(param, DTensor) for param in params.values())
+    part = f"-{rank:05}-of-{processes:05}" if is_sharded else ""
     return f"{name}{part}.safetensors"
 
 
