@@ -26,6 +26,7 @@ from stayaligned.core.records import Completion, Message, Verdict, read_jsonl, w
 from stayaligned.evaluation.judges import JUDGES
 from stayaligned.evaluation.judges._rubric import RubricJudge, fence_for
 from stayaligned.evaluation.verdicts import LEDGER_FILE, Ledger, judge_completions
+from stayaligned.experiments.stages.keys import identify_judge
 
 HERE = Path(__file__).parent
 ATTEMPTS = 12
@@ -76,7 +77,7 @@ def make_completions(count: int) -> list[Completion]:
 def judge_in_this_process(judge: RubricJudge, count: int, directory: Path) -> None:
     """Judge what has no stored verdict, then write all verdicts; runs in the process that is killed."""
     with Ledger.open(directory / LEDGER_FILE) as ledger:
-        verdicts = judge_completions(judge, make_completions(count), ledger, identity=str(judge.identity()))
+        verdicts = judge_completions(judge, make_completions(count), ledger, identity=identify_judge(judge, seed=0))
     write_jsonl(directory / "verdicts.jsonl", verdicts)
 
 

@@ -97,3 +97,15 @@ def test_nothing_to_measure_and_no_judge_are_errors(world: Path, tmp_path: Path,
     code, shown = command("judge", world / "test.jsonl", "--judge", "keyword", "--out", tmp_path / "out")
     assert (code, "test.jsonl, line 1: not a Completion row" in shown) == (2, True)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_option_counts_as_not_given(
+    command: Callable[..., tuple[int, str]], world: Path, tmp_path: Path
+) -> None:
+    """A CI script passes an empty string where a variable is not set."""
+    prompts = ("--harmful-prompts", world / "harmful-prompts.jsonl")
+    code, text = command(
+        "evaluate", world / "aligned", *prompts, "--task", "", "--skills", "", "--label", "", "--out", tmp_path / "out"
+    )
+    assert code == 0, text
+    assert read_result(tmp_path / "out" / "result.json").arm == "aligned"

@@ -47,7 +47,15 @@ def test_every_new_place_is_a_module(new: str) -> None:
             "from stayaligned.judges.keyword import Keyword",
             "`from stayaligned.evaluation.judges.keyword import Keyword`",
         ),
-        ("from stayaligned.defenses._layerwise import x", "`from stayaligned.defenses._projection import x`"),
+        ("from stayaligned.defenses._layerwise import Like", "`from stayaligned.defenses._projection import Like`"),
+        (
+            "from stayaligned.metrics.prompts import mean_of_prompts",
+            "`from stayaligned.evaluation.metrics.paired import mean_of_prompts`",
+        ),
+        ("from stayaligned.harness import LmEval", "`from stayaligned.core.settings import LmEval`"),
+        ("from stayaligned.store import identify", "`from stayaligned.experiments.stages.keys import identify`"),
+        ("from stayaligned.results import versions", "`from stayaligned.core.provenance import versions`"),
+        ("from stayaligned.metrics import rate", "`from stayaligned.evaluation.metrics import rate`"),
         ("from stayaligned.data import read_rows", "`from stayaligned.data.sources import read_rows`"),
         ("from stayaligned.data import read_examples", "`from stayaligned import read_examples`"),
         ("from stayaligned.data import sample", "`from stayaligned.data.sampling import sample`"),
@@ -55,6 +63,10 @@ def test_every_new_place_is_a_module(new: str) -> None:
 )
 def test_an_old_import_gives_the_new_one(line: str, replacement: str) -> None:
     assert moved_imports(line) == [f"line 1: write {replacement}"]
+
+
+def test_a_name_that_is_gone_is_reported_as_gone() -> None:
+    assert moved_imports("from stayaligned.pipeline import Run") == ["line 1: Run is gone, see CHANGELOG.md"]
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ def evaluate(
     from stayaligned.experiments.config.yaml_file import apply_overrides
 
     load_plugins(plugin)
+    settings = {name: None if value == "" else value for name, value in settings.items()}
     content: dict[str, Any] = {"model": model, "training": None, **settings}
     content["label"] = settings["label"] or Path(settings["adapter"] or model).name
     for name in ("task", "skills"):

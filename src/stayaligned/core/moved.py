@@ -19,9 +19,7 @@ _MOVED = {
     "files": "core.files",
     "printable": "core.text",
     "watch": "core.settings",
-    "data:sample": "data.sampling",
-    "data:split_held_out": "data.sampling",
-    "data:overlap": "data.sampling",
+    "csv_file": "data.csv",
     "data": "data.sources",
     "prompts": "data.prompts",
     "tasks": "data.tasks",
@@ -33,9 +31,12 @@ _MOVED = {
     "degeneration": "evaluation.degeneration",
     "endpoint": "evaluation.endpoint.client",
     "harness": "evaluation.lm_eval",
+    "harnessing": "experiments.stages.lm_eval",
+    "host_settings": "experiments.config.host_settings",
     "judges": "evaluation.judges",
     "judging": "evaluation.verdicts",
     "measuring": "evaluation.measure",
+    "metrics.prompts": "evaluation.metrics.paired",
     "metrics": "evaluation.metrics",
     "notes": "evaluation.caveats",
     "results": "evaluation.results",
@@ -45,11 +46,14 @@ _MOVED = {
     "benchmark": "experiments.grid",
     "experiment": "experiments.config.experiment",
     "pipeline": "experiments.pipeline",
+    "progress": "cli.progress",
     "rejudging": "experiments.rejudge",
     "running": "experiments.run",
+    "scaffold": "cli.scaffold",
     "store": "experiments.stages.store",
     "hf.classification": "hf.judge_models.classifier",
     "hf.curvature": "hf.training.curvature",
+    "hf.decoding": "hf.generation.generate",
     "hf.finetuning": "hf.training.finetuning",
     "hf.fitting": "hf.judge_models.inputs",
     "hf.generation": "hf.generation.generate",
@@ -57,18 +61,26 @@ _MOVED = {
     "hf.harness": "hf.lm_eval",
     "hf.in_memory": "hf.placement.in_memory",
     "hf.layers": "hf.placement.layers",
+    "hf.lisa.pull": "hf.training.lisa.proximal",
+    "hf.lisa.refusals": "hf.training.lisa.unsupported",
     "hf.lisa": "hf.training.lisa",
+    "hf.memory": "hf.generation.batching",
     "hf.perplexity": "hf.generation.perplexity",
+    "hf.plain": "weights.lora_layout",
     "hf.preferences": "hf.training.preferences",
+    "hf.processes": "hf.training.processes",
+    "hf.refusals": "weights.unsupported",
+    "hf.resuming": "hf.training.resuming",
     "hf.stored": "hf.placement.stored",
     "hf.watching": "hf.training.safety_probe",
+    "hf.weight_files": "hf.training.weight_files",
     "adapters": "weights.adapters",
     "checkpoints": "weights.checkpoints",
     "deltas": "weights.deltas",
     "safetensors_file": "weights.safetensors",
     "subspaces": "weights.subspace_file",
 }
-"""Old module to new module; `module:name` is one name of a module that was split."""
+"""Old module to new module. A name that went elsewhere is found by its definition."""
 
 
 def moved_imports(source: str) -> list[str]:
@@ -84,12 +96,12 @@ def moved_imports(source: str) -> list[str]:
     lines: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            replacements = [f"`import {new}`" for alias in node.names if (new := _new_module(alias.name))]
+            replacements = [f"write `import {new}`" for alias in node.names if (new := _new_module(alias.name))]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             replacements = list(dict.fromkeys(_replacements(node.module, [alias.name for alias in node.names])))
         else:
             continue
-        lines += [f"line {node.lineno}: write {new}" for new in replacements]
+        lines += [f"line {node.lineno}: {new}" for new in replacements]
     return lines
 
 
@@ -112,9 +124,38 @@ def _replacements(module: str, names: list[str]) -> Iterator[str]:
         # `from stayaligned import judges` names a module.
         if module == "stayaligned":
             if new := None if name in dir(stayaligned) else _new_module(f"{module}.{name}"):
-                yield f"`import {new}`"
+                yield f"write `import {new}`"
         elif new := _new_module(module, name):
-            yield f"`from {'stayaligned' if name in dir(stayaligned) else new} import {name}`"
+            place = "stayaligned" if name in dir(stayaligned) else _find_definition(name, new)
+            yield f"write `from {place} import {name}`" if place else f"{name} is gone, see CHANGELOG.md"
+
+
+def _find_definition(name: str, expected: str) -> str | None:
+    """The module that defines `name`: `expected`, or the only other one; None if there is none."""
+    root = Path(__file__).parents[1]
+    places = [
+        ".".join(("stayaligned", *file.relative_to(root).with_suffix("").parts)).removesuffix(".__init__")
+        for file in sorted(root.rglob("*.py"))
+        if name in _top_level_names(file)
+    ]
+    if expected in places:
+        return expected
+    return places[0] if len(places) == 1 else None
+
+
+def _top_level_names(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                names.add(name)
+            case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+                names.add(name)
+            case ast.ImportFrom() if file.name == "__init__.py":
+                names.update(alias.asname or alias.name for alias in node.names)
+            case _:
+                pass
+    return names
 
 
 def _new_module(module: str, name: str = "") -> str | None:
@@ -130,7 +171,7 @@ def _new_module(module: str, name: str = "") -> str | None:
             return None
     for length in range(len(parts), 0, -1):
         old = ".".join(parts[:length])
-        new = _MOVED.get(f"{old}:{name}") or _MOVED.get(old)
+        new = _MOVED.get(old)
         if new is not None and (length == len(parts) or not _exists(f"stayaligned.{old}")):
             return ".".join(["stayaligned", new, *parts[length:]])
     return None

@@ -302,7 +302,7 @@ def find_results(directories: Sequence[Path]) -> list[Result]:
     return [stored.result for stored in read_results(directories)]
 
 
-def load_results(*directories: str | Path) -> list[dict[str, Any]]:
+def load_results(directory: str | Path, *more: str | Path) -> list[dict[str, Any]]:
     """Load every measured value below output directories of `run`, `evaluate`, `judge` or `bench`.
 
     Returns:
@@ -319,7 +319,7 @@ def load_results(*directories: str | Path) -> list[dict[str, Any]]:
         >>> frame = pandas.DataFrame(load_results("out"))  # doctest: +SKIP
         >>> frame[frame.metric == "harmful_score"].pivot(index="arm", columns="seed", values="value")  # doctest: +SKIP
     """
-    stored = distinguish_arms(read_results([Path(directory) for directory in directories]))
+    stored = distinguish_arms(read_results([Path(each) for each in (directory, *more)]))
     return result_rows([one.result for one in stored])
 
 

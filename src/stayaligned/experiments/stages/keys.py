@@ -65,7 +65,7 @@ def _source_hash(judge: type[Judge]) -> str:
     digest = hashlib.sha256()
     for module in dict.fromkeys(base.__module__ for base in judge.__mro__ if _is_part_of_a_judge(base)):
         source = getattr(sys.modules.get(module), "__file__", None)
-        if source is None:
+        if source is None or not Path(source).is_file():
             raise StayalignedError(
                 f"judge {judge.name!r}: the source file of {judge.__qualname__} can't be found",
                 hint="Define the judge in a .py file and load it with --plugin: its verdicts are stored by its source.",

@@ -76,7 +76,7 @@ class Store:
         stages = self.root / "stages"
         with exclusive(self.root):
             stages.mkdir(exist_ok=True)
-            if not (self.root / FORMAT_FILE).exists():
+            if _read_format(self.root / FORMAT_FILE) != DIRECTORY_FORMAT:  # new, or another version's without content
                 write_text(self.root / FORMAT_FILE, json.dumps({"format_version": DIRECTORY_FORMAT}) + "\n")
             for leftover in stages.glob(".*.partial"):
                 shutil.rmtree(leftover, ignore_errors=True)
