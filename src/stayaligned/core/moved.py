@@ -61,7 +61,6 @@ _MOVED = {
     "hf.harness": "hf.lm_eval",
     "hf.in_memory": "hf.placement.in_memory",
     "hf.layers": "hf.placement.layers",
-    "hf.lisa.pull": "hf.training.lisa.proximal",
     "hf.lisa.refusals": "hf.training.lisa.unsupported",
     "hf.lisa": "hf.training.lisa",
     "hf.memory": "hf.generation.batching",

@@ -1,4 +1,4 @@
-"""Completions of one stage, stored as the model or server returns them, so that a killed run generates only the rest."""
+"""Completions of one stage, stored as model or server return them, so that a killed run generates only the rest."""
 
 from __future__ import annotations
 
