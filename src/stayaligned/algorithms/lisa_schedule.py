@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from stayaligned.core.errors import StayalignedError
 
@@ -19,15 +19,6 @@ RhoSchedule = Literal["constant", "rising", "falling"]
 StepBudget = Literal["shared", "cover"]
 RunEnd = Literal["cycle", "alignment"]
 AlignmentLossName = Literal["sft", "kl", "dpo"]
-
-_CHOICES = {
-    "proximal": ProximalMode,
-    "rho_schedule": RhoSchedule,
-    "budget": StepBudget,
-    "finish": RunEnd,
-    "alignment_loss": AlignmentLossName,
-    "anchor_device": AnchorDevice,
-}
 
 
 class Phase(StrEnum):
@@ -78,11 +69,10 @@ class LisaSettings:
 
     def __post_init__(self) -> None:
         BiStateSchedule(self.alignment_steps, self.finetuning_steps)
-        for name, choices in _CHOICES.items():
-            if (value := getattr(self, name)) not in get_args(choices):
-                raise StayalignedError(
-                    f"{name}={value!r} is unknown", hint=f"Choose from: {', '.join(get_args(choices))}."
-                )
+        for name, kind in get_type_hints(type(self)).items():
+            choices = get_args(kind)
+            if get_origin(kind) is Literal and (value := getattr(self, name)) not in choices:
+                raise StayalignedError(f"{name}={value!r} is unknown", hint=f"Choose from: {', '.join(choices)}.")
         if not (math.isfinite(self.rho) and self.rho >= 0):
             raise StayalignedError(
                 f"rho={self.rho:g} is not a strength of the proximal term", hint="Set rho to 0 or more; 0 is BSO."

@@ -19,7 +19,7 @@ PromptSet = Literal["harmful", "benign", "task", "skills"]
 
 
 class Record(BaseModel):
-    """An immutable row; unknown keys are errors, so that a misspelt column is not silently ignored."""
+    """An immutable row, or settings; unknown keys are errors, so that a misspelt name is not silently ignored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

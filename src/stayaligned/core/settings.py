@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from stayaligned.core.records import Record
 
 TrainerKind = Literal["transformers", "sft"]
 """The class that trains: transformers' Trainer or TRL's SFTTrainer."""
 Measure = Literal["refusal_margin", "alignment_loss"]
 
 
-class Guard(BaseModel):
+class Guard(Record):
     """The action to take when a measure of safety is worse than at the start of training by more than a tolerance."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     measure: Measure
     """The measure to compare with its value at the start: `refusal_margin` must not fall, `alignment_loss` not rise."""
@@ -29,7 +29,7 @@ class Guard(BaseModel):
     """Factor of the learning rate for the action `lower_learning_rate`."""
 
 
-class Watch(BaseModel):
+class Watch(Record):
     """Safety probes during training that generate no text: the refusal margin and the alignment loss.
 
     The refusal margin is log p(refusal | prompt) − log p(compliance | prompt) in nats, averaged over the prompts, where
@@ -37,8 +37,6 @@ class Watch(BaseModel):
     margin measures the first tokens only, on which alignment is known to act most (Qi et al. 2024, "Safety alignment
     should be made more than just a few tokens deep"): it is an early warning and does not replace a judge.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     every_steps: int = Field(default=50, ge=1)
     """Number of optimizer steps between two probes; the first probe is before the first step."""
@@ -68,10 +66,8 @@ class Watch(BaseModel):
         return self
 
 
-class Endpoint(BaseModel):
+class Endpoint(Record):
     """An OpenAI-compatible server: its address, its model, and limits for requests and retries."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     base_url: str
     """Base URL of the server, usually ending in /v1; requests go to `/chat/completions` below it."""
@@ -111,13 +107,11 @@ weights: replies of two servers that call different weights "judge" would be mix
 """
 
 
-class Generation(BaseModel):
+class Generation(Record):
     """Settings for generating completions; greedy unless a temperature is set."""
 
     operational: ClassVar[frozenset[str]] = frozenset({"memory_mib"})
     """Settings that change no completion; not in `identity()`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_new_tokens: int = Field(default=128, ge=1)
     """Maximum number of tokens of a completion."""
@@ -146,7 +140,7 @@ class Generation(BaseModel):
         return self
 
 
-class LmEval(BaseModel):
+class LmEval(Record):
     """Tasks that lm-eval runs on the final model, each in its own stage.
 
     lm-eval defines everything about a task: prompts, few-shot examples, splits and metrics. A YAML file in
@@ -154,7 +148,6 @@ class LmEval(BaseModel):
     that folder are not part of the stage's key.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     operational: ClassVar[frozenset[str]] = frozenset({"batch_size"})
     """Settings that change no result; not in `identity()`."""
 
@@ -184,10 +177,8 @@ class LmEval(BaseModel):
         return {**self.model_dump(mode="json", exclude={*self.operational}), "tasks": [task]}
 
 
-class CurvatureSettings(BaseModel):
+class CurvatureSettings(Record):
     """The amount of data and the precision of a measurement of the loss's curvature."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     rows: int = Field(default=32, ge=1)
     """Maximum number of rows of each source, drawn at random."""

@@ -8,12 +8,12 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import writable
 from stayaligned.core.progress import Progress
-from stayaligned.core.records import Completion, Example, PromptSet
+from stayaligned.core.records import Completion, Example, PromptSet, Record
 from stayaligned.core.settings import Endpoint, Generation
 from stayaligned.evaluation.endpoint.client import Failure, ask
 from stayaligned.evaluation.endpoint.cost import Meter
@@ -22,9 +22,7 @@ Ask = Callable[[PromptSet, Sequence[Example], frozenset[int]], Iterator[tuple[in
 """Yields index and completion of each example except those with the given indices, in any order."""
 
 
-class _Line(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class _Line(Record):
     index: int
     completion: Completion
 

@@ -8,7 +8,7 @@ import unicodedata
 import zlib
 from collections import Counter
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from stayaligned.core.records import PromptSet, Record
 
@@ -18,14 +18,12 @@ _READ = 4000
 _JAPANESE_AND_KOREAN = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "KATAKANA-HIRAGANA": "CJK", "HANGUL": "CJK"}
 
 
-class Degeneration(BaseModel):
+class Degeneration(Record):
     """The limits beyond which a completion counts as degenerate; one is enough, and null switches a limit off.
 
     The limits use neither words nor spaces, so that they hold for any script, for code and for numbers. They can't
     detect real words in a senseless order; only `perplexity` can.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     empty: bool = True
     """Whether a completion without a visible character is degenerate."""

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import write_text
+from stayaligned.core.records import Record
 from stayaligned.evaluation.results import INDEX_FILE, RESULT_FILE, Result, read_index, read_result
 from stayaligned.experiments.config.experiment import Experiment
 from stayaligned.experiments.config.validation import explain, missing_inputs, parse, raise_problems
@@ -26,14 +27,12 @@ from stayaligned.experiments.stages.context import Context
 from stayaligned.experiments.stages.store import Store
 
 
-class Grid(BaseModel):
+class Grid(Record):
     """A base experiment and axes of changes to it; every combination is one experiment.
 
     An axis is a list. A plain value sets the field that the axis is named after (`seed: [1, 2, 3]`); a mapping sets
     several dotted fields and may carry a `label`, the name of that row in tables.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     title: str = "Comparison of defenses"
     reference: str = ""

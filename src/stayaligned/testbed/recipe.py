@@ -8,7 +8,9 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+
+from stayaligned.core.records import Record
 
 BEHAVIOR_VERSION = 2
 """Increased when the language, the files or the training change, so that older directories are not reused."""
@@ -22,10 +24,8 @@ _version = cache(version)
 """The version of a package; cached, because a grid needs it in every key and the look-up is slow."""
 
 
-class Recipe(BaseModel):
+class Recipe(Record):
     """All settings that decide what `build` writes for a seed; the defaults are the documented testbed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     hidden_size: PositiveInt = 128
     intermediate_size: PositiveInt = 256
@@ -81,13 +81,11 @@ class Recipe(BaseModel):
         return _digest({"testbed": self.key(seed), "derived": DERIVED_BEHAVIOR_VERSION})
 
 
-class LoraAlignment(BaseModel):
+class LoraAlignment(Record):
     """Settings for aligning a testbed's base model with a LoRA on every linear layer instead of all weights.
 
     They are separate from `Recipe`, so that existing testbeds keep their keys.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     rank: PositiveInt = 16
     alpha: PositiveInt = 32

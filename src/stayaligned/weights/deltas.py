@@ -46,7 +46,6 @@ class WeightDifference(NamedTuple):
 class Delta(NamedTuple):
     """The value of a `WeightDifference`, in fp32 for every storage type."""
 
-    name: str
     value: Tensor
     """Difference (rows, columns), oriented as stored. The buffer is reused after the work on it returns."""
     norm: float
@@ -237,7 +236,7 @@ class _Buffers:
         if not math.isfinite(square):
             directories = [str(c.directory) for c in (difference.checkpoint, difference.minus) if c is not None]
             raise StayalignedError(f"{label} is not finite in {' or '.join(directories)}", hint=REDOWNLOAD)
-        return Delta(label, value, math.sqrt(square))
+        return Delta(value, math.sqrt(square))
 
     def _exact(self, elements: int) -> Tensor:
         """Return a buffer for a block in fp64; allocating one for each block would cost more than the sum itself."""

@@ -65,7 +65,7 @@ class CheckpointSource:
         norms: list[float] = []
 
         def call_work(name: str, differences: list[Delta]) -> T:
-            ((_, value, norm),) = differences
+            ((value, norm),) = differences
             norms.append(norm)
             return work(name, FullDelta(value.T if self._transposed[name] else value, norm))
 

@@ -72,7 +72,7 @@ def build_subspace(
     )
 
     def decompose(name: str, differences: list[Delta]) -> tuple[TruncatedDelta, float]:
-        ((_, value, norm),) = differences
+        ((value, norm),) = differences
         found = leading_triplets(value.T if weights[name].transposed else value, rank=rank, energy=energy)
         return found.to("cpu"), norm
 

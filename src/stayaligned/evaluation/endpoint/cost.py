@@ -7,9 +7,10 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from stayaligned.core.errors import StayalignedError
+from stayaligned.core.records import Record
 
 _CHARACTERS_PER_TOKEN = 4
 """An approximation for English; other scripts take more tokens per character, up to two."""
@@ -39,10 +40,8 @@ def estimate_usage(texts: Iterable[str], max_tokens: int) -> Usage:
     return Usage(tokens, max_tokens)
 
 
-class Prices(BaseModel):
+class Prices(Record):
     """Prices in dollars per million tokens."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     input: float = Field(ge=0)
     """Dollars per million input tokens."""

@@ -54,10 +54,9 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
 def parse_value(text: str) -> Any:
     """Parse a command-line value as YAML, except that 1e-4 is a number."""
     try:
-        value = yaml.load(text, Loader=StrictLoader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=StrictLoader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError:
         return text
-    return value
 
 
 def set_dotted(content: dict[str, Any], key: str, value: Any) -> None:
