@@ -39,6 +39,19 @@ def replace_file(path: Path) -> Generator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def read_text(path: Path, *, hint: str) -> str:
+    """Return the text of a file that the user named.
+
+    Raises:
+        StayalignedError: if the file can't be read, or is not UTF-8 text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise StayalignedError(f"{path}: {reason}", hint=hint) from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path`; a reader sees either the old file or the complete new one."""
     with replace_file(path) as temporary:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import ValidationError
 
 from stayaligned.core.errors import StayalignedError, first_problem
-from stayaligned.core.files import new_directory, refuse_existing, writable, write_text
+from stayaligned.core.files import new_directory, read_text, refuse_existing, writable, write_text
 from stayaligned.core.progress import Progress, silent
 from stayaligned.core.provenance import commit, versions
 from stayaligned.core.records import Example
@@ -109,11 +109,7 @@ def _inputs(alignment: Alignment, resolved: Alignment, examples: Sequence[Exampl
 
 
 def _template(path: str) -> str:
-    try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise StayalignedError(f"{path}: {reason}", hint="Give the path of a Jinja file.") from None
+    return read_text(Path(path).expanduser(), hint="Give the path of a Jinja file.")
 
 
 def _sha256(text: str) -> str:

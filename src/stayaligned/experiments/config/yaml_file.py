@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from stayaligned.core.errors import StayalignedError
+from stayaligned.core.files import read_text
 
 
 def load_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -19,11 +20,7 @@ def load_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         StayalignedError: if the file is missing or not a YAML mapping, or an override is invalid.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise StayalignedError(f"{path}: {reason}", hint="Give the path of a YAML file.") from None
+    text = read_text(path, hint="Give the path of a YAML file.")
     try:
         content = yaml.load(text, Loader=StrictLoader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
