@@ -19,12 +19,13 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from lisa_study_table import WHOLE, Arm, Study, read_study, t_test, tuned
-from safe_lora_front import format_estimate, format_points, format_share, table_lines, write_study
+from safe_lora_front import format_estimate, format_points, format_share, table_lines
 from safe_lora_front_table import ACCURACY, HARM
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import replace_file
 from stayaligned.core.text import markdown, percent
 from stayaligned.evaluation.metrics import PairedDifference, across_seeds, holm, paired_difference, t_interval
+from study_command import write_study
 
 METRICS = {
     HARM: "harmful score",
