@@ -11,8 +11,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stayaligned.hf.tiny_models import new_config, new_language_model
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -137,11 +135,15 @@ def pico_config(architecture: str = "llama", **overrides: Any) -> Any:
     }
     if architecture == "gpt2":
         settings = {k: settings[k] for k in ("vocab_size", "pad_token_id", "eos_token_id", "bos_token_id")}
+    from stayaligned.hf.tiny_models import new_config
+
     return new_config(architecture, **{**settings, **_PICO.get(architecture, {}), **overrides})
 
 
 def pico_model(architecture: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """Return a causal language model with random weights, in fp32 on the CPU; equal seeds give equal weights."""
+    from stayaligned.hf.tiny_models import new_language_model
+
     return new_language_model(pico_config(architecture, **overrides), seed=seed).eval()
 
 
