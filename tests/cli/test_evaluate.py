@@ -109,3 +109,15 @@ def test_an_empty_option_counts_as_not_given(
     )
     assert code == 0, text
     assert read_result(tmp_path / "out" / "result.json").arm == "aligned"
+
+
+def test_notes_are_printed_after_the_table(
+    command: Callable[..., tuple[int, str]], world: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "twice.jsonl"
+    rows.write_text((world / "harmful-prompts.jsonl").read_text() * 2)
+    code, text = command("evaluate", world / "aligned", "--harmful-prompts", rows, "--out", tmp_path / "out")
+    notes = read_result(tmp_path / "out" / "result.json").notes
+    assert code == 0
+    assert notes
+    assert all(f"note: {note}" in text for note in notes)

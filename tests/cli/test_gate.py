@@ -103,7 +103,7 @@ BROKEN = [
     (half_written, "not a result of format version"),
     (other_version, "99"),
     (no_evidence, "evidence.jsonl"),
-    (nothing, "holds no result.json"),
+    (nothing, "same: no such directory"),
     (duplicate_ids, "duplicate id"),
 ]
 

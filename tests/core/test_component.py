@@ -95,6 +95,13 @@ def test_a_broken_plugin_is_one_clear_error(tmp_path: Path, content: str, messag
         load_plugin(path, fresh_registries())
 
 
+def test_a_plugin_class_without_its_method_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "silent.py"
+    path.write_text("from stayaligned import Judge\n\n\nclass Silent(Judge):\n    name = 'silent'\n")
+    with pytest.raises(StayalignedError, match=r"silent.py: class Silent does not define judge$"):
+        load_plugin(path, [JUDGES])
+
+
 def test_a_missing_plugin_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(StayalignedError, match="no such Python file"):
         load_plugin(tmp_path / "none.py", fresh_registries())

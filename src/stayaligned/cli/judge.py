@@ -18,7 +18,7 @@ from stayaligned.experiments.config.experiment import Experiment
 def judge(
     source: Annotated[
         Path,
-        typer.Argument(help="A directory that `run` or `bench` wrote, or a completions.jsonl.", show_default=False),
+        typer.Argument(help="Directory of `run`, `evaluate` or `bench`, or a completions.jsonl.", show_default=False),
     ],
     *,
     out_dir: Out,

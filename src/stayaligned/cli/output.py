@@ -78,5 +78,8 @@ def print_report(
     built = build_report(found, title=heading, reference=reference, evidence=evidence)
     paths = write_report(built, directory)
     out.print(terminal_table(built))
+    if len(found) == 1:
+        for note in found[0].notes:
+            out.print(f"note: {note}", soft_wrap=True)
     for path in paths:
         out.print(f"wrote  {path}", soft_wrap=True)

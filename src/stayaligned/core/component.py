@@ -211,6 +211,10 @@ def load_plugin(path: Path, registries: list[Registry[Any]]) -> list[str]:
                 registry.add(component)
                 added.append(f"{registry.kind} {component.name}")
     if not added:
+        abstract = [c for c in vars(module).values() if inspect.isabstract(c) and c.__module__ == module_name]
+        if abstract:
+            missing = ", ".join(sorted(abstract[0].__abstractmethods__))
+            raise StayalignedError(f"plug-in {path}: class {abstract[0].__name__} does not define {missing}")
         raise StayalignedError(
             f"plug-in {path} defines no component",
             hint="Start from `stayaligned new defense NAME` (or judge, task, attack, prompts).",

@@ -267,7 +267,7 @@ class StoredResult:
         return rows
 
 
-def read_results(directories: Sequence[Path]) -> list[StoredResult]:
+def read_results(directories: Sequence[str | Path]) -> list[StoredResult]:
     """Read every result below output directories of `run`, `evaluate`, `judge` or `bench`.
 
     Returns:
@@ -278,7 +278,7 @@ def read_results(directories: Sequence[Path]) -> list[StoredResult]:
     """
     found = [
         StoredResult(path.parent, directory, read_result(path))
-        for directory in directories
+        for directory in map(Path, directories)
         for path in _result_files(directory)
     ]
     return sorted(found, key=lambda stored: (stored.result.position, stored.result.seed))
@@ -319,7 +319,7 @@ def load_results(directory: str | Path, *more: str | Path) -> list[dict[str, Any
         >>> frame = pandas.DataFrame(load_results("out"))  # doctest: +SKIP
         >>> frame[frame.metric == "harmful_score"].pivot(index="arm", columns="seed", values="value")  # doctest: +SKIP
     """
-    stored = distinguish_arms(read_results([Path(each) for each in (directory, *more)]))
+    stored = distinguish_arms(read_results([directory, *more]))
     return result_rows([one.result for one in stored])
 
 
@@ -427,7 +427,7 @@ def _result_files(directory: Path) -> list[Path]:
     paths = [*([own] if own.is_file() else []), *sorted((directory / "runs").glob(f"*/{RESULT_FILE}"))]
     if not paths:
         raise StayalignedError(
-            f"{directory}: holds no {RESULT_FILE}",
+            f"{directory}: holds no {RESULT_FILE}" if directory.exists() else f"{directory}: no such directory",
             hint="Give an output directory of `run`, `evaluate`, `judge` or `bench`.",
         )
     return paths

@@ -97,7 +97,10 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
         StayalignedError: with every error in the file.
     """
     placed = [o if o.startswith(("axes.", "title=", "reference=", "base.")) else f"base.{o}" for o in overrides]
-    return parse(Grid, load_yaml(path, placed), str(path), check_inputs=False)
+    content = load_yaml(path, placed)
+    if "model" in content and "axes" not in content:
+        raise StayalignedError(f"{path}: one experiment, expected a grid", hint="Use `stayaligned run`.")
+    return parse(Grid, content, str(path), check_inputs=False)
 
 
 @dataclass

@@ -38,7 +38,7 @@ class ComparedSide:
         return [name for name in names[0] if all(name in other for other in names)]
 
 
-def read_side(role: str, directories: Sequence[Path], arm: str | None = None) -> ComparedSide:
+def read_side(role: str, directories: Sequence[str | Path], arm: str | None = None) -> ComparedSide:
     """Read one side's results below output directories of `run`, `evaluate`, `judge` or `bench`.
 
     Args:
@@ -49,6 +49,7 @@ def read_side(role: str, directories: Sequence[Path], arm: str | None = None) ->
     Raises:
         StayalignedError: if there is no result, more than one arm, a duplicate seed, or a file that was edited.
     """
+    directories = [Path(directory) for directory in directories]
     found = read_results(directories)
     arms = list(dict.fromkeys(one.result.arm for one in found))
     if arm is None and len(arms) > 1:

@@ -9,7 +9,9 @@ import yaml
 from stayaligned.core.errors import StayalignedError
 from stayaligned.data.prompts import PROMPTS, Prompts
 from stayaligned.experiments.config.experiment import Experiment, load_experiment
+from stayaligned.experiments.config.validation import parse
 from stayaligned.experiments.config.yaml_file import load_yaml, set_dotted
+from stayaligned.experiments.grid import load_grid
 
 MINIMAL: dict[str, Any] = {
     "model": "testbed:aligned",
@@ -181,3 +183,26 @@ def test_the_error_of_a_misspelt_prompt_set_suggests_the_nearest_name_and_a_sour
 def test_a_prompt_sets_missing_file_is_an_error_of_the_configuration(tmp_path: Path) -> None:
     spec = {**MINIMAL, "harmful_prompts": {"name": "hex_phi", "source": "nowhere/phi.csv"}}
     assert "harmful_prompts.source: nowhere/phi.csv does not exist" in errors_of(write(tmp_path / "e.yaml", spec))
+
+
+def test_an_experiment_is_not_read_as_a_grid_nor_a_grid_as_an_experiment(tmp_path: Path) -> None:
+    grid, one = tmp_path / "grid.yaml", tmp_path / "one.yaml"
+    grid.write_text("base: {model: m}\naxes: {seed: [1]}\n")
+    one.write_text("model: m\n")
+    with pytest.raises(StayalignedError, match="a grid, expected one experiment") as caught:
+        load_experiment(grid)
+    assert caught.value.hint == "Use `stayaligned bench`."
+    with pytest.raises(StayalignedError, match="one experiment, expected a grid"):
+        load_grid(one)
+
+
+def test_a_judge_with_an_error_gives_that_error_alone() -> None:
+    with pytest.raises(StayalignedError) as caught:
+        parse(Experiment, {"model": "m", "training": None, "judges": ["no_such"]}, "x", check_inputs=False)
+    assert caught.value.message.startswith("x: 1 error\n  judges.0: unknown judge 'no_such'")
+
+
+def test_a_training_without_steps_is_refused() -> None:
+    content = {"model": "m", "task": "sst2", "training": {"max_steps": 0}, "harmful_prompts": "hf://a/b"}
+    with pytest.raises(StayalignedError, match=r"training.max_steps: 0 trains nothing"):
+        parse(Experiment, content, "x", check_inputs=False)

@@ -18,6 +18,7 @@ from pydantic import (
 
 from stayaligned.attacks import ATTACKS, Attack
 from stayaligned.core.component import Component, Registry
+from stayaligned.core.errors import StayalignedError
 from stayaligned.core.settings import Generation, LmEval, TrainerKind, Watch
 from stayaligned.data.prompts import PROMPTS, Prompts, parse_prompts
 from stayaligned.data.tasks import TASKS, Task
@@ -146,6 +147,8 @@ class Experiment(BaseModel):
         trainers = [d.name for d in self.defenses if isinstance(d, TrainingDefense)]
         if len(trainers) > 1:
             yield f"defenses: {' and '.join(trainers)} both train; name one"
+        if self.trains and (self.training or {}).get("max_steps") == 0:
+            yield "training.max_steps: 0 trains nothing; set `training: null` to evaluate only"
         if self.trains and self.task is None:
             yield "task: training needs a task with training rows (or set `training: null` to evaluate only)"
         if trainers and not self.trains:
@@ -176,4 +179,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         StayalignedError: as `load_yaml` and `parse`.
     """
-    return parse(Experiment, load_yaml(path, overrides), str(path))
+    content = load_yaml(path, overrides)
+    if {"base", "axes"} <= content.keys():
+        raise StayalignedError(f"{path}: a grid, expected one experiment", hint="Use `stayaligned bench`.")
+    return parse(Experiment, content, str(path))

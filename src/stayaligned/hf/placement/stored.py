@@ -186,7 +186,7 @@ def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
     except StrictDataclassError as error:
         raise StayalignedError(
             f"{checkpoint.directory}: config.json: {' '.join(str(error).split())}",
-            hint="Set that field to a value that this environment supports (for example, an installed kernel).",
+            hint="Set that field to a valid value (such as a kernel that is installed).",
         ) from error
     except (ValueError, KeyError, OSError) as error:
         model_type = checkpoint.config().get("model_type")
