@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from stayaligned.core.component import load_plugin
+from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Message
 from stayaligned.evaluation.judges import JUDGES, Judge
 from stayaligned.evaluation.judges.classifier import Classifier
@@ -89,3 +90,11 @@ def test_one_scheme_keys_a_verdict_and_a_stage() -> None:
     }
     assert len(keys) == 5
     assert judge_key(identity, rows) == judge_key(identity, iter(rows))
+
+
+def test_a_judge_whose_source_file_is_missing_is_one_error(tmp_path: Path) -> None:
+    """A class that a script on standard input defines has a file name, but no file."""
+    judge = plugin_judge(tmp_path / "gone.py", "Gone")
+    (tmp_path / "gone.py").unlink()
+    with pytest.raises(StayalignedError, match="judge 'gone': the source file of Gone can't be found"):
+        identify_judge(judge, 0)

@@ -67,3 +67,14 @@ def test_a_directory_of_this_version_is_continued(tmp_path: Path) -> None:
     store.refuse_foreign("experiment.yaml")
     with pytest.raises(StayalignedError, match=r"there is no index\.json"):
         store.refuse_foreign("index.json")
+
+
+def test_an_empty_directory_of_another_version_takes_the_present_format(tmp_path: Path) -> None:
+    (tmp_path / "stages").mkdir()
+    (tmp_path / FORMAT_FILE).write_text(json.dumps({"format_version": DIRECTORY_FORMAT + 7}))
+    store = Store(tmp_path)
+    store.refuse_foreign("experiment.yaml")
+    with store.locked():
+        (tmp_path / "experiment.yaml").write_text("model: m\n")
+    store.refuse_foreign("experiment.yaml")
+    assert json.loads((tmp_path / FORMAT_FILE).read_text()) == {"format_version": DIRECTORY_FORMAT}

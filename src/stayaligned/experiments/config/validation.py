@@ -121,8 +121,9 @@ def raise_problems(problems: Sequence[str], where: str) -> NoReturn:
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
     """Return one line per error: the field's path, what is wrong, what was expected."""
     lines: list[str] = []
-    places = [item["loc"] for item in error.errors(include_url=False)]
-    for item in error.errors(include_url=False):
+    items = error.errors(include_url=False)
+    places = [item["loc"] for item in items]
+    for item in items:
         if item["type"] == "too_short" and any(place[:-1] == item["loc"] for place in places):
             continue  # pydantic counts the valid items only; the invalid ones are reported
         place = prefix + ".".join(str(part) for part in item["loc"])
