@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from stayaligned import Alignment, align
 from stayaligned.core.errors import StayalignedError
+from stayaligned.core.progress import Progress
 from stayaligned.data.sources import read_examples
 from stayaligned.experiments.align import ALIGNMENT_FILE
 from stayaligned.experiments.config.alignment import load_alignment
@@ -195,8 +196,8 @@ class Stopped(BaseException):
     pass
 
 
-def stop_at(share: float) -> Callable[[str, float], None]:
-    def progress(text: str, done: float) -> None:
+def stop_at(share: float) -> Progress:
+    def progress(text: str, done: float, _detail: str = "", /) -> None:
         if text == "align" and done >= share:
             raise Stopped
 

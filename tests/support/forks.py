@@ -181,7 +181,7 @@ def run(kind: str, directory: Path, *, full: int = 0, stalling: bool = False, **
     if stalling and trainer.args.process_index == 1:
         trainer._save_rng_state = lambda _: os.kill(os.getpid(), signal.SIGSTOP)
 
-    def progress(share: float) -> None:
+    def progress(share: float, _detail: str = "") -> None:
         if full and share >= 0.5:
             resource.setrlimit(resource.RLIMIT_FSIZE, (full, resource.RLIM_INFINITY))
 

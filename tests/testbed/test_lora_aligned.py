@@ -4,6 +4,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -232,14 +233,14 @@ def test_progress_rises_to_one_whether_the_testbed_is_there_or_not(
 ) -> None:
     if testbed_is_there:
         _copy_of_testbed(directory, tmp_path)
-    told: list[tuple[str, float]] = []
+    told: list[tuple[Any, ...]] = []
     build_lora_aligned(
         0, recipe=miniature, lora=MINIATURE_LORA, cache=tmp_path, progress=lambda *step: told.append(step)
     )
-    fractions = [fraction for _, fraction in told]
+    fractions = [fraction for _, fraction, *_ in told]
     assert fractions == sorted(fractions)
     assert fractions[-1] == pytest.approx(1)
-    stages = [stage for stage, _ in told]
+    stages = [stage for stage, *_ in told]
     assert stages[-1] == "testbed: aligned-lora"
     assert ("testbed: base" in stages) is not testbed_is_there
     assert build(0, recipe=miniature, cache=tmp_path) == tmp_path / "testbed" / directory.name

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stayaligned.cli.console import err, out, status
+from stayaligned.cli.console import err, out
 from stayaligned.cli.options import field_options
 from stayaligned.experiments.config.alignment import Alignment, load_alignment
 
@@ -34,6 +34,7 @@ def align(
 
     Fine-tunes on requests and safe answers, merges the LoRA, and writes a checkpoint.
     """
+    from stayaligned.cli.progress import status
     from stayaligned.experiments.align import ALIGNMENT_FILE
     from stayaligned.experiments.align import align as run_alignment
     from stayaligned.hf.training.processes import require_one_process

@@ -1,9 +1,7 @@
-"""The terminal: where the command prints, tables, and the progress of long work."""
+"""The terminal: where the command prints, and tables."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -12,9 +10,6 @@ from stayaligned.core.text import visible
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from stayaligned.core.progress import Progress
-    from stayaligned.weights.deltas import BytesDone
 
 
 class _SafeConsole(Console):
@@ -40,25 +35,3 @@ def plain_table(*columns: str, numbers: bool = False) -> Table:
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if numbers and index else "left")
     return table
-
-
-@contextlib.contextmanager
-def status(text: str) -> Generator[Progress]:
-    """Show a status line, `text` at first, within the block; the yielded function updates it."""
-    with err.status(text, spinner_style="none") as line:
-        yield lambda text, share: line.update(f"{text} {share:.0%}" if share else text)
-
-
-@contextlib.contextmanager
-def weights_bar() -> Generator[Callable[[BytesDone], None]]:
-    """Show a progress bar of the bytes of weights that were read, with rate and remaining time; nothing on a pipe."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn("weights"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
-        task = bar.add_task("weights", total=None)
-
-        def show(state: BytesDone) -> None:
-            bar.update(task, completed=state.done, total=state.total)
-
-        yield show

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stayaligned.cli.console import err, out, plain_table, status
+from stayaligned.cli.console import err, out, plain_table
 from stayaligned.cli.options import field_options
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.settings import CurvatureSettings
@@ -40,6 +40,7 @@ def curvature(
     Estimates the smoothness constant L of the training loss at the model's weights. With several data sets, the larger
     L counts.
     """
+    from stayaligned.cli.progress import status
     from stayaligned.hf.training.curvature import TrainedWeights, loss_curvatures
 
     trained = TrainedWeights(model, adapter, _parse_settings(lora) if lora else None)

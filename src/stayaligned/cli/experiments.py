@@ -92,12 +92,12 @@ def validate(config: Config, overrides: Overrides = None, plugin: Plugins = None
 
 
 def _run_grid(grid: Grid, directory: Path, workers: int | None, plugins: list[Path]) -> None:
-    from stayaligned.cli.progress import LiveProgress
+    from stayaligned.cli.progress import GridProgress
     from stayaligned.experiments.grid import run_grid
     from stayaligned.hf.training.processes import require_one_process
 
     require_one_process("a grid")
-    with LiveProgress(err) as listener:
+    with GridProgress(err) as listener:
         outcome = run_grid(grid, directory, workers=workers, plugins=plugins, listener=listener)
     if outcome.results:
         print_report([directory], directory)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stayaligned.cli.console import err, status
+from stayaligned.cli.console import err
 from stayaligned.cli.options import Judges, Out, Plugins, component_specs, field_options, load_plugins
 from stayaligned.cli.output import print_report
 from stayaligned.core.errors import StayalignedError
@@ -31,6 +31,7 @@ def judge(
     The model that wrote the completions is not needed. Name all judges of the new result, the primary judge first;
     verdicts that the run already contains are reused.
     """
+    from stayaligned.cli.progress import status
     from stayaligned.evaluation.judges import JUDGES
     from stayaligned.experiments.config.validation import parse_component
     from stayaligned.experiments.rejudge import rejudge

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stayaligned.cli.console import err, out, status
+from stayaligned.cli.console import err, out
 from stayaligned.core.errors import StayalignedError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def report(
 
 def run_and_show(experiment: Experiment, directory: Path) -> None:
     """Run one experiment, write its report, and print its table."""
+    from stayaligned.cli.progress import status
     from stayaligned.experiments.run import run_experiment
 
     with status("starting") as progress:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stayaligned.cli.console import err, out, plain_table, weights_bar
+from stayaligned.cli.console import err, out, plain_table
 from stayaligned.cli.options import field_options
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.text import visible
@@ -84,6 +84,7 @@ def project(
 
 
 def _patch(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: ModelPair, device: str) -> None:
+    from stayaligned.cli.progress import weights_bar
     from stayaligned.defenses.patching.directories import (
         PROJECTION_FILE,
         patch_directories,
@@ -113,6 +114,7 @@ def _patch(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: Mo
 
 
 def _scan(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: ModelPair, device: str) -> None:
+    from stayaligned.cli.progress import weights_bar
     from stayaligned.core.files import new_directory, refuse_existing
     from stayaligned.defenses.patching.scan import scan_adapters
     from stayaligned.report.scan import threshold_outcomes, write_scan

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stayaligned.cli.console import out, plain_table, weights_bar
+from stayaligned.cli.console import out, plain_table
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.text import visible
 
@@ -35,6 +35,7 @@ def build(
 
     The file holds the leading directions of V = W_aligned - W_base, module by module.
     """
+    from stayaligned.cli.progress import weights_bar
     from stayaligned.defenses.patching.subspace import build_subspace
     from stayaligned.weights.deltas import require_device
 

@@ -126,7 +126,9 @@ def answer_all(
                 for index, completion in ask(prompt_set, examples, frozenset(found)):
                     stored.store(index, completion)
                     found[index] = completion
-                    progress(f"generate {prompt_set}", len(found) / len(examples))
+                    progress(
+                        f"generate {prompt_set}", len(found) / len(examples), f"{len(found)} of {len(examples)} prompts"
+                    )
             rows += [found[index] for index in range(len(examples))]
     return rows
 

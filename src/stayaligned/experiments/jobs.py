@@ -22,8 +22,8 @@ class Listener:
     def started(self, total: int) -> None:
         """Called once, with the number of jobs."""
 
-    def progress(self, worker: int, text: str, share: float) -> None:
-        """Called while a worker does what `text` names, with the share that is done."""
+    def progress(self, worker: int, work: str, share: float, detail: str = "") -> None:
+        """Called while a worker works; see `core.progress.Progress`. `worker` is the number of its process."""
 
     def finished(self, title: str, error: str | None) -> None:
         """Called when a job has ended, with its error if it failed."""
@@ -44,9 +44,14 @@ class Job:
 
     @property
     def title(self) -> str:
-        """The job as the user sees it."""
-        titles = {"testbed": "testbed", "train": f"train {self.experiment.training_defense.name}"}
-        return f"{titles.get(self.kind, self.experiment.arm)}, seed {self.experiment.seed}"
+        """The job as the user sees it; distinct within the grid, since an arm has one experiment per seed.
+
+        Arms that share a training have one job for it, which is named after the first of them.
+        """
+        if self.kind == "testbed":
+            return f"testbed, seed {self.experiment.seed}"
+        arm = f"{self.experiment.arm}, seed {self.experiment.seed}"
+        return f"{arm}, training" if self.kind == "train" else arm
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stayaligned.core.errors import StayalignedError
+from stayaligned.core.progress import Progress
 from stayaligned.core.records import Outcome
 from stayaligned.data.sources import read_examples
 from stayaligned.testbed import corpora, judge, training
@@ -33,7 +34,7 @@ _PROMPT_COMPLETION = ("harmful", "harmful-prompts", "benign-prompts", "skills")
 class _Progress:
     """One fraction over all stages, and the duration of each."""
 
-    def __init__(self, report: Callable[[str, float], None]) -> None:
+    def __init__(self, report: Progress) -> None:
         self._report = report
         self._started = time.perf_counter()
         self.seconds: dict[str, float] = {}
@@ -53,7 +54,7 @@ class _Progress:
         self.within(stage)(1.0)
 
 
-def construct(directory: Path, seed: int, recipe: Recipe, report: Callable[[str, float], None]) -> None:
+def construct(directory: Path, seed: int, recipe: Recipe, report: Progress) -> None:
     """Fill an empty directory with the testbed of `seed`, on one thread and from its own random streams.
 
     Raises:
@@ -119,7 +120,7 @@ def construct_lora_aligned(
     seed: int,
     recipe: Recipe,
     lora: LoraAlignment,
-    report: Callable[[str, float], None],
+    report: Progress,
 ) -> None:
     """Fill an empty directory with `aligned-lora/`: the base model of `testbed`, aligned with a LoRA and merged.
 

@@ -160,7 +160,7 @@ def _construct_once(directory: Path, construct: Callable[[Path], None]) -> Path:
 
 def _part(progress: Progress, start: float, end: float) -> Progress:
     """Return progress that maps its fractions to the range from `start` to `end`."""
-    return lambda stage, fraction: progress(stage, start + (end - start) * fraction)
+    return lambda stage, fraction, detail="": progress(stage, start + (end - start) * fraction, detail)
 
 
 def is_reference(text: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import resource
 from pathlib import Path
 from typing import Any, Literal
@@ -75,11 +76,18 @@ def test_the_rows_of_both_kinds_of_trainer_are_those_of_encode_example(tmp_path:
 
 def test_training_lowers_the_loss_and_reports_progress(tmp_path: Path) -> None:
     shares: list[float] = []
+    details: list[str] = []
     made = setup(tmp_path, num_train_epochs=8)
-    log = train(made.trainer(), progress=shares.append)
+
+    def progress(share: float, detail: str = "", /) -> None:
+        shares.append(share)
+        details.append(detail)
+
+    log = train(made.trainer(), progress=progress)
     losses = [row["loss"] for row in log if "loss" in row]
     assert losses[-1] < losses[0] - 0.3
     assert shares == [pytest.approx((step + 1) / 32) for step in range(32)]
+    assert re.fullmatch(r"step 32 of 32, loss [0-9.]+", details[-1])
 
 
 def test_without_an_accelerator_training_uses_the_cpu_in_full_precision(tmp_path: Path) -> None:

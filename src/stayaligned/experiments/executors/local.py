@@ -177,5 +177,5 @@ def _run(job: Job) -> None:
         run_stages(context, result_directory(job.out, job.experiment, context.plan), position=job.position)
 
 
-def _send_progress(title: str, text: str, share: float) -> None:
-    _messages.put((os.getpid(), f"{title} · {text}", share))
+def _send_progress(title: str, work: str, share: float, detail: str = "", /) -> None:
+    _messages.put((os.getpid(), f"{title} · {work}", share, detail))

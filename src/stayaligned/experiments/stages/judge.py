@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def _judge(judging: Judging, judge: Judge, name: str, completions: Sequence[Comp
                 completions,
                 ledger,
                 identity=identity,
-                progress=lambda share: judging.progress(title, share),
+                progress=functools.partial(judging.progress, title),
                 announce=lambda forecast: judging.announce(f"{title}: {forecast}"),
             )
         refuse_unscored(name, verdicts, judging.max_unscored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Mapping
@@ -49,6 +50,8 @@ def _train(context: Context, directory: Path) -> Mapping[str, Any]:
     from stayaligned.hf.training import finetuning, safety_probe
 
     e, product = context.resolved, context.plan.product
+    title = f"train {e.training_defense.name}"
+    context.progress(title, 0.0, "loading the model")
     examples = load_training_rows(context)
     finetuning.seed_everything(e.seed)
     tokenizer = models.load_tokenizer(e.model)
@@ -73,7 +76,7 @@ def _train(context: Context, directory: Path) -> Mapping[str, Any]:
     trainer = defense.make_trainer(setup)
     if e.watch is not None:
         safety_probe.attach_watch(trainer, e.watch, max_length=e.max_length)
-    log = finetuning.train(trainer, progress=lambda share: context.progress(f"train {defense.name}", share))
+    log = finetuning.train(trainer, progress=functools.partial(context.progress, title))
     finetuning.save_trained(trainer, directory / product)
     if e.lora is None:
         tokenizer.save_pretrained(directory / product)

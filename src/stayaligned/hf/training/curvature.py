@@ -137,7 +137,7 @@ def _curvature(
     loss: _Loss,
     weights: Sequence[Tensor],
     settings: CurvatureSettings,
-    progress: Callable[[str, float], None],
+    progress: Progress,
 ) -> LossCurvature:
     import torch
 

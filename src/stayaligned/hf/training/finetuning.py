@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.algorithms.lisa import local_shard
 from stayaligned.core.errors import StayalignedError, nearest
 from stayaligned.core.files import writable
+from stayaligned.core.progress import WorkProgress
 from stayaligned.core.records import Example
 from stayaligned.core.settings import TrainerKind
 from stayaligned.hf.features import PaddingCollator, encode_examples
@@ -136,9 +137,7 @@ def build_dataset(
     )
 
 
-def train(
-    trainer: Trainer, *, resume: bool = True, progress: Callable[[float], None] | None = None
-) -> list[dict[str, Any]]:
+def train(trainer: Trainer, *, resume: bool = True, progress: WorkProgress | None = None) -> list[dict[str, Any]]:
     """Train to the end and return the rows of the log.
 
     Args:
@@ -146,7 +145,7 @@ def train(
         resume: whether to resume the last complete checkpoint in the output directory, if there is one. Incomplete
             checkpoints are skipped. A checkpoint of the last step is loaded without training, because the host would
             take one more step.
-        progress: called with the share of steps done, 0 to 1, after every step.
+        progress: called after every step with the share of steps done and, in words, the step and the last loss.
 
     Raises:
         StayalignedError: if a checkpoint can't be written; or if a gradient is not finite, before it reaches the
@@ -164,7 +163,10 @@ def train(
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if progress is not None:
-                progress(state.global_step / state.max_steps)
+                losses = [row["loss"] for row in state.log_history if "loss" in row]
+                loss = f", loss {losses[-1]:.4g}" if losses else ""
+                detail = f"step {state.global_step} of {state.max_steps}{loss}"
+                progress(state.global_step / state.max_steps, detail)
 
     output_dir = Path(str(trainer.args.output_dir))
     checkpoint = last_complete_checkpoint(output_dir) if resume else None
