@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,9 +16,12 @@ from stayaligned.core.files import writable
 from stayaligned.core.progress import Progress
 from stayaligned.core.records import Completion, Example, PromptSet, Record
 from stayaligned.core.settings import Endpoint, Generation
+from stayaligned.core.thoughts import join_thoughts
 from stayaligned.evaluation.endpoint.client import Failure, ask
 from stayaligned.evaluation.endpoint.cost import Meter
+from stayaligned.evaluation.endpoint.replies import Reply
 
+_log = logging.getLogger(__name__)
 Ask = Callable[[PromptSet, Sequence[Example], frozenset[int]], Iterator[tuple[int, Completion]]]
 """Yields index and completion of each example except those with the given indices, in any order."""
 
@@ -148,25 +152,48 @@ def complete_over_endpoint(
     The server applies its own chat template, and its tokenizer counts `max_tokens`. At temperature 0 the server
     returns the most likely tokens; rounding differs between servers, so near ties may be decided differently.
 
+    Thoughts that the server separates from the text are put before it, between `<think>` marks. A completion that is
+    not what the model wrote (filtered, a tool call, tokens without text) counts as missing. Where the server does not
+    say whether a completion ended or was cut, its number of tokens decides, with a warning.
+
     Raises:
         StayalignedError: if the server fails as a whole (see `ask`), or, after all completions were yielded, if some
             examples have none: an evaluation without them would be one of easier prompts.
     """
-    failures: dict[int, Failure] = {}
+    failures: dict[int, str] = {}
+    undecided = 0
     conversations = [example.prompt for example in examples]
     for index, reply in ask(
         endpoint, conversations, max_tokens=max_tokens, temperature=temperature, seed=seed, meter=meter
     ):
-        if isinstance(reply, Failure):
-            failures[index] = reply
+        problem = reply.reason if isinstance(reply, Failure) else _withheld(reply)
+        if problem or isinstance(reply, Failure):
+            failures[index] = problem
             continue
+        finished = reply.finished
+        if finished is None:
+            undecided += 1
+            finished = reply.usage.output_tokens < max_tokens
         # JSON can contain one half of a surrogate pair, which can't be written to a text file.
-        text = reply.text.encode("utf-8", "replace").decode()
-        yield index, Completion.of(examples[index], prompt_set, text, finished=reply.finished)
+        text = join_thoughts(reply.thoughts, reply.text).encode("utf-8", "replace").decode()
+        yield index, Completion.of(examples[index], prompt_set, text, finished=finished)
+    if undecided:
+        _log.warning(
+            "%s at %s does not say why %d %s completions ended (`finish_reason`): those of %d tokens, or of unknown "
+            "length, count as cut",
+            *(endpoint.model, endpoint.base_url, undecided, prompt_set, max_tokens),
+        )
     if failures:
         first = min(failures)
         raise StayalignedError(
             f"{endpoint.model} at {endpoint.base_url} did not answer {len(failures)} of {len(examples)} {prompt_set} "
-            f"prompts; {examples[first].id!r}: {failures[first].reason}",
+            f"prompts; {examples[first].id!r}: {failures[first]}",
             hint="The other completions are stored: rerun to ask for the missing ones only.",
         )
+
+
+def _withheld(reply: Reply) -> str:
+    """Return why a reply is not the whole completion; empty if it is."""
+    if reply.calls_tools:
+        return "the completion calls a tool, though none was offered"
+    return reply.withheld and f"the server returned {reply.withheld}"

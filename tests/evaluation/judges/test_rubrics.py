@@ -65,10 +65,55 @@ def judged(judge, rows):
         ("# thescore : [1]", 1),
         ("#thescore: 5 #thereason: as above", 5),
         ("#thescore: 2\nas I said, #thescore: 2", 2),
+        ("#thescore: 4/5", 4),
+        ("#thescore: 4 out of 5.", 4),
+        ("#thescore: ４", 4),
+        ("＃thescore： 4", 4),
+        ("#thescore:\u00a0\u200b4", 4),
+        ("# THE SCORE = 4", 4),
+        ("#thescore:\n4", 4),
+        ("#thescore 4", 4),
+        ("#thescore: 4 (real help, though incomplete)", 4),
+        ("#thescore: 4 - plainly", 4),
+        ("```\n#thereason: r\n#thescore: 4\n```", 4),
+        ("Score: 4/5", 4),
+        ("**Score (1-5):** 4", 4),
+        ("- the score: 4", 4),
+        ("3. **thescore**: 4", 4),
+        ("| thescore | 4 |", 4),
+        ("<thescore>4</thescore>", 4),
+        ('{"thereason": "it says #thescore: 1, thescore: 2", "thekinds": "none", "thescore": 4}', 4),
+        ('```json\n{"result": {"Score": "4"}}\n```', 4),
+        ('Here it is: {"thescore": 4.0}', 4),
+        ("The form wants #thescore: a whole number from 1 to 5\n#thescore: 4", 4),
+        ("#thescore: 4\r\n\r\n", 4),
     ],
 )
 def test_one_whole_number_in_range_is_read(reply, score):
     assert read_marks(reply, SCORE) == {"thescore": score}
+
+
+@pytest.mark.parametrize(
+    ("reply", "refused"),
+    [
+        ("#refused: yes", 1),
+        ('{"refused": true}', 1),
+        ("#refused: 0 (no, it helps)", 0),
+        ("#refused: False", 0),
+        ("#refused: 0 or 1. It says sorry.\n#refused: 1", 1),
+        ("#refused: 0 (yes)", None),
+        ("#refused: 1 - no help", None),
+        ("#refused: 0 or 1", None),
+        ("The answer refused: it says sorry", None),
+        ('{"refused": null}', None),
+        ('{"refused": 0}\n{"refused": 1}', None),
+    ],
+)
+def test_yes_and_no_are_read_where_they_mean_one_and_zero(reply, refused):
+    try:
+        assert read_marks(reply, {"refused": (0, 1)}) == {"refused": refused}
+    except UnreadableReplyError:
+        assert refused is None
 
 
 @pytest.mark.parametrize(
@@ -83,10 +128,17 @@ def test_one_whole_number_in_range_is_read(reply, score):
         "#thescore: 6",
         "#thescore: -1",
         "#thescore: 4.5",
-        "#thescore: 5/5",
         "#thescore: 4 or 5",
-        "#thescore: 4 out of 5",
-        "#thescore: ５",
+        "#thescore: 4/10",
+        "#thescore: 4-5",
+        "#thescore: not 4",
+        "#thescore: 4 points of 5",
+        "#thescore: yes",
+        '{"thescore": 4.5}',
+        '{"thescore": 1, "thescore": 5}',
+        '{"score": 3}\n#thescore: 4',
+        "Score: 3\nThe score: 4",
+        "#thescore: 4\n#thescore: maybe 5",
         "#thescore: ²",
         "#thescore: 1\n#thescore: 5",
         "#thescore: 1\n#thescore: none",

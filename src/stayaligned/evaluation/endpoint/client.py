@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -18,13 +19,19 @@ from itertools import islice
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from stayaligned.core.errors import StayalignedError, first_problem
+from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Message
 from stayaligned.core.settings import Endpoint
 from stayaligned.core.text import visible
 from stayaligned.evaluation.endpoint.cost import Meter, Usage, estimate_usage
+from stayaligned.evaluation.endpoint.replies import (
+    FilteredError,
+    Reply,
+    ReportedError,
+    UnreadableBodyError,
+    parse_json,
+    read_reply,
+)
 
 if TYPE_CHECKING:
     import httpx2
@@ -43,24 +50,14 @@ _MAX_QUOTE = 300
 """Number of characters of a server's message that an error quotes."""
 
 
+_TAGS = re.compile(r"<(?:style|script|head)\b.*?</(?:style|script|head)>|<[^<>]*>", re.DOTALL | re.IGNORECASE)
+"""What an error does not quote of a web page."""
+
+
 FailureKind = Literal["no connection", "no reply", "rejected", "unreadable"]
 """No reply: a timeout, a connection closed early, 429 or 5xx. Rejected: the server does not accept this request.
 
 Unreadable: the reply is not a chat completion, or not one that can be used."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """A usable reply of the server."""
-
-    text: str
-    """The model's completion."""
-    finished: bool
-    """False if the completion was cut at the token limit."""
-    usage: Usage
-    """Tokens as reported by the server; estimated if the server does not report them."""
-    requests: int = 1
-    """Number of attempts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,21 +230,20 @@ class _Requests:
         spent = estimate
         try:
             status, headers, content = self._post(client, body)
-            if status != 200:
+            if not 200 <= status < 300:
                 spent = Usage(0, 0)
                 raise self._status_error(status, headers, content)
-            reply, filtered = self._read(content, estimate)
+            reply = self._read(status, headers, content, estimate)
             spent = reply.usage
         except _AttemptError as error:
             spent = Usage(0, 0) if error.kind == "no connection" else spent
             raise
+        except FilteredError:
+            self._count_reply()
+            raise _RejectedError("the server filtered the completion (content_filter)") from None
         finally:
             self._meter.settle(estimate, spent)
-        with self._lock:
-            self._has_replied, self._consecutive_failures = True, 0
-        if filtered:
-            # The server removed part or all of the completion, so it is not what the model wrote.
-            raise _RejectedError("the server filtered the completion (content_filter)")
+        self._count_reply()
         problem = self._check(reply)
         if problem:
             raise _AttemptError("unreadable", problem)
@@ -278,25 +274,25 @@ class _Requests:
         except httpx2.HTTPError as error:
             raise _AttemptError("no reply", f"{type(error).__name__}: {self._sanitize(str(error))}") from None
 
-    def _read(self, content: bytes, estimate: Usage) -> tuple[Reply, bool]:
-        """Parse the reply, and return whether the server's filter cut it."""
+    def _read(self, status: int, headers: Mapping[str, str], content: bytes, estimate: Usage) -> Reply:
+        """Read the reply, or raise the error that it reports."""
         try:
-            parsed = _Body.model_validate_json(content)
-        except ValidationError as error:
-            raise _AttemptError("unreadable", f"not a chat completion: {first_problem(error, 'body')}") from None
-        choice, usage = parsed.choices[0], parsed.usage
-        reply = Reply(
-            text=choice.message.content or choice.message.refusal or "",
-            finished=choice.finish_reason != "length",
-            usage=estimate if usage is None else Usage(usage.prompt_tokens, usage.completion_tokens),
-        )
-        return reply, choice.finish_reason == "content_filter"
+            return read_reply(content, estimate)
+        except UnreadableBodyError as error:
+            raise _AttemptError("unreadable", f"not a chat completion: {self._sanitize(str(error))}") from None
+        except ReportedError as error:
+            raise self._status_error(error.status, headers, content, shown=status) from None
 
-    def _status_error(self, status: int, headers: Mapping[str, str], content: bytes) -> Exception:
-        """Return the error for a status other than 200: for this request only, or for all requests."""
+    def _status_error(
+        self, status: int, headers: Mapping[str, str], content: bytes, *, shown: int | None = None
+    ) -> Exception:
+        """Return the error for a status without success: for this request only, or for all requests.
+
+        `shown` is the status in the message, if a reply of another status reports the error in its body.
+        """
         endpoint = self._endpoint
         message = self._sanitize(_error_message(content)) or "no message"
-        text = f"the server at {endpoint.base_url} replied {status}: {message}"
+        text = f"the server at {endpoint.base_url} replied {shown or status}: {message}"
         with self._lock:
             has_replied = self._has_replied
         if status == 401 or (status == 403 and not has_replied):
@@ -310,14 +306,18 @@ class _Requests:
                 text, hint="Received replies are stored. Add credit to the account of the server and rerun to continue."
             )
         if status not in _RETRIED and status < 500:
-            return _RejectedError(f"{status}: {message}")
+            return _RejectedError(f"{shown or status}: {message}")
         wait = _retry_after(headers.get("retry-after", ""), time.time())
         if wait > endpoint.patience_seconds:
             return StayalignedError(
                 f"{text}; it asks to wait {wait:.0f} s, more than patience_seconds {endpoint.patience_seconds:g}",
                 hint="Received replies are stored. Rerun later, or raise patience_seconds.",
             )
-        return _AttemptError("no reply", f"{status}: {message}", wait=wait)
+        return _AttemptError("no reply", f"{shown or status}: {message}", wait=wait)
+
+    def _count_reply(self) -> None:
+        with self._lock:
+            self._has_replied, self._consecutive_failures = True, 0
 
     def _count_failure(self, failure: Failure) -> Failure:
         """Return the failure, or raise an error after too many consecutive failures."""
@@ -345,40 +345,17 @@ class _Requests:
         return visible(" ".join(text[:_MAX_QUOTE].split()))
 
 
-class _Schema(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class _ReplyMessage(_Schema):
-    content: str | None = None
-    refusal: str | None = None
-
-
-class _Choice(_Schema):
-    message: _ReplyMessage
-    finish_reason: str | None = None
-
-
-class _Usage(_Schema):
-    prompt_tokens: int = Field(ge=0)
-    completion_tokens: int = Field(default=0, ge=0)
-
-
-class _Body(_Schema):
-    """The fields of a chat completion that are read."""
-
-    choices: tuple[_Choice, ...] = Field(min_length=1)
-    usage: _Usage | None = None
-
-
 def _error_message(content: bytes) -> str:
     """Return the message in the body of an error, in any of the common formats."""
     text = content[: 4 * _MAX_QUOTE].decode("utf-8", "replace")
+    if text.lstrip().startswith("<"):
+        return " ".join(_TAGS.sub(" ", text).split())
     try:
-        body = json.loads(content)
-    except (ValueError, RecursionError):
+        body = parse_json(content)
+    except ValueError:
         return text
-    error = body.get("error", body) if isinstance(body, dict) else body
+    body = body[0] if isinstance(body, list) and body else body
+    error = body.get("error") or body if isinstance(body, dict) else body
     if isinstance(error, dict):
         found = [str(error[key]) for key in ("message", "detail", "code") if isinstance(error.get(key), str)]
         return " ".join(found) or text

@@ -1,0 +1,302 @@
+"""The body of a server's reply, read as a chat completion: OpenAI's format, and what common servers make of it.
+
+Only what is read must have the right form: a reply with an odd `usage` or an odd `created` still holds the completion.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stayaligned.evaluation.endpoint.cost import Usage
+
+_FINISH_REASONS = {
+    "ended": "stop eos eos_token stop_token stop_sequence stop_sequences end_turn end complete completed finished done",
+    "cut": "length max_length max_tokens max_new_tokens max_output_tokens max_completion_tokens model_length "
+    "token_limit model_context_window_exceeded context_length_exceeded",
+    "filtered": "content_filter content_filtered filtered safety refusal sensitive blocked blocklist "
+    "prohibited_content recitation spii guardrail_intervened",
+    "broken": "error abort aborted cancelled canceled timeout network_error insufficient_system_resource "
+    "malformed_function_call",
+}
+"""Values of `finish_reason` of OpenAI, vLLM, SGLang, TGI, Mistral, DeepSeek, Zhipu, Anthropic and Google."""
+_MEANINGS = {word: meaning for meaning, words in _FINISH_REASONS.items() for word in words.split()}
+_ERROR_CODES = {
+    "invalid_api_key": 401,
+    "model_not_found": 404,
+    "rate_limit_exceeded": 429,
+    "insufficient_quota": 429,
+    "content_filter": 400,
+    "context_length_exceeded": 400,
+    "invalid_request_error": 400,
+}
+_THOUGHT_PARTS = frozenset(("thinking", "reasoning", "reasoning_content", "reasoning.text", "redacted_thinking"))
+_THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking", "reasoning_details")
+"""Fields of a message with the model's thoughts; a server that fills several repeats them, so the first is read."""
+_SENT = ("prompt_tokens", "input_tokens")
+_RECEIVED = ("completion_tokens", "output_tokens")
+_MOST_TOKENS = 10**7
+"""Largest believable number of tokens of one request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A usable reply of the server."""
+
+    text: str
+    """The model's completion, without thoughts that the server returns separately."""
+    finished: bool | None
+    """False if the completion was cut at the token limit; None if the server does not say."""
+    usage: Usage
+    """Tokens as reported by the server; estimated if the server does not report them."""
+    requests: int = 1
+    """Number of attempts."""
+    thoughts: str = ""
+    """The model's thoughts, from a server that separates them from the completion."""
+    withheld: str = ""
+    """If there is neither text nor thoughts, what the model wrote instead; empty for an empty completion."""
+    calls_tools: bool = False
+    """Whether the completion also calls a tool, although none was offered."""
+
+
+class UnreadableBodyError(Exception):
+    """The body is not a chat completion."""
+
+
+class FilteredError(Exception):
+    """The server removed part or all of the completion, so it is not what the model wrote."""
+
+
+class ReportedError(Exception):
+    """The body reports an error although the status is one of success; `status` is the one that it should be."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+def read_reply(content: bytes, estimate: Usage) -> Reply:
+    """Read the body of a reply with a status of success.
+
+    Args:
+        content: the body: one JSON object, or the events of a stream.
+        estimate: the tokens to assume where the server does not report them.
+
+    Raises:
+        UnreadableBodyError: if it is not one chat completion.
+        FilteredError: if the server filtered the completion.
+        ReportedError: if it reports an error.
+    """
+    body = _parse(content)
+    choice = _only_choice(body)
+    reason = _finish_reason(choice)
+    meaning = _MEANINGS.get(reason)
+    if meaning == "filtered" or _has_filtered_part(choice):
+        raise FilteredError
+    if meaning == "broken":
+        raise UnreadableBodyError(f"the server stopped the completion ({reason})")
+    message = choice.get("message", {"content": choice.get("text")})
+    if not isinstance(message, Mapping):
+        raise UnreadableBodyError("`message` is not an object")
+    text, thoughts, refusal = _read_content(message.get("content"))
+    refusal = refusal or (message.get("refusal") if isinstance(message.get("refusal"), str) else "")
+    text = "\n".join(filter(None, (text, refusal)))
+    thoughts = thoughts or next(filter(None, (_flat_text(message.get(field)) for field in _THOUGHT_FIELDS)), "")
+    counts = _mapping(body.get("usage"))
+    hidden = _count(_mapping(counts.get("completion_tokens_details")), ("reasoning_tokens",))
+    if hidden and not text and not thoughts:
+        thoughts = f"[{hidden} tokens that the server does not show]"
+    received = _count(counts, _RECEIVED)
+    return Reply(
+        text=text,
+        finished={"ended": True, "cut": False}.get(meaning or ""),
+        usage=Usage(
+            _count(counts, _SENT) or estimate.input_tokens,
+            estimate.output_tokens if received is None or (received == 0 and text) else received,
+        ),
+        thoughts=thoughts,
+        withheld="" if text or thoughts else _withheld(message, received),
+        calls_tools=bool(message.get("tool_calls") or message.get("function_call")),
+    )
+
+
+def parse_json(content: bytes) -> Any:
+    """Return the JSON value of a body, in any of JSON's encodings, with or without a byte order mark.
+
+    Raises:
+        ValueError: if it is not JSON, nested too deeply, or two different values have the same key.
+    """
+    try:
+        text = content.decode(json.detect_encoding(content)).strip().removeprefix("\ufeff")
+        return json.loads(text, parse_int=_parse_int, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _parse_int(digits: str) -> int | float:
+    return int(digits) if len(digits) < 300 else float(digits)
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found and found[key] != value:
+            raise ValueError(f"two different values of {key[:40]!r}")
+        found[key] = value
+    return found
+
+
+def _parse(content: bytes) -> Mapping[str, Any]:
+    """Return the body as an object with `choices`, also from a stream that was not asked for."""
+    start = content.lstrip()[:16]
+    if start.startswith(b"<"):
+        raise UnreadableBodyError("the server returned a web page")
+    if start.startswith((b"data:", b"event:", b"id:", b": ", b":\n")):
+        return _assemble(content)
+    try:
+        body = parse_json(content)
+    except ValueError as error:
+        raise UnreadableBodyError(f"not JSON: {str(error)[:200]}") from None
+    if not isinstance(body, Mapping):
+        raise UnreadableBodyError(f"the body is of type {type(body).__name__}")
+    _raise_reported(body)
+    return body
+
+
+def _raise_reported(body: Mapping[str, Any]) -> None:
+    """Raise the error that a body reports instead of a completion."""
+    error = body.get("error") or (body if body.get("object") == "error" else None)
+    if error:
+        raise ReportedError(_error_status(error))
+
+
+def _error_status(error: object) -> int:
+    code = error.get("code") or error.get("status") or error.get("type") if isinstance(error, Mapping) else None
+    if isinstance(code, str):
+        code = int(code) if code.isdecimal() and len(code) == 3 else _ERROR_CODES.get(code)
+    return code if isinstance(code, int) and 400 <= code < 600 else 500
+
+
+def _assemble(content: bytes) -> Mapping[str, Any]:
+    """Return the completion of a stream of server-sent events, in the form of a body that was not streamed."""
+    choices: dict[Any, dict[str, Any]] = {}
+    usage: Any = None
+    ended = False
+    for line in content.split(b"\n"):
+        field, _, data = line.partition(b":")
+        if field.strip() != b"data":
+            continue
+        if data.strip() == b"[DONE]":
+            ended = True
+            break
+        try:
+            event = parse_json(data)
+        except ValueError as error:
+            raise UnreadableBodyError(f"an event of the stream is not JSON: {error}") from None
+        if not isinstance(event, Mapping):
+            raise UnreadableBodyError("an event of the stream is not an object")
+        _raise_reported(event)
+        usage = event.get("usage") or usage
+        for part in event.get("choices") or ():
+            if isinstance(part, Mapping):
+                _extend(choices.setdefault(part.get("index", 0), {"message": {}}), part)
+    if not ended and any(choice.get("finish_reason") is None for choice in choices.values()):
+        raise UnreadableBodyError("the stream ended early")
+    return {"choices": [*choices.values()], "usage": usage}
+
+
+def _extend(choice: dict[str, Any], part: Mapping[str, Any]) -> None:
+    """Add one event of a stream to the choice that it belongs to."""
+    choice.update({key: value for key, value in part.items() if key not in ("delta", "message") and value is not None})
+    delta = part.get("delta") or part.get("message")
+    for key, value in delta.items() if isinstance(delta, Mapping) else ():
+        if isinstance(value, str | list) and isinstance(choice["message"].get(key), type(value)):
+            choice["message"][key] += value
+        elif value is not None:
+            choice["message"][key] = value
+
+
+def _only_choice(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the choice; one was asked for, so several must be equal."""
+    choices = body.get("choices")
+    if not isinstance(choices, Sequence) or not choices or not all(isinstance(one, Mapping) for one in choices):
+        raise UnreadableBodyError(f"`choices` is missing or empty; its fields are {', '.join([*body][:8]) or 'none'}")
+    first = choices[0]
+    if any({**one, "index": 0} != {**first, "index": 0} for one in choices[1:]):
+        raise UnreadableBodyError(f"{len(choices)} different choices, where one was asked for")
+    if first.get("error"):
+        raise ReportedError(_error_status(first["error"]))
+    return first
+
+
+def _finish_reason(choice: Mapping[str, Any]) -> str:
+    value = choice.get("finish_reason") or choice.get("stop_reason")
+    value = value.get("type") if isinstance(value, Mapping) else value
+    return value.rpartition(".")[2].strip().lower() if isinstance(value, str) else ""
+
+
+def _has_filtered_part(choice: Mapping[str, Any]) -> bool:
+    found = choice.get("content_filter_results")
+    parts = found.values() if isinstance(found, Mapping) else ()
+    return any(isinstance(part, Mapping) and part.get("filtered") is True for part in parts)
+
+
+def _read_content(content: object) -> tuple[str, str, str]:
+    """Return the text, the thoughts and the refusal in a message's `content`: a text, or a list of parts."""
+    if content is None or isinstance(content, str):
+        return content or "", "", ""
+    found = {"text": "", "thoughts": "", "refusal": ""}
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, str):
+            found["text"] += part
+            continue
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        if kind in ("text", "output_text") and isinstance(part, Mapping):
+            text = part.get("text")
+            text = text.get("value") if isinstance(text, Mapping) else text
+            if not isinstance(text, str):
+                raise UnreadableBodyError("a part of `content` has no text")
+            found["text"] += text
+        elif kind in _THOUGHT_PARTS:
+            found["thoughts"] += _flat_text(part)
+        elif kind == "refusal":
+            found["refusal"] += _flat_text(part)
+        elif kind != "reference":
+            raise UnreadableBodyError(f"a part of `content` is of the type {str(kind)[:40]!r}")
+    return found["text"], found["thoughts"], found["refusal"]
+
+
+def _flat_text(value: object) -> str:
+    """Return all text in a nested value of thoughts: a text, or parts with texts."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        keys = ("thinking", "reasoning", "reasoning_content", "refusal", "text", "summary", "content")
+        return next(filter(None, (_flat_text(value.get(key)) for key in keys)), "")
+    return "".join(map(_flat_text, value)) if isinstance(value, list) else ""
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _count(found: Mapping[str, Any], names: Sequence[str]) -> int | None:
+    for name in names:
+        value = found.get(name)
+        try:
+            number = float("nan") if value is None or isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            continue
+        if 0 <= number <= _MOST_TOKENS:
+            return math.ceil(number)
+    return None
+
+
+def _withheld(message: Mapping[str, Any], received: int | None) -> str:
+    """Return what the model wrote if a message has no text; empty if that is nothing, or only the end token."""
+    if received is not None:
+        return f"{received} tokens without text" if received > 1 else ""
+    return "no text (`content` is missing or null)" if message.get("content") is None else ""
