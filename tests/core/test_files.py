@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from stayaligned.core.files import fingerprint, replace_directory, replace_file, write_text
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.files import fingerprint, refuse_inside, replace_directory, replace_file, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_temporary_file(tmp_path: Path) -> None:
@@ -89,3 +90,14 @@ def test_the_fingerprint_of_a_large_file_depends_on_its_size_and_both_ends(tmp_p
                 stream.write(b"x")
         prints.add(fingerprint(tmp_path / "shard"))
     assert len(prints) == 3
+
+
+def test_an_output_inside_an_input_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "adapter"
+    source.mkdir()
+    (tmp_path / "link").symlink_to(source)
+    for inside in (source / "out", source / "a" / "b", tmp_path / "link" / "out", source / ".." / "adapter" / "out"):
+        with pytest.raises(StayalignedError, match="is inside the input"):
+            refuse_inside(inside, source)
+    for outside in (tmp_path / "out", tmp_path / "adapter-2", source / ".." / "out"):
+        refuse_inside(outside, source, tmp_path / "absent")

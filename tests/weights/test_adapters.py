@@ -1,6 +1,7 @@
 """Reading and writing adapters: bytes are preserved, damage is named, and nothing is overwritten."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from stayaligned.algorithms.safe_lora import LoraFactors
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import new_directory
-from stayaligned.weights.adapters import Adapter, LoraLayer, read_adapter, write_adapter
+from stayaligned.weights.adapters import Adapter, LoraLayer, notes_on_copies, read_adapter, write_adapter
 
 CONFIG = {"peft_type": "LORA", "r": 2, "zeta": None, "alpha_pattern": {"ü": 1.5}, "target_modules": ["q"]}
 LAYER = LoraLayer(
@@ -148,3 +149,61 @@ def test_a_damaged_configuration_is_named(tmp_path: Path, text: str) -> None:
     (save(tmp_path / "a") / "adapter_config.json").write_text(text)
     with pytest.raises(StayalignedError, match=r"adapter_config\.json"):
         read_adapter(tmp_path / "a")
+
+
+def test_links_out_of_a_foreign_adapter_are_not_copied_but_named(tmp_path: Path) -> None:
+    source = save(tmp_path / "a")
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "private.txt").write_text("private")
+    (source / "inner.md").write_text("inner")
+    links = {
+        "README.md": tmp_path / "secret" / "private.txt",
+        "relative.txt": Path("../secret/private.txt"),
+        "directory.json": tmp_path / "secret",
+        "dangling.json": tmp_path / "nothing",
+        "loop.json": source / "loop.json",
+        "indirect.md": source / "README.md",
+        "na\nme\x1b[31m.txt": tmp_path / "secret" / "private.txt",
+        "device.txt": Path("/dev/zero"),
+    }
+    for name, target in links.items():
+        (source / name).symlink_to(target)
+    (source / "own.md").symlink_to("inner.md")
+    os.mkfifo(source / "pipe.txt")
+    write(read_adapter(source), tmp_path / "b")
+    copied = {path.name for path in (tmp_path / "b").iterdir()} - {"adapter_config.json", "adapter_model.safetensors"}
+    assert copied == {"inner.md", "own.md"}
+    assert not any("private" in (tmp_path / "b" / name).read_text() for name in copied)
+    notes = notes_on_copies(source)
+    assert len(notes) == len(links) + 1
+    assert all(character not in note for note in notes for character in "\n\x1b")
+
+
+def test_an_adapter_in_the_hubs_cache_is_copied_through_its_links(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "models--x--y" / "blobs", tmp_path / "models--x--y" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    for index, file in enumerate(sorted(save(tmp_path / "a").iterdir())):
+        file.rename(blobs / str(index))
+        snapshot.mkdir(parents=True, exist_ok=True)
+        (snapshot / file.name).symlink_to(f"../../blobs/{index}")
+    (blobs / "card").write_text("card")
+    (snapshot / "README.md").symlink_to("../../blobs/card")
+    (snapshot / "private.txt").symlink_to("../../../other")
+    (tmp_path / "other").write_text("private")
+    write(read_adapter(snapshot), tmp_path / "b")
+    assert (tmp_path / "b" / "README.md").read_text() == "card"
+    assert not (tmp_path / "b" / "private.txt").exists()
+    assert notes_on_copies(snapshot) == [f"not copied: private.txt (a link out of {snapshot})"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_every_output_has_the_rights_of_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        source = save(tmp_path / "a")
+        (source / "README.md").write_text("card")
+        write(read_adapter(source), tmp_path / "b", note="x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "b").stat().st_mode & 0o777 == 0o777 & ~umask
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "b").iterdir()} == {0o666 & ~umask}

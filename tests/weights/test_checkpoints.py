@@ -8,7 +8,13 @@ import torch
 from safetensors.torch import save_file
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.weights.checkpoints import Checkpoint, checkpoint_directory, open_checkpoint, weights_fingerprint
+from stayaligned.weights.checkpoints import (
+    Checkpoint,
+    checkpoint_directory,
+    open_checkpoint,
+    weights_fingerprint,
+    whole_tensor,
+)
 from support.checkpoints import INDEX, pair, weights, write
 
 
@@ -111,3 +117,27 @@ def test_fingerprints_distinguish_names_types_shapes_and_every_sampled_number(tm
     ]
     assert len(set(found)) == len(found)
     assert of(x=large.clone()) == found[0]
+
+
+NEW_TYPES = {"F8_E8M0": 16, "F4": 8, "F6_E2M3": 12, "C64": 128, "OF_A_LATER_VERSION": 5}
+
+
+@pytest.mark.parametrize("kind", NEW_TYPES)
+def test_a_tensor_of_another_type_is_an_error_only_where_it_is_needed(tmp_path: Path, kind: str) -> None:
+    directory = write(tmp_path / "a", weights(0))
+    file = directory / "model.safetensors"
+    content, size = file.read_bytes(), NEW_TYPES[kind]
+    length = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    header["scale"] = {"dtype": kind, "shape": [4, 4], "data_offsets": [len(data), len(data) + size]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data + b"\x7f" * size)
+    checkpoint = Checkpoint(directory)
+    assert len(checkpoint) == 6
+    assert checkpoint.matrix_shape(whole_tensor("layers.0.weight")) == (3, 4)
+    assert checkpoint.shape("scale") == (4, 4)
+    assert weights_fingerprint(checkpoint)
+    with pytest.raises(StayalignedError, match=f"scale is stored as {kind}") as caught:
+        checkpoint.matrix_shape(whole_tensor("scale"))
+    assert "bf16" in str(caught.value.hint)

@@ -67,8 +67,8 @@ def test_quantized_and_non_finite_weights_are_refused(tmp_path: Path) -> None:
     good = {"x": torch.ones(2, 2)}
     base = Checkpoint(write(tmp_path / "base", good))
     for name, bad, expected in (
-        ("int8", torch.ones(2, 2, dtype=torch.int8), "stored as torch.int8"),
-        ("fp8", torch.ones(2, 2).to(torch.float8_e4m3fn), "stored as torch.float8"),
+        ("int8", torch.ones(2, 2, dtype=torch.int8), "stored as I8"),
+        ("fp8", torch.ones(2, 2).to(torch.float8_e4m3fn), "stored as F8_E4M3"),
         ("nan", torch.full((2, 2), torch.nan), "not finite"),
     ):
         aligned = Checkpoint(write(tmp_path / name, {"x": bad}))

@@ -6,14 +6,18 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 from stayaligned.core.errors import StayalignedError
+from stayaligned.core.text import one_line
 
 _CHUNK = 1 << 20
 _SAMPLED_ABOVE = 64 * _CHUNK
+_LARGEST_COPY = 1 << 30
+"""Size in bytes above which no tokenizer, template or model card is: such a file is not copied."""
 _TORCH_WRITER = ("inline_container", "iostream", "PytorchStreamWriter")
 """Words in the RuntimeErrors that `torch.save` raises when the disk is full."""
 
@@ -69,10 +73,15 @@ def replace_directory(path: Path) -> Generator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
     try:
         yield temporary
+        mask = _umask()
         for file in temporary.rglob("*"):
+            if file.is_symlink():
+                continue
+            # Some libraries (safetensors) write through temporary files that only their owner can read.
+            file.chmod((0o777 if file.is_dir() else 0o666 | file.stat().st_mode & 0o111) & ~mask)
             if file.is_file():
                 _sync(file)
-        temporary.chmod(0o777 & ~_umask())
+        temporary.chmod(0o777 & ~mask)
         try:
             temporary.rename(path)
         except OSError as error:
@@ -88,6 +97,47 @@ def refuse_existing(path: Path) -> None:
     """Raise StayalignedError if `path` exists: a user's files are never overwritten."""
     if path.exists():
         raise StayalignedError(f"{path} exists already", hint="Choose another path, or remove it yourself.")
+
+
+def refuse_inside(path: Path, *inputs: Path) -> None:
+    """Raise StayalignedError if the output `path` is inside an input directory: inputs are only read."""
+    place = path.resolve()
+    for directory in inputs:
+        if directory.is_dir() and place.is_relative_to(directory.resolve()):
+            raise StayalignedError(f"{path} is inside the input {directory}", hint="Choose a path outside the input.")
+
+
+def copyable_files(directory: Path, wanted: Callable[[str], bool]) -> tuple[list[Path], list[str]]:
+    """Return the wanted files of a foreign directory that may be copied into an output, and notes about the others.
+
+    A link could put a private file into an output that is then published. So a link is followed only within the
+    directory, and from a snapshot of the hub's cache into the `blobs` beside it, where huggingface_hub puts the files.
+
+    Args:
+        directory: the directory; its subdirectories are left out.
+        wanted: tells by its name whether a file is to be copied.
+    """
+    home = directory.resolve()
+    allowed = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    files: list[Path] = []
+    notes: list[str] = []
+    for file in sorted(file for file in directory.iterdir() if wanted(file.name)):
+        try:
+            target = file.resolve(strict=True)
+            inside = any(target.is_relative_to(place) for place in allowed)
+            kind, size = target.stat().st_mode, target.stat().st_size
+        except (OSError, RuntimeError):  # a link to nothing, or to itself
+            notes.append(f"not copied: {file.name} (a link to nothing)")
+            continue
+        if file.is_symlink() and not inside:
+            notes.append(f"not copied: {file.name} (a link out of {directory})")
+        elif stat.S_ISREG(kind) and size > _LARGEST_COPY:
+            notes.append(f"not copied: {file.name} ({size >> 20} MiB)")
+        elif stat.S_ISREG(kind):
+            files.append(file)
+        elif not stat.S_ISDIR(kind):
+            notes.append(f"not copied: {file.name} (not a regular file)")
+    return files, [one_line(note, 400) for note in notes]
 
 
 @contextlib.contextmanager

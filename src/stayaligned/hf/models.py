@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError, did_you_mean
+from stayaligned.core.text import one_line
 from stayaligned.hf.targets import ALL_LINEAR, excluding, linear_names, unfit_names
+from stayaligned.weights.adapter_config import read_adapter_config, refuse_slow_patterns
+from stayaligned.weights.directories import (
+    ADAPTER_WEIGHTS,
+    refuse_adapter_files,
+    refuse_unless_adapter,
+    refuse_unless_model,
+    refuse_without_weights,
+)
+from stayaligned.weights.unsupported import refuse_settings
 
 if TYPE_CHECKING:
     import torch
@@ -17,9 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
-
-_ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def load_model(ref: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -207,25 +214,33 @@ def attach_lora(model: PreTrainedModel, lora: Mapping[str, Any]) -> PeftModel:
 
 
 def _with_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False) -> PeftModel:
-    from peft import PeftModel, get_peft_model_state_dict
+    from dataclasses import fields
+
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
-    if not (adapter / _ADAPTER_CONFIG).is_file() or not (adapter / _ADAPTER_WEIGHTS).is_file():
+    refuse_unless_adapter(adapter)
+    config = read_adapter_config(adapter)
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(config["peft_type"])
+    if kind is None:
         raise StayalignedError(
-            f"{adapter}: not a PEFT adapter in safetensors form",
-            hint=f"The directory must hold {_ADAPTER_CONFIG} and {_ADAPTER_WEIGHTS}.",
+            f"{adapter}: peft_type is {one_line(repr(config['peft_type']))}, which PEFT does not know",
+            hint=did_you_mean(config["peft_type"], sorted(PEFT_TYPE_TO_CONFIG_MAPPING), "types"),
         )
+    refuse_settings(adapter, config, known=[field.name for field in fields(kind)])
+    refuse_slow_patterns(adapter, config, [name for name, _ in model.named_modules()])
     hint = "Use the model that the adapter was trained on."
     try:
         with warnings.catch_warnings():
             # PEFT only warns about layers that the file lacks, and leaves them untrained.
             warnings.filterwarnings("error", message="Found missing adapter keys")
+            warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # checked above
             warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys")
             adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
     except (ValueError, RuntimeError, KeyError, TypeError, UserWarning) as error:
         raise StayalignedError(f"{adapter}: the adapter does not fit the model: {_short(error)}", hint=hint) from None
     # PEFT silently ignores layers that the model lacks.
-    with safe_open(adapter / _ADAPTER_WEIGHTS, framework="pt") as file:
+    with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
         dropped = {name for name in file.keys() if "lora_" in name} - {  # noqa: SIM118 (not a mapping)
             *get_peft_model_state_dict(adapted, save_embedding_layers=False)
         }
@@ -239,20 +254,20 @@ def _with_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False
 
 
 def _require_checkpoint(ref: str | Path) -> None:
-    """Refuse a path that is no checkpoint directory, so that it is not looked up on the hub."""
+    """Refuse a path that is no checkpoint directory, so that it is not looked up on the hub, and adapters."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
     path = Path(ref).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            adapter = (path / _ADAPTER_CONFIG).is_file()
-            raise StayalignedError(
-                f"{path}: not a model checkpoint: it has no config.json",
-                hint="It is an adapter: set it as `adapter:`." if adapter else "Give the directory of the checkpoint.",
-            )
+        refuse_unless_model(path)
         return
     text = str(ref)
     hub_id = text.count("/") <= 1 and not text.startswith((".", "~", "/")) and not path.exists()
     if not hub_id:
         raise StayalignedError(f"{path}: no such directory", hint="Give a checkpoint directory or a hub id.")
+    config = find_adapter_config_file(text)
+    if config is not None:  # transformers would load the adapter, and its base model if the repository holds none
+        refuse_adapter_files(Path(config).parent)
 
 
 def _move_to_accelerator(model: Any) -> Any:
@@ -271,6 +286,8 @@ def _load_tokenizer(ref: str | Path) -> PreTrainedTokenizerBase:
 
 def _load_complete(loader: Any, ref: str | Path, **options: Any) -> Any:
     """Return a model whose weights are all in the checkpoint; transformers would only log missing ones."""
+    if Path(ref).expanduser().is_dir():
+        refuse_without_weights(Path(ref).expanduser())
     model, found = _load_pretrained(loader, ref, "model", use_safetensors=True, output_loading_info=True, **options)
     missing = sorted(found["missing_keys"])
     if missing:
@@ -310,7 +327,7 @@ def _load_pretrained(loader: Any, ref: str | Path, what: str, **options: Any) ->
 
 
 _PARTS = {
-    "model": "config.json and model.safetensors (pickled .bin weights are not read)",
+    "model": "config.json and model.safetensors, or its index and shards",
     "tokenizer": "config.json and tokenizer.json (or the tokenizer's own vocabulary files)",
 }
 

@@ -15,21 +15,22 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.core.files import write_text
-from stayaligned.weights.checkpoints import read_json_object
+from stayaligned.core.files import copyable_files, write_text
+from stayaligned.weights.adapter_config import read_adapter_config
+from stayaligned.weights.directories import ADAPTER_CONFIG, ADAPTER_WEIGHTS, refuse_unless_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from stayaligned.algorithms.safe_lora import LoraFactors
 
-_CONFIG = "adapter_config.json"
-_WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""Prefix that PEFT adds to the name of a module."""
 _COPIED_SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model", ".md"})
 """Suffixes of files to copy with an adapter: tokenizer, chat template, model card."""
 _SMALL_IN_FP16 = 2.0**-8
 """Largest absolute value below which a B would lose precision in fp16, whose full precision ends at 2⁻¹⁴."""
-_NOT_COPIED = frozenset({_CONFIG, "projection.json", "trainer_state.json"})
+_NOT_COPIED = frozenset({ADAPTER_CONFIG, "projection.json", "trainer_state.json"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,10 @@ class Adapter:
     """{name in `adapter_model.safetensors`: tensor in the stored dtype}."""
     directory: Path
     """Directory that the adapter was read from."""
+
+    def modules(self) -> set[str]:
+        """Return the names of the modules that have factors, as the adapter's file states them."""
+        return {key.removeprefix(PREFIX).partition(".lora_")[0] for key in self.tensors if ".lora_" in key}
 
     def factors(self, layer: LoraLayer) -> LoraFactors:
         """Return the layer's A, B and scaling, in fp32."""
@@ -147,37 +152,18 @@ def read_adapter(path: Path) -> Adapter:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.is_dir():
-        raise StayalignedError(f"{path}: no such directory", hint="Give the directory of a PEFT adapter.")
-    if (path / "config.json").is_file() and not is_adapter(path):
-        raise StayalignedError(
-            f"{path} is a whole model, expected an adapter",
-            hint="Pass a fully fine-tuned checkpoint to `project` alone, without adapters and without `--scan`.",
-        )
-    if not is_adapter(path):
-        nested = sorted(child.parent.name for child in path.glob(f"*/{_CONFIG}"))
-        raise StayalignedError(
-            f"{path} is not an adapter: it has no {_CONFIG}",
-            hint=f"PEFT saves a named adapter in a subdirectory: give {', '.join(str(path / name) for name in nested)}."
-            if nested
-            else "Give the directory that `save_pretrained` of a PEFT model wrote.",
-        )
-    config = read_json_object(path / _CONFIG, hint="The file is damaged; save the adapter again.")
+    refuse_unless_adapter(path)
+    config = read_adapter_config(path)
     if config.get("peft_type") != "LORA":
         raise StayalignedError(
-            f"{path / _CONFIG}: peft_type is {config.get('peft_type')!r}, expected 'LORA'",
+            f"{path / ADAPTER_CONFIG}: peft_type is {config.get('peft_type')!r}, expected 'LORA'",
             hint="Convert the adapter to LoRA first, by PEFT's `convert_to_lora`.",
         )
-    if not (path / _WEIGHTS).is_file():
-        raise StayalignedError(
-            f"{path} has no {_WEIGHTS}",
-            hint="Load the adapter with PEFT and save it as safetensors; pickled weights (.bin) are not supported.",
-        )
     try:
-        tensors = load_file(path / _WEIGHTS)
+        tensors = load_file(path / ADAPTER_WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise StayalignedError(
-            f"{path / _WEIGHTS} can't be read as safetensors: {error}",
+            f"{path / ADAPTER_WEIGHTS} can't be read as safetensors: {error}",
             hint="The file is damaged; save the adapter again.",
         ) from error
     return Adapter(MappingProxyType(config), MappingProxyType(tensors), path)
@@ -198,17 +184,25 @@ def write_adapter(adapter: Adapter, directory: Path, *, notes: Mapping[str, str]
     from safetensors.torch import save_file
 
     try:
-        save_file(dict(adapter.tensors), directory / _WEIGHTS, metadata={"format": "pt"})
+        save_file(dict(adapter.tensors), directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(None, f"{_WEIGHTS}: {error}") from error
-    write_text(directory / _CONFIG, json.dumps(dict(adapter.config), indent=2, ensure_ascii=False))
-    for file in sorted(adapter.directory.glob("*")):
-        if file.suffix in _COPIED_SUFFIXES and file.name not in _NOT_COPIED and file.is_file():
-            shutil.copyfile(file, directory / file.name)
+        raise OSError(None, f"{ADAPTER_WEIGHTS}: {error}") from error
+    write_text(directory / ADAPTER_CONFIG, json.dumps(dict(adapter.config), indent=2, ensure_ascii=False))
+    for file in copyable_files(adapter.directory, _is_copied)[0]:
+        shutil.copyfile(file, directory / file.name)
     for name, text in (notes or {}).items():
         write_text(directory / name, text)
 
 
+def notes_on_copies(path: Path) -> list[str]:
+    """Return a note for each file of an adapter's directory that `write_adapter` would copy, but must not."""
+    return copyable_files(path, _is_copied)[1]
+
+
+def _is_copied(name: str) -> bool:
+    return Path(name).suffix in _COPIED_SUFFIXES and name not in _NOT_COPIED
+
+
 def is_adapter(path: Path) -> bool:
     """Return whether a directory holds a PEFT adapter."""
-    return (path / _CONFIG).is_file()
+    return (path / ADAPTER_CONFIG).is_file()

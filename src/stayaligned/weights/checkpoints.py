@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stayaligned.core.errors import StayalignedError
+from stayaligned.weights.directories import (
+    MODEL_CONFIG,
+    MODEL_INDEX,
+    MODEL_WEIGHTS,
+    refuse_adapter_files,
+    refuse_without_weights,
+)
 from stayaligned.weights.safetensors import SafetensorsFile
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _RUN_BYTES = 1 << 14
 _RUNS = 4
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -76,7 +81,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         opened = self._file(shard)
         if name not in opened.entries:
             raise StayalignedError(
-                f"{self.directory / shard} has no tensor {name!r}, which {_INDEX} lists", hint=REDOWNLOAD
+                f"{self.directory / shard} has no tensor {name!r}, which {MODEL_INDEX} lists", hint=REDOWNLOAD
             )
         return opened
 
@@ -99,7 +104,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         Raises:
             StayalignedError: if it is missing or not a JSON object.
         """
-        path = self.directory / "config.json"
+        path = self.directory / MODEL_CONFIG
         return read_json_object(path, hint="Give a checkpoint directory that `save_pretrained` wrote.")
 
     def matrix_shape(self, weight: Weight) -> tuple[int, int]:
@@ -132,11 +137,11 @@ class Checkpoint(Mapping[str, "Tensor"]):
             )
         if not entry.is_plain_float:
             raise StayalignedError(
-                f"{self.directory}: {block.name} is stored as {entry.dtype}",
-                hint="Use the checkpoint in bf16, fp16 or fp32; quantized weights can't be subtracted.",
+                f"{self.directory}: {block.name} is stored as {entry.stored_type}",
+                hint="Use the model in bf16, fp16 or fp32: quantized weights can't be subtracted.",
             )
         rows, columns = entry.shape[-2:]
-        width = columns * entry.item_bytes
+        width = columns * entry.dtype.itemsize
         first = (block.expert or 0) * rows + block.first_row
         count = rows - block.first_row if block.rows is None else block.rows
         return Span(file, entry.dtype, entry.offset + first * width, count, columns)
@@ -148,32 +153,32 @@ class Checkpoint(Mapping[str, "Tensor"]):
             return self._open[shard]
 
     def _shards_of(self) -> dict[str, str]:
-        if (self.directory / _SINGLE).is_file():  # checked first, as in transformers
-            return dict.fromkeys(self._file(_SINGLE).entries, _SINGLE)
-        if (self.directory / _INDEX).is_file():
-            weight_map = read_json_object(self.directory / _INDEX, hint=REDOWNLOAD).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise StayalignedError(f"{self.directory / _INDEX} has no weight_map", hint=REDOWNLOAD)
-            shards = set(weight_map.values())
-            outside = sorted(str(s) for s in shards if not isinstance(s, str) or Path(s).name != s)
-            if outside:
-                raise StayalignedError(
-                    f"{self.directory / _INDEX} lists files outside its directory: {', '.join(outside)}",
-                    hint=REDOWNLOAD,
-                )
-            absent = sorted({shard for shard in shards if not (self.directory / shard).is_file()})
-            if absent:
-                raise StayalignedError(
-                    f"{self.directory / _INDEX} lists files that are missing: {', '.join(absent)}", hint=REDOWNLOAD
-                )
-            return weight_map
-        pickled = any(self.directory.glob("*.bin"))
-        raise StayalignedError(
-            f"{self.directory} holds neither {_SINGLE} nor {_INDEX}",
-            hint="Load the model and save it with `save_pretrained`; only safetensors are supported."
-            if pickled
-            else "Give a checkpoint directory that `save_pretrained` wrote (not an adapter).",
-        )
+        refuse_adapter_files(self.directory)
+        refuse_without_weights(self.directory)
+        named = self.config().get("transformers_weights") if (self.directory / MODEL_CONFIG).is_file() else None
+        if named not in (None, MODEL_WEIGHTS, MODEL_INDEX):
+            raise StayalignedError(
+                f"{self.directory / MODEL_CONFIG}: transformers_weights={named!r} names other weights than "
+                f"{MODEL_WEIGHTS}",
+                hint="Load the model with transformers and save it with `save_pretrained`.",
+            )
+        if (self.directory / MODEL_WEIGHTS).is_file():  # checked first, as in transformers
+            return dict.fromkeys(self._file(MODEL_WEIGHTS).entries, MODEL_WEIGHTS)
+        weight_map = read_json_object(self.directory / MODEL_INDEX, hint=REDOWNLOAD).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise StayalignedError(f"{self.directory / MODEL_INDEX} has no weight_map", hint=REDOWNLOAD)
+        outside = sorted({str(s) for s in weight_map.values() if not isinstance(s, str) or Path(s).name != s})
+        if outside:
+            raise StayalignedError(
+                f"{self.directory / MODEL_INDEX} lists files outside its directory: {', '.join(outside)}",
+                hint=REDOWNLOAD,
+            )
+        absent = sorted({shard for shard in weight_map.values() if not (self.directory / shard).is_file()})
+        if absent:
+            raise StayalignedError(
+                f"{self.directory / MODEL_INDEX} lists files that are missing: {', '.join(absent)}", hint=REDOWNLOAD
+            )
+        return weight_map
 
 
 class Span(NamedTuple):
@@ -215,7 +220,8 @@ def checkpoint_directory(ref: str | Path) -> Path:
             repository,
             revision=revision or None,
             allow_patterns=["*.safetensors", "*.json"],
-            ignore_patterns=["*/*"],  # subdirectories hold the same weights in other layouts, such as `original/`
+            # the same weights in other layouts
+            ignore_patterns=["*/*", "consolidated*.safetensors"],
         )
     except (OSError, ValueError) as error:
         raise StayalignedError(
@@ -243,6 +249,8 @@ def read_json_object(path: Path, *, hint: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise StayalignedError(f"{path} can't be read: it is nested too deeply", hint=hint) from None
     except (OSError, ValueError) as error:
         raise StayalignedError(f"{path} can't be read: {error}", hint=hint) from error
     if not isinstance(content, dict):

@@ -12,11 +12,9 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from stayaligned.weights.adapters import Adapter, LoraLayer
+from stayaligned.weights.adapters import PREFIX, Adapter, LoraLayer
 from stayaligned.weights.checkpoints import Checkpoint
 
-PREFIX = "base_model.model."
-"""Prefix that PEFT adds to the name of a module."""
 PLAIN_MODEL_TYPES = frozenset(
     {
         *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"),

@@ -21,24 +21,15 @@ if TYPE_CHECKING:
 
 _LONGEST_HEADER = 100 << 20
 """Largest header in bytes; the safetensors library has the same limit."""
-_TYPES = {
-    "F64": ("float64", 8),
-    "F32": ("float32", 4),
-    "F16": ("float16", 2),
-    "BF16": ("bfloat16", 2),
-    "I64": ("int64", 8),
-    "I32": ("int32", 4),
-    "I16": ("int16", 2),
-    "I8": ("int8", 1),
-    "U8": ("uint8", 1),
-    "BOOL": ("bool", 1),
-    "F8_E4M3": ("float8_e4m3fn", 1),
-    "F8_E5M2": ("float8_e5m2", 1),
-    "U16": ("uint16", 2),
-    "U32": ("uint32", 4),
-    "U64": ("uint64", 8),
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 8),
 }
-"""{the format's name of a type: (torch's name, bytes)}, to read headers without importing torch."""
+"""{the format's name of a type: bits}, to detect damage; the size of a tensor of another type is not checked."""
+_PLAIN_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""{the format's name of a type that can be streamed: torch's name}, to read headers without importing torch."""
 
 
 class Entry(NamedTuple):
@@ -49,28 +40,20 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     offset: int
     """Offset of the tensor's first byte in the file."""
+    size: int
+    """Size of the tensor in bytes."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type in torch."""
+        """The type in torch; only of a plain float."""
         import torch
 
-        return getattr(torch, _TYPES[self.stored_type][0])
-
-    @property
-    def item_bytes(self) -> int:
-        """Size of one number in bytes."""
-        return _TYPES[self.stored_type][1]
+        return getattr(torch, _PLAIN_FLOATS[self.stored_type])
 
     @property
     def is_plain_float(self) -> bool:
         """Whether the type is fp64, fp32, fp16 or bf16."""
-        return self.stored_type in ("F64", "F32", "F16", "BF16")
-
-    @property
-    def size(self) -> int:
-        """Size of the tensor in bytes."""
-        return math.prod(self.shape) * self.item_bytes
+        return self.stored_type in _PLAIN_FLOATS
 
 
 class SafetensorsFile:
@@ -98,13 +81,21 @@ class SafetensorsFile:
         self.entries = self._read_header()
 
     def tensor(self, name: str) -> Tensor:
-        """Read a tensor, in the stored type."""
-        import torch
+        """Read a tensor, in the stored type.
 
-        entry = self.entries[name]
-        raw = torch.empty(entry.size, dtype=torch.uint8)
-        self.read_into(memoryview(raw.numpy().data), entry.offset)
-        return raw.view(entry.dtype).view(entry.shape)
+        Raises:
+            StayalignedError: if the installed safetensors or torch can't read the type.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError, AttributeError) as error:
+            raise StayalignedError(
+                f"{self.path}: {name} can't be read as {self.entries[name].stored_type}: {error}",
+                hint="Save this tensor in bf16, fp16 or fp32.",
+            ) from error
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` with the bytes from `offset` on.
@@ -141,7 +132,7 @@ class SafetensorsFile:
             header = json.loads(text)
             self.metadata = dict(header.pop("__metadata__", None) or {})
             entries = {str(name): self._entry(value, 8 + length) for name, value in header.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise self._damaged(f"the header is invalid ({error})") from error
         end = max((entry.offset + entry.size for entry in entries.values()), default=0)
         if end > self.size:
@@ -149,11 +140,13 @@ class SafetensorsFile:
         return entries
 
     def _entry(self, value: dict[str, Any], data: int) -> Entry:
-        begin, end = value["data_offsets"]
-        entry = Entry(value["dtype"], tuple(int(size) for size in value["shape"]), data + int(begin))
-        if min(entry.shape, default=0) < 0 or begin < 0 or end - begin != entry.size:
+        begin, end = (int(offset) for offset in value["data_offsets"])
+        kind, shape = str(value["dtype"]), tuple(int(size) for size in value["shape"])
+        if min(shape, default=0) < 0 or not 0 <= begin <= end:
+            raise ValueError("negative shapes or offsets")
+        if kind in _BITS and 8 * (end - begin) != math.prod(shape) * _BITS[kind]:
             raise ValueError("offsets don't match the shape")
-        return entry
+        return Entry(kind, shape, data + begin, end - begin)
 
     def _damaged(self, reason: str) -> StayalignedError:
         return StayalignedError(f"{self.path} can't be read as safetensors: {reason}", hint=self._hint)

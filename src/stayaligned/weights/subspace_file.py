@@ -20,9 +20,10 @@ from pydantic import Field, ValidationError
 
 from stayaligned.core.errors import StayalignedError, first_problem
 from stayaligned.core.records import Record
+from stayaligned.weights.adapter_config import refuse_slow_patterns
 from stayaligned.weights.adapters import Adapter, LoraLayer
 from stayaligned.weights.checkpoints import Checkpoint, check_format, is_hub_id, weights_fingerprint
-from stayaligned.weights.lora_layout import PREFIX, plain_layers
+from stayaligned.weights.lora_layout import plain_layers
 from stayaligned.weights.safetensors import SafetensorsFile
 from stayaligned.weights.unsupported import check_factors, list_names, refuse_unsupported
 
@@ -150,6 +151,7 @@ class SubspaceFile:
                 hint=_USE_MODELS,
             )
         modules = self.header.modules
+        refuse_slow_patterns(adapter.directory, adapter.config, modules.keys() | adapter.modules())
         # Layers that layers_to_transform excludes have no tensors.
         by_name = replace(adapter, config={**adapter.config, "layers_to_transform": None})
         layers = plain_layers(by_name, lambda module: modules[module].shape if module in modules else None)
@@ -213,7 +215,7 @@ class SubspaceFile:
 
     def _unplaced(self, adapter: Adapter) -> StayalignedError:
         """Return the error for an adapter whose layers can't be placed."""
-        changed = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in adapter.tensors if ".lora_" in key}
+        changed = adapter.modules()
         lacking = sorted(changed - self.header.modules.keys())
         if lacking or not changed:
             return StayalignedError(

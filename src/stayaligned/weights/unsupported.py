@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from stayaligned.core.errors import StayalignedError
+from stayaligned.core.text import one_line
 from stayaligned.weights.adapters import Adapter, LoraLayer, all_finite
 from stayaligned.weights.checkpoints import Checkpoint
 
@@ -20,6 +21,8 @@ _WITHOUT_EFFECT = (
     *("inference_mode", "lora_dropout", "init_lora_weights", "bias"),
     # settings of features that are off, or of inits that don't change the base
     *("megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    # settings of training that ms-swift, Unsloth and older versions of PEFT add
+    *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "base_model_class", "parent_library", "unsloth_fixed"),
 )
 """Settings that don't change ΔW = scaling·BA, given that `refuse_unsupported` has checked init and bias."""
 BASE_PRESERVING_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
@@ -51,16 +54,23 @@ def refuse_unsupported(adapter: Adapter) -> None:
             f"{adapter.directory}: bias={config['bias']!r}: trained biases are not a low-rank update",
             hint='Train with bias="none".',
         )
-    for name in ("r", "lora_alpha"):
-        value = config.get(name, 8)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise StayalignedError(
-                f"{adapter.directory}: {name}={value!r}, expected a number", hint="Save the adapter again with PEFT."
-            )
+    refuse_settings(adapter.directory, config, known=PLACEMENT)
+
+
+def refuse_settings(directory: Path, config: Mapping[str, Any], *, known: Collection[str]) -> None:
+    """Raise if a configuration has a setting that is not known, is on, and may change what the adapter computes.
+
+    PEFT only warns about settings of other versions and programs, and ignores them.
+
+    Args:
+        directory: the adapter's directory, for the message.
+        config: its configuration.
+        known: the settings that the caller acts on.
+    """
     for name, value in config.items():
-        if value and name not in PLACEMENT and name not in _WITHOUT_EFFECT:
+        if value and name not in known and name not in _WITHOUT_EFFECT:
             raise StayalignedError(
-                f"{adapter.directory}: {name}={value!r} is not supported",
+                f"{directory}: {one_line(f'{name}={value!r}')} is not supported",
                 hint=_FIXES.get(
                     name, "Train without it: the setting is unknown, or changes what the adapter computes."
                 ),
@@ -73,7 +83,11 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     Raises:
         StayalignedError: if they are.
     """
-    if checkpoint.config().get("quantization_config"):
+    config = checkpoint.config()
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]  # text_config of composite models
+    if any(
+        part.get(name) for part in parts for name in ("quantization_config", "quantization")
+    ):  # MLX writes the second
         raise StayalignedError(
             f"{checkpoint.directory}: the checkpoint is quantized", hint="Use the same model in bf16, fp16 or fp32."
         )

@@ -12,11 +12,19 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.core.files import fingerprint, new_directory, refuse_existing, write_text
+from stayaligned.core.files import (
+    copyable_files,
+    fingerprint,
+    new_directory,
+    refuse_existing,
+    refuse_inside,
+    write_text,
+)
 from stayaligned.core.provenance import versions
 from stayaligned.core.records import LayerReport, Record
 from stayaligned.defenses import Execution, ModelPair, PatchDefense
-from stayaligned.weights.adapters import is_adapter, read_adapter, write_adapter
+from stayaligned.defenses.patching.full_weights import is_copied
+from stayaligned.weights.adapters import is_adapter, notes_on_copies, read_adapter, write_adapter
 from stayaligned.weights.checkpoints import (
     check_format,
     open_checkpoint,
@@ -89,13 +97,15 @@ def patch_directory(
     refuse_existing(out)
     if not finetuned.is_dir():
         raise StayalignedError(f"{finetuned}: no such directory", hint="Give an adapter, or a fine-tuned checkpoint.")
+    refuse_inside(out, finetuned)
     how = Execution(device, progress)
     if is_adapter(finetuned) or not (finetuned / "config.json").is_file():
         return patch_directories([finetuned], [out], patch, models, command=command, how=how)[0]
     with _Hashes() as hashes, new_directory(out) as temporary:
         hashes.start(finetuned=finetuned, **_inputs(models))
         layers = patch.patch_model(open_checkpoint(finetuned), temporary, models, how)
-        write_text(temporary / PROJECTION_FILE, _encode_record(patch, command, hashes.all(), layers, ()))
+        notes = copyable_files(finetuned, is_copied)[1]
+        write_text(temporary / PROJECTION_FILE, _encode_record(patch, command, hashes.all(), layers, notes))
     return layers
 
 
@@ -126,6 +136,7 @@ def patch_directories(
     """
     for out in outs:
         refuse_existing(out)
+        refuse_inside(out, *adapters)
     with _Hashes() as hashes, ExitStack() as places:
         originals = [read_adapter(path) for path in adapters]
         hashes.start(**_inputs(models), **{f"adapter {i}": path for i, path in enumerate(adapters)})
@@ -135,7 +146,8 @@ def patch_directories(
         for index, (directory, one) in enumerate(zip(written, patched, strict=True)):
             inputs = {name: value for name, value in found.items() if not name.startswith("adapter ")}
             inputs = {"adapter": found[f"adapter {index}"], **inputs}
-            record = _encode_record(patch, command, inputs, one.layers, one.notes)
+            notes = [*one.notes, *notes_on_copies(adapters[index])]
+            record = _encode_record(patch, command, inputs, one.layers, notes)
             write_adapter(one.adapter, directory, notes={PROJECTION_FILE: record})
     return [list(one.layers) for one in patched]
 

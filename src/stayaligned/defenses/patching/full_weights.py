@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from stayaligned.core.errors import StayalignedError
+from stayaligned.core.files import copyable_files
 from stayaligned.core.records import LayerReport
 from stayaligned.defenses import Execution, ModelPair
 from stayaligned.defenses.patching.layers import (
@@ -96,9 +97,13 @@ def _open_subspace(path: Path, aligned: Checkpoint) -> SubspaceFile:
 def _copy_files(checkpoint: Checkpoint, out: Path) -> None:
     """Copy the shards and the files without weights, but no second set of weights: it would stay unpatched."""
     shards = set(checkpoint.shards().values())
-    for file in sorted(checkpoint.directory.glob("*")):
-        if file.is_file() and (file.name in shards or file.suffix not in _WEIGHT_SUFFIXES):
-            shutil.copyfile(file, out / file.name)
+    for name in {*shards, *(file.name for file in copyable_files(checkpoint.directory, is_copied)[0])}:
+        shutil.copyfile(checkpoint.directory / name, out / name)
+
+
+def is_copied(name: str) -> bool:
+    """Return whether a file of a fine-tuned model is copied as it is: by its name, it holds no weights."""
+    return Path(name).suffix not in _WEIGHT_SUFFIXES
 
 
 class _Patching(NamedTuple):

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.hf.placement.stored import StoredWeights, meta_model
-from stayaligned.weights.adapters import Adapter, LoraLayer
+from stayaligned.weights.adapter_config import refuse_slow_patterns
+from stayaligned.weights.adapters import PREFIX, Adapter, LoraLayer
 from stayaligned.weights.checkpoints import Block, Checkpoint, Weight, weights_fingerprint, whole_tensor
-from stayaligned.weights.lora_layout import PREFIX, natural_key, place_by_name
+from stayaligned.weights.lora_layout import natural_key, place_by_name
 from stayaligned.weights.unsupported import PLACEMENT, check_factors, list_names, refuse_quantized, refuse_unsupported
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def place_adapter(adapter: Adapter, aligned: Checkpoint, base: Checkpoint) -> li
     refuse_unsupported(adapter)
     for checkpoint in (aligned, base):
         refuse_quantized(checkpoint)
+    names = {name.removesuffix(".weight") for name in aligned} | adapter.modules()
+    refuse_slow_patterns(adapter.directory, adapter.config, names)
     layers = place_by_name(adapter, aligned, base)
     if layers is not None:
         check_factors(adapter, layers, aligned.directory)
@@ -168,6 +171,7 @@ def _inject(adapter: Adapter, model: PreTrainedModel) -> dict[str, Any]:
     from peft.tuners.lora import Embedding, Linear, ParamWrapper
     from peft.tuners.lora import LoraLayer as PeftLayer
 
+    refuse_slow_patterns(adapter.directory, adapter.config, [name for name, _ in model.named_modules()])
     settings: dict[str, Any] = {name: adapter.config[name] for name in PLACEMENT if name in adapter.config}
     try:
         with warnings.catch_warnings():
