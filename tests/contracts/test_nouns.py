@@ -103,6 +103,7 @@ def judges_need(world: Path) -> Mapping[str, dict[str, Any]]:
         "classifier": {"model": str(world / "judge")},
         "beavertails": {"model": str(world / "moderation")},
         "llama_guard": {"model": str(world / "guard")},
+        "qwen3_guard": {"model": str(world / "guard")},
         "harmbench": {"model": str(world / "guard")},
         "wildguard": {"model": str(world / "guard")},
         "policy_rubric": {"base_url": SERVER.url, "model": "m"},
