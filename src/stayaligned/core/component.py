@@ -6,6 +6,7 @@ A component's fields are its hyper-parameters, under the names that YAML uses. T
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -19,6 +20,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from stayaligned.core.code_hash import CODE, changes_by_version_only, code_hash
 from stayaligned.core.errors import StayalignedError, did_you_mean
 from stayaligned.core.moved import moved_imports, moved_imports_in
 
@@ -35,7 +37,7 @@ class Component(BaseModel):
     paper: ClassVar[str] = ""
     """The publication that the component implements; empty if there is none."""
     version: ClassVar[int] = 1
-    """Raise it when the behavior changes: cached results of another version are not reused."""
+    """Raise it when the behavior changes in a way that no code of the component shows; see `core.code_hash`."""
     operational: ClassVar[frozenset[str]] = frozenset()
     """Names of the fields that change the speed or the cost but not the result (a batch size); not in `identity()`."""
 
@@ -44,9 +46,14 @@ class Component(BaseModel):
         return {"name": self.name, **self.model_dump(mode="json")}
 
     def identity(self) -> dict[str, Any]:
-        """Return `spec()` without the operational fields and with the version: the component's part of a stage key."""
+        """Return what the component's results depend on: its part of a stage key.
+
+        These are the settings without the operational ones, the version and, unless the component is part of an
+        installed release of this package, a hash of its code.
+        """
         settings = {key: value for key, value in self.spec().items() if key not in self.operational}
-        return {**settings, "version": self.version}
+        code = {} if changes_by_version_only(type(self)) else {CODE: code_hash(type(self))}
+        return {**settings, "version": self.version, **code}
 
     @classmethod
     def summary(cls) -> str:
@@ -189,7 +196,8 @@ def load_plugin(path: Path, registries: list[Registry[Any]]) -> list[str]:
     Raises:
         StayalignedError: if the file cannot be imported or defines no component.
     """
-    module_name = f"stayaligned_plugin_{path.stem}"
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    module_name = f"stayaligned_plugin_{path.stem}_{place}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise StayalignedError(f"plug-in {path}: no such Python file", hint="Give the path of a .py file.")
@@ -198,11 +206,15 @@ def load_plugin(path: Path, registries: list[Registry[Any]]) -> list[str]:
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         _refuse_moved_imports(f"plug-in {path}", moved_imports_in(error))
+        hint = f"Run `python {path}` to see the whole traceback."
+        if isinstance(error, ModuleNotFoundError) and list(
+            path.parent.glob(f"{(error.name or '?').partition('.')[0]}*")
+        ):
+            hint = f"The plug-in's directory is not on Python's path: set PYTHONPATH={path.parent.resolve()}"
         raise StayalignedError(
-            f"plug-in {path} failed to import: {type(error).__name__}: {error}",
-            hint=f"Run `python {path}` to see the whole traceback.",
+            f"plug-in {path} failed to import: {type(error).__name__}: {error}", hint=hint
         ) from error
     added: list[str] = []
     for component in components_in(module):

@@ -170,7 +170,8 @@ def _write_index(grid: Grid, out: Path, contexts: Sequence[Context]) -> None:
         if lost:
             raise StayalignedError(
                 f"{out}: belongs to another grid ({len(lost)} of its trainings are not in this one)",
-                hint="A grid may grow in place (arms, thresholds, judges, seeds); for another one use another --out.",
+                hint="A grid may grow in place (arms, thresholds, judges, seeds); for another one, or after an "
+                "edit of an input file or a plug-in, use another --out.",
             )
     content = {"title": grid.title, "reference": grid.reference, "trainings": trainings, "grid": grid.model_dump()}
     write_text(path, json.dumps(content, indent=2) + "\n")

@@ -96,5 +96,5 @@ def test_a_judge_whose_source_file_is_missing_is_one_error(tmp_path: Path) -> No
     """A class that a script on standard input defines has a file name, but no file."""
     judge = plugin_judge(tmp_path / "gone.py", "Gone")
     (tmp_path / "gone.py").unlink()
-    with pytest.raises(StayalignedError, match="judge 'gone': the source file of Gone can't be found"):
+    with pytest.raises(StayalignedError, match="component 'gone': the source file of Gone can't be found"):
         identify_judge(judge, 0)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from stayaligned import testbed
-from stayaligned.core.errors import StayalignedError
+from stayaligned.core.code_hash import CODE, code_hash
 from stayaligned.core.files import fingerprint
 from stayaligned.core.records import Completion
-from stayaligned.evaluation import judges
 from stayaligned.evaluation.judges import Judge
 from stayaligned.evaluation.results import JudgeIdentity
 from stayaligned.evaluation.verdicts import verdict_key
@@ -49,34 +47,14 @@ def identify_judge(judge: Judge, seed: int) -> JudgeIdentity:
         judge: the judge, with `testbed:` references as written.
         seed: seed of the testbed that the references mean.
     """
-    operational = {*judge.operational, "name", "version"}
+    operational = {*judge.operational, "name", "version", CODE}
     settings = {key: value for key, value in judge.identity().items() if key not in operational}
     return JudgeIdentity(
         name=judge.name,
         version=judge.version,
         settings=identify(settings, seed),
-        source=_source_hash(type(judge)),
+        source=code_hash(type(judge)),
     )
-
-
-@cache
-def _source_hash(judge: type[Judge]) -> str:
-    """Hash the files of a judge's class and of those base classes that are part of a judge, the contract aside."""
-    digest = hashlib.sha256()
-    for module in dict.fromkeys(base.__module__ for base in judge.__mro__ if _is_part_of_a_judge(base)):
-        source = getattr(sys.modules.get(module), "__file__", None)
-        if source is None or not Path(source).is_file():
-            raise StayalignedError(
-                f"judge {judge.name!r}: the source file of {judge.__qualname__} can't be found",
-                hint="Define the judge in a .py file and load it with --plugin: its verdicts are stored by its source.",
-            )
-        digest.update(hashlib.sha256(Path(source).read_bytes()).digest())
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _is_part_of_a_judge(base: type) -> bool:
-    contract = judges.__name__
-    return base.__module__.startswith(f"{contract}.") or (issubclass(base, Judge) and base.__module__ != contract)
 
 
 def input_path(name: str, value: str) -> Path | None:
