@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError, did_you_mean
 from stayaligned.core.text import one_line
+from stayaligned.hf.placement.layers import translate_adapter
+from stayaligned.hf.placement.stored import language_model_classes
 from stayaligned.hf.targets import ALL_LINEAR, excluding, linear_names, unfit_names
 from stayaligned.weights.adapter_config import read_adapter_config, refuse_slow_patterns
+from stayaligned.weights.adapters import read_adapter, write_adapter
 from stayaligned.weights.directories import (
     ADAPTER_WEIGHTS,
     refuse_adapter_files,
@@ -29,20 +34,25 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def load_model(ref: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_model(ref: str | Path, *, dtype: torch.dtype | None = None, adapter: Path | None = None) -> PreTrainedModel:
     """Return a causal language model on the CPU, in evaluation mode; a Trainer moves it to its device.
 
     Args:
         ref: a checkpoint directory or a hub id.
         dtype: type of the weights; by default as stored.
+        adapter: an adapter that will be added, for checkpoints that transformers loads as a text model or as one that
+            also reads images: the class that the adapter was trained on is loaded.
 
     Raises:
         StayalignedError: if there is no such checkpoint, or it can't be loaded safely.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     _require_checkpoint(ref)
-    model = _load_complete(AutoModelForCausalLM, ref, dtype="auto" if dtype is None else dtype)
+    config = _load_pretrained(AutoConfig, ref, "model")
+    loaders = language_model_classes(config)
+    loader = loaders[0] if adapter is None or len(loaders) == 1 else _trained_class(adapter, loaders, config)
+    model = _load_complete(loader, ref, dtype="auto" if dtype is None else dtype)
     config = model.config
     if getattr(config, "rescale_every", 0):
         # RWKV divides some weights by two in evaluation mode, against overflow in fp16: the update of an adapter would
@@ -95,7 +105,7 @@ def load_finetuned(
     Raises:
         StayalignedError: if either is missing, or the adapter does not fit the model.
     """
-    model = load_model(ref, dtype=dtype)
+    model = load_model(ref, dtype=dtype, adapter=adapter)
     return _move_to_accelerator(model if adapter is None else _with_adapter(model, adapter, trainable))
 
 
@@ -110,7 +120,7 @@ def merge_adapter(ref: str | Path, adapter: Path) -> PreTrainedModel:
     """
     import torch
 
-    model = load_model(ref)
+    model = load_model(ref, adapter=adapter)
     types = weight_types(model)
     cast_weights_(model, torch.float32)
     merged: Any = _with_adapter(model, adapter).merge_and_unload()
@@ -213,6 +223,19 @@ def attach_lora(model: PreTrainedModel, lora: Mapping[str, Any]) -> PeftModel:
     return adapted
 
 
+def _trained_class(adapter: Path, loaders: Sequence[Any], config: Any) -> Any:
+    """Return the class whose modules have the names in an adapter; the first if none or several have them."""
+    import torch
+
+    modules = read_adapter(adapter).modules()
+    for loader in loaders:
+        with torch.device("meta"):
+            names = {name for name, _ in loader.from_config(config, trust_remote_code=False).named_modules()}
+        if modules <= names:
+            return loader
+    return loaders[0]
+
+
 def _with_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False) -> PeftModel:
     from dataclasses import fields
 
@@ -236,14 +259,14 @@ def _with_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False
             warnings.filterwarnings("error", message="Found missing adapter keys")
             warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # checked above
             warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys")
-            adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+            with _under_names_of(model, adapter, config["peft_type"]) as directory:
+                adapted = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
+                with safe_open(directory / ADAPTER_WEIGHTS, framework="pt") as file:
+                    stored = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118 (not a mapping)
     except (ValueError, RuntimeError, KeyError, TypeError, UserWarning) as error:
         raise StayalignedError(f"{adapter}: the adapter does not fit the model: {_short(error)}", hint=hint) from None
     # PEFT silently ignores layers that the model lacks.
-    with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
-        dropped = {name for name in file.keys() if "lora_" in name} - {  # noqa: SIM118 (not a mapping)
-            *get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        }
+    dropped = stored - {*get_peft_model_state_dict(adapted, save_embedding_layers=False)}
     if dropped:
         raise StayalignedError(
             f"{adapter}: the adapter does not fit the model, which lacks {len(dropped)} of its weights, "
@@ -251,6 +274,19 @@ def _with_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False
             hint=hint,
         )
     return adapted
+
+
+@contextlib.contextmanager
+def _under_names_of(model: PreTrainedModel, adapter: Path, kind: str) -> Generator[Path]:
+    """Yield the directory of an adapter; of a copy, if the layers have other names in this model."""
+    original = read_adapter(adapter) if kind == "LORA" else None
+    translated = translate_adapter(original, model) if original is not None else None
+    if translated is None or translated is original:
+        yield adapter
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        write_adapter(translated, Path(temporary))
+        yield Path(temporary)
 
 
 def _require_checkpoint(ref: str | Path) -> None:

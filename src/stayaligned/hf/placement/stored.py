@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stayaligned.core.errors import StayalignedError
@@ -26,6 +27,13 @@ _PROBE_COLUMNS = 4
 """Columns of the tensors of row numbers; enough to detect that a conversion moves, merges or splits columns."""
 _MOST_BLOCKS = 64
 """Largest number of blocks of a matrix; more means that rows are interleaved, and would be read one by one."""
+
+
+_OF_TEXT_MODEL = re.compile(
+    r"(?P<prefix>(?:model\.)?(?:(?:language_model|text_model|llm)\.)?(?:model\.)?)(?P<rest>(?:layers|embed_tokens)(?:\..+)?)"
+    r"|(?:language_model\.)?(?P<head>lm_head(?:\..+)?)"
+)
+"""Names of the modules and parameters of a text model, alone or in a model that also reads images."""
 
 
 class _Source(NamedTuple):
@@ -49,7 +57,7 @@ class StoredWeights:
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         self._checkpoint = checkpoint
-        self._model = model
+        self.model = model
         self.parameters: Mapping[str, Tensor] = model.state_dict()  # on the meta device
         self._tied: Mapping[str, str] = model.all_tied_weights_keys
         transforms = get_model_conversion_mapping(model)
@@ -63,7 +71,8 @@ class StoredWeights:
         """Return {parameter: its matrix, or the matrix of each expert, as stored}.
 
         Args:
-            parameters: names of parameters with two dimensions, or three (one matrix per expert).
+            parameters: names of parameters with two dimensions, or three (one matrix per expert), in this model or in
+                one with the same text model.
 
         Raises:
             StayalignedError: listing the parameters that are missing, or stored in another layout or shape.
@@ -72,12 +81,13 @@ class StoredWeights:
         missing: list[str] = []
         converted: list[str] = []
         for parameter in dict.fromkeys(parameters):
-            stored = next((name for name in self._names_of(parameter) if name in self._first), None)
-            if stored is None or parameter not in self.parameters:
+            own = name_in(self.model, parameter, self.parameters)
+            stored = next((name for name in self._names_of(own) if name in self._first), None) if own else None
+            if own is None or stored is None:
                 missing.append(parameter)
                 continue
             matrices = self._matrices(stored)
-            if matrices is None or not self._has_shape(matrices, tuple(self.parameters[parameter].shape)):
+            if matrices is None or not self._has_shape(matrices, tuple(self.parameters[own].shape)):
                 converted.append(parameter)
             else:
                 found[parameter] = matrices
@@ -102,7 +112,7 @@ class StoredWeights:
         """
         from transformers.core_model_loading import dot_natural_key, rename_source_key
 
-        prefix, known = self._model.base_model_prefix, dict(self.parameters)
+        prefix, known = self.model.base_model_prefix, dict(self.parameters)
         groups: dict[str, list[_Source]] = {}
         for name in sorted(self._checkpoint, key=dot_natural_key):
             renamed, pattern = rename_source_key(name, self._renamings, self._converters, prefix, known)
@@ -154,7 +164,7 @@ class StoredWeights:
             starts += range(row, row + count, shape[-2])
             row += count
         try:
-            converted = converter.convert(first, model=self._model, config=self._model.config)
+            converted = converter.convert(first, model=self.model, config=self.model.config)
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError):
             return None  # the operation needs the weight's own columns
         result = converted.get(parameter)
@@ -168,21 +178,55 @@ class StoredWeights:
         return len(shape) in (2, 3) and len(matrices) == experts and shapes == {shape[-2:]}
 
 
-def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """Create the checkpoint's causal language model on the meta device: every module, no weights.
+def name_in(model: PreTrainedModel, name: str, known: Collection[str]) -> str | None:
+    """Return the name that a model gives to a module or parameter of a model with the same text model.
+
+    The class that a model is trained as decides the prefix of its text model: `model.layers.0`,
+    `model.language_model.layers.0` and `language_model.model.layers.0` are the same layer.
+
+    Args:
+        model: the model.
+        name: a module or parameter under any of these names.
+        known: the model's names of modules, or of parameters.
+
+    Returns:
+        `name` itself if the model has it; None if the model has none of these names.
+    """
+    if name in known:
+        return name
+    part = _OF_TEXT_MODEL.fullmatch(name)
+    if part is None:
+        return None
+    heads = (f"{prefix}{part['head']}" for prefix in ("", "language_model."))
+    candidates = heads if part["head"] else (f"{_text_prefix(model)}{part['rest']}",)
+    return next((each for each in candidates if each in known), None)
+
+
+def _text_prefix(model: PreTrainedModel) -> str | None:
+    """Return the prefix of the names in a model's text model."""
+    matches = (_OF_TEXT_MODEL.fullmatch(name) for name, _ in model.named_modules())
+    return next((match["prefix"] for match in matches if match and match["rest"] == "layers"), None)
+
+
+def meta_models(checkpoint: Checkpoint) -> list[PreTrainedModel]:
+    """Create the checkpoint's language models on the meta device: every module, no weights.
+
+    Returns:
+        The causal language model, the model that also reads images, or both, if transformers has both for the
+        checkpoint: adapters of either exist.
 
     Raises:
         StayalignedError: if the configuration is unknown, quantized, or needs code from the checkpoint.
     """
     import torch
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     refuse_quantized(checkpoint)
     try:
         config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            models = [each.from_config(config, trust_remote_code=False) for each in language_model_classes(config)]
     except StrictDataclassError as error:
         raise StayalignedError(
             f"{checkpoint.directory}: config.json: {' '.join(str(error).split())}",
@@ -191,9 +235,34 @@ def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
     except (ValueError, KeyError, OSError) as error:
         model_type = checkpoint.config().get("model_type")
         raise StayalignedError(
-            f"{checkpoint.directory}: not a causal language model of transformers ({model_type!r}): {error}",
+            f"{checkpoint.directory}: not a language model of transformers ({model_type!r}): {error}",
             hint="Use a model that transformers supports; models with their own code are not loaded.",
         ) from error
+    return models if len({type(model) for model in models}) > 1 else models[:1]
+
+
+def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Return the first of `meta_models`, which `hf.models.load_model` would load.
+
+    Raises:
+        StayalignedError: as `meta_models`.
+    """
+    return meta_models(checkpoint)[0]
+
+
+def language_model_classes(config: Any) -> list[Any]:
+    """Return transformers' auto classes for a configuration: of language models, then of those with images."""
+    import transformers
+
+    known = [
+        auto
+        for auto, mapping in (
+            (transformers.AutoModelForCausalLM, transformers.MODEL_FOR_CAUSAL_LM_MAPPING),
+            (transformers.AutoModelForMultimodalLM, transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING),
+        )
+        if type(config) in mapping and (auto is transformers.AutoModelForCausalLM or not config.is_encoder_decoder)
+    ]
+    return known or [transformers.AutoModelForCausalLM]
 
 
 def _locate_rows(numbers: Tensor, units: Sequence[Block], starts: Sequence[int]) -> tuple[Weight, ...] | None:
