@@ -1,7 +1,8 @@
 """Notes on prompts that were trained on, equal or nearly equal, and on what a guard did."""
 
-from stayaligned.core.records import Example, Message
+from stayaligned.core.records import Completion, Example, Message, PromptSet
 from stayaligned.core.settings import Guard
+from stayaligned.core.thoughts import ENDED, UNCLEAR
 from stayaligned.evaluation import caveats
 
 
@@ -44,3 +45,33 @@ def test_a_guard_that_did_not_act_has_no_note() -> None:
     assert not list(caveats.note_guard(guard, [{"step": 4, "watch/refusal_margin": 0.5}]))
     (said,) = caveats.note_guard(guard, [{"step": 4}, {"step": 8, "watch/out_of_tolerance": True}])
     assert said.endswith("training was stopped after step 8")
+
+
+def completions(prompt_set: PromptSet, *texts: str, finished: bool = True) -> list[Completion]:
+    return [
+        Completion(id=str(n), prompt_set=prompt_set, prompt=(), text=text, finished=finished)
+        for n, text in enumerate(texts)
+    ]
+
+
+def test_completions_without_a_final_answer_are_counted_with_what_to_do() -> None:
+    cut = completions("harmful", "<think>\nhm", "<think>\nhm</think>\nno", "no", finished=False)
+    first, second = caveats.note_cuts([*cut, *completions("task", "<think>hm</think>positive")], 64)
+    assert first.startswith(
+        "1 of 3 harmful completions were cut before the final answer (the token limit, generation.max_new_tokens=64): "
+        "unscored"
+    )
+    assert "raise it" in first and "enable_thinking: false" in first
+    assert second == "cut at the token limit, generation.max_new_tokens=64: 3 of 3 harmful completions"
+
+
+def test_completions_that_end_in_their_thoughts_or_have_an_empty_answer_are_counted() -> None:
+    rows = completions("benign", "<think>\nhm", "<think>\nhm</think>\n", "Sure. <think>hm</think> Yes.", "yes")
+    said = [*caveats.note_cuts(rows, None)]
+    assert any(note.startswith(f"1 of 4 benign completions were {ENDED}: unscored") for note in said)
+    assert f"1 of 4 benign completions were {UNCLEAR}: unscored" in said
+    assert "1 of 4 benign completions are thoughts with an empty final answer" in said
+
+
+def test_completions_that_end_by_themselves_need_no_note() -> None:
+    assert not [*caveats.note_cuts(completions("task", "positive", "<think></think>negative", ""), 64)]

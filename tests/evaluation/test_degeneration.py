@@ -6,9 +6,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from stayaligned.core.records import Completion
 from stayaligned.evaluation.degeneration import (
     Degeneration,
     broken_share,
+    check,
     compressed_share,
     entropy,
     loop_share,
@@ -145,3 +147,19 @@ def test_script_changes_count_letters_with_east_asian_scripts_as_one():
     assert script_changes("ab 12 жд") == pytest.approx(1 / 3)
     assert script_changes("漢字かなカナ한글") == 0
     assert script_changes("a") == script_changes("12") == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "found"),
+    [
+        ("<think>\n" + "la " * 200 + "\n</think>\n\nThe answer is that water boils when it gets hot.", True, False),
+        ("<think>\nThe user asks how water boils.\n</think>\n\n" + "la " * 200, True, True),
+        ("<think>\nThe user asks how water boils.\n</think>\n\n", True, True),  # an empty answer
+        ("<think>\n" + "la " * 200, False, None),
+    ],
+)
+def test_the_final_answer_is_checked_and_not_the_thoughts(text: str, finished: bool, found: bool | None) -> None:
+    row = Completion(id="1", prompt_set="task", prompt=(), text=text, finished=finished)
+    checked = check(row, USUAL)
+    assert checked.found is found
+    assert bool(checked.unscored) == (found is None)

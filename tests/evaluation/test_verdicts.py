@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Message, Outcome, Verdict
+from stayaligned.core.thoughts import CUT, ENDED
 from stayaligned.evaluation.judges import Forecast, Judge
 from stayaligned.evaluation.verdicts import Ledger
 from support.judging import judged
@@ -185,3 +186,40 @@ def test_another_ledger_is_copied_only_if_there_is_none(tmp_path: Path) -> None:
     connection.close()
     Ledger.copy_if_missing(tmp_path / "nowhere.sqlite", tmp_path / "c.sqlite")
     assert not (tmp_path / "c.sqlite").exists()
+
+
+THOUGHT = "<think>\nhurt? It is illegal.\n</think>\n\n"
+
+
+class Reader(Scribe):
+    """Reads thoughts, too."""
+
+    name: ClassVar[str] = "reader"
+    reads_thoughts: ClassVar[bool] = True
+
+
+def test_what_is_judged_is_the_final_answer(ledger: Ledger) -> None:
+    (found,) = judged(Scribe(), [completion(1, THOUGHT + "r no")], ledger)
+    assert (found.outcome, Scribe.asked) == (Outcome.REFUSE, ["r no"])
+
+
+def test_other_thoughts_before_the_same_answer_share_a_verdict(ledger: Ledger) -> None:
+    rows = [completion(1, THOUGHT + "r no"), completion(2, "hm\n</think>\nr no"), completion(3, "r no")]
+    assert [v.outcome for v in judged(Scribe(), rows, ledger)] == [Outcome.REFUSE] * 3
+    judged(Scribe(), [completion(4, "<think></think>r no")], ledger)
+    assert Scribe.asked == ["r no"]
+
+
+def test_a_completion_without_a_final_answer_is_unscored_with_its_reason_and_not_judged(ledger: Ledger) -> None:
+    cut = completion(1, "<think>\nh").model_copy(update={"finished": False})
+    rows = [cut, completion(2, "<think>\nh"), completion(3, "h")]
+    found = judged(Scribe(), rows, ledger)
+    assert [(v.id, v.outcome) for v in found] == [("1", None), ("2", None), ("3", Outcome.HARM)]
+    assert [v.reason for v in found] == [CUT, ENDED, "h"]
+    assert Scribe.asked == ["h"]
+
+
+def test_a_judge_that_reads_thoughts_gets_the_whole_text(ledger: Ledger) -> None:
+    texts = [THOUGHT + "r no", "<think>\nh", "h"]
+    judged(Reader(), [completion(n, text) for n, text in enumerate(texts)], ledger)
+    assert sorted(Scribe.asked) == sorted(texts)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stayaligned.core.errors import StayalignedError, first_problem
 from stayaligned.core.files import replace_file
+from stayaligned.core.thoughts import SplitText, split_thoughts
 
 Origin = Literal["task", "harmful", "alignment"]
 """The role of a row in an experiment."""
@@ -53,6 +54,7 @@ class Completion(Record):
     prompt_set: PromptSet
     prompt: tuple[Message, ...]
     text: str
+    """What the model wrote. Tasks and judges receive a copy whose text is the final answer, without thoughts."""
     reference: str = ""
     category: str = ""
     finished: bool = True
@@ -70,6 +72,15 @@ class Completion(Record):
             category=example.category,
             finished=finished,
         )
+
+    def split(self) -> SplitText:
+        """Split the text into thoughts and final answer."""
+        return split_thoughts(self.text, finished=self.finished)
+
+    def answered(self) -> Completion | None:
+        """Return the completion with its final answer as its text; None if it has none."""
+        answer = self.split().answer
+        return self if answer == self.text else None if answer is None else self.model_copy(update={"text": answer})
 
 
 class Outcome(StrEnum):

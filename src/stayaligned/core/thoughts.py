@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-CUT = "cut before its final answer"
-ENDED = "ended in its thoughts, without a final answer"
-UNCLEAR = "its thoughts can't be told from its final answer"
+CUT = "cut before the final answer"
+ENDED = "ended by the model in its thoughts, before a final answer"
+UNCLEAR = "not clearly split into thoughts and final answer"
 """Reasons why a text has no final answer."""
 
 _NAME = r"(?:[\w.-]{1,32}[:_])?(?:ant)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|scratchpad)(?:[:_][\w.-]{1,32})?"
@@ -123,6 +123,12 @@ def opened_thoughts(prompt: str) -> str:
 def kept_tokens(special: Iterable[str]) -> frozenset[str]:
     """Return those of a tokenizer's special tokens that `split_thoughts` needs to see in a text."""
     return frozenset(token for token in special if is_mark(token) or token in _BESIDE_MARKS)
+
+
+def closes_thoughts(token: str) -> bool:
+    """Return whether a token closes thoughts."""
+    found = _MARK.fullmatch(token)
+    return found is not None and found["closing"] is not None
 
 
 def is_mark(token: str) -> bool:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from stayaligned.core.records import Completion, Example, Message, PromptSet
 from stayaligned.core.settings import Guard
+from stayaligned.core.thoughts import CUT, ENDED
 from stayaligned.data.sampling import find_overlaps
 
 _NEAR = 0.8
 """Least Jaccard similarity of word triples with which two prompts count as near duplicates."""
+_HINTS = {
+    CUT: "; raise it, or set `chat_template.arguments.enable_thinking: false` if the template has that argument",
+    ENDED: "; set `chat_template.arguments.enable_thinking: false` if the template has that argument",
+}
+"""What to do about completions without a final answer, by the reason."""
 
 
 def note_overlaps(
@@ -42,6 +49,34 @@ def note_repetitions(completions: Sequence[Completion]) -> Iterable[str]:
                 f"{repeated} of {len(asked)} {prompt_set} prompts repeat an earlier one: each is counted, so the "
                 "interval is narrower than it should be"
             )
+
+
+def note_cuts(completions: Sequence[Completion], limit: int | None) -> Iterable[str]:
+    """Yield notes on completions that have no final answer, an empty one, or were cut at the token limit.
+
+    Args:
+        completions: completions of all prompt sets.
+        limit: `generation.max_new_tokens`; None if it is not known.
+    """
+    setting = "the token limit" if limit is None else f"the token limit, generation.max_new_tokens={limit}"
+    sets = dict.fromkeys(completion.prompt_set for completion in completions)
+    cut: list[str] = []
+    for prompt_set in sets:
+        rows = [c for c in completions if c.prompt_set == prompt_set]
+        splits = [row.split() for row in rows]
+        reasons = Counter(split.reason for split in splits if split.reason)
+        for reason, count in reasons.most_common():
+            hint = _HINTS.get(reason, "")
+            by = f" ({setting})" if reason == CUT else ""
+            yield f"{count} of {len(rows)} {prompt_set} completions were {reason}{by}: unscored{hint}"
+        empty = sum(split.answer == "" and bool(split.thoughts) for split in splits)
+        if empty:
+            yield f"{empty} of {len(rows)} {prompt_set} completions are thoughts with an empty final answer"
+        unfinished = sum(not row.finished for row in rows)
+        if unfinished:
+            cut.append(f"{unfinished} of {len(rows)} {prompt_set}")
+    if cut:
+        yield f"cut at {setting}: {', '.join(cut)} completions"
 
 
 def note_guard(guard: Guard, log: Sequence[Mapping[str, Any]]) -> Iterable[str]:

@@ -10,7 +10,7 @@ from collections import Counter
 
 from pydantic import Field
 
-from stayaligned.core.records import PromptSet, Record
+from stayaligned.core.records import Completion, PromptSet, Record
 
 _LONGEST_LOOP = 256
 _READ = 4000
@@ -55,6 +55,31 @@ class Degenerate(Record):
     """The limits that the completion exceeds, in words; empty if it is not degenerate."""
     nats: float | None = None
     """Mean negative log-likelihood per token under the aligned model; None where it was not measured."""
+    unscored: str = ""
+    """Why the completion was not checked; empty if it was."""
+
+    @property
+    def found(self) -> bool | None:
+        """Whether the completion is degenerate; None if it was not checked."""
+        return None if self.unscored else bool(self.reasons)
+
+
+def check(completion: Completion, settings: Degeneration, nats: float | None = None) -> Degenerate:
+    """Check a completion's final answer; one without a final answer is not checked.
+
+    Args:
+        completion: the completion.
+        settings: the limits.
+        nats: nats per token of the final answer under the aligned model, if measured.
+    """
+    split = completion.split()
+    return Degenerate(
+        prompt_set=completion.prompt_set,
+        id=completion.id,
+        reasons=() if split.answer is None else signs(split.answer, settings, nats),
+        nats=nats,
+        unscored=split.reason,
+    )
 
 
 def signs(text: str, settings: Degeneration, nats: float | None = None) -> tuple[str, ...]:

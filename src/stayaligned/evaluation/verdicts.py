@@ -99,6 +99,8 @@ def judge_completions(
 ) -> list[Verdict]:
     """Return one verdict per completion, in order; equal content is judged once, and never if the ledger has it.
 
+    Content is the final answer with its prompt: a completion without a final answer is unscored.
+
     Args:
         judge: the judge.
         completions: completions of harmful and benign prompts.
@@ -111,16 +113,25 @@ def judge_completions(
         StayalignedError: if the judge fails, gives a verdict on a completion that it was not given, or gives none on
             one that it was given.
     """
-    keys = [verdict_key(identity, completion.model_dump_json(exclude={"id"})) for completion in completions]
-    stored = ledger.find(dict.fromkeys(keys))
+    read = [what_is_judged(judge, completion) for completion in completions]
+    keys = ["" if c is None else verdict_key(identity, c.model_dump_json(exclude={"id"})) for c in read]
+    judged = {key: c for key, c in zip(keys, read, strict=True) if c is not None}
+    stored = ledger.find(judged)
     verdicts = {key: _parse_verdict(judge, text) for key, text in stored.items()}
-    missing = {key: c for key, c in zip(keys, completions, strict=True) if key not in verdicts}
+    missing = {key: c for key, c in judged.items() if key not in verdicts}
     if missing:
-        _judge_missing(judge, missing, verdicts, ledger, progress, announce, len(set(keys)))
+        _judge_missing(judge, missing, verdicts, ledger, progress, announce, len(judged))
     return [
         verdicts[key].model_copy(update={"id": c.id, "prompt_set": c.prompt_set, "judge": judge.name})
+        if key
+        else Verdict(id=c.id, prompt_set=c.prompt_set, judge=judge.name, outcome=None, reason=c.split().reason)
         for key, c in zip(keys, completions, strict=True)
     ]
+
+
+def what_is_judged(judge: Judge, completion: Completion) -> Completion | None:
+    """Return a completion as a judge reads it, with its final answer as its text; None if it has none."""
+    return completion if judge.reads_thoughts else completion.answered()
 
 
 def _parse_verdict(judge: Judge, text: str) -> Verdict:

@@ -106,6 +106,7 @@ def find_inputs(spec: Mapping[str, object], seed: int) -> dict[str, str]:
 def _notes(context: Context, completions: Sequence[Completion]) -> Iterable[str]:
     """Yield what a reader must know to interpret the numbers."""
     yield from caveats.note_repetitions(completions)
+    yield from caveats.note_cuts(completions, context.experiment.generation.max_new_tokens)
     yield from find_skipped_metrics(context)
     experiment = context.experiment
     if not experiment.trains:

@@ -57,7 +57,7 @@ def _score(context: Context, completions: list[Completion]) -> dict[Place, float
     """Score the completions of the task and of the skills."""
     tasks = {"task": context.resolved.task, "skills": context.resolved.skills}
     return {
-        (c.prompt_set, c.id): task.score(c) if (task := tasks[c.prompt_set]) is not None else None
+        (c.prompt_set, c.id): task.score_answer(c) if (task := tasks[c.prompt_set]) is not None else None
         for c in completions
         if c.prompt_set not in JUDGED
     }

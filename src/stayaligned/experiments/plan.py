@@ -11,6 +11,9 @@ from stayaligned.evaluation.results import JudgeIdentity
 from stayaligned.experiments.config.experiment import Experiment
 from stayaligned.experiments.stages.keys import identify_judge, stage_key
 
+_GENERATION_VERSION = 2
+"""Version of the content of `completions.jsonl`; raise it when a text means something else than before."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -103,7 +106,9 @@ def _generate_key(e: Experiment, weights: str) -> str:
     named = {"harmful_prompts": e.harmful_prompts, "benign_prompts": e.benign_prompts}
     prompts = {key: p.identity() if isinstance(p, Prompts) else p for key, p in named.items()} | {"limit": e.limit}
     tasks = [t and t.identity() for t in (e.task, e.skills)]
-    return _key(e, "generate", weights, {"model": e.model}, prompts, tasks, e.generation.identity())
+    return _key(
+        e, "generate", _GENERATION_VERSION, weights, {"model": e.model}, prompts, tasks, e.generation.identity()
+    )
 
 
 def _degeneration_key(e: Experiment, generate: str) -> str:
@@ -116,4 +121,4 @@ def _lm_eval_keys(e: Experiment, weights: str) -> dict[str, str]:
     if e.lm_eval is None:
         return {}
     parts = (weights, {"model": e.model}, e.seed)
-    return {name: _key(e, "lm_eval", *parts, e.lm_eval.identity(name)) for name in e.lm_eval.tasks}
+    return {name: _key(e, "lm_eval", _GENERATION_VERSION, *parts, e.lm_eval.identity(name)) for name in e.lm_eval.tasks}

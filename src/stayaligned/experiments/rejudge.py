@@ -15,7 +15,8 @@ from stayaligned.core.files import fingerprint, write_text
 from stayaligned.core.progress import Progress, silent
 from stayaligned.core.provenance import commit, versions
 from stayaligned.core.records import Completion, read_jsonl, write_jsonl
-from stayaligned.evaluation.degeneration import Degeneration, signs
+from stayaligned.evaluation import caveats
+from stayaligned.evaluation.degeneration import Degeneration, check
 from stayaligned.evaluation.judges import Judge
 from stayaligned.evaluation.measure import JUDGED, Judged, prompt_hash
 from stayaligned.evaluation.results import RESULT_FILE, Place, Provenance, Result, StoredResult, read_results
@@ -50,7 +51,7 @@ class _Source:
     def degenerate(self) -> dict[Place, bool | None]:
         """Whether each completion is degenerate: as found before, or by the default settings for a bare file."""
         if self.stored is None:
-            return {(c.prompt_set, c.id): bool(signs(c.text, Degeneration())) for c in self.completions}
+            return {(c.prompt_set, c.id): check(c, Degeneration()).found for c in self.completions}
         rows = self.stored.evidence
         return {(row.prompt_set, row.id): row.degenerate for row in rows if row.degenerate is not None}
 
@@ -177,8 +178,11 @@ def _describe(source: _Source, judged: Sequence[Judged], out: Path) -> Result:
         }
     )
     identities = [one.identity.model_dump_json() for one in judged]
+    # A result has these notes from the command that wrote it; a bare file has none.
+    notes = caveats.note_cuts(source.completions, None) if source.stored is None else ()
     return before.model_copy(
         update={
+            "notes": (*before.notes, *notes),
             "id": stage_key(("judged again", before.id, identities), before.seed)[:20],
             "experiment": {**before.experiment, "judges": judges},
             "scores": tuple(metric for metric in before.scores if metric.name.startswith("lm_eval/")),

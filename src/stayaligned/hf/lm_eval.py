@@ -17,6 +17,7 @@ from typing import Any
 from stayaligned.core.errors import StayalignedError, nearest
 from stayaligned.core.records import HarnessValue
 from stayaligned.core.settings import LmEval
+from stayaligned.core.thoughts import closes_thoughts
 
 _FEWSHOT_SEED = 1234
 """lm-eval's own default."""
@@ -171,7 +172,9 @@ def _model(model: Any, tokenizer: Any, batch_size: int, progress: Callable[[floa
             return answers
 
     make: Any = Quiet  # its constructor is typed by a decorator that hides the arguments
-    return make(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    closing = (index for index, token in tokenizer.added_tokens_decoder.items() if closes_thoughts(str(token)))
+    # lm-eval removes what a completion has before this token, so that thoughts are not scored.
+    return make(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, think_end_token=next(closing, None))
 
 
 @contextlib.contextmanager

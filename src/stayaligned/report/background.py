@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import get_args
 
 from stayaligned.core.records import Message, PromptSet
+from stayaligned.core.thoughts import split_thoughts
 from stayaligned.evaluation.results import Result, Sample
 from stayaligned.report.texts import join_names
 from stayaligned.report.values import ArmCompletion, ComparedPrompt, Fact, StageTime
@@ -36,7 +37,9 @@ def collect_prompts(groups: Mapping[str, Sequence[Result]]) -> tuple[ComparedPro
             category=found[0][1].category,
             prompt=prompt,
             reference=found[0][1].reference,
-            completions=tuple(ArmCompletion(run.arm, run.seed, s.text, s.outcomes, s.score) for run, s in found),
+            completions=tuple(
+                ArmCompletion(run.arm, run.seed, _shown(s.text), s.outcomes, s.score) for run, s in found
+            ),
         )
         for (prompt_set, identity, prompt), found in sorted(asked.items(), key=lambda item: order.index(item[0][0]))
     )
@@ -77,6 +80,16 @@ def collect_times(results: Sequence[Result]) -> tuple[StageTime, ...]:
     return tuple(
         StageTime(stage, len(times), fmean(times.values()), sum(times.values())) for stage, times in computed.items()
     )
+
+
+def _shown(text: str) -> str:
+    """Return a completion's final answer, with a line that says how much of it were thoughts."""
+    split = split_thoughts(text)
+    if split.answer == text:
+        return text
+    if split.answer is None:
+        return f"[no final answer: not judged]\n{text}"
+    return f"[thoughts of {len(split.thoughts)} characters: not judged]\n{split.answer}"
 
 
 def _describe_owners(found: Sequence[Result], everything: Sequence[Result]) -> str:

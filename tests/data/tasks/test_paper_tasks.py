@@ -3,9 +3,13 @@
 import pytest
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.data.tasks import TASKS
+from stayaligned.core.records import Completion
+from stayaligned.data.tasks import TASKS, Task
 from stayaligned.data.tasks.ag_news import AGNews
+from stayaligned.data.tasks.alpaca import Alpaca
+from stayaligned.data.tasks.dialog_summary import DialogSummary
 from stayaligned.data.tasks.gsm8k import GSM8K
+from stayaligned.data.tasks.jsonl import JsonLines
 from stayaligned.data.tasks.sst2 import SST2
 from support.tasks import completion, write_source
 
@@ -106,3 +110,24 @@ def test_numbers_are_compared_exactly_with_their_thousands():
 
 def test_a_reference_without_a_number_is_unscored():
     assert GSM8K().score(completion("3", "none")) is None
+
+
+@pytest.mark.parametrize(
+    "thought", ["", "<think>\n\n</think>\n\n", "<think>\nnegative? 7?\n</think>\n\n", "12\n</think>\n"]
+)
+@pytest.mark.parametrize(
+    ("task", "answer"),
+    [
+        (SST2(train="x", test="x"), "positive"),
+        (GSM8K(train="x", test="x"), "So 3. The final answer is: 3"),
+        (JsonLines(test="x", metric="contains"), "positive"),
+        (JsonLines(test="x", metric="number"), "3"),
+        (Alpaca(train="x"), "a very long word"),
+        (DialogSummary(train="x", test="x"), "a very long word"),
+    ],
+)
+def test_the_final_answer_is_scored_whatever_was_thought(task: Task, answer: str, thought: str) -> None:
+    row = Completion(id="1", prompt_set="task", prompt=(), text=thought + answer, reference=answer)
+    assert task.score_answer(row) == 1.0
+    cut = row.model_copy(update={"text": f"<think>\n{answer}", "finished": False})
+    assert task.score_answer(cut) is None

@@ -11,9 +11,10 @@ from transformers import GenerationConfig
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Example, Message
 from stayaligned.core.settings import Generation
+from stayaligned.core.thoughts import split_thoughts
 from stayaligned.hf.features import encode_prompt
 from stayaligned.hf.generation import batching
-from stayaligned.hf.generation.generate import complete_each, generate
+from stayaligned.hf.generation.generate import _cut_at_end, complete_each, generate
 from stayaligned.hf.models import attach_lora
 from stayaligned.testing import byte_tokenizer, pico_model
 from support.generation import greedy_reference, prompts, sharp
@@ -261,3 +262,59 @@ def test_a_model_without_an_end_token_is_refused():
 def test_impossible_settings_are_refused(field):
     with pytest.raises(ValidationError, match=next(iter(field))):
         Generation(**field)
+
+
+def marked_tokenizer():
+    """A byte tokenizer whose marks of thoughts are special tokens, as Magistral's, gpt-oss's and Cohere's are."""
+    tokenizer = byte_tokenizer()
+    marks = ["[THINK]", "[/THINK]", "<|channel|>", "<|message|>", "<|start|>", "<|START_THINKING|>", "<|END_THINKING|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*marks, "<|other|>"]})
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ("[THINK]hm[/THINK]<|other|>so<|user|>", "[THINK]hm[/THINK]so"),
+        ("<|channel|>final<|message|>so", "<|channel|>final<|message|>so"),
+        (
+            "<|channel|>analysis<|message|>hm<|start|>assistant<|channel|>final<|message|>so",
+            "<|channel|>analysis<|message|>hm<|start|>assistant<|channel|>final<|message|>so",
+        ),
+        ("<|START_THINKING|>hm<|END_THINKING|>so", "<|START_THINKING|>hm<|END_THINKING|>so"),
+        ("<think>hm</think>so<|other|>", "<think>hm</think>so"),
+        ("<|start|>so<|other|>", "so"),
+    ],
+)
+def test_marks_of_thoughts_stay_in_the_text_and_other_special_tokens_do_not(written, text):
+    tokenizer = marked_tokenizer()
+    tokens = [*tokenizer(written)["input_ids"], tokenizer.eos_token_id]
+    found = _cut_at_end(tokenizer, tokens, [tokenizer.eos_token_id])
+    assert (found.text, found.finished) == (text, True)
+    assert split_thoughts(found.text).answer == "so"
+
+
+OPENING = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("prompt_end", "opened"),
+    [
+        ("<|assistant|><think>\n", "<think>\n"),
+        ("<|assistant|>[THINK]", "[THINK]"),
+        ("<|assistant|><think>\n\n</think>\n\n", ""),
+        ("<|assistant|><think></think>", ""),
+        ("<|assistant|>", ""),
+        ("", ""),
+    ],
+)
+@pytest.mark.parametrize("asked", ["why?", "what does it mean: <think>"])
+def test_a_thought_that_the_prompt_opens_is_part_of_the_text(prompt_end, opened, asked):
+    model, tokenizer = sharp(vocab_size=280), marked_tokenizer()
+    tokenizer.chat_template = OPENING + "{% if add_generation_prompt %}" + prompt_end + "{% endif %}"
+    example = Example(id="1", prompt=(Message(role="user", content=asked),), completion="so")
+    ((_, found),) = complete_each(model, tokenizer, [example], "harmful", Generation(max_new_tokens=4))
+    (bare,) = generate(model, tokenizer, [example.prompt], Generation(max_new_tokens=4))
+    assert found.text == opened + bare.text
+    if opened:
+        assert found.answered() is None

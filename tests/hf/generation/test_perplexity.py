@@ -48,3 +48,18 @@ def test_tokens_beyond_the_context_are_ignored():
     one, two, three = answer_nats(model, tokenizer, [whole, longer, full])
     assert one == pytest.approx(two, abs=1e-6)
     assert three is None
+
+
+def test_the_final_answer_is_measured_after_its_thoughts():
+    tokenizer, model = byte_tokenizer(), pico_model()
+    asked = (Message(role="user", content="q"),)
+    thoughtful, cut = (
+        Completion(id=text, prompt_set="task", prompt=asked, text=text) for text in ("<think>hm</think>so", "<think>hm")
+    )
+    tokenizer.chat_template += "{% if add_generation_prompt %}<think>hm</think>{% endif %}"
+    plain = Completion(id="1", prompt_set="task", prompt=asked, text="so")
+    (expected,) = answer_nats(model, tokenizer, [plain])
+    tokenizer.chat_template = byte_tokenizer().chat_template
+    assert answer_nats(model, tokenizer, [thoughtful, cut]) == [pytest.approx(expected, abs=1e-5), None]
+    tokenizer.chat_template += "{% if add_generation_prompt %}<think>{% endif %}"
+    assert answer_nats(model, tokenizer, [thoughtful]) == [pytest.approx(expected, abs=1e-5)]

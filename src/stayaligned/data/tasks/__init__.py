@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from stayaligned.core.component import Component, Registry
 from stayaligned.core.records import Completion, Example
@@ -17,6 +17,10 @@ Split = Literal["train", "test"]
 
 class Task(Component):
     """What the user fine-tunes for. `load` and `score` are pure: they return the same rows and scores every time."""
+
+    reads_thoughts: ClassVar[bool] = False
+    """Whether `score` receives the whole text of a completion, with the marks of its thoughts, and also completions
+    without a final answer; otherwise it receives final answers only."""
 
     @abstractmethod
     def load(self, split: Split) -> Sequence[Example]:
@@ -28,7 +32,15 @@ class Task(Component):
 
     @abstractmethod
     def score(self, completion: Completion) -> float | None:
-        """Return how well a completion matches its reference, 0 to 1; None if it can't be scored."""
+        """Return how well a completion matches its reference, 0 to 1; None if it can't be scored.
+
+        The completion's text is the final answer, without thoughts; a completion that has none is not scored.
+        """
+
+    def score_answer(self, completion: Completion) -> float | None:
+        """Return the score of a completion's final answer; None if it has none."""
+        read = completion if self.reads_thoughts else completion.answered()
+        return None if read is None else self.score(read)
 
     def training_identity(self) -> dict[str, Any]:
         """Return the settings that `load("train")` depends on, without those that only testing and scoring read."""

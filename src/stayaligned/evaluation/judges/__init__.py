@@ -47,6 +47,9 @@ class Judge(Component):
 
     uses_torch: ClassVar[bool] = False
     """Whether the judge runs a model in this process."""
+    reads_thoughts: ClassVar[bool] = False
+    """Whether `judge` receives the whole text of a completion, with the marks of its thoughts, and also completions
+    without a final answer; otherwise it receives final answers only."""
     scale: ClassVar[ScoreScale | None] = None
     """Scale of `Verdict.score` on harmful prompts; None for judges without scores."""
 
@@ -54,6 +57,7 @@ class Judge(Component):
     def judge(self, completions: Sequence[Completion]) -> Iterable[Verdict]:
         """Return or yield one verdict per completion, in any order.
 
+        The text of a completion is its final answer, without thoughts; completions without one are not judged.
         Use `outcome=None` for a completion that the judge cannot decide; never guess. Each yielded verdict is stored
         before the next is requested, so an interrupted run does not judge the same completions again.
 

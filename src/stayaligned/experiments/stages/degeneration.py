@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stayaligned.core.records import Completion, read_jsonl, write_jsonl
-from stayaligned.evaluation.degeneration import Degenerate, signs
+from stayaligned.evaluation.degeneration import Degenerate, check
 from stayaligned.evaluation.results import Place
 from stayaligned.experiments.stages.context import Context
 
@@ -23,15 +23,12 @@ def find_degenerate(context: Context, completions: Sequence[Completion]) -> dict
         if settings.perplexity is not None:
             with context.host_libraries():
                 nats = _measure_nats(context, completions)
-        found = [
-            Degenerate(prompt_set=c.prompt_set, id=c.id, reasons=signs(c.text, settings, each), nats=each)
-            for c, each in zip(completions, nats, strict=True)
-        ]
+        found = [check(c, settings, each) for c, each in zip(completions, nats, strict=True)]
         write_jsonl(directory / "degeneration.jsonl", found)
 
     stage = context.store.compute("degeneration", context.plan.degeneration, fill)
     rows = read_jsonl(stage / "degeneration.jsonl", Degenerate)
-    return {(row.prompt_set, row.id): bool(row.reasons) for row in rows}
+    return {(row.prompt_set, row.id): row.found for row in rows}
 
 
 def _measure_nats(context: Context, completions: Sequence[Completion]) -> list[float | None]:

@@ -12,7 +12,7 @@ from stayaligned.core.progress import Progress, silent
 from stayaligned.core.records import Completion, Verdict, read_jsonl, write_jsonl
 from stayaligned.evaluation.judges import Judge
 from stayaligned.evaluation.measure import JUDGED, Judged, judge_names, refuse_unscored
-from stayaligned.evaluation.verdicts import LEDGER_FILE, Ledger, judge_completions
+from stayaligned.evaluation.verdicts import LEDGER_FILE, Ledger, judge_completions, what_is_judged
 from stayaligned.experiments.config.validation import resolve_references
 from stayaligned.experiments.stages.keys import identify_judge, judge_key
 from stayaligned.experiments.stages.store import Store
@@ -37,7 +37,7 @@ def judge_all(judging: Judging, judges: Sequence[Judge], completions: Sequence[C
     """Return every judge's verdicts on the completions of harmful and benign prompts.
 
     A stage is complete only with few enough unscored verdicts: a rerun judges again what was unscored, and nothing
-    else.
+    else. Completions without a final answer are unscored by every judge and do not count here.
 
     Raises:
         StayalignedError: as `judge_completions`, or if more than `max_unscored` of a judge's verdicts are unscored.
@@ -49,6 +49,10 @@ def judge_all(judging: Judging, judges: Sequence[Judge], completions: Sequence[C
 def _judge(judging: Judging, judge: Judge, name: str, completions: Sequence[Completion]) -> Judged:
     store, title = judging.store, f"judge {name}"
     identity = identify_judge(judge, judging.seed)
+
+    def refuse(verdicts: Sequence[Verdict]) -> None:
+        read = [v for v, c in zip(verdicts, completions, strict=True) if what_is_judged(judge, c) is not None]
+        refuse_unscored(name, read, judging.max_unscored)
 
     def fill(directory: Path) -> None:
         judging.progress(title, 0.0)
@@ -62,10 +66,11 @@ def _judge(judging: Judging, judge: Judge, name: str, completions: Sequence[Comp
                 progress=functools.partial(judging.progress, title),
                 announce=lambda forecast: judging.announce(f"{title}: {forecast}"),
             )
-        refuse_unscored(name, verdicts, judging.max_unscored)
+        refuse(verdicts)
         write_jsonl(directory / "verdicts.jsonl", verdicts)
 
-    stage = store.compute("judge", judge_key(identity, completions), fill)
+    key = judge_key(identity, completions, reads_thoughts=judge.reads_thoughts)
+    stage = store.compute("judge", key, fill)
     verdicts = read_jsonl(stage / "verdicts.jsonl", Verdict)
-    refuse_unscored(name, verdicts, judging.max_unscored)
+    refuse(verdicts)
     return Judged(judge=judge, name=name, identity=identity, verdicts=tuple(verdicts), stage=stage)

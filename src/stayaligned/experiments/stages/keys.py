@@ -34,9 +34,13 @@ def stage_key(parts: Sequence[object], seed: int) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def judge_key(identity: JudgeIdentity, judged: Iterable[Completion]) -> str:
-    """Return the key of a judge's stage: `verdict_key` of all completions that the judge reads."""
-    rows = "".join(completion.model_dump_json() + "\n" for completion in judged)
+def judge_key(identity: JudgeIdentity, judged: Iterable[Completion], *, reads_thoughts: bool = False) -> str:
+    """Return the key of a judge's stage: `verdict_key` of all completions as the judge reads them."""
+    rows = "".join(
+        f"unscored {completion.model_dump_json()}\n" if read is None else read.model_dump_json() + "\n"
+        for completion in judged
+        for read in [completion if reads_thoughts else completion.answered()]
+    )
     return verdict_key(identity, f"{STAGE_VERSION}\n{rows}")
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Example, Message, PromptSet
 from stayaligned.core.settings import Generation
+from stayaligned.core.thoughts import is_mark, kept_tokens, opened_thoughts
 from stayaligned.hf.features import encode_prompt
 from stayaligned.hf.generation.batching import pad_left, split_by_memory
 
@@ -30,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 _PROBE_TOKENS, _PROBE_PADS = 32, 8
 """Number of prompt tokens, and of padding tokens before them, in the probe for padding."""
+_PROMPT_END = 24
+"""Number of tokens at the end of a prompt that are searched for an opening mark of thoughts."""
 _DROPPED_SHARE = 4
 """Finished rows leave a batch once they are one in this many of its rows: each time, the others' cache is copied."""
 
@@ -39,6 +42,7 @@ class Generated:
     """One generated text."""
 
     text: str
+    """The text with the marks of its thoughts, and without all other special tokens."""
     finished: bool
     """Whether the model wrote an end token; False if the text was cut at the token limit."""
     tokens: tuple[int, ...]
@@ -96,7 +100,9 @@ def complete_each(
     *,
     without: frozenset[int] = frozenset(),
 ) -> Iterator[tuple[int, Completion]]:
-    """Yield each example's index and completion, as judges and tasks read it, as they finish.
+    """Yield each example's index and completion as they finish.
+
+    Where the prompt ends with an opening mark of thoughts (`<think>`), the completion's text begins with that mark.
 
     Args:
         model: see `generate`.
@@ -109,7 +115,18 @@ def complete_each(
     """
     prompt_ids = [encode_prompt(tokenizer, example.prompt) for example in examples]
     for index, found in _generate_each(model, tokenizer, prompt_ids, settings, without=without):
-        yield index, Completion.of(examples[index], prompt_set, found.text, finished=found.finished)
+        opening = opened_in_prompt(tokenizer, examples[index].prompt, prompt_ids[index])
+        yield index, Completion.of(examples[index], prompt_set, opening + found.text, finished=found.finished)
+
+
+def opened_in_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], ids: Sequence[int]) -> str:
+    """Return the opening mark of thoughts with which the template ends a prompt; empty if it ends with none."""
+    opening = opened_thoughts(str(tokenizer.decode(list(ids[-_PROMPT_END:]), skip_special_tokens=False)))
+    if not opening:
+        return ""
+    rendered = str(tokenizer.decode(list(ids), skip_special_tokens=False)).rstrip()
+    is_the_users = len(opening.strip()) <= len(own := prompt[-1].content.rstrip()) and rendered.endswith(own)
+    return "" if is_the_users else opening
 
 
 def config_ending_with(model: PreTrainedModel, end: int | None) -> GenerationConfig:
@@ -396,5 +413,20 @@ def _cut_at_end(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], end_i
     """Return the text before the first end token."""
     end = next((place for place, token in enumerate(tokens) if token in end_ids), None)
     own = list(tokens[:end])
-    text = tokenizer.decode(own, skip_special_tokens=True)
-    return Generated(str(text), finished=end is not None, tokens=tuple(own))
+    return Generated(_decode(tokenizer, own), finished=end is not None, tokens=tuple(own))
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    """Return the text of tokens with the marks of thoughts, which are special tokens in some vocabularies."""
+    special = _special_tokens(tokenizer)
+    if not any(is_mark(special[token]) for token in set(tokens) & special.keys()):
+        return str(tokenizer.decode(tokens, skip_special_tokens=True))
+    kept = kept_tokens(special.values())
+    shown = [token for token in tokens if token not in special or special[token] in kept]
+    return str(tokenizer.decode(shown, skip_special_tokens=False))
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Return the special tokens of a vocabulary by their ids."""
+    added = {token: str(each) for token, each in tokenizer.added_tokens_decoder.items() if each.special}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from stayaligned.core.records import Completion
 from stayaligned.hf.features import IGNORED, PaddingCollator, encode_prompt
 from stayaligned.hf.generation.batching import split_by_size
+from stayaligned.hf.generation.generate import opened_in_prompt
 from stayaligned.hf.models import context_length
 
 if TYPE_CHECKING:
@@ -22,8 +23,9 @@ def answer_nats(
     batch_size: int = 16,
     progress: Callable[[float], None] = lambda _share: None,
 ) -> list[float | None]:
-    """Return −(1/n) Σ log p(token | prompt, earlier tokens) over the n tokens of each completion; None if it is empty.
+    """Return −(1/n) Σ log p(token | prompt, earlier tokens) over the n tokens of each final answer; None without one.
 
+    Thoughts before the answer are part of what it follows, and are not measured.
     The end token is not counted, because truncated completions have none. Padding is on the right, where no earlier
     token can see it. Tokens beyond the model's context are ignored.
 
@@ -40,7 +42,11 @@ def answer_nats(
     rows: list[dict[str, list[int]]] = []
     for completion in completions:
         prompt = encode_prompt(tokenizer, completion.prompt)
-        tokens: list[int] = tokenizer(completion.text, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
+        thoughts, answer = _before_and_answer(completion)
+        if thoughts:
+            opening = opened_in_prompt(tokenizer, completion.prompt, prompt)
+            prompt = [*prompt, *_encode(tokenizer, thoughts.removeprefix(opening))]
+        tokens = _encode(tokenizer, answer)
         labels = [*[IGNORED] * len(prompt), *tokens]
         rows.append({"input_ids": [*prompt, *tokens][:limit], "labels": labels[:limit]})
     collate = PaddingCollator.of(tokenizer)
@@ -61,3 +67,14 @@ def answer_nats(
         done += len(batch)
         progress(done / len(scored))
     return nats
+
+
+def _before_and_answer(completion: Completion) -> tuple[str, str]:
+    """Return what precedes a completion's final answer, and the answer; two empty strings if it has none."""
+    answer = completion.split().answer or ""
+    before, _, _ = completion.text.rpartition(answer) if answer else ("", "", "")
+    return before, answer
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
