@@ -24,8 +24,7 @@ def write(path, text):
 def test_records_of_the_standard_writer_are_read_unchanged(rows):
     stream = io.StringIO(newline="")
     csv.writer(stream).writerows([("goal", "target"), *rows])
-    stream.seek(0)
-    assert [(cells["goal"], cells["target"]) for _, cells in parse_csv(stream, "a.csv")] == rows
+    assert [(cells["goal"], cells["target"]) for _, cells in parse_csv(stream.getvalue(), "a.csv")] == rows
 
 
 def test_a_byte_order_mark_is_not_part_of_the_first_name_and_lines_are_those_of_the_file(tmp_path):
@@ -42,13 +41,12 @@ def test_a_byte_order_mark_is_not_part_of_the_first_name_and_lines_are_those_of_
         ("a,b\n1,2\n1,2,3\n", "line 3: 3 cells, expected 2"),
         ("a,b\n1\n", "line 2: 1 cells, expected 2"),
         ('a,b\n1,2\n"open,3\n4,5\n', "line 3: invalid CSV"),
-        ("a,\n1,2\n", "line 1: a column without a name"),
         ("a,a\n1,2\n", "line 1: several columns named a"),
     ],
 )
 def test_an_invalid_table_is_an_error_that_names_the_line(text, message):
     with pytest.raises(StayalignedError, match=rf"bad\.csv, {message}"):
-        list(parse_csv(io.StringIO(text, newline=""), "bad.csv"))
+        list(parse_csv(text, "bad.csv"))
 
 
 def test_a_csv_source_has_the_options_of_every_source(tmp_path):

@@ -1,15 +1,17 @@
-"""Write files and directories completely or not at all, and compute fingerprints of their content."""
+"""Read text and JSON, write files and directories completely or not at all, and fingerprint their content."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.text import one_line
@@ -54,6 +56,66 @@ def read_text(path: Path, *, hint: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise StayalignedError(f"{path}: {reason}", hint=hint) from None
+
+
+def parse_json(text: str | bytes, where: str, *, hint: str | None = None) -> Any:
+    """Return the value of a JSON text.
+
+    Every reader of a user's JSON uses this: Python's parser has errors of three types, and takes the last value of a
+    key that is given twice.
+
+    Args:
+        text: the JSON text.
+        where: the name of its place, for messages.
+        hint: what to do about an error.
+
+    Raises:
+        StayalignedError: if the text is invalid, is nested too deeply, or has a number with too many digits or a key
+            twice in one object.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise StayalignedError(f"{where}: {_json_problem(error)}", hint=hint) from None
+
+
+def parse_json_values(text: str, where: str, *, hint: str | None = None) -> Iterator[tuple[int, Any]]:
+    """Yield the first line number (from 1) and the value of each JSON value in a text, such as JSON lines.
+
+    Raises:
+        StayalignedError: as `parse_json`, naming the line where the value begins.
+    """
+    decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
+    line, counted, position = 1, 0, _skip_space(text, 0)
+    while position < len(text):
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            value, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            raise StayalignedError(f"{where}, line {line}: {_json_problem(error)}", hint=hint) from None
+        yield line, value
+        position = _skip_space(text, end)
+
+
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice in one object")
+    return found
+
+
+def _json_problem(error: ValueError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "invalid JSON: nested too deeply"
+    # Without Python's advice to change a limit of the interpreter.
+    return f"invalid JSON: {str(error).split('; use sys.')[0]}"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,20 +1,25 @@
-"""Read rows from JSONL, JSON and CSV files and hub data sets, and turn them into Examples.
+"""Read rows from files and hub data sets, and turn them into Examples.
 
 A source is one string, written on one line of YAML:
 
-    path/rows.jsonl                          JSON lines; or .json with one list; or .csv
-    path/folder                              all such files in a folder, in order of their names
+    path/rows.jsonl                          JSON lines or a list, CSV, TSV, Parquet or Arrow, also compressed
+    path/folder                              all such files in a folder, or what `datasets` saved there
     hf://owner/name?split=train&config=main  a data set of the hub, or of its local cache when offline
     ...?completion=response&where=is_safe:false
 
 Options after the `?`:
 
-- `prompt`, `completion`, `id`, `category`: the source's name for a column, if it has another one;
+- `prompt`, `completion`, `messages`, `chosen`, `rejected`, `system`, `instruction`, `input`, `context`, `history`,
+  `id`, `category`: the source's name for a column, if it has another one;
+- `role`, `content`: the source's names for the keys of a turn;
 - `where=column:value`: only the rows with that value; several conditions must all hold;
-- for the hub: `split` (default "train"), `config`, `revision`; or `files=*.csv`, to read the files of a repository;
+- `ignore=column`: read the rows as if this column, or this key of a turn, were absent;
+- `split`: of a hub data set (default "train"), or of a folder that has several;
+- `files=*.csv`: only these files of a folder, or of a repository of the hub;
+- for the hub: `config`, `revision`;
 - for CSV: `columns=prompt,category` names the columns of files without a header.
 
-This is the only module that imports `datasets`.
+`docs/data.md` shows the formats of other tools, each with the line that names it.
 """
 
 from __future__ import annotations
@@ -22,46 +27,28 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import parse_qsl
+from typing import Any
 
 from stayaligned.core.errors import StayalignedError, did_you_mean
-from stayaligned.core.records import Example, Message, Origin
-from stayaligned.data.csv import parse_csv
+from stayaligned.core.records import Example, Origin
+from stayaligned.data.files import Row as Row
+from stayaligned.data.files import read_path, table_rows
+from stayaligned.data.formats import (
+    Columns,
+    Conversation,
+    read_conversation,
+    refuse_unread,
+    unknown_columns,
+    verdict_of,
+)
+from stayaligned.data.options import Source, parse_source
+from stayaligned.data.turns import TurnReader, is_missing, kind_of
 
-_HUB = "hf://"
-_COLUMNS = ("id", "prompt", "completion", "category")
-_HUB_OPTIONS = ("split", "config", "revision", "files")
-_FILE_TYPES = (".jsonl", ".json", ".csv")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _log = logging.getLogger(__name__)
-
-
-class Row(NamedTuple):
-    """One row of a source, unchanged."""
-
-    where: str
-    """The row's place, for messages: "line 12", "item 12" of a list, "row 12" of a hub data set; counted from 1."""
-    values: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Source:
-    text: str
-    """The whole source as the user wrote it, for messages."""
-    place: str
-    """The path or the hub id."""
-    hub: bool
-    columns: dict[str, str] = field(default_factory=dict)
-    filters: tuple[tuple[str, str], ...] = ()
-    hub_options: dict[str, str] = field(default_factory=dict)
-    csv_columns: tuple[str, ...] | None = None
-    """The column names of CSV files without a header."""
 
 
 # ---- rows of a source ----------------------------------------------------------------------------------------------
@@ -73,131 +60,59 @@ def read_rows(source: str) -> list[Row]:
     Raises:
         StayalignedError: if the source is missing, malformed or empty, or no row passes the filters.
     """
-    parsed = _parse_source(source)
-    by_files = not parsed.hub or "files" in parsed.hub_options
-    rows = list(_file_rows(parsed) if by_files else _hub_rows(parsed))
+    parsed = parse_source(source)
+    rows = list(_read(parsed))
     if not rows:
         raise StayalignedError(f"{source}: no rows", hint="Give a file with one JSON object per line.")
     known = sorted({name for row in rows for name in row.values})
     for column in (*parsed.columns.values(), *(column for column, _ in parsed.filters)):
         if column not in known:
             raise StayalignedError(f"{source}: no column {column!r}", hint=did_you_mean(column, known, "columns"))
-    rows = [row for row in rows if all(_as_text(row.values.get(c)) == wanted for c, wanted in parsed.filters)]
-    if not rows:
-        raise StayalignedError(f"{source}: no row passes its filters", hint="Check the values after `where=`.")
-    return [Row(where, _renamed(values, parsed.columns)) for where, values in rows]
-
-
-def _renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """Rename columns; a column that already has one of the new names is dropped."""
-    others = {name: value for name, value in values.items() if name not in columns and name not in columns.values()}
-    return {**others, **{ours: values[theirs] for ours, theirs in columns.items() if theirs in values}}
-
-
-def _parse_source(source: str) -> _Source:
-    hub = source.startswith(_HUB)
-    if not hub and Path(source).expanduser().exists():
-        return _Source(source, source, hub=False)
-    place, _, query = source.removeprefix(_HUB).partition("?")
-    allowed = [*_COLUMNS, "where", "columns", *(_HUB_OPTIONS if hub else ())]
-    columns: dict[str, str] = {}
-    filters: list[tuple[str, str]] = []
-    hub_options: dict[str, str] = {}
-    csv_columns: tuple[str, ...] | None = None
-    for name, value in parse_qsl(query, keep_blank_values=True):
-        if name not in allowed:
-            raise StayalignedError(f"{source}: no source option {name!r}", hint=did_you_mean(name, allowed, "options"))
-        if name == "where":
-            column, colon, wanted = value.partition(":")
-            if not colon:
-                raise StayalignedError(f"{source}: where={value} is not a filter", hint="Write where=column:value.")
-            filters.append((column, wanted))
-        elif name == "columns":
-            csv_columns = tuple(value.split(","))
-        else:
-            (columns if name in _COLUMNS else hub_options)[name] = value
-    return _Source(source, place, hub, columns, tuple(filters), hub_options, csv_columns)
-
-
-def _file_rows(source: _Source) -> Iterator[Row]:
-    path = _downloaded(source) if source.hub else Path(source.place).expanduser()
-    if path.is_dir():
-        files = sorted((p for p in path.iterdir() if p.suffix in _FILE_TYPES and p.is_file()), key=_natural_order)
-        if not files:
-            raise StayalignedError(
-                f"{source.text}: no .jsonl, .json or .csv file in this folder",
-                hint="Give a file or a folder of such files.",
-            )
-        for file in files:
-            for row in _rows_of_file(file, source.csv_columns):
-                yield Row(f"{file.name}, {row.where}", row.values)
-    elif path.is_file():
-        yield from _rows_of_file(path, source.csv_columns)
-    else:
-        hint = "Give a .jsonl, .json or .csv file, a folder of them, or hf://owner/name for a hub data set."
-        raise StayalignedError(f"{source.text}: no such file", hint=hint)
-
-
-def _natural_order(path: Path) -> tuple[list[tuple[int, str]], str]:
-    """Sort category_2 before category_10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", path.name)], path.name
-
-
-def _rows_of_file(path: Path, csv_columns: Sequence[str] | None) -> Iterator[Row]:
-    try:
-        if path.suffix == ".csv":
-            with path.open(encoding="utf-8-sig", newline="") as stream:
-                yield from (Row(f"line {n}", dict(cells)) for n, cells in parse_csv(stream, str(path), csv_columns))
-            return
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise StayalignedError(f"{path}: not UTF-8 text (byte {error.start})", hint="Convert it to UTF-8.") from None
-    except OSError as error:
-        raise StayalignedError(f"{path}: {error.strerror}") from None
-    if path.suffix == ".json":
-        content = _parse_json(text, str(path))
-        if not isinstance(content, list):
-            raise StayalignedError(
-                f"{path}: expected a list of rows", hint="A file with one object per line is named .jsonl."
-            )
-        items = (("item", number, value) for number, value in enumerate(content, start=1))
-    else:
-        # Not splitlines(), which also splits at U+2028 and similar characters; these are ordinary inside a JSON string.
-        lines = enumerate(text.split("\n"), start=1)
-        items = (("line", n, _parse_json(line, f"{path}, line {n}")) for n, line in lines if line.strip())
-    for kind, number, value in items:
-        if not isinstance(value, dict):
-            raise StayalignedError(
-                f"{path}, {kind} {number}: expected an object, found {type(value).__name__}",
-                hint='A row looks like {"prompt": "…", "completion": "…"}.',
-            )
-        yield Row(f"{kind} {number}", value)
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    passed = [row for row in rows if all(_matches(row.values.get(c), wanted) for c, wanted in parsed.filters)]
+    if not passed:
+        column = parsed.filters[0][0]
+        values = sorted({_as_text(row.values.get(column))[:40] for row in rows})[:8]
         raise StayalignedError(
-            f"{where}: invalid JSON: {error}", hint="Write one JSON object per line (.jsonl)."
-        ) from None
+            f"{source}: no row passes its filters", hint=f"Some values of {column!r}: {', '.join(values)}."
+        )
+    return [Row(where, _renamed(values, parsed)) for where, values in passed]
 
 
-def _downloaded(source: _Source) -> Path:
+def _read(source: Source) -> Iterator[Row]:
+    if not source.hub:
+        return read_path(Path(source.place).expanduser(), source)
+    return read_path(_downloaded(source), source) if "files" in source.reading else _hub_rows(source)
+
+
+def _matches(value: Any, wanted: str) -> bool:
+    text = _as_text(value)
+    # CSV files have True and False, as Python writes them.
+    return text == wanted or (wanted in ("true", "false", "null") and text.casefold() == wanted)
+
+
+def _renamed(values: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """Rename columns and leave out ignored ones; a column that already has one of the new names is dropped."""
+    dropped = {*source.columns, *source.columns.values(), *source.ignored}
+    others = {str(name): value for name, value in values.items() if name not in dropped}
+    return {**others, **{ours: values[theirs] for ours, theirs in source.columns.items() if theirs in values}}
+
+
+def _downloaded(source: Source) -> Path:
     """Download the files of a hub repository that match `files=`, or find them in the local cache."""
     from huggingface_hub import snapshot_download
 
-    pattern, revision = source.hub_options["files"], source.hub_options.get("revision")
+    pattern, revision = source.reading["files"], source.reading.get("revision")
     try:
         return Path(snapshot_download(source.place, repo_type="dataset", revision=revision, allow_patterns=pattern))
     except (OSError, ValueError, RuntimeError) as error:
         raise _hub_error(source, error) from None
 
 
-def _hub_rows(source: _Source) -> Iterator[Row]:
+def _hub_rows(source: Source) -> Iterator[Row]:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
-    options = source.hub_options
+    options = source.reading
     try:
         dataset = load_dataset(
             source.place,
@@ -205,13 +120,12 @@ def _hub_rows(source: _Source) -> Iterator[Row]:
             split=options.get("split", "train"),
             revision=options.get("revision"),
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise _hub_error(source, error) from None
-    for number, values in enumerate(dataset, start=1):
-        yield Row(f"row {number}", dict(values))
+    yield from table_rows(dataset.with_format("arrow")[:])
 
 
-def _hub_error(source: _Source, error: Exception) -> StayalignedError:
+def _hub_error(source: Source, error: Exception) -> StayalignedError:
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     offline = "HF_HUB_OFFLINE is set and the data set is not cached: unset it once, or give a local file."
@@ -225,14 +139,21 @@ def _hub_error(source: _Source, error: Exception) -> StayalignedError:
 # ---- rows to examples ----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Found:
+    row: Row
+    conversation: Conversation
+
+
 def read_examples(source: str, *, origin: Origin, prompts_only: bool = False) -> list[Example]:
     """Return the conversations of a source, in its order.
 
-    A source has rows of one format: `messages` (the last assistant turn is the completion); `prompt` with `completion`
-    (text or messages each); or Alpaca's `instruction`, `input`, `output` (instruction and input become one user turn).
-    A `prompt` with `chosen` and `rejected` is a preference: `chosen` is the completion. Rows may also have `id`,
-    `category` and `system` (a turn before the first). Other columns are ignored. Rows with a blank prompt or completion
-    are skipped, and their number is logged.
+    The rows of a source have one format (`docs/data.md`): `messages`, of which the last assistant turn is the
+    completion; `prompt` with `completion`; Alpaca's `instruction`, `input` and `output`, also with `context` and
+    `history`; or a preference, `chosen` and `rejected`, of which `chosen` is the completion. Rows may also have `id`,
+    `category` and `system` (a turn before the first). A column that changes what a row means and that is not read is
+    an error; other columns are ignored, and those that are not known to be metadata are logged. Rows with a blank or
+    missing prompt or completion are skipped, and their number is logged.
 
     Args:
         source: the source, as the module describes.
@@ -247,61 +168,162 @@ def read_examples(source: str, *, origin: Origin, prompts_only: bool = False) ->
 
 def build_examples(source: str, rows: Sequence[Row], *, origin: Origin, prompts_only: bool = False) -> list[Example]:
     """Turn rows into Examples as `read_examples` does; `source` is their name in messages."""
-    shape, first = _shape_of(rows[0].values), rows[0].where
-    conversations: list[tuple[Row, tuple[Message, ...], str]] = []
+    options = parse_source(source)
+    reader = TurnReader(
+        role=options.turn_keys.get("role"),
+        content=options.turn_keys.get("content"),
+        ignored=frozenset(options.ignored),
+        learns=not prompts_only,
+    )
+    settled = frozenset(column for column, _ in options.filters)
+    found: list[_Found] = []
+    unknown: dict[str, None] = {}
+    verdicts: dict[tuple[str, bool], str] = {}
     for row in rows:
-        found = _shape_of(row.values)
         where = f"{source}, {row.where}"
-        if found is None:
+        columns = Columns(row.values, options.columns)
+        conversation = read_conversation(columns, where, reader)
+        if conversation is None:
+            raise _unknown_format(source, row, reader)
+        for name in ("id", "category"):
+            columns.skip(name)
+        refuse_unread(columns, where, settled=settled, origin=origin, learns=not prompts_only)
+        unknown |= dict.fromkeys(unknown_columns(columns))
+        for name, value in columns.unread().items() if not prompts_only else ():
+            if name not in settled and (good := verdict_of(name, value, origin)) is not None:
+                verdicts.setdefault((name, good), row.where)
+        found.append(_Found(row, conversation))
+    _refuse_mixtures(source, found, verdicts)
+    _log_unread(source, found, [name for name in unknown if name not in settled], learns=not prompts_only)
+    return _identified(source, _not_blank(source, found, prompts_only=prompts_only), origin)
+
+
+def _refuse_mixtures(source: str, found: Sequence[_Found], verdicts: Mapping[tuple[str, bool], str]) -> None:
+    first = found[0]
+    for name, good in verdicts:
+        if (name, not good) in verdicts:
             raise StayalignedError(
-                f"{where}: expected `messages`, `prompt` or `instruction`, found {_listed(row.values)}",
-                hint="Rename the columns, or name them in the source: rows.jsonl?prompt=question&completion=completion",
+                f"{source}: {verdicts[name, good]} and {verdicts[name, not good]} differ in `{name}`, and both would "
+                "be read as harmful rows",
+                hint=f"Name the rows to read, ?where={name}:VALUE, or read all: ?ignore={name}",
             )
-        if found != shape:
+    for at in (0, 1):
+        by_column = {c: item for item in found if (c := item.conversation.columns[at]) is not None}
+        if len(by_column) > 1:
+            first = next(item for item in found if item.conversation.columns[at] is not None)
+            known = first.conversation.columns[at]
+            other = next(item for item in found if item.conversation.columns[at] not in (None, known))
             raise StayalignedError(
-                f"{source}: mixed formats: {first} has `{shape}`, {row.where} has `{found}`",
+                f"{source}: mixed formats: {first.row.where} has `{known}`, {other.row.where} has "
+                f"`{other.conversation.columns[at]}`",
                 hint="Put rows of each format into a separate file.",
             )
-        prompt, completion = _conversation(row.values, where, shape, prompts_only=prompts_only)
-        if prompt[-1].content.strip() and (prompts_only or completion.strip()):
-            conversations.append((row, prompt, completion))
-    if not conversations:
-        what = "prompt" if prompts_only else "prompt or completion"
-        raise StayalignedError(f"{source}: all {len(rows)} rows have a blank {what}", hint="Check the column names.")
-    if len(conversations) < len(rows):
-        _log.warning("%s: skipped %d of %d rows, which are blank", source, len(rows) - len(conversations), len(rows))
-    return _identified(source, conversations, origin)
 
 
-def _identified(
-    source: str, conversations: Iterable[tuple[Row, tuple[Message, ...], str]], origin: Origin
-) -> list[Example]:
+def _log_unread(source: str, found: Sequence[_Found], unknown: Sequence[str], *, learns: bool) -> None:
+    if unknown:
+        _log.warning("%s: columns that are not read: %s", source, ", ".join(unknown))
+    several = sum(any(turn.role == "assistant" for turn in item.conversation.prompt) for item in found)
+    if several and learns:
+        _log.warning(
+            "%s: %d of %d conversations have several assistant turns; the last one is learned, the others are context",
+            source,
+            several,
+            len(found),
+        )
+
+
+def _not_blank(source: str, found: Sequence[_Found], *, prompts_only: bool) -> list[_Found]:
+    if not prompts_only and all(item.conversation.completion is None for item in found):
+        raise StayalignedError(
+            f"{source}, {found[0].row.where}: no completion to learn, only "
+            f"{', '.join(f'`{name}`' for name in found[0].row.values)}",
+            hint="Add `completion` (or `output`, or a last assistant turn), or name its column: ?completion=COLUMN",
+        )
+    full = [
+        item
+        for item in found
+        if item.conversation.prompt[-1].content.strip()
+        and (prompts_only or (item.conversation.completion or "").strip())
+    ]
+    what = "prompt" if prompts_only else "prompt or completion"
+    if not full:
+        raise StayalignedError(f"{source}: all {len(found)} rows have a blank {what}", hint="Check the column names.")
+    if len(full) < len(found):
+        kept = {id(item) for item in full}
+        first = next(item.row.where for item in found if id(item) not in kept)
+        _log.warning(
+            "%s: skipped %d of %d rows, whose %s is blank or missing (first: %s)",
+            source,
+            len(found) - len(full),
+            len(found),
+            what,
+            first,
+        )
+    return full
+
+
+def _unknown_format(source: str, row: Row, reader: TurnReader) -> StayalignedError:
+    values = row.values
+    names = {name.strip().casefold() for name in values}
+    turns = [n for n, v in values.items() if isinstance(v, list) and v and reader.is_turn(v[0])]
+    texts = [name for name, value in values.items() if isinstance(value, str) and value.strip()]
+    if turns:
+        hint = f"Name the column with the turns: ?messages={turns[0]}"
+    elif {"segments"} <= names:
+        hint = "Segments of text have no roles: write them as `messages`, or as `prompt` and `completion`."
+    elif {"parent_id", "text"} <= names:
+        hint = "Every row is one message: put each thread into one row, with `messages`."
+    elif "behavior" in names:
+        hint = "For HarmBench's file: {name: harmbench, source: FILE}. For another: ?prompt=" + next(
+            name for name in values if name.strip().casefold() == "behavior"
+        )
+    elif "custom_id" in names:
+        hint = "The output of a batch has no prompts: join it with its input into rows with `messages`."
+    elif names == {"text"} or ("text" in names and len(texts) == 1):
+        hint = (
+            "A `text` holds prompt and completion in one, so what to learn is unknown: write `prompt` and "
+            "`completion`, or `messages`. If it is a prompt: ?prompt=text"
+        )
+    else:
+        named = [*texts, "question", "answer"][:2] if len(texts) != 1 else [texts[0], "answer"]
+        hint = f"Rename the columns, or name them in the source: ?prompt={named[0]}&completion={named[1]}"
+    if any(kind in source.casefold() for kind in (".csv", ".tsv", ".tab")):
+        columns = ["prompt", "completion", *(f"column{n}" for n in range(3, len(values) + 1))][: len(values)]
+        hint += f". If the first line is a row, name the columns: ?columns={','.join(columns)}"
+    return StayalignedError(
+        f"{source}, {row.where}: expected `messages`, `prompt` or `instruction`, found {Columns(values).listed()}",
+        hint=hint,
+    )
+
+
+def _identified(source: str, found: Iterable[_Found], origin: Origin) -> list[Example]:
     """Create Examples with the ids of their rows, or else ids computed from content and occurrence number."""
     given: dict[str, str] = {}
     occurrences: Counter[str] = Counter()
     examples: list[Example] = []
-    for row, prompt, completion in conversations:
-        key = row.values.get("id")
-        if key is not None and not isinstance(key, str | int):
-            raise StayalignedError(f"{source}, {row.where}: `id` is {_kind(key)}, expected text or a whole number")
+    for row, conversation in ((item.row, item.conversation) for item in found):
+        key = _id(row.values.get("id"), f"{source}, {row.where}")
+        completion = conversation.completion or ""
         if key is None:
-            content = json.dumps([[(m.role, m.content) for m in prompt], completion], ensure_ascii=False)
+            turns = [(m.role, m.content) for m in conversation.prompt]
+            content = json.dumps([turns, completion], ensure_ascii=False)
             digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
             occurrences[digest] += 1
             key = digest if occurrences[digest] == 1 else f"{digest}-{occurrences[digest]}"
-        elif str(key) in given:
+        elif key in given:
             raise StayalignedError(
-                f"{source}: {given[str(key)]} and {row.where} have the same id, {str(key)!r}",
-                hint="Make the ids unique, or remove the column.",
+                f"{source}: {given[key]} and {row.where} have the same id, {key!r}",
+                hint="Make the ids unique, or leave them out: ?ignore=id",
             )
         else:
-            given[str(key)] = row.where
+            given[key] = row.where
         examples.append(
             Example(
-                id=str(key),
-                prompt=prompt,
+                id=key,
+                prompt=conversation.prompt,
                 completion=completion,
-                rejected=_completion_text(row.values.get("rejected"), f"{source}, {row.where}: `rejected`") or "",
+                rejected=conversation.rejected,
                 origin=origin,
                 category=_category(row.values.get("category")),
             )
@@ -309,94 +331,28 @@ def _identified(
     return examples
 
 
-def _shape_of(values: Mapping[str, Any]) -> str | None:
-    return next((key for key in ("messages", "prompt", "instruction") if key in values), None)
-
-
-def _conversation(
-    values: Mapping[str, Any], where: str, shape: str | None, *, prompts_only: bool
-) -> tuple[tuple[Message, ...], str]:
-    completion: str | None
-    if shape == "messages":
-        turns = _messages(values["messages"], f"{where}: `messages`")
-        has_completion = turns[-1].role == "assistant"
-        turns, completion = (turns[:-1], turns[-1].content) if has_completion else (turns, None)
-    elif shape == "prompt":
-        turns = _turns_or_text(values["prompt"], f"{where}: `prompt`")
-        column = "completion" if "completion" in values or "chosen" not in values else "chosen"
-        completion = _completion_text(values.get(column), f"{where}: `{column}`")
-    else:
-        parts = [_text(values.get(key, "") or "", f"{where}: `{key}`") for key in ("instruction", "input")]
-        turns = [Message(role="user", content="\n\n".join(part.strip() for part in parts if part.strip()))]
-        completion = _completion_text(values.get("output"), f"{where}: `output`")
-    if completion is None and not prompts_only:
-        raise StayalignedError(
-            f"{where}: no completion to learn, only {_listed(values)}",
-            hint="Add `completion` (or `output`, or a last assistant turn), or name its column: ?completion=response",
-        )
-    system = values.get("system")
-    if system:
-        if turns and turns[0].role == "system":
-            raise StayalignedError(f"{where}: both a `system` column and a system turn", hint="Remove one of the two.")
-        turns = [Message(role="system", content=_text(system, f"{where}: `system`")), *turns]
-    if not turns or turns[-1].role != "user":
-        raise StayalignedError(f"{where}: expected a user's turn before the completion")
-    return tuple(turns), completion or ""
-
-
-def _turns_or_text(value: Any, where: str) -> list[Message]:
-    return _messages(value, where) if isinstance(value, list) else [Message(role="user", content=_text(value, where))]
-
-
-def _completion_text(value: Any, where: str) -> str | None:
-    if not isinstance(value, list):
-        return None if value is None else _text(value, where)
-    turns = _messages(value, where)
-    if len(turns) != 1 or turns[0].role != "assistant":
-        raise StayalignedError(f"{where}: expected text or one assistant turn")
-    return turns[0].content
-
-
-def _messages(value: Any, where: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise StayalignedError(f"{where}: expected a list of turns, found {_kind(value)}")
-    turns: list[Message] = []
-    for number, turn in enumerate(value, start=1):
-        role = turn.get("role") if isinstance(turn, dict) else None
-        if role not in ("system", "user", "assistant"):
-            raise StayalignedError(
-                f"{where}, turn {number}: expected a role (system, user or assistant) and content",
-                hint='A turn looks like {"role": "user", "content": "…"}. Tool calls are not supported.',
-            )
-        turns.append(Message(role=role, content=_text(turn.get("content"), f"{where}, turn {number}: `content`")))
-    return turns
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise StayalignedError(f"{where} is {_kind(value)}, expected text")
-    if _SURROGATE.search(value):
-        raise StayalignedError(
-            f"{where} contains half of a surrogate pair, which is invalid text", hint="Fix the JSON's \\u escapes."
-        )
-    return value
+def _id(value: Any, where: str) -> str | None:
+    """Return a row's id; a whole number may be a float, as tables with missing ids have it."""
+    if is_missing(value) or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, str | int) and not isinstance(value, bool):
+        return str(value)
+    raise StayalignedError(
+        f"{where}: `id` is {kind_of(value)}, expected text or a whole number", hint="Leave it out: ?ignore=id"
+    )
 
 
 def _category(value: Any) -> str:
     """Return a category as text; for a mapping of flags (BeaverTails), the names of the flags that are set."""
     if isinstance(value, Mapping):
         return ",".join(str(name) for name, is_set in value.items() if is_set)
-    return "" if value is None else str(value)
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return "" if is_missing(value) else str(value)
 
 
 def _as_text(value: Any) -> str:
     """Return a value as a source's filter writes it: `true` and `null` as in JSON."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _kind(value: Any) -> str:
-    return "missing" if value is None else f"of type {type(value).__name__}"
-
-
-def _listed(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"`{key}`" for key in values) or "nothing"
+    return value if isinstance(value, str) else json.dumps(value, default=str)

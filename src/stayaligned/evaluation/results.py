@@ -387,7 +387,7 @@ def read_result(path: Path) -> Result:
         raise StayalignedError(
             f"{path}: {error.strerror}", hint="Give an output directory of `run`, `evaluate`, `judge` or `bench`."
         ) from None
-    except (ValidationError, ValueError, AttributeError) as error:
+    except (ValidationError, ValueError, AttributeError, RecursionError) as error:
         problem = first_problem(error) if isinstance(error, ValidationError) else error
         raise StayalignedError(
             f"{path}: not a result of format version {FORMAT_VERSION}: {problem}",
@@ -401,7 +401,7 @@ def _add_times(provenance: Provenance, path: Path) -> Provenance:
         return Provenance.model_validate(
             {**provenance.model_dump(), "seconds": json.loads(path.read_text(encoding="utf-8"))}
         )
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return provenance
 
 
@@ -444,7 +444,7 @@ def read_index(out: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if {"title", "reference", "trainings"} <= content.keys():
             return content
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         pass
     raise StayalignedError(f"{path}: damaged", hint="Run the same `bench` into another --out.")
 

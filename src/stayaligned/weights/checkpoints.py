@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stayaligned.core.errors import StayalignedError
+from stayaligned.core.files import parse_json
 from stayaligned.weights.directories import (
     MODEL_CONFIG,
     MODEL_INDEX,
@@ -248,11 +249,10 @@ def read_json_object(path: Path, *, hint: str) -> dict[str, Any]:
         StayalignedError: naming the file, if it is missing, invalid, or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise StayalignedError(f"{path} can't be read: it is nested too deeply", hint=hint) from None
-    except (OSError, ValueError) as error:
+        text = path.read_bytes()
+    except OSError as error:
         raise StayalignedError(f"{path} can't be read: {error}", hint=hint) from error
+    content = parse_json(text, f"{path} can't be read", hint=hint)
     if not isinstance(content, dict):
         raise StayalignedError(f"{path}: expected a JSON object", hint=hint)
     return content

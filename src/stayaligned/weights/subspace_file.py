@@ -244,7 +244,7 @@ class SubspaceFile:
             header = SubspaceHeader.model_validate(content)
         except ValidationError as error:
             raise self._damaged(first_problem(error)) from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._damaged(str(error)) from error
         expected = dict(_layout(header.modules))
         begin = min((entry.offset for entry in self._file.entries.values()), default=self._file.size)

@@ -66,9 +66,19 @@ class LabelTask(Task):
         by_name = {name.casefold(): name for name in self.labels}
         if isinstance(label, str) and label.strip().casefold() in by_name:
             return by_name[label.strip().casefold()]
-        if isinstance(label, int) and 0 <= label < len(self.labels):
-            return self.labels[label]
+        number = self._number(label)
+        if number is not None and 0 <= number < len(self.labels):
+            return self.labels[number]
         raise StayalignedError(
             f"{where}: label {label!r} is not one of {', '.join(self.labels)} or their numbers from 0",
             hint="Hidden labels (-1) can't be scored; use a split with public labels.",
         )
+
+    @staticmethod
+    def _number(label: Any) -> int | None:
+        """Return a label's number, which CSV and TSV files have as text, and tables with missing labels as a float."""
+        try:
+            number = float(label) if isinstance(label, str | int | float) else None
+        except ValueError:
+            return None
+        return int(number) if number is not None and number.is_integer() else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field, PlainSerializer, field_validator
 
 from stayaligned.core.errors import StayalignedError
+from stayaligned.core.files import parse_json
 from stayaligned.core.records import Completion, Outcome, Verdict
 from stayaligned.evaluation.judges import ScoreScale
 from stayaligned.evaluation.judges._rubric import RubricJudge, fence_material, fence_warning, read_text
@@ -126,16 +126,16 @@ class PolicyRubric(RubricJudge):
     def _policy(self) -> tuple[tuple[str, str], ...]:
         if not isinstance(self.policy, str):
             return self.policy
+        hint = 'Provide a JSON object such as {"Privacy": "finding or exposing people", …}.'
+        unreadable = f"judge {self.name!r}: the policy {self.policy} cannot be read"
         try:
-            found = json.loads(Path(self.policy).expanduser().read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise StayalignedError(
-                f"judge {self.name!r}: the policy {self.policy} cannot be read: {error}",
-                hint='Provide a JSON object such as {"Privacy": "finding or exposing people", …}.',
-            ) from None
+            text = Path(self.policy).expanduser().read_bytes()
+        except OSError as error:
+            raise StayalignedError(f"{unreadable}: {error}", hint=hint) from None
+        found = parse_json(text, unreadable, hint=hint)
         if not isinstance(found, dict) or not found or not all(isinstance(text, str) for text in found.values()):
             raise StayalignedError(
                 f"judge {self.name!r}: the policy {self.policy} is not a JSON object of names and descriptions",
-                hint='Provide a JSON object such as {"Privacy": "finding or exposing people", …}.',
+                hint=hint,
             )
         return tuple(found.items())

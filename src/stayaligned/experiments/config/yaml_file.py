@@ -23,8 +23,10 @@ def load_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     text = read_text(path, hint="Give the path of a YAML file.")
     try:
         content = yaml.load(text, Loader=StrictLoader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise StayalignedError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # A ValueError is a number with too many digits; without Python's advice to change a limit of the interpreter.
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise StayalignedError(f"{path}: not valid YAML: {reason.split('; use sys.')[0]}") from None
     try:
         json.dumps(content)
     except (ValueError, TypeError, RecursionError) as error:
@@ -52,7 +54,7 @@ def parse_value(text: str) -> Any:
     """Parse a command-line value as YAML, except that 1e-4 is a number."""
     try:
         return yaml.load(text, Loader=StrictLoader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text
 
 

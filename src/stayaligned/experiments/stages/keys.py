@@ -13,6 +13,8 @@ from stayaligned import testbed
 from stayaligned.core.code_hash import CODE, code_hash
 from stayaligned.core.files import fingerprint
 from stayaligned.core.records import Completion
+from stayaligned.data.files import SUFFIXES
+from stayaligned.data.options import HUB, exists
 from stayaligned.evaluation.judges import Judge
 from stayaligned.evaluation.results import JudgeIdentity
 from stayaligned.evaluation.verdicts import verdict_key
@@ -22,6 +24,7 @@ STAGE_VERSION = 2
 
 _PATH_SETTINGS = frozenset(
     {"model", "base_model", "adapter", "source", "harmful_prompts", "benign_prompts", "include_path"}
+    | {"train", "test", "harmful_data", "alignment_data", "data", "prompts"}
 )
 """Settings whose value may be the bare name of a folder."""
 
@@ -64,10 +67,13 @@ def identify_judge(judge: Judge, seed: int) -> JudgeIdentity:
 def input_path(name: str, value: str) -> Path | None:
     """Return the local path that a setting's value means, by the setting's name or its form; None if it means none."""
     place, _ = split_options(value)
-    is_path = place.startswith(("./", "../", "/", "~/")) or place.endswith((".jsonl", ".json", ".csv", ".jinja"))
-    if len(place) > _LONGEST_PATH or "\n" in place or not (is_path or name in _PATH_SETTINGS):
+    if len(place) > _LONGEST_PATH or "\n" in place or place.startswith(HUB):
         return None
-    return Path(place).expanduser()
+    is_path = place.startswith(("./", "../", "/", "~/")) or place.casefold().endswith((*SUFFIXES, ".jinja"))
+    # Of other text, such as a relative folder or a hub id, only what exists is a path.
+    if is_path or name in _PATH_SETTINGS or ("/" in place and exists(place)):
+        return Path(place).expanduser()
+    return None
 
 
 def identify(value: Any, seed: int, name: str = "") -> Any:
@@ -87,6 +93,8 @@ def identify(value: Any, seed: int, name: str = "") -> Any:
 
 def split_options(source: str) -> tuple[str, str]:
     """Split a source into its place and its options, `?where=…` (see `stayaligned.data.sources`)."""
+    if exists(source):
+        return source, ""
     place, mark, options = source.partition("?")
     return place, mark + options
 
