@@ -40,6 +40,8 @@ SUFFIXES = tuple(f"{suffix}{packed}" for suffix in _TYPES for packed in ("", *_C
 """Ends of the names of files with rows, in lower case."""
 READABLE = ".jsonl, .json, .csv, .tsv, .parquet or .arrow file"
 """The kinds of files, for messages."""
+_HOLDERS = frozenset({"data", "rows", "instances", "examples", "items", "records", "train", "test", "validation"})
+"""Keys of an object in a JSON file whose list is the file's rows, whatever the columns."""
 _SIDE_FILES = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 _SPLITS = {
     "train": ("train", "training"),
@@ -78,6 +80,14 @@ def read_path(path: Path, source: Source) -> Iterator[Row]:
     Raises:
         StayalignedError: naming the file and the line, if there are no rows or they can't be read.
     """
+    try:
+        path = path.expanduser()
+        exists = path.exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL character, or no such home directory
+        exists = False
+    if not exists:
+        hint = f"Give a {READABLE}, a folder of them, or hf://owner/name for a hub data set."
+        raise StayalignedError(f"{source.text}: no such file", hint=hint)
     split = source.reading.get("split")
     if (path / "dataset_dict.json").is_file():
         names = sorted(p.name for p in path.iterdir() if (p / "state.json").is_file())
@@ -91,12 +101,9 @@ def read_path(path: Path, source: Source) -> Iterator[Row]:
         for file in files:
             for row in _rows_of(file, _without_split(source)):
                 yield Row(f"{file.relative_to(path).as_posix()}, {row.where}", row.values)
-    elif path.is_file():
+    else:
         _refuse_unused_columns([path], source)
         yield from _rows_of(path, source)
-    else:
-        hint = f"Give a {READABLE}, a folder of them, or hf://owner/name for a hub data set."
-        raise StayalignedError(f"{source.text}: no such file", hint=hint)
 
 
 def table_rows(table: pa.Table) -> Iterator[Row]:
@@ -167,7 +174,8 @@ def _chosen(names: list[str], split: str | None, source: Source) -> str:
     every = ", ".join(names) or "none"
     if split is None:
         raise StayalignedError(
-            f"{source.text}: several splits, {every}", hint=f"Name one: ?split={names[0] if names else 'train'}"
+            f"{source.text}: several splits, {every}",
+            hint=f"Name one: ?split={'train' if 'train' in names else names[0]}",
         )
     if split not in names:
         raise StayalignedError(f"{source.text}: no split {split!r}", hint=did_you_mean(split, names, "splits"))
@@ -295,7 +303,7 @@ def _read_table(data: bytes, path: Path) -> pa.Table:
     except (pa.ArrowException, OSError, ValueError) as error:
         raise StayalignedError(
             f"{path}: not a readable Parquet or Arrow file: {' '.join(str(error).split())[:300]}",
-            hint="The file is damaged or incomplete; write or download it again.",
+            hint="It is incomplete, or of another type than its name says.",
         ) from None
 
 
@@ -312,7 +320,9 @@ def _decoded(data: bytes, path: Path) -> str:
 
 def _json_rows(text: str, path: Path, source: Source) -> Iterator[Row]:
     """Yield the rows of JSON lines, of a list, or of the one list in an object."""
-    hint = 'Write one JSON object per line: {"prompt": "…", "completion": "…"}.'
+    hint = 'Write one JSON object per line, without a comma after it: {"prompt": "…", "completion": "…"}.'
+    if not path.name.casefold().endswith(SUFFIXES):
+        hint = f"Give a {READABLE}. A list of prompts can be a .csv file: FILE.csv?columns=prompt"
     values = list(parse_json_values(text, str(path), hint=hint))
     kind, rows = "line", values
     if len(values) == 1:
@@ -340,25 +350,27 @@ def _list_in(value: Any, path: Path, source: Source) -> list[Any] | None:
     """Return the list of rows in an object such as {"data": […]}; None for an object that is itself a row."""
     if not isinstance(value, Mapping) or not value:
         return None
-    lists = {str(key): item for key, item in value.items() if isinstance(item, list) and _all_objects(item)}
-    if "split" in source.reading and lists:
-        return lists[_chosen(list(lists), source.reading["split"], source)]
-    if value.keys() & ROW_COLUMNS:
-        columns = [item for item in value.values() if isinstance(item, Mapping) and "0" in item]
-        if len(columns) == len(value):
-            raise _by_columns(path)
+    if _is_by_columns(value):
+        raise StayalignedError(
+            f"{path}: a table by columns or by its index, expected a list of rows",
+            hint="With pandas: to_json(path, orient='records', lines=True).",
+        )
+    lists = {str(key): item for key, item in value.items() if isinstance(item, list) and _holds_rows(str(key), item)}
+    if value.keys() & ROW_COLUMNS or not lists:
         return None
-    if {"columns", "index", "data"} <= value.keys():
-        raise _by_columns(path)
-    return lists[_chosen(list(lists), None, source) if len(lists) > 1 else next(iter(lists))] if lists else None
+    split = source.reading.get("split")
+    return lists[_chosen(list(lists), split, source) if split or len(lists) > 1 else next(iter(lists))]
 
 
-def _by_columns(path: Path) -> StayalignedError:
-    return StayalignedError(
-        f"{path}: a table by columns, expected a list of rows",
-        hint="With pandas: to_json(path, orient='records', lines=True).",
-    )
+def _is_by_columns(value: Mapping[Any, Any]) -> bool:
+    """Return whether an object is one of pandas' or `datasets`' other forms of a table."""
+    cells = list(value.values())
+    if all(isinstance(item, Mapping) for item in cells) and ("0" in value or all("0" in item for item in cells)):
+        return True
+    texts = [isinstance(item, list) and not any(isinstance(cell, Mapping) for cell in item) for item in cells]
+    return {"columns", "index", "data"} <= value.keys() or (len(cells) > 1 and all(texts))
 
 
-def _all_objects(value: list[Any]) -> bool:
-    return bool(value) and all(isinstance(item, Mapping) for item in value)
+def _holds_rows(key: str, value: list[Any]) -> bool:
+    objects = bool(value) and all(isinstance(item, Mapping) for item in value)
+    return objects and (key in _HOLDERS or all(item.keys() & ROW_COLUMNS for item in value))

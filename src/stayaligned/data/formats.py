@@ -20,7 +20,7 @@ def _names(text: str) -> frozenset[str]:
 
 
 CONVERSATIONS = ("messages", "conversations", "conversation", "contents")
-REQUESTS = ("prompt", "instruction", "question", "query", "goal")
+REQUESTS = ("prompt", "instruction", "question", "query", "goal", "input")
 ANSWERS = ("completion", "output", "response", "answer", "generation")
 CHOSEN = ("chosen", "chosen_response", "preferred_output")
 REJECTED = ("rejected", "rejected_response", "non_preferred_output")
@@ -60,7 +60,7 @@ _METADATA = _names(
     "id idx index uid uuid name source dataset subset split lang language url link date created_at timestamp license"
     " model model_name category categories topic domain task tags type difficulty prompt_id conversation_id message_id"
     " score score_chosen score_rejected rating quality num_turns turn token_count length hash text template"
-    " __index_level_0__"
+    " custom_id method parallel_tool_calls __index_level_0__"
 )
 
 
@@ -306,10 +306,12 @@ def refuse_unread(row: Columns, where: str, *, settled: Collection[str], origin:
         if name in settled:
             continue
         if plain in _CHANGES_PROMPT or (learns and plain in _CHANGES_ANSWER):
-            join = " Or join it with a request: ?instruction=COLUMN" if plain in _PARTS else ""
+            way = (
+                "To let it follow an instruction: ?instruction=COLUMN. Or remove it" if plain in _PARTS else "Remove it"
+            )
             raise StayalignedError(
                 f"{where}: `{name}` changes the meaning of the row and is not read",
-                hint=f"Remove it, or read the rows as if it were absent: ?ignore={name}.{join}",
+                hint=f"{way}, or read the rows as if it were absent: ?ignore={name}",
             )
         if learns and plain in _LEARN_MARKS and truth_of(value) is not True:
             raise StayalignedError(
@@ -319,8 +321,13 @@ def refuse_unread(row: Columns, where: str, *, settled: Collection[str], origin:
         if learns and verdict_of(name, value, origin) is False and origin != "harmful":
             raise StayalignedError(
                 f"{where}: `{name}` is {value!r}, so its completion is one not to learn",
-                hint=f"Name the rows to read, ?where={name}:VALUE, or read all: ?ignore={name}",
+                hint=f"Name the rows to read, ?where={name}:{_other(value)}, or read all: ?ignore={name}",
             )
+
+
+def _other(value: Any) -> str:
+    """Return how a source's filter writes the other value of a mark."""
+    return {"true": "false", "false": "true", "1": "0", "0": "1"}.get(str(value).casefold(), "VALUE")
 
 
 def verdict_of(name: str, value: Any, origin: Origin) -> bool | None:
@@ -339,4 +346,5 @@ def verdict_of(name: str, value: Any, origin: Origin) -> bool | None:
 def unknown_columns(row: Columns) -> list[str]:
     """Return the columns that were not read and that are not known to be metadata, or the index of a table."""
     unread = ((name, name.strip().casefold()) for name in row.unread())
-    return [name for name, plain in unread if plain not in _METADATA and not plain.startswith("unnamed: ")]
+    known = _METADATA | _GOOD | _LEARN_MARKS
+    return [name for name, plain in unread if plain not in known and not plain.startswith("unnamed: ")]

@@ -80,7 +80,7 @@ def read_rows(source: str) -> list[Row]:
 
 def _read(source: Source) -> Iterator[Row]:
     if not source.hub:
-        return read_path(Path(source.place).expanduser(), source)
+        return read_path(Path(source.place), source)
     return read_path(_downloaded(source), source) if "files" in source.reading else _hub_rows(source)
 
 
@@ -267,7 +267,7 @@ def _unknown_format(source: str, row: Row, reader: TurnReader) -> StayalignedErr
     values = row.values
     names = {name.strip().casefold() for name in values}
     turns = [n for n, v in values.items() if isinstance(v, list) and v and reader.is_turn(v[0])]
-    texts = [name for name, value in values.items() if isinstance(value, str) and value.strip()]
+    texts = sorted((n for n, v in values.items() if isinstance(v, str) and v.strip()), key=lambda n: -len(values[n]))
     if turns:
         hint = f"Name the column with the turns: ?messages={turns[0]}"
     elif {"segments"} <= names:
@@ -286,8 +286,10 @@ def _unknown_format(source: str, row: Row, reader: TurnReader) -> StayalignedErr
             "`completion`, or `messages`. If it is a prompt: ?prompt=text"
         )
     else:
-        named = [*texts, "question", "answer"][:2] if len(texts) != 1 else [texts[0], "answer"]
-        hint = f"Rename the columns, or name them in the source: ?prompt={named[0]}&completion={named[1]}"
+        likely = [name for name in values if name in texts[: 1 + reader.learns]]
+        asked, said = [*likely, "COLUMN", "COLUMN"][:2]
+        hint = f"Rename the columns, or name them in the source: ?prompt={asked}"
+        hint += f"&completion={said}" if reader.learns else ""
     if any(kind in source.casefold() for kind in (".csv", ".tsv", ".tab")):
         columns = ["prompt", "completion", *(f"column{n}" for n in range(3, len(values) + 1))][: len(values)]
         hint += f". If the first line is a row, name the columns: ?columns={','.join(columns)}"

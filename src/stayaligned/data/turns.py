@@ -84,7 +84,8 @@ class TurnReader:
         if isinstance(value, str) and value.lstrip().startswith("[{"):
             value = _from_json(value)
         if not isinstance(value, list) or not value:
-            raise StayalignedError(f"{where}: expected a list of turns, found {kind_of(value)}")
+            hint = 'Write it as JSON: [{"role": "user", "content": "…"}, …].' if isinstance(value, str) else None
+            raise StayalignedError(f"{where}: expected a list of turns, found {kind_of(value)}", hint=hint)
         last = len(value) - 1
         return [
             self._turn(turn, f"{where}, turn {index + 1}", final=answer and index == last, blank=index >= last - 1)
@@ -106,7 +107,8 @@ class TurnReader:
         key = self._key(turn, self.content, _CONTENT_KEYS)
         if key is None:
             raise StayalignedError(f"{where}: no `{self.content or 'content'}`, only {_listed(turn)}")
-        content = turn[key]
+        # OpenAI's models write a refusal beside an empty content; it is the answer.
+        content = turn.get("refusal") if turn[key] is None and "refusal" not in self.ignored else turn[key]
         if content is None and blank:
             return Message(role=role, content="")
         return Message(role=role, content=_content(content, f"{where}: `{key}`"))
@@ -119,7 +121,7 @@ class TurnReader:
         def given(keys: Sequence[str]) -> list[str]:
             return [key for key in keys if key not in self.ignored and not is_empty(turn.get(key))]
 
-        way = "Remove it, or read the rows as if it were absent: ?ignore={}"
+        way = "Or remove it, or read the rows as if it were absent: ?ignore={}"
         for key in given(_TOOL_KEYS):
             raise StayalignedError(f"{where}: `{key}` changes the meaning and is not read", hint=_NO_TOOLS)
         for key in given(_MEDIA_KEYS):
@@ -129,14 +131,14 @@ class TurnReader:
         for key in given(_THOUGHT_KEYS) if final else ():
             raise StayalignedError(
                 f"{where}: the thoughts in `{key}` are not read",
-                hint=f"Write them into the answer with the model's own marks. Or: {way.format(key)}",
+                hint=f"Write them into the answer with the model's own marks. {way.format(key)}",
             )
         for key in given(_LEARN_KEYS) if self.learns else ():
             learned = truth_of(turn[key])
             if learned is None or (final and not learned) or (role != "assistant" and learned):
                 raise StayalignedError(
                     f"{where}: `{key}` is {turn[key]!r}, but the last assistant turn is learned and no other",
-                    hint=f"Cut such conversations after the turn to learn. Or: {way.format(key)}",
+                    hint=f"Cut such conversations after the turn to learn. {way.format(key)}",
                 )
 
     def _role_of(self, turn: Any) -> Role | None:
