@@ -223,6 +223,26 @@ def attach_lora(model: PreTrainedModel, lora: Mapping[str, Any]) -> PeftModel:
     return adapted
 
 
+def _refuse_resized_vocabulary(model: PreTrainedModel, adapter: Path) -> None:
+    """Raise if the adapter holds an embedding with another number of rows than the model's.
+
+    PEFT would only report a mismatch of sizes.
+    """
+    from safetensors import safe_open
+
+    embedding: Any = model.get_input_embeddings()
+    rows, width = embedding.weight.shape
+    with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    for name, shape in shapes.items():
+        if "embed" in name and "lora_" not in name and shape[1:] == (width,) and shape[0] != rows:
+            raise StayalignedError(
+                f"{adapter}: {name} has {shape[0]} rows, but the model's vocabulary has {rows}",
+                hint=f"The vocabulary was resized for training. Resize the model to {shape[0]} rows "
+                "(`resize_token_embeddings`), save it with the adapter's tokenizer, and name that as the model.",
+            )
+
+
 def _trained_class(adapter: Path, loaders: Sequence[Any], config: Any) -> Any:
     """Return the class whose modules have the names in an adapter; the first if none or several have them."""
     import torch
@@ -252,6 +272,7 @@ def _with_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False
         )
     refuse_settings(adapter, config, known=[field.name for field in fields(kind)])
     refuse_slow_patterns(adapter, config, [name for name, _ in model.named_modules()])
+    _refuse_resized_vocabulary(model, adapter)
     hint = "Use the model that the adapter was trained on."
     try:
         with warnings.catch_warnings():

@@ -14,6 +14,7 @@ from typing import Any
 
 from stayaligned.weights.adapters import PREFIX, Adapter, LoraLayer
 from stayaligned.weights.checkpoints import Checkpoint
+from stayaligned.weights.unsupported import stored_whole
 
 PLAIN_MODEL_TYPES = frozenset(
     {
@@ -101,9 +102,9 @@ def _matches(targets: str | Collection[str], module: str) -> bool:
 
 
 def _modules_with_factors(keys: Collection[str]) -> set[str]:
-    """Return the modules that have both an A and a B; an empty set if any other tensor exists."""
+    """Return the modules that have both an A and a B; an empty set if a tensor is neither, nor stored whole."""
     factors: dict[str, set[str]] = {"A": set(), "B": set()}
-    for key in keys:
+    for key in set(keys).difference(stored_whole(keys)):
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
         if match is None or "base_layer" in match[1].split("."):
             return set()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.text import one_line
-from stayaligned.weights.adapters import Adapter, LoraLayer, all_finite
+from stayaligned.weights.adapters import PREFIX, Adapter, LoraLayer, all_finite
 from stayaligned.weights.checkpoints import Checkpoint
 
 PLACEMENT = (
@@ -27,10 +28,12 @@ _WITHOUT_EFFECT = (
 """Settings that don't change ΔW = scaling·BA, given that `refuse_unsupported` has checked init and bias."""
 BASE_PRESERVING_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 """Values of `init_lora_weights` that don't change the base weights."""
+_STORED_WHOLE = ("modules_to_save", "trainable_token_indices", "ensure_weight_tying")
+"""Settings of modules that an adapter stores whole, beside its factors; `refuse_whole` checks which."""
+_COPIED_WHOLE = re.compile(r"embed|lm_head|wte|wpe|output_layer|norm|\bln_|trainable_tokens")
+"""Found in the names of embeddings, heads and norms."""
 _FIXES = {
     "use_dora": "Merge the adapter into the model (`merge_and_unload`); DoRA's magnitudes are not linear in B and A.",
-    "modules_to_save": "Train without modules_to_save; full copies of modules are not low-rank updates.",
-    "trainable_token_indices": "Train without trainable tokens.",
     "lora_bias": "Train with lora_bias=False.",
     "layer_replication": "Train without layer_replication; replicated layers share one weight.",
 }
@@ -54,7 +57,28 @@ def refuse_unsupported(adapter: Adapter) -> None:
             f"{adapter.directory}: bias={config['bias']!r}: trained biases are not a low-rank update",
             hint='Train with bias="none".',
         )
-    refuse_settings(adapter.directory, config, known=PLACEMENT)
+    refuse_settings(adapter.directory, config, known=(*PLACEMENT, *_STORED_WHOLE))
+    others = [key for key in stored_whole(adapter.tensors) if not _COPIED_WHOLE.search(key)]
+    if others:
+        raise StayalignedError(
+            f"{adapter.directory}: modules stored whole are not low-rank updates: {list_names(others)}",
+            hint="Only embeddings, heads and norms may be stored whole: train without the others in modules_to_save.",
+        )
+
+
+def stored_whole(keys: Iterable[str]) -> list[str]:
+    """Return the names of tensors in an adapter's file that are whole weights or rows, not factors.
+
+    PEFT stores them for `modules_to_save`, trainable tokens, and a vocabulary that was resized. Copies of the weight
+    that a factor pair changes (`base_layer`) are not among them.
+    """
+    return sorted(key for key in keys if ".lora_" not in key and "base_layer" not in key.split("."))
+
+
+def note_on_whole(adapter: Adapter) -> str | None:
+    """Return a note for the record if the adapter stores whole weights, which no patch changes."""
+    whole = [key.removeprefix(PREFIX) for key in stored_whole(adapter.tensors)]
+    return f"stored whole in the adapter and copied unchanged: {list_names(whole)}" if whole else None
 
 
 def refuse_settings(directory: Path, config: Mapping[str, Any], *, known: Collection[str]) -> None:

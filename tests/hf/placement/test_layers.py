@@ -18,7 +18,7 @@ from stayaligned.testing import pico_model, write_pico_adapter, write_pico_check
 from stayaligned.weights.adapters import Adapter, read_adapter
 from stayaligned.weights.checkpoints import Checkpoint, open_checkpoint
 from stayaligned.weights.lora_layout import is_targeted, pattern_value
-from stayaligned.weights.unsupported import refuse_unsupported
+from stayaligned.weights.unsupported import note_on_whole, refuse_unsupported
 from support.checkpoints import lora_layers
 
 
@@ -45,8 +45,6 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"lora_bias": True}, "lora_bias=True", "lora_bias=False"),
     ({"bias": "lora_only"}, "bias='lora_only'", 'bias="none"'),
     ({"bias": "all"}, "bias='all'", 'bias="none"'),
-    ({"modules_to_save": ["lm_head"]}, "modules_to_save", "modules_to_save"),
-    ({"trainable_token_indices": [1, 2]}, "trainable_token_indices", "trainable tokens"),
     ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication", "layer_replication"),
     ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens", "Train without it"),
     ({"use_qalora": True}, "use_qalora", "Train without it"),
@@ -84,6 +82,7 @@ def test_every_setting_of_peft_is_supported_neutral_or_refused(adapter: Adapter)
         *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out"),
         *("use_rslora", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core"),
         "target_parameters",
+        *("modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
     }
     for name in default.keys() - acted_on:
@@ -265,3 +264,62 @@ def test_module_names_are_matched_by_pefts_rules(settings: dict[str, Any]) -> No
         patterns = {"q_proj": 1, r"layers\.1\..*": 2, "up_proj": 3, "proj": 4}
         key = get_pattern_key(list(patterns), module)
         assert pattern_value(patterns, module, 0) == patterns.get(key, 0)
+
+
+STORED_WHOLE: list[dict[str, Any]] = [
+    {"modules_to_save": ["embed_tokens", "lm_head"]},
+    {"modules_to_save": ["lm_head", "norm", "input_layernorm"]},
+    {"trainable_token_indices": [1, 2]},
+    {"trainable_token_indices": {"embed_tokens": [3]}},
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("settings", STORED_WHOLE, ids=str)
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], "all-linear"], ids=str)
+def test_layers_beside_whole_embeddings_heads_and_norms_are_placed(
+    tmp_path: Path, aligned: Checkpoint, settings: dict[str, Any], targets: Any
+) -> None:
+    from peft import PeftModel
+
+    source = write_pico_adapter(tmp_path / "adapter", aligned.directory, target_modules=targets, **settings)
+    adapter = read_adapter(source)
+    live: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(aligned.directory), source)
+    layers = lora_layers(adapter, aligned)
+    assert len(layers) == (4 if isinstance(targets, list) else 14)
+    for layer in layers:
+        factors = adapter.factors(layer)
+        expected = live.base_model.model.get_submodule(layer.name).get_delta_weight("default")
+        torch.testing.assert_close(factors.scaling * factors.b @ factors.a, expected)
+    assert "copied unchanged" in str(note_on_whole(adapter))
+
+
+def test_linear_layers_beside_the_factors_are_refused_by_name(tmp_path: Path, aligned: Checkpoint) -> None:
+    source = write_pico_adapter(tmp_path / "adapter", aligned.directory, modules_to_save=["up_proj"])
+    with pytest.raises(StayalignedError, match=r"stored whole are not low-rank updates: .*up_proj\.weight"):
+        lora_layers(read_adapter(source), aligned)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_resized_vocabulary_does_not_stop_the_linear_layers(tmp_path: Path, aligned: Checkpoint) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from stayaligned.hf.models import load_finetuned
+    from stayaligned.hf.placement.layers import place_adapter
+    from stayaligned.weights.deltas import pair_weights
+
+    model = AutoModelForCausalLM.from_pretrained(aligned.directory)
+    model.resize_token_embeddings(270)
+    model.save_pretrained(tmp_path / "resized")
+    adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.base_model.model.config.name_or_path = str(aligned.directory)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    adapter = read_adapter(tmp_path / "adapter")
+    placed = place_adapter(adapter, aligned, resized := open_checkpoint(tmp_path / "resized"))
+    assert len(pair_weights(aligned, resized, {p.layer.name: (p.aligned, p.base) for p in placed})) == 2
+    assert "lm_head.weight, model.embed_tokens.weight" in str(note_on_whole(adapter))
+    with pytest.raises(
+        StayalignedError, match=r"embed_tokens\.weight has 270 rows, but the model's vocabulary has 261"
+    ):
+        load_finetuned(aligned.directory, tmp_path / "adapter")
+    load_finetuned(tmp_path / "resized", tmp_path / "adapter")

@@ -10,6 +10,7 @@ from stayaligned.defenses import Execution, ModelPair
 from stayaligned.weights.checkpoints import Weight, open_checkpoint
 from stayaligned.weights.deltas import Delta, equal_weights_error, pair_weights, stream
 from stayaligned.weights.subspace_file import SubspaceFile
+from stayaligned.weights.unsupported import note_on_whole
 
 if TYPE_CHECKING:
     from stayaligned.algorithms.alignment_delta import AlignmentDelta
@@ -45,12 +46,12 @@ class CheckpointSource:
         """Place the adapter's layers by its configuration and the aligned model's."""
         from stayaligned.hf.placement.layers import place_adapter, refuse_swapped
 
-        note = refuse_swapped(adapter, self._aligned, self._base)
+        notes = (refuse_swapped(adapter, self._aligned, self._base), note_on_whole(adapter))
         placed = place_adapter(adapter, self._aligned, self._base)
         for item in placed:
             self._stored[item.layer.name] = item.aligned, item.base
             self._transposed[item.layer.name] = item.layer.transposed
-        return [item.layer for item in placed], [note] if note else []
+        return [item.layer for item in placed], [note for note in notes if note]
 
     def visit(
         self, names: Sequence[str], work: Callable[[str, AlignmentDelta], T], how: Execution
@@ -90,8 +91,8 @@ class SubspaceSource:
 
     def layers_of(self, adapter: Adapter) -> tuple[list[LoraLayer], Sequence[str]]:
         """Match the adapter's tensors with the modules in the file."""
-        note = self._file.refuse_mismatch(adapter)
-        return self._file.layers_of(adapter), [note] if note else []
+        notes = (self._file.refuse_mismatch(adapter), note_on_whole(adapter))
+        return self._file.layers_of(adapter), [note for note in notes if note]
 
     def visit(
         self, names: Sequence[str], work: Callable[[str, AlignmentDelta], T], how: Execution

@@ -22,7 +22,14 @@ from stayaligned.weights.adapter_config import refuse_slow_patterns
 from stayaligned.weights.adapters import PREFIX, Adapter, LoraLayer
 from stayaligned.weights.checkpoints import Block, Checkpoint, Weight, weights_fingerprint, whole_tensor
 from stayaligned.weights.lora_layout import is_targeted, natural_key, pattern_value, place_by_name
-from stayaligned.weights.unsupported import PLACEMENT, check_factors, list_names, refuse_quantized, refuse_unsupported
+from stayaligned.weights.unsupported import (
+    PLACEMENT,
+    check_factors,
+    list_names,
+    refuse_quantized,
+    refuse_unsupported,
+    stored_whole,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -187,7 +194,8 @@ def _layers_on(
     layers = [_under_stored_names(layer, back[layer.name]) if back else layer for layer in layers]
     expected = {key for layer in layers for key in (layer.a_key, layer.b_key)}
     missing = sorted(expected - adapter.tensors.keys())
-    unexpected = sorted(_without_copies(adapter, adapter.tensors.keys() - expected, stored, checkpoint))
+    others = adapter.tensors.keys() - expected - {*stored_whole(adapter.tensors)}
+    unexpected = sorted(_without_copies(adapter, others, stored, checkpoint))
     if missing or unexpected or not layers:
         raise StayalignedError(
             f"{adapter.directory}: the adapter's tensors don't match its configuration on "
