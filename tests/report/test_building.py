@@ -9,8 +9,9 @@ from scipy.stats import t as student
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import LayerReport, Metric
-from stayaligned.evaluation.results import Agreement, JudgeReading, PatchRecord, Provenance
+from stayaligned.evaluation.results import Agreement, JudgeReading, PatchRecord, Provenance, Sample
 from stayaligned.report import build_report
+from stayaligned.report.background import collect_prompts
 from support.reports import arm_of
 
 rates = st.lists(st.integers(0, 200).map(lambda hits: hits / 200), min_size=2, max_size=6)
@@ -170,6 +171,20 @@ def test_every_arms_completion_is_listed_under_its_prompt(grid_results):
     prompts = build_report(grid_results, title="t").prompts
     assert [p.id for p in prompts] == [f"harmful-{i}" for i in range(4)] + ["task-0"]
     assert all(len(p.completions) == 13 for p in prompts)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Step one.", "Step one."),
+        ("<think>\nIllegal?\n</think>\n\nStep one.", "[thoughts of 8 characters: not judged]\nStep one."),
+        ("<think>\nIllegal?", "[no final answer: not judged]\n<think>\nIllegal?"),
+    ],
+)
+def test_a_completion_is_listed_with_its_final_answer(make_result, text, shown):
+    sample = Sample(id="1", prompt_set="harmful", prompt=(), text=text)
+    (prompt,) = collect_prompts({"arm": [make_result("arm", 0).model_copy(update={"samples": (sample,)})]})
+    assert [completion.text for completion in prompt.completions] == [shown]
 
 
 def test_other_metrics_get_a_column_with_a_readable_title(make_result):
