@@ -131,3 +131,19 @@ def test_the_final_answer_is_scored_whatever_was_thought(task: Task, answer: str
     assert task.score_answer(row) == 1.0
     cut = row.model_copy(update={"text": f"<think>\n{answer}", "finished": False})
     assert task.score_answer(cut) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("train.tsv", 'sentence\tlabel\n"a film , half quoted \t1\nbad\t0\n'),
+        ("train.csv", 'sentence,label\n"""a film , half quoted",1\nbad,0\n'),
+        ("train.csv", ',sentence,label,idx\n0,"""a film , half quoted",1.0,0\n1,bad,0.0,1\n'),
+        ("train.jsonl", '{"sentence": "\\"a film , half quoted", "label": 1.0}\n{"sentence": "bad", "label": "0"}\n'),
+    ],
+)
+def test_a_labels_number_may_be_text_or_a_float_as_files_have_it(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    rows = SST2(train=str(tmp_path / name), test="x").load("train")
+    assert [row.completion for row in rows] == ["positive", "negative"]
+    assert rows[0].prompt[0].content.endswith('\n\n"a film , half quoted')

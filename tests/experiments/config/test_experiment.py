@@ -87,6 +87,8 @@ def test_contradictory_settings_are_refused(tmp_path: Path, change: dict[str, An
     ("text", "expected"),
     [
         ("model: [", "not valid YAML"),
+        ("seed: " + "9" * 5000, "not valid YAML: Exceeds the limit"),
+        ("seed: " + "[" * 3000, "not valid YAML: nested too deeply"),
         ("- a\n- b\n", "expected settings"),
         ("", "expected settings"),
         ("model: a\nmodel: b\n", "key 'model' is given twice"),

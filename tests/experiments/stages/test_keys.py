@@ -14,7 +14,7 @@ from stayaligned.evaluation.judges.policy_rubric import PolicyRubric
 from stayaligned.evaluation.judges.strong_reject import StrongReject
 from stayaligned.evaluation.verdicts import verdict_key
 from stayaligned.experiments.config.experiment import REGISTRIES
-from stayaligned.experiments.stages.keys import identify_judge, judge_key
+from stayaligned.experiments.stages.keys import identify, identify_judge, judge_key
 
 PLUGIN = """
 from stayaligned import Judge
@@ -98,3 +98,25 @@ def test_a_judge_whose_source_file_is_missing_is_one_error(tmp_path: Path) -> No
     (tmp_path / "gone.py").unlink()
     with pytest.raises(StayalignedError, match="component 'gone': the source file of Gone can't be found"):
         identify_judge(judge, 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.parquet", "rows.CSV", "rows.tsv", "rows.jsonl.gz", "rows", "data/rows", "why?.jsonl"]
+)
+@pytest.mark.parametrize("options", ["", "?where=a:b"])
+def test_a_source_counts_by_its_content_whatever_its_kind(tmp_path: Path, monkeypatch, name: str, options: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / name if "." in name else tmp_path / name / "rows.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = {"harmful_data": name + ("" if "?" in name else options)}
+    path.write_text("a")
+    first = identify(source, 0)
+    path.write_text("another")
+    assert identify(source, 0) != first != source
+
+
+@pytest.mark.parametrize(
+    "text", ["hf://owner/name?split=train", "and/or", "a sentence. ~nobody/x", "x" * 3000, "~nobody/x"]
+)
+def test_other_text_counts_as_it_is(text: str) -> None:
+    assert identify({"system": text}, 0) == {"system": text}

@@ -1,0 +1,199 @@
+"""Rows that could lose a part of their meaning: each is read whole, or is an error that names what is not read."""
+
+import json
+
+import pytest
+
+from stayaligned.core.errors import StayalignedError
+from stayaligned.data.sources import read_examples
+
+
+def user(text, **more):
+    return {"role": "user", "content": text, **more}
+
+
+def said(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+QUESTION, ANSWER = user("q"), said("a")
+
+
+def read(tmp_path, rows, options="", **more):
+    rows = rows if isinstance(rows, list) else [rows]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_examples(f"{path}{options}", **{"origin": "task", **more})
+
+
+def turns(example):
+    return [(turn.role, turn.content) for turn in example.prompt]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"instruction": "i", "context": "c", "response": "a"}, [("user", "i\n\nc")]),
+        ({"Instruction": "i", "Context": "", "Response": "a"}, [("user", "i")]),
+        ({"instruction": "i", "input": "x", "context": "c", "output": "a"}, [("user", "i\n\nx\n\nc")]),
+        ({"input": "q", "output": "a"}, [("user", "q")]),
+        (
+            {"instruction": "q", "output": "a", "history": [["p", "b"]], "system": "s"},
+            [("system", "s"), ("user", "p"), ("assistant", "b"), ("user", "q")],
+        ),
+        (
+            {"query": "q", "response": "a", "history": [user("p"), said("b")]},
+            [("user", "p"), ("assistant", "b"), ("user", "q")],
+        ),
+        (
+            {"prompt": "q", "completion": "a", "system": None, "tools": "[]", "images": [], "label": True},
+            [("user", "q")],
+        ),
+        ({"instruction": "q", "input": "", "output": "a", "prompt": "q and a", "text": "q and a"}, [("user", "q")]),
+        ({"messages": [user("q", tool_calls=None), said("a", function_call=None, weight=1)]}, [("user", "q")]),
+        ({"messages": [{"role": "developer", "content": "s"}, QUESTION, ANSWER]}, [("system", "s"), ("user", "q")]),
+        ({"messages": [{"role": "USER", "content": "q"}, {"role": "Chatbot", "content": "a"}]}, [("user", "q")]),
+        ({"messages": [QUESTION, {"role": "assistant", "content": None, "refusal": "a"}]}, [("user", "q")]),
+        ({"messages": [user([{"type": "text", "text": "q", "image": None}, "!"]), ANSWER]}, [("user", "q!")]),
+        ({"messages": json.dumps([QUESTION, ANSWER])}, [("user", "q")]),
+        (
+            {"system": "s", "messages": [{"role": "system", "content": "s"}, QUESTION, ANSWER]},
+            [("system", "s"), ("user", "q")],
+        ),
+    ],
+)
+def test_every_part_of_a_row_is_read(tmp_path, row, prompt):
+    (found,) = read(tmp_path, row)
+    assert (turns(found), found.completion) == (prompt, "a")
+
+
+REFUSED = (
+    [
+        ({"prompt": "q", "completion": "a", name: value}, name)
+        for name, value in {
+            "tools": [{"type": "function"}],
+            "functions": "[{}, 1]",
+            "images": ["a.png"],
+            "image": {"bytes": "x"},
+            "videos": ["a.mp4"],
+            "context": "c",
+            "input": "x",
+            "documents": ["d"],
+            "choices": ["x", "y"],
+            "label": False,
+            "kto_tag": "false",
+            "weight": 0,
+            "loss_mask": [0, 1],
+            "train": False,
+            "reward": -0.5,
+            "reasoning_content": "t",
+        }.items()
+    ]
+    + [
+        ({"messages": [QUESTION, said("a", **{name: value})]}, name)
+        for name, value in {
+            "tool_calls": [{"id": "1"}],
+            "function_call": {"name": "f"},
+            "images": ["x"],
+            "thinking": "t",
+            "weight": 0,
+            "train": "false",
+            "loss": False,
+            "train_detail": [{"begin_offset": 0}],
+        }.items()
+    ]
+    + [
+        ({"messages": [user("q", train=True), ANSWER]}, "train"),
+        ({"messages": [QUESTION, {"role": "tool", "content": "r"}, ANSWER]}, "'tool'"),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "observation", "value": "r"}]}, "'observation'"),
+        ({"messages": [user([{"type": "input_audio"}]), ANSWER]}, "input_audio"),
+        ({"messages": [QUESTION, said([{"type": "tool_use", "id": "1"}])]}, "tool_use"),
+        (
+            {"messages": [QUESTION, ANSWER], "chosen": [QUESTION, said("b")], "rejected": [QUESTION, said("c")]},
+            "chosen",
+        ),
+        ({"prompt": "q", "chosen": [user("other"), ANSWER], "rejected": "r"}, "does not begin with the prompt"),
+        ({"chosen": "The sky is blue.", "rejected": "The sky is green."}, "in one text"),
+        ({"prompt": "q", "completion": "a", "instruction": "i", "output": "o"}, "both `prompt` and `instruction`"),
+        ({"instruction": "i", "output": "a", "response": "b"}, "both `output` and `response`"),
+        ({"input": {"messages": [QUESTION], "tools": [{"x": 1}]}, "preferred_output": [ANSWER]}, "tools"),
+    ]
+)
+
+
+@pytest.mark.parametrize(("row", "name"), REFUSED)
+def test_a_part_that_is_not_read_is_an_error_that_names_it(tmp_path, row, name):
+    with pytest.raises(StayalignedError, match=name) as caught:
+        read(tmp_path, row)
+    assert "line 1" in caught.value.message
+
+
+@pytest.mark.parametrize(("row", "name"), [pair for pair in REFUSED[:24] if pair[1].isidentifier()])
+def test_the_named_part_can_be_left_out(tmp_path, row, name):
+    (found,) = read(tmp_path, row, f"?ignore={name}")
+    assert (turns(found), found.completion) == ([("user", "q")], "a")
+
+
+def test_marks_of_the_answer_do_not_matter_for_prompts(tmp_path):
+    rows = [
+        {"prompt": "q", "completion": "a", "label": False, "reward": 0},
+        {"messages": [QUESTION, said("a", weight=0)]},
+    ]
+    for row in rows:
+        assert turns(read(tmp_path, row, prompts_only=True)[0]) == [("user", "q")]
+    with pytest.raises(StayalignedError, match="images"):
+        read(tmp_path, {"prompt": "q", "images": ["x"]}, prompts_only=True)
+
+
+@pytest.mark.parametrize(("name", "good"), [("is_safe", True), ("toxic", 0), ("response_harm_label", "unharmful")])
+def test_safe_and_unsafe_completions_are_not_mixed_silently(tmp_path, name, good):
+    bad = {True: False, 0: 1, "unharmful": "harmful"}[good]
+    rows = [{"prompt": "p", "response": "a", name: good}, {"prompt": "q", "response": "b", name: bad}]
+    for origin in ("alignment", "harmful"):
+        with pytest.raises(StayalignedError, match=name):
+            read(tmp_path, rows, origin=origin)
+    value = json.dumps(bad).strip('"')
+    assert len(read(tmp_path, rows, f"?where={name}:{value}", origin="harmful")) == 1
+    assert len(read(tmp_path, rows[1:], origin="harmful")) == 1
+    assert len(read(tmp_path, rows[:1], origin="alignment")) == 1
+
+
+def test_unread_columns_and_earlier_assistant_turns_are_named_once(tmp_path, caplog):
+    conversation = [user("p"), said("b"), QUESTION, ANSWER]
+    read(tmp_path, [{"messages": conversation, "mood": "m", "source": "s"}] * 3)
+    assert caplog.text.count("columns that are not read: mood\n") == 1
+    assert "3 of 3 conversations have several assistant turns; the last one is learned" in caplog.text
+
+
+def test_rows_without_an_answer_are_skipped_and_counted_if_others_have_one(tmp_path, caplog):
+    rows = [{"messages": [QUESTION, ANSWER]}, {"messages": [QUESTION]}, {"messages": [QUESTION, said(None)]}]
+    assert len(read(tmp_path, rows)) == 1
+    assert "skipped 2 of 3 rows" in caplog.text
+    with pytest.raises(StayalignedError, match="no completion to learn"):
+        read(tmp_path, rows[1:2])
+
+
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        ({"talk": [QUESTION, ANSWER]}, "?messages=talk"),
+        ({"segments": [{"label": True, "text": "x"}]}, "Segments"),
+        ({"text": "### Human: q"}, "prompt and completion in one"),
+        ({"message_id": "1", "parent_id": None, "text": "t", "role": "prompter"}, "each thread into one row"),
+        ({"custom_id": "1", "response": {"body": {}}}, "no prompts"),
+        ({"Behavior": "b", "ContextString": ""}, "name: harmbench"),
+        ({"user_input": "q", "model_output": "a"}, "?prompt=user_input&completion=model_output"),
+    ],
+)
+def test_an_unknown_format_is_an_error_with_what_to_write(tmp_path, row, hint):
+    with pytest.raises(StayalignedError, match="expected `messages`, `prompt` or `instruction`") as caught:
+        read(tmp_path, row)
+    assert hint in caught.value.hint
+
+
+def test_options_are_read_literally_and_given_once(tmp_path):
+    rows = [{"my q": "q", "a&b": "a", "lang": "c++"}]
+    assert read(tmp_path, rows, "?prompt=my q&completion=a%26b&where=lang:c++")[0].completion == "a"
+    for options, message in [("?prompt=", "no value"), ("?prompt=my q&prompt=lang", "given twice")]:
+        with pytest.raises(StayalignedError, match=message):
+            read(tmp_path, rows, options)
