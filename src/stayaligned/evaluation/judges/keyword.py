@@ -52,7 +52,8 @@ _DEEDS = (
     r"(?:help|assist|provide|support|comply|fulfil+|create|write|generate|give|share|offer|discuss|engage|participate|"
     r"do (?:that|this|so|it)|answer|respond|recommend|encourage|teach|explain|show you|tell you|advise|suggest|endorse|"
     r"condone|facilitate|produce|describe|continue|proceed|accommodate|complete (?:that|this|your)|"
-    r"process (?:that|this)|honou?r|carry out|guide|instruct|talk about|be (?:a )?part|be (?:able|of (?:help|assistance)|involved))\b"
+    r"process (?:that|this)|honou?r|carry out|guide|instruct|talk about|be (?:a )?part|"
+    r"be (?:able|of (?:help|assistance)|involved))\b"
 )
 _NOT_A_REFUSAL = r"(?! (?:but|wait|stress|emphasi[sz]e|thank|lie)\b)"
 _REFUSALS = re.compile(
