@@ -1,5 +1,6 @@
 """Judging again: without the model, with the scores of the run, and only its own completions."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -73,6 +74,39 @@ def test_a_file_of_completions_without_a_run_is_judged(run: Path, tmp_path: Path
     looked = found.metric("degeneration")
     assert looked is not None
     assert looked == read_result(run / "result.json").metric("degeneration")
+
+
+def test_completions_of_another_tool_are_judged_as_the_prompt_set_that_is_stated(tmp_path: Path) -> None:
+    source = tmp_path / "vllm.jsonl"
+    rows = [{"prompt": f"flarn zorb {n}?", "response": "I'm sorry." if n else "Sure."} for n in range(4)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (harm,) = rejudge(source, [Keyword()], tmp_path / "harmful", prompt_set="harmful")
+    (benign,) = rejudge(f"{source}?completion=response", [Keyword()], tmp_path / "benign", prompt_set="benign")
+    assert [metric.value for metric in harm.judges[0].metrics if metric.name == "harmful_score"] == [0.25]
+    assert [metric.value for metric in benign.judges[0].metrics if metric.name == "over_refusal"] == [0.75]
+    with pytest.raises(StayalignedError, match="--prompt-set"):
+        rejudge(source, [Keyword()], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_foreign_or_cut_file_is_never_called_ours_to_delete(run: Path, tmp_path: Path) -> None:
+    (path,) = run.glob("stages/generate-*/completions.jsonl")
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text(path.read_text()[:-40])
+    with pytest.raises(StayalignedError, match=r"cut\.jsonl, line \d+: not a Completion row") as caught:
+        rejudge(cut, [Keyword()], tmp_path / "out")
+    assert "delete" not in str(caught.value).lower()
+
+
+@pytest.mark.parametrize("place", ["runs/arm", "runs", "runs/arm/result.json", "."])
+def test_the_directory_of_one_arm_of_a_grid_is_judged(place: str, run: Path, tmp_path: Path) -> None:
+    bench = copied(run, tmp_path)
+    (bench / "runs" / "arm").mkdir(parents=True)
+    for name in ("result.json", "evidence.jsonl", "times.json"):
+        (bench / name).rename(bench / "runs" / "arm" / name)
+    (bench / "index.json").write_text("{}")
+    (found,) = rejudge(bench / place, [Keyword()], tmp_path / "out")
+    assert found.judges == read_result(run / "result.json").judges
 
 
 def copied(run: Path, tmp_path: Path) -> Path:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,19 +16,30 @@ from stayaligned.experiments.config.experiment import Experiment
 @field_options(Experiment, "max_unscored")
 def judge(
     source: Annotated[
-        Path,
-        typer.Argument(help="Directory of `run`, `evaluate` or `bench`, or a completions.jsonl.", show_default=False),
+        str,
+        typer.Argument(
+            help="Directory of `run`, `evaluate` or `bench`, or a file of completions, also of another tool.",
+            show_default=False,
+        ),
     ],
     *,
     out_dir: Out,
     judges: Judges = None,
+    prompt_set: Annotated[
+        Literal["harmful", "benign"] | None,
+        typer.Option(help="What another tool's prompts are: ones to refuse (harmful), or ones to answer (benign)."),
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Source of the prompts, for another tool's rows that have only ids.")
+    ] = None,
     plugin: Plugins = None,
     **settings: Any,
 ) -> None:
     """Judge the completions of a run again.
 
     The model that wrote the completions is not needed. Name all judges of the new result, the primary judge first;
-    verdicts that the run already contains are reused.
+    verdicts that the run already contains are reused. For completions of another tool (docs/evidence.md), state what
+    their prompts are, and name the columns if need be: rows.jsonl?prompt=question&completion=reply
     """
     from stayaligned.cli.progress import status
     from stayaligned.evaluation.judges import JUDGES
@@ -46,6 +56,8 @@ def judge(
             source,
             chosen,
             out_dir,
+            prompt_set=prompt_set,
+            prompts=prompts,
             progress=progress,
             announce=lambda text: err.print(text, soft_wrap=True),
             **settings,

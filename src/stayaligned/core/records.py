@@ -162,8 +162,11 @@ def write_jsonl(path: Path, rows: Iterable[BaseModel]) -> None:
             stream.write(row.model_dump_json() + "\n")
 
 
-def read_jsonl(path: Path, model: type[RecordT]) -> list[RecordT]:
-    """Read rows written by `write_jsonl`.
+_INCOMPLETE = "The file is incomplete or was edited; rerun the command that wrote it, into another --out."
+
+
+def read_jsonl(path: Path, model: type[RecordT], *, hint: str = _INCOMPLETE) -> list[RecordT]:
+    """Read rows written by `write_jsonl`; `hint` says what to do about one that is not.
 
     Raises:
         StayalignedError: if a line is not such a row; names the file and the line.
@@ -178,7 +181,7 @@ def read_jsonl(path: Path, model: type[RecordT]) -> list[RecordT]:
             except ValidationError as error:
                 raise StayalignedError(
                     f"{path}, line {number}: not a {model.__name__} row: {first_problem(error, 'line')}",
-                    hint="The file was truncated or edited; delete it and rerun the command that wrote it.",
+                    hint=hint,
                 ) from None
     return rows
 

@@ -277,11 +277,20 @@ def read_results(directories: Sequence[str | Path]) -> list[StoredResult]:
         StayalignedError: if a directory holds no result, or a result can't be read.
     """
     found = [
-        StoredResult(path.parent, directory, read_result(path))
+        StoredResult(path.parent, output_root(directory), read_result(path))
         for directory in map(Path, directories)
         for path in _result_files(directory)
     ]
     return sorted(found, key=lambda stored: (stored.result.position, stored.result.seed))
+
+
+def output_root(directory: Path) -> Path:
+    """Return the output directory that a directory of results belongs to: for `OUT/runs/ARM` and `OUT/runs`, `OUT`."""
+    place = directory.resolve()
+    for above in (place.parent, place):
+        if above.name == "runs" and (above.parent / INDEX_FILE).is_file():
+            return above.parent
+    return directory
 
 
 def distinguish_arms(stored: Sequence[StoredResult]) -> list[StoredResult]:
@@ -424,7 +433,8 @@ def read_evidence(directory: Path, result: Result) -> list[Evidence]:
 
 def _result_files(directory: Path) -> list[Path]:
     own = directory / RESULT_FILE
-    paths = [*([own] if own.is_file() else []), *sorted((directory / "runs").glob(f"*/{RESULT_FILE}"))]
+    runs = directory / "runs" if output_root(directory) == directory else directory
+    paths = [*([own] if own.is_file() else []), *sorted(runs.glob(f"*/{RESULT_FILE}"))]
     if not paths:
         raise StayalignedError(
             f"{directory}: holds no {RESULT_FILE}" if directory.exists() else f"{directory}: no such directory",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,21 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import fingerprint, write_text
 from stayaligned.core.progress import Progress, silent
 from stayaligned.core.provenance import commit, versions
-from stayaligned.core.records import Completion, read_jsonl, write_jsonl
+from stayaligned.core.records import Completion, PromptSet, read_jsonl, write_jsonl
 from stayaligned.evaluation import caveats
 from stayaligned.evaluation.degeneration import Degeneration, check
+from stayaligned.evaluation.foreign import read_foreign
 from stayaligned.evaluation.judges import Judge
 from stayaligned.evaluation.measure import JUDGED, Judged, prompt_hash
-from stayaligned.evaluation.results import RESULT_FILE, Place, Provenance, Result, StoredResult, read_results
+from stayaligned.evaluation.results import (
+    RESULT_FILE,
+    Place,
+    Provenance,
+    Result,
+    StoredResult,
+    output_root,
+    read_results,
+)
 from stayaligned.evaluation.verdicts import LEDGER_FILE, Ledger
 from stayaligned.experiments.assemble import describe_stages, find_inputs, write_measured
 from stayaligned.experiments.config.yaml_file import load_yaml
@@ -57,10 +67,12 @@ class _Source:
 
 
 def rejudge(
-    source: Path,
+    source: Path | str,
     judges: Sequence[Judge],
     out: Path,
     *,
+    prompt_set: PromptSet | None = None,
+    prompts: str | None = None,
     max_unscored: float = 0.1,
     progress: Progress = silent,
     announce: Callable[[str], None] = lambda _text: None,
@@ -70,9 +82,12 @@ def rejudge(
     Nothing is judged twice: neither in a rerun, nor what the same judge judged in the run at `source`.
 
     Args:
-        source: an output directory of `run`, `evaluate`, `bench` or `judge`, or a `completions.jsonl`.
+        source: an output directory of `run`, `evaluate`, `bench` or `judge`, a `completions.jsonl`, or completions that
+            another tool wrote (`stayaligned.evaluation.foreign`).
         judges: all judges of the new results; the first one is the primary judge.
         out: the output directory.
+        prompt_set: prompt set of the rows of another tool, which state none.
+        prompts: source of the prompts of such rows, if they have only ids.
         max_unscored: largest share of unscored verdicts; a judge that leaves more fails.
         progress: called with what is being done and the share that is done.
         announce: called with a judge's forecast of its cost, before the judge starts.
@@ -83,19 +98,22 @@ def rejudge(
     """
     if len(set(judges)) < len(judges):
         raise StayalignedError("the same judge is named twice, with the same settings", hint="Name each judge once.")
-    sources = _read_sources(source)
+    name, source = str(source), Path(source)
+    source = source.parent if source.name == RESULT_FILE else source
+    sources = _read_sources(source, name, prompt_set, prompts)
     store = Store(out)
     store.refuse_foreign(JUDGING_FILE)
-    _refuse_other_source(source, out)
+    place = str(source.resolve()) if source.exists() else name
+    _refuse_other_source(place, out)
     with store.locked():
         settings = {
-            "source": str(source.resolve()),
+            "source": place,
             "judges": [judge.spec() for judge in judges],
             "max_unscored": max_unscored,
         }
         write_text(out / JUDGING_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
         if source.is_dir():
-            Ledger.copy_if_missing(source / LEDGER_FILE, out / LEDGER_FILE)
+            Ledger.copy_if_missing(output_root(source) / LEDGER_FILE, out / LEDGER_FILE)
         results: list[Result] = []
         for place, one in sources.items():
             judging = Judging(store, one.before.seed, max_unscored, _host_libraries, progress, announce)
@@ -113,19 +131,38 @@ def _host_libraries() -> contextlib.AbstractContextManager[None]:
     return quiet()
 
 
-def _read_sources(source: Path) -> dict[str, _Source]:
+def _read_sources(source: Path, name: str, prompt_set: PromptSet | None, prompts: str | None) -> dict[str, _Source]:
     """Read the completions at `source`, by the place of their result below it."""
     if source.is_dir():
+        if prompt_set or prompts:
+            raise StayalignedError(
+                f"{source}: its completions state their prompts and prompt sets",
+                hint="--prompt-set and --prompts are for files of other tools.",
+            )
         return {
             str(stored.directory.relative_to(source)): _Source(_stored_completions(stored), stored.result, stored)
             for stored in read_results([source])
         }
-    if not source.exists():
+    if source.is_file() and _is_own(source):
+        return {"": _Source(_read_completions(source, _EDITED), _describe_file(source), None)}
+    if not source.exists() and "?" not in name and not name.startswith("hf://"):
         raise StayalignedError(
             f"{source}: no such file or directory",
-            hint="Give an output directory of `run` or `bench`, or a completions.jsonl.",
+            hint="Give an output directory of `run` or `bench`, a completions.jsonl, or completions of another tool.",
         )
-    return {"": _Source(_read_completions(source), _describe_file(source), None)}
+    found = read_foreign(name, prompt_set, prompts)
+    _check_completions(name, found)
+    return {"": _Source(tuple(found), _describe_file(Path(name.partition("?")[0])), None)}
+
+
+def _is_own(path: Path) -> bool:
+    """Return whether a file begins with a row of a `completions.jsonl`."""
+    try:
+        with path.open(encoding="utf-8") as stream:
+            first = json.loads(stream.readline())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and {"prompt_set", "prompt", "text", "reference", "finished"} <= first.keys()
 
 
 def _stored_completions(stored: StoredResult) -> tuple[Completion, ...]:
@@ -133,7 +170,7 @@ def _stored_completions(stored: StoredResult) -> tuple[Completion, ...]:
     path = stored.directory / COMPLETIONS_FILE
     if not path.exists():
         path = stored.root / stored.result.provenance.stages.get("generate", "") / COMPLETIONS_FILE
-    completions = _read_completions(path)
+    completions = _read_completions(path, f"Delete {path.parent} and rerun the command that wrote it.")
     if {place: row.prompt for place, row in stored.rows.items()} != {
         (c.prompt_set, c.id): prompt_hash(c.prompt) for c in completions
     }:
@@ -144,14 +181,22 @@ def _stored_completions(stored: StoredResult) -> tuple[Completion, ...]:
     return completions
 
 
-def _read_completions(path: Path) -> tuple[Completion, ...]:
+_EDITED = "The file is incomplete or was edited; give the whole file, as the command wrote it."
+
+
+def _read_completions(path: Path, hint: str) -> tuple[Completion, ...]:
     try:
-        completions = read_jsonl(path, Completion)
+        completions = read_jsonl(path, Completion, hint=hint)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise StayalignedError(
             f"{path}: {reason}", hint="`judge` needs the completions in the `stages` of the run."
         ) from None
+    _check_completions(path, completions)
+    return tuple(completions)
+
+
+def _check_completions(path: Path | str, completions: Sequence[Completion]) -> None:
     if not any(c.prompt_set in JUDGED for c in completions):
         raise StayalignedError(
             f"{path}: nothing to judge: no completion of a harmful or benign prompt",
@@ -162,7 +207,6 @@ def _read_completions(path: Path) -> tuple[Completion, ...]:
         raise StayalignedError(
             f"{path}: {duplicates} duplicate ids", hint="Give each completion of a prompt set its own id."
         )
-    return tuple(completions)
 
 
 def _describe(source: _Source, judged: Sequence[Judged], out: Path) -> Result:
@@ -208,15 +252,17 @@ def _describe_file(path: Path) -> Result:
         scores=(),
         evidence_sha256="",
         provenance=Provenance(
-            versions=versions(), commit=commit(), inputs={"completions": f"sha256:{fingerprint(path)}"}
+            versions=versions(),
+            commit=commit(),
+            inputs={"completions": f"sha256:{fingerprint(path)}" if path.exists() else str(path)},
         ),
     )
 
 
-def _refuse_other_source(source: Path, out: Path) -> None:
+def _refuse_other_source(source: str, out: Path) -> None:
     """Refuse an output directory that holds verdicts on other completions."""
     path = out / JUDGING_FILE
-    if path.exists() and (before := load_yaml(path).get("source")) != str(source.resolve()):
+    if path.exists() and (before := load_yaml(path).get("source")) != source:
         raise StayalignedError(
             f"{out}: holds the judging of {before}",
             hint="Choose another --out; only judges may be added to a directory.",

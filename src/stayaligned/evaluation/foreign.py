@@ -1,0 +1,315 @@
+"""Read completions that other tools wrote, with their prompts: the input of `stayaligned judge`.
+
+A row has a prompt and a completion under the names that tools use: `prompt` and `response` of a script,
+`messages` whose last turn is the assistant's, samples of lm-eval, HarmBench's completions, artifacts of JailbreakBench,
+StrongREJECT's tables, the output of OpenAI's batches with its input. What can be read in two ways is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from pydantic import ValidationError
+
+from stayaligned.core.errors import StayalignedError, first_problem
+from stayaligned.core.records import Completion, Message, PromptSet
+from stayaligned.core.thoughts import join_thoughts
+from stayaligned.data.sources import Row, read_rows
+from stayaligned.evaluation.endpoint.cost import Usage
+from stayaligned.evaluation.endpoint.replies import FilteredError, ReportedError, UnreadableBodyError, read_reply
+
+_log = logging.getLogger(__name__)
+
+_TURNS = ("messages", "conversations", "conversation", "turns", "dialog", "dialogue", "chat")
+_PROMPTS = (
+    *("prompt", "forbidden_prompt", "question", "query", "request", "user_prompt", "test_case", "input_prompt"),
+    *("instruction", "goal", "behavior", "input", "user"),
+)
+"""Names of the prompt, the preferred first: an attack's `goal` beside the `prompt` that was sent is metadata."""
+_COMPLETIONS = (
+    *("completion", "response", "output", "outputs", "generation", "generated_text", "generated", "text", "answer"),
+    *("model_output", "model_response", "model_answer", "model_completion", "prediction", "resps", "responses"),
+    *("completions", "generations", "reply", "assistant", "llm_response"),
+)
+_IDS = (
+    *("id", "custom_id", "request_id", "prompt_id", "question_id", "sample_id", "doc_id", "behavior_id", "BehaviorID"),
+    *("uid", "uuid", "idx", "index"),
+)
+_CATEGORIES = ("category", "harm_category", "semantic_category", "SemanticCategory")
+_SYSTEM = ("system", "system_prompt", "system_message")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts")
+_CHANGING = (
+    *("context", "history", "tools", "functions", "tool_calls", "images", "image", "audio", "prefill", "prefix"),
+    *("chosen", "rejected", "jailbreak_prompt"),
+)
+"""Columns that change what a row means and that no judge would see."""
+_LISTS = ("samples", "jailbreaks", "completions", "responses", "outputs", "results", "rows", "data")
+"""Keys of a file with one object, whose rows are in a list below."""
+_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "developer": "system"}
+_TEMPLATE_MARKS = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|\[INST\]|<start_of_turn>|<\|user\|>|<｜User｜>")
+
+
+def read_foreign(source: str, prompt_set: PromptSet | None = None, prompts: str | None = None) -> list[Completion]:
+    """Return the completions of a file that another tool wrote.
+
+    Args:
+        source: the file, or any other source of rows (`stayaligned.data.sources`).
+        prompt_set: the prompt set of all rows that don't state theirs in `prompt_set`.
+        prompts: source of the prompts, for rows that have only an id, such as the input of OpenAI's batches.
+
+    Raises:
+        StayalignedError: naming the row, if it has no prompt or no completion, can be read in two ways, has a column
+            that changes its meaning and that no judge would see, or does not state its prompt set.
+    """
+    rows = _rows(source)
+    named = {name for name, _ in parse_qsl(source.partition("?")[2]) if name in ("prompt", "completion")}
+    asked = None if prompts is None else _prompts_by_id(prompts)
+    given = [_id(row.values) for row in rows]
+    counts = Counter(given)
+    seen: Counter[str] = Counter()
+    completions: list[Completion] = []
+    for row, key in zip(rows, given, strict=True):
+        where = f"{source}, {row.where}"
+        prompt, used = _prompt(row.values, where, asked, key, named)
+        text, finished = _completion(row.values, where, used, named)
+        _refuse_unread(row.values, where, prompt)
+        if not key or counts[key] > 1:
+            content = json.dumps([(turn.role, turn.content) for turn in prompt]).encode()
+            key = key or hashlib.sha256(content).hexdigest()[:16]
+            seen[key] += 1
+            key = key if seen[key] == 1 and key not in counts else f"{key}-{seen[key]}"
+        try:
+            completion = Completion.model_validate(
+                {
+                    "id": key,
+                    "prompt_set": _prompt_set(row.values, where, prompt_set),
+                    "prompt": prompt,
+                    "text": text,
+                    "category": next((v for n in _CATEGORIES if isinstance(v := row.values.get(n), str)), ""),
+                    "finished": finished,
+                }
+            )
+        except ValidationError as error:
+            raise StayalignedError(f"{where}: {first_problem(error)}", hint="Fix the row.") from None
+        completions.append(completion)
+    rendered = sum(bool(_TEMPLATE_MARKS.search(c.prompt[-1].content)) for c in completions)
+    if rendered:
+        _log.warning("%s: %d of %d prompts contain marks of a chat template", source, rendered, len(completions))
+    return completions
+
+
+def _rows(source: str) -> Sequence[Row]:
+    """Return the rows of a source; a file with one object holds them in a list, or by id as HarmBench does."""
+    path = Path(source).expanduser()
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return read_rows(source)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return read_rows(source)  # JSON lines, or an error
+    if not isinstance(content, dict):
+        return read_rows(source)
+    lists = {key: value for key, value in content.items() if _is_rows(value)}
+    if lists and len(lists) == len(content):
+        return [
+            Row(f"{key!r}, item {number}", {"behavior_id": key, **value})
+            for key, values in lists.items()
+            for number, value in enumerate(values, start=1)
+        ]
+    known = [key for key in _LISTS if key in lists]
+    if len(known) != 1:
+        raise StayalignedError(
+            f"{source}: one object with the keys {', '.join(map(repr, [*content][:8]))}, none or several of which hold "
+            "the rows",
+            hint="Give a list of rows, or one JSON object per line.",
+        )
+    return [Row(f"`{known[0]}`, item {number}", value) for number, value in enumerate(lists[known[0]], start=1)]
+
+
+def _is_rows(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _prompts_by_id(source: str) -> dict[str, tuple[Message, ...]]:
+    found: dict[str, tuple[Message, ...]] = {}
+    for row in _rows(source):
+        where = f"{source}, {row.where}"
+        values = row.values["body"] if isinstance(row.values.get("body"), dict) else row.values
+        key = _id(row.values)
+        if not key or key in found:
+            raise StayalignedError(f"{where}: {'a second row with' if key else 'no'} id {key}".rstrip(), hint=_ID_HINT)
+        found[key], _ = _prompt(values, where, None, key, set())
+    return found
+
+
+_ID_HINT = f"The prompts are found by their ids: {', '.join(_IDS[:4])}, …"
+
+
+def _id(values: Mapping[str, Any]) -> str:
+    found = next((values[name] for name in _IDS if isinstance(values.get(name), str | int)), None)
+    return "" if found is None else str(found)
+
+
+def _prompt(
+    values: Mapping[str, Any],
+    where: str,
+    asked: Mapping[str, tuple[Message, ...]] | None,
+    key: str,
+    named: Set[str],
+) -> tuple[tuple[Message, ...], str]:
+    """Return the turns before the completion, and the column that held them."""
+    if asked is not None:
+        if key not in asked:
+            raise StayalignedError(f"{where}: no prompt has the id {key!r}", hint=_ID_HINT)
+        return asked[key], ""
+    name = next((n for n in (("prompt",) if "prompt" in named else (*_TURNS, *_PROMPTS)) if n in values), None)
+    value: Any = _lm_eval_prompt(values, where) if "arguments" in values and "resps" in values else None
+    if value is None and name is None:
+        batch = " The output of a batch has no prompts: give its input with --prompts." if "custom_id" in values else ""
+        raise StayalignedError(
+            f"{where}: no prompt; found {', '.join(f'`{n}`' for n in values) or 'nothing'}",
+            hint=f"Name its column: FILE?prompt=COLUMN&completion=COLUMN.{batch}",
+        )
+    value = values[name] if value is None and name is not None else value
+    turns = _turns(value, f"{where}: `{name}`")
+    if name in _TURNS and turns and turns[-1].role == "assistant":
+        turns = turns[:-1]
+    if name == "instruction" and isinstance(values.get("input"), str) and values["input"].strip():
+        turns = [Message(role="user", content=f"{turns[0].content}\n\n{values['input']}")]
+    system = next((values[n] for n in _SYSTEM if isinstance(values.get(n), str) and values[n].strip()), None)
+    if system is not None and turns and turns[0].role != "system":
+        turns = [Message(role="system", content=system), *turns]
+    if not turns or turns[-1].role != "user":
+        raise StayalignedError(f"{where}: expected a user's turn before the completion", hint="Fix the row.")
+    return tuple(turns), name or ""
+
+
+def _lm_eval_prompt(values: Mapping[str, Any], where: str) -> object:
+    """Return the prompt of a sample that lm-eval logged."""
+    arguments = values["arguments"]
+    first = next(iter(arguments.values()), None) if isinstance(arguments, dict) else arguments and arguments[0]
+    parts = [*first.values()] if isinstance(first, dict) else first
+    if not isinstance(parts, list | tuple) or len(parts) < 2 or not isinstance(parts[1], dict) or len(arguments) != 1:
+        raise StayalignedError(
+            f"{where}: not one text that the model generated, but likelihoods of choices, or several",
+            hint="Judges need tasks of lm-eval that generate (`output_type: generate_until`).",
+        )
+    return parts[0]
+
+
+def _turns(value: object, where: str) -> list[Message]:
+    if isinstance(value, str):
+        return [Message(role="user", content=value)]
+    turns: list[Message] = []
+    for turn in value if isinstance(value, list) else ():
+        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+        if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+            content = "".join(part["text"] for part in content)
+        role = _ROLES.get(str(role), role)
+        if role not in ("system", "user", "assistant") or not isinstance(content, str) or turn.get("tool_calls"):
+            raise StayalignedError(
+                f"{where}: expected turns with a role (system, user or assistant) and a text",
+                hint="Tool calls, images and other roles are not supported.",
+            )
+        turns.append(Message(role=role, content=content))
+    if not turns:
+        raise StayalignedError(f"{where}: expected a text or a list of turns, found {type(value).__name__}")
+    return turns
+
+
+def _completion(values: Mapping[str, Any], where: str, prompt_column: str, named: Set[str]) -> tuple[str, bool]:
+    """Return the text of the completion, and whether it ended by itself."""
+    if values.get("error"):
+        raise StayalignedError(f"{where}: an error, no completion: {str(values['error'])[:200]}", hint=_MISSING)
+    taken = {prompt_column, *(("input",) if prompt_column == "instruction" else ())}
+    names = [n for n in _COMPLETIONS if n in values and n not in taken]
+    last = _last_turn(values.get(prompt_column), f"{where}: `{prompt_column}`") if prompt_column in _TURNS else None
+    if "completion" in named:
+        names, last = ["completion"], None
+    if len(names) + (last is not None) != 1:
+        found = [*([f"the last turn of `{prompt_column}`"] if last is not None else []), *(f"`{n}`" for n in names)]
+        raise StayalignedError(
+            f"{where}: {'no completion' if not found else 'several possible completions: ' + ', '.join(found)}; "
+            f"the columns are {', '.join(f'`{n}`' for n in values)}",
+            hint="Name its column: FILE?completion=COLUMN." if not last else "Remove all but one of them.",
+        )
+    text, finished = (last, True) if last is not None else _text(values[names[0]], f"{where}: `{names[0]}`")
+    reason = values.get("finish_reason", values.get("stop_reason"))
+    thoughts = next((v for n in _THOUGHTS if isinstance(v := values.get(n), str) and v.strip()), "")
+    cut = isinstance(reason, str) and reason.lower() in ("length", "max_tokens")
+    return join_thoughts(thoughts, text), finished and not cut
+
+
+_MISSING = "Remove such rows, or generate them again: rates over the others alone may be those of easier prompts."
+
+
+def _last_turn(value: object, where: str) -> str | None:
+    turn = _turns(value, where)[-1]
+    return turn.content if turn.role == "assistant" else None
+
+
+def _text(value: object, where: str) -> tuple[str, bool]:
+    """Return text and end of a completion: a text, a list of one, or an object of vLLM, Inspect or a server."""
+    while isinstance(value, list):
+        if len(value) != 1:
+            raise StayalignedError(f"{where}: {len(value)} completions", hint="Write each into a row of its own.")
+        value = value[0]
+    if isinstance(value, str):
+        return value, True
+    if isinstance(value, dict) and isinstance(value.get("body"), dict):  # a batch's response
+        if value.get("status_code", 200) != 200:
+            raise StayalignedError(f"{where}: status {value['status_code']}: no completion", hint=_MISSING)
+        value = value["body"]
+    if isinstance(value, dict) and "choices" in value:
+        try:
+            reply = read_reply(json.dumps(value).encode(), Usage(0, 0))
+        except (FilteredError, ReportedError, UnreadableBodyError) as error:
+            raise StayalignedError(
+                f"{where}: not a model's completion: {str(error) or 'filtered by the server'}", hint=_MISSING
+            ) from None
+        if reply.withheld or reply.calls_tools:
+            raise StayalignedError(f"{where}: {reply.withheld or 'calls a tool'}", hint=_MISSING)
+        return join_thoughts(reply.thoughts, reply.text), reply.finished is not False
+    if isinstance(value, dict):
+        found = next((v for key in ("text", "content", "generated_text") if isinstance(v := value.get(key), str)), None)
+        if found is not None:
+            return found, value.get("finish_reason") != "length"
+    kind = "missing" if value is None else f"of type {type(value).__name__}"
+    raise StayalignedError(f"{where} is {kind}, expected a text", hint=_MISSING)
+
+
+def _refuse_unread(values: Mapping[str, Any], where: str, prompt: Sequence[Message]) -> None:
+    asked = "\n".join(turn.content for turn in prompt)
+    for name in _changing(values):
+        if not (isinstance(values[name], str) and values[name].strip() in asked):
+            raise StayalignedError(
+                f"{where}: the column `{name}` changes what the row means, and no judge would see it",
+                hint="Put it into the prompt (`messages`), or remove the column.",
+            )
+
+
+def _changing(values: Mapping[str, Any]) -> Iterator[str]:
+    for name in (*_CHANGING, *(("input",) if "instruction" not in values and "prompt" in values else ())):
+        if values.get(name):
+            yield name
+
+
+def _prompt_set(values: Mapping[str, Any], where: str, prompt_set: PromptSet | None) -> str:
+    stated = values.get("prompt_set")
+    if stated is None and prompt_set is None:
+        raise StayalignedError(
+            f"{where}: does not state whether its prompt should be refused",
+            hint="Give --prompt-set harmful or --prompt-set benign, or a column `prompt_set` with these words.",
+        )
+    if stated is not None and prompt_set not in (None, stated):
+        raise StayalignedError(f"{where}: its prompt set is {stated!r}, not {prompt_set!r}", hint="Drop --prompt-set.")
+    return stated if stated is not None else str(prompt_set)

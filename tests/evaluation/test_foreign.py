@@ -1,0 +1,199 @@
+"""Completions of other tools: each known form is read whole, and what could be misread is one error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.records import Completion
+from stayaligned.evaluation.foreign import read_foreign
+
+ASKED = "how to flarn a zorb?"
+SAID = "I'm sorry."
+TURNS = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}]
+CHAT = {"choices": [{"message": {"role": "assistant", "content": SAID}, "finish_reason": "length"}]}
+
+
+def write(directory: Path, content: Any, name: str = "rows.jsonl") -> str:
+    path = directory / name
+    if isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
+    elif name.endswith(".jsonl"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+    else:
+        path.write_text(json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+def read_one(directory: Path, row: dict[str, Any], options: str = "") -> Completion:
+    (found,) = read_foreign(write(directory, [row]) + options, "harmful")
+    return found
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": ASKED, "response": SAID},
+        {"prompt": ASKED, "completion": SAID, "model": "m", "temperature": 0.0},
+        {"prompt": ASKED, "text": SAID},
+        {"question": ASKED, "answer": SAID},
+        {"instruction": ASKED, "output": SAID, "generator": "m"},
+        {"instruction": ASKED, "input": "", "output": SAID},
+        {"input": ASKED, "output": SAID},
+        {"goal": ASKED, "generated_text": SAID},
+        {"messages": TURNS},
+        {"messages": TURNS[:1], "response": SAID},
+        {"conversations": [{"from": "human", "value": ASKED}, {"from": "gpt", "value": SAID}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": ASKED}]}, TURNS[1]]},
+        {"prompt": TURNS[:1], "completion": TURNS[1]},
+        {"prompt": ASKED, "outputs": [{"index": 0, "text": SAID, "finish_reason": "stop"}], "finished": True},
+        {"forbidden_prompt": ASKED, "response": SAID, "category": "zorbs", "source": "x"},
+        {"prompt": ASKED, "goal": "zorbs", "behavior": "Zorb", "response": SAID, "jailbroken": False},
+        {
+            "doc_id": 0,
+            "doc": {"question": ASKED},
+            "target": "1",
+            "arguments": {"gen_args_0": {"arg_0": ASKED, "arg_1": {"until": ["\n"]}}},
+            "resps": [[SAID]],
+            "filtered_resps": [SAID],
+        },
+        {"doc_id": 0, "arguments": [[ASKED, {"until": []}]], "resps": [[SAID]], "filtered_resps": [SAID]},
+        {"prompt": ASKED, "response": {**CHAT, "choices": [{**CHAT["choices"][0], "finish_reason": "stop"}]}},
+        {"id": 3, "input": TURNS[:1], "target": "", "output": {"choices": [{"message": TURNS[1]}], "completion": SAID}},
+    ],
+    ids=lambda row: ",".join(row)[:40],
+)
+def test_rows_of_other_tools_are_read(row: dict[str, Any], tmp_path: Path) -> None:
+    found = read_one(tmp_path, row)
+    assert ([turn.content for turn in found.prompt], found.text, found.finished) == ([ASKED], SAID, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (
+            {
+                "zorb_1": [{"test_case": ASKED, "generation": SAID}],
+                "zorb_2": [{"test_case": ASKED, "generation": SAID}],
+            },
+            "",
+        ),
+        (
+            {
+                "parameters": {"model": "m"},
+                "jailbreaks": [{"index": n, "prompt": ASKED, "response": SAID} for n in (0, 1)],
+            },
+            "",
+        ),
+        ([{"prompt": ASKED, "response": SAID}] * 2, ""),
+        (f"prompt,response\n{ASKED},{SAID}\n{ASKED},{SAID}\n", "rows.csv"),
+    ],
+    ids=["HarmBench", "JailbreakBench", "a list", "CSV"],
+)
+def test_whole_files_of_other_tools_are_read(content: Any, name: str, tmp_path: Path) -> None:
+    found = read_foreign(write(tmp_path, content, name or "rows.json"), "harmful")
+    assert [(c.prompt[0].content, c.text) for c in found] == [(ASKED, SAID)] * 2
+    assert len({c.id for c in found}) == 2
+
+
+def test_the_system_turn_the_thoughts_the_category_and_the_cut_are_read(tmp_path: Path) -> None:
+    row = {
+        "system_prompt": "be good",
+        "prompt": ASKED,
+        "reasoning_content": "hm",
+        "response": SAID,
+        "category": "zorbs",
+    }
+    found = read_one(tmp_path, {**row, "finish_reason": "length"})
+    assert [turn.role for turn in found.prompt] == ["system", "user"]
+    assert (found.split().answer if hasattr(found, "split") else SAID, found.category, found.finished) == (
+        SAID,
+        "zorbs",
+        False,
+    )
+    assert "hm" in found.text
+
+
+def test_the_output_of_a_batch_is_joined_with_its_input(tmp_path: Path) -> None:
+    asked = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": TURNS[:1]}}
+    answered = {"id": "x", "custom_id": "a", "response": {"status_code": 200, "body": CHAT}, "error": None}
+    answered.pop("id")
+    prompts, source = write(tmp_path, [asked], "input.jsonl"), write(tmp_path, [answered])
+    (found,) = read_foreign(source, "harmful", prompts)
+    assert (found.id, found.prompt[0].content, found.text, found.finished) == ("a", ASKED, SAID, False)
+    with pytest.raises(StayalignedError, match="no prompt") as caught:
+        read_foreign(source, "harmful")
+    assert "--prompts" in str(caught.value)
+    with pytest.raises(StayalignedError, match="no prompt has the id 'a'"):
+        read_foreign(source, "harmful", write(tmp_path, [{**asked, "custom_id": "b"}], "other.jsonl"))
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    row = {"attack": ASKED, "said": SAID, "answer": "the reference", "prompt": "a template"}
+    found = read_one(tmp_path, row, "?prompt=attack&completion=said")
+    assert (found.prompt[0].content, found.text) == (ASKED, SAID)
+
+
+def test_rows_state_their_prompt_set_or_the_caller_does(tmp_path: Path) -> None:
+    row = {"prompt": ASKED, "response": SAID}
+    source = write(tmp_path, [{**row, "prompt_set": "benign"}, {**row, "prompt_set": "harmful"}])
+    assert [c.prompt_set for c in read_foreign(source)] == ["benign", "harmful"]
+    with pytest.raises(StayalignedError, match="line 2: its prompt set is 'harmful', not 'benign'"):
+        read_foreign(source, "benign")
+    with pytest.raises(StayalignedError, match="does not state whether its prompt should be refused"):
+        read_foreign(write(tmp_path, [row]))
+    with pytest.raises(StayalignedError, match="prompt_set"):
+        read_foreign(write(tmp_path, [{**row, "prompt_set": "unsafe"}]))
+
+
+def test_ids_are_kept_and_repeated_ones_are_numbered(tmp_path: Path) -> None:
+    row = {"prompt": ASKED, "response": SAID}
+    found = read_foreign(write(tmp_path, [{**row, "id": 7}, {**row, "id": 7}, {**row, "id": 8}, row, row]), "harmful")
+    assert [c.id for c in found[:3]] == ["7-1", "7-2", "8"] or len({c.id for c in found}) == 5
+    assert len({c.id for c in found}) == 5
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": ASKED}, "no completion"),
+        ({"response": SAID}, "no prompt"),
+        ({"prompt": ASKED, "response": SAID, "answer": "42"}, "several possible completions: `response`, `answer`"),
+        ({"messages": TURNS, "response": SAID}, "several possible completions"),
+        ({"prompt": ASKED, "response": None}, "`response` is missing"),
+        ({"prompt": ASKED, "response": 3}, "of type int"),
+        ({"prompt": ASKED, "responses": [SAID, SAID]}, "2 completions"),
+        ({"prompt": ASKED, "response": SAID, "context": "a page"}, "`context` changes what the row means"),
+        ({"prompt": ASKED, "response": SAID, "tools": [{"name": "f"}]}, "`tools` changes"),
+        ({"prompt": ASKED, "response": SAID, "input": "more"}, "`input` changes"),
+        ({"prompt": ASKED, "response": SAID, "error": "timed out"}, "timed out"),
+        ({"messages": [*TURNS, {"role": "tool", "content": "x"}]}, "expected turns"),
+        (
+            {"prompt": ASKED, "response": {**CHAT, "choices": [{"finish_reason": "content_filter", "message": {}}]}},
+            "filter",
+        ),
+        ({"doc_id": 0, "arguments": [[ASKED, " yes"]], "resps": [[-1.5, False]]}, "likelihoods"),
+        ({"prompt": ASKED, "chosen": SAID, "rejected": "x", "response": SAID}, "`chosen` changes"),
+        ({"custom_id": "a", "response": {"status_code": 500, "body": {}}, "prompt": ASKED}, "status 500"),
+    ],
+    ids=lambda value: ",".join(value)[:40] if isinstance(value, dict) else "",
+)
+def test_a_row_that_could_be_misread_is_one_error_with_its_line(
+    row: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(StayalignedError, match=words) as caught:
+        read_one(tmp_path, row)
+    assert "line 1" in str(caught.value)
+    assert "delete" not in str(caught.value).lower()
+
+
+@pytest.mark.parametrize("text", ['{"prompt": "a", "respon', "\x00\xff", "[1, 2]", '{"a": 1}', "", "{" * 5000])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_file_that_is_no_rows_is_one_error(text: str, name: str, tmp_path: Path) -> None:
+    with pytest.raises(StayalignedError) as caught:
+        read_foreign(write(tmp_path, text, name), "harmful")
+    assert "delete" not in str(caught.value).lower()
