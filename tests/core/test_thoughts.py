@@ -1,6 +1,7 @@
 """Thoughts and final answers of the families that think, and of answers that only speak of the marks."""
 
 import re
+import time
 
 import pytest
 from hypothesis import given
@@ -45,6 +46,13 @@ FAMILIES = {
     "Hunyuan, cut": "<think>\nhm\n</think>\n<answer>\nStep one",
     "Granite 3.3": "<think>hm</think><response>Step one</response>",
     "Granite 3.2": "Here is my thought process:\nhm\n\nHere is my response:\nStep one",
+    "other special tokens": "<|think_start|>hm<|think_end|>Step one",
+    "full-width special tokens": "<｜begin▁of▁thinking｜>hm<｜end▁of▁thinking｜>Step one",
+    "brackets": "[THOUGHT]hm[/THOUGHT]\nStep one",
+    "the role in the text": "assistant\n\n<think>hm</think>\nStep one",
+    "gpt-oss, a mark in the thoughts": "<|channel|>analysis<|message|>hm <|message|> hm<|end|><|start|>assistant"
+    "<|channel|>final<|message|>Step one",
+    "gpt-oss, the prompt opens": "hm<|end|><|start|>assistant<|channel|>final<|message|>Step one<|return|>",
     "OpenThinker": "<|begin_of_thought|>hm<|end_of_thought|>\n<|begin_of_solution|>Step one<|end_of_solution|>",
     "Reflection": "<thinking>hm<reflection>no</reflection></thinking>\n<output>Step one</output>",
     "gpt-oss": "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Step one<|return|>",
@@ -91,6 +99,9 @@ SPOKEN_OF = (
     "finalScore = 1",
     "Here is my response: step one",
     "<p>Step one</p>",
+    "<think />Step one",
+    "[Thinking] Step one",
+    "```\n<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>hm\n```\nStep one",
     "[1] Step one",
     "<|channel_name|> is no mark",
 )
@@ -109,6 +120,7 @@ NO_ANSWER = (
     ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>fin", False, CUT),
     ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>", False, CUT),
     ("<|channel|>commentary to=functions.f<|message|>{}<|call|>", True, ENDED),
+    ("<|channel|>commentary to=functions.finalize<|message|>{}<|call|>", True, ENDED),
     (" to=self<|message|>hm", False, CUT),
     ("analysisThe user asks", False, CUT),
     ("Here is my thought process: hm", False, CUT),
@@ -177,6 +189,15 @@ def test_what_is_joined_is_split_again(thoughts: str, answer: str) -> None:
         assert found.answer == answer
 
 
+@pytest.mark.parametrize(
+    "loop", ["</think>", "<think>", "<think></think>", "<think>\nhm\n</think>\nso\n", "<|channel|>"]
+)
+def test_a_loop_of_marks_is_read_in_a_moment(loop: str) -> None:
+    started = time.process_time()
+    split_thoughts(loop * 2000)
+    assert time.process_time() - started < 5
+
+
 def test_joined_thoughts_without_an_answer_have_none() -> None:
     assert split_thoughts(join_thoughts("hm", None)).answer is None
     assert join_thoughts(None, "Step one") == "Step one"
@@ -190,6 +211,7 @@ def test_joined_thoughts_without_an_answer_have_none() -> None:
         ("<|im_start|>assistant\n<think></think>", ""),
         ("<|turn>model\n<|channel>thought\n", "<|channel>thought\n"),
         ("[/INST][THINK]", "[THINK]"),
+        ("<|start|>assistant<|channel|>analysis<|message|>", "<|channel|>analysis<|message|>"),
         ("<|im_start|>assistant\n", ""),
     ],
 )

@@ -8,6 +8,7 @@ a reason, because an unscored completion is better than a wrong verdict.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,21 +18,28 @@ ENDED = "ended by the model in its thoughts, before a final answer"
 UNCLEAR = "not clearly split into thoughts and final answer"
 """Reasons why a text has no final answer."""
 
-_NAME = r"(?:[\w.-]{1,32}[:_])?(?:ant)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|scratchpad)(?:[:_][\w.-]{1,32})?"
+_WORD = r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|scratchpad)"
+_NAME = rf"(?:[\w.-]{{1,32}}[:_])?(?:ant)?{_WORD}(?:[:_][\w.-]{{1,32}})?"
 _OPENING = (
-    rf"<(?P<name>{_NAME})(?:\s[^<>\n]{{0,80}})?>|\[THINK\]|◁think▷|\[unused16\]|<\|channel>(?:\w+(?:\n|\Z))?"
-    r"|<\|(?:START_THINKING|begin_of_thought|begin_of_thinking|inner_prefix|thinking|think)\|>"
+    rf"<(?P<name>{_NAME})(?:\s[^<>/\n]{{0,80}})?>|\[THINK\]|\[{_WORD}\](?=(?s:.*)\[/{_WORD}\])"
+    rf"|<[|｜](?:(?:begin|start)[_▁](?:of[_▁])?)?{_WORD}(?:[_▁](?:begin|start))?[|｜]>|<\|inner_prefix\|>"
+    r"|<\|channel>(?:\w+(?:\n|\Z))?|◁think▷|\[unused16\]"
 )
 _CLOSING = (
-    rf"</(?P<closed>{_NAME})\s*>|\[/THINK\]|◁/think▷|\[unused17\]|<channel\|>"
-    r"|<\|(?:END_THINKING|end_of_thought|end_of_thinking|inner_suffix|/thinking|/think)\|>"
+    rf"</(?P<closed>{_NAME})\s*>|\[/{_WORD}\]"
+    rf"|<[|｜](?:(?:/|end[_▁](?:of[_▁])?){_WORD}|{_WORD}[_▁]end)[|｜]>|<\|inner_suffix\|>"
+    r"|<channel\|>|◁/think▷|\[unused17\]"
 )
 _MARK = re.compile(rf"(?P<opening>{_OPENING})|(?P<closing>{_CLOSING})", re.IGNORECASE)
-_OPENED_AT_END = re.compile(rf"(?:{_OPENING})\s*\Z", re.IGNORECASE)
-_TOKEN_BEFORE = re.compile(r"\A(?:[\s\ufeff\u200b]|<s>|<bos>|<[|｜][^<>\n]{1,40}>\s*(?:(?:assistant|model)(?![\w]))?)*")
+_OPENED_AT_END = re.compile(rf"(?:{_OPENING}|<\|channel\|>analysis<\|message\|>)\s*\Z", re.IGNORECASE)
+_TOKEN_BEFORE = re.compile(
+    r"\A(?:assistant\s*\n)?(?:[\s\ufeff\u200b]|<s>|<bos>|<[|｜][^<>\n]{1,40}>\s*(?:(?:assistant|model)(?![\w]))?)*"
+)
 """Space and the tokens of a turn's beginning, which some servers and files leave before the text."""
 _TOKENS_AFTER = re.compile(r"(?:\s*(?:<[|｜][^<>\s]{1,40}[|｜]>|</s>|<eos>|<turn\|>|<end_of_turn>))+\s*\Z")
 
+_LINE = 1000
+"""Number of characters before and after a mark that are read as its line."""
 _LINE_END = re.compile(r"[ \t\r]*(?:\n|\Z)")
 
 _GRANITE = (
@@ -47,11 +55,9 @@ _ANSWER = re.compile(
 _ANSWER_END = re.compile(r"<\|(?:END_RESPONSE|END_TEXT|end_of_solution)\|>", re.IGNORECASE)
 
 _CHANNEL_STARTS = re.compile(r"\s*(?:<\|start\|>)?[^<>\n]{0,80}<\|(?:channel|message)\|>")
-_MESSAGE = re.compile(
-    r"(?P<header>(?:[^<]|<\|(?:start|channel|constrain)\|>){0,200})<\|message\|>(?P<body>.*?)"
-    r"(?:<\|(?:end|return|call|eom|eot)\|>|(?=<\|(?:start|channel)\|>)|\Z)",
-    re.DOTALL,
-)
+_NEXT_CHANNEL = re.compile(r"<\|end\|>\s*<\|start\|>assistant\s*<\|channel\|>")
+"""The end of thoughts that the prompt opened."""
+_MESSAGE_END = re.compile(r"<\|(?:end|return|call|eom|eot|start|channel)\|>")
 _BARE_CHANNELS = re.compile(r"\s*(?:assistant)?(?:analysis|commentary)(?=[^\W_])")
 """gpt-oss's channels after a decoder has dropped the special tokens: "analysisThe user …assistantfinalSure"."""
 _BARE_FINAL = "assistantfinal"
@@ -148,13 +154,22 @@ def _split_channels(text: str) -> SplitText | None:
         private, mark, answer = text.partition(_BARE_FINAL)
         return SplitText(answer, private) if mark else SplitText(None, text, ENDED)
     if not _CHANNEL_STARTS.match(text):
-        return None
+        opened = _NEXT_CHANNEL.search(text)
+        if opened is None or _is_quoted(text, opened) or any(a <= opened.start() < b for a, b, _ in _fences(text, 0)):
+            return None
+        text = f"<|channel|>analysis<|message|>{text}"
     thoughts: list[str] = []
     answers: list[str] = []
-    for message in _MESSAGE.finditer(text):
-        header, body = message["header"].casefold(), message["body"]
-        is_private = "final" not in header and re.search(r"<\|channel\|>|analysis|commentary|to=(?!user)", header)
-        (thoughts if is_private else answers).append(body)
+    header, *pieces = text.split("<|message|>")
+    bodies = thoughts
+    for place, piece in enumerate(pieces):
+        if header or not place:
+            is_private = re.search(r"<\|channel\|>|analysis|commentary|to=(?!user)", header)
+            is_final = re.search(r"(?:<\|channel\|>|\A)\s*final\b", header)
+            bodies = answers if is_final or not is_private else thoughts
+        end = _MESSAGE_END.search(piece)
+        bodies.append(piece[: end.start()] if end else piece)
+        header = piece[end.start() :].casefold() if end else ""
     if not answers:
         return SplitText(None, "\n".join(thoughts), ENDED)
     return SplitText("\n".join(answers), "\n".join(thoughts))
@@ -263,7 +278,7 @@ def _end_of_block(text: str, opening: re.Match[str]) -> re.Match[str] | None:
 
 def _is_apart(text: str, mark: re.Match[str]) -> bool:
     """Return whether a mark begins or ends a line."""
-    begun = not text[text.rfind("\n", 0, mark.start()) + 1 : mark.start()].strip()
+    begun = not text[_line_start(text, mark) : mark.start()].strip()
     # Some marks end with a line break of their own.
     return begun or mark.group().endswith("\n") or _LINE_END.match(text, mark.end()) is not None
 
@@ -289,16 +304,25 @@ def _is_quoted(text: str, mark: re.Match[str]) -> bool:
     before, after = text[max(0, mark.start() - 1) : mark.start()], text[mark.end() : mark.end() + 1]
     if before and _QUOTES.get(before) == after:
         return True
-    line_start = text.rfind("\n", 0, mark.start()) + 1
-    line_end = text.find("\n", mark.end())
-    rest = text[mark.end() : line_end if line_end >= 0 else None]
-    return text.count("`", line_start, mark.start()) % 2 == 1 and "`" in rest
+    rest = text[mark.end() : mark.end() + _LINE].partition("\n")[0]
+    return text.count("`", _line_start(text, mark), mark.start()) % 2 == 1 and "`" in rest
+
+
+def _line_start(text: str, mark: re.Match[str]) -> int:
+    """Return where the line of a mark begins, or a place in a long line."""
+    first = max(0, mark.start() - _LINE)
+    return max(first, text.rfind("\n", first, mark.start()) + 1)
+
+
+@functools.lru_cache(maxsize=1)
+def _has_fence(text: str) -> bool:
+    return "```" in text or "~~~" in text
 
 
 def _fences(text: str, start: int) -> list[tuple[int, int, bool]]:
     """Return begin, end and whether it is closed of each fenced code block from `start` on."""
     found: list[tuple[int, int, bool]] = []
-    if "```" not in text and "~~~" not in text:
+    if not _has_fence(text):
         return found
     begun: tuple[int, str] | None = None
     for line in re.finditer(r"^ {0,3}(`{3,}|~{3,})([^\n]*)$", text[start:], re.MULTILINE):
