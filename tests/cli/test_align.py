@@ -45,7 +45,11 @@ CASES: list[tuple[str, list[str], tuple[str, ...]]] = [
         ("chat_template: ", "t.jinja does not exist"),
     ),
     ("no Jinja file", ["plain", "--data", "DATA", "--chat-template", "{}/t.txt"], ("expected the path of a .jinja",)),
-    ("no Jinja", ["plain", "--data", "DATA", "--chat-template", "{}/broken.jinja"], ("the chat template rejects",)),
+    (
+        "no Jinja",
+        ["plain", "--data", "DATA", "--chat-template", "{}/broken.jinja"],
+        ("plain is not valid Jinja: line 1",),
+    ),
     ("a quantised base", ["quantised", "--data", "DATA"], ("quantised: the checkpoint is quantized",)),
     (
         "several unknown settings",

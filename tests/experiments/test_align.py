@@ -313,12 +313,12 @@ def without_template(directory: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("end", "ends", "notes"),
-    [("{{ eos_token }}", 1, 0), ("<|user|>", [1, 3], 0), ("### End", 1, 1), ("", 1, 0)],
-    ids=["eos", "another special token", "plain text", "nothing"],
+    ("end", "ends"),
+    [("{{ eos_token }}", 1), ("<|user|>", [1, 3]), ("", 1)],
+    ids=["eos", "another special token", "nothing"],
 )
 def test_a_given_template_is_stored_and_generation_stops_at_its_end(
-    world: Path, tmp_path: Path, end: str, ends: Any, notes: int
+    world: Path, tmp_path: Path, end: str, ends: Any
 ) -> None:
     base = without_template(tmp_path / "base")
     with pytest.raises(StayalignedError, match="has no chat template") as caught:
@@ -330,7 +330,7 @@ def test_a_given_template_is_stored_and_generation_stops_at_its_end(
     assert AutoTokenizer.from_pretrained(tmp_path / "aligned").chat_template == file.read_text()
     config = json.loads((tmp_path / "aligned" / "generation_config.json").read_text())
     assert config["eos_token_id"] == ends
-    assert len(record.notes) == notes
+    assert record.notes == ()
     file.write_text(file.read_text() + "{# other #}")
     with pytest.raises(StayalignedError, match="different: chat_template"):
         align(alignment(world, base_model=str(base), chat_template=str(file)), tmp_path / "aligned")

@@ -18,7 +18,7 @@ from stayaligned.hf.features import (
     encode_prompt,
     template_hash,
 )
-from stayaligned.testing import byte_tokenizer
+from stayaligned.testing import CHAT_TEMPLATE, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 TEXT = st.text(st.characters(min_codepoint=32, max_codepoint=0x2FF), max_size=12)
@@ -104,7 +104,9 @@ def test_a_tokenizer_without_a_chat_template_is_refused_with_a_hint() -> None:
 
 def test_a_template_that_rejects_the_conversation_is_an_error_with_its_turns() -> None:
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT_TEMPLATE
+    )
     with pytest.raises(StayalignedError, match="system, user: no system"):
         encode_prompt(tokenizer, example(system="be brief").prompt)
 
@@ -119,7 +121,7 @@ def test_a_template_that_rewrites_the_prompt_is_refused() -> None:
 def test_template_hash_follows_the_template_alone() -> None:
     other = byte_tokenizer()
     assert template_hash(other) == template_hash(TOKENIZER)
-    other.chat_template = "{{ messages[0]['content'] }}"
+    other.chat_template = f"{CHAT_TEMPLATE} "
     assert template_hash(other) != template_hash(TOKENIZER)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import math
 from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
@@ -12,6 +14,62 @@ from stayaligned.core.records import Record
 TrainerKind = Literal["transformers", "sft"]
 """The class that trains: transformers' Trainer or TRL's SFTTrainer."""
 Measure = Literal["refusal_margin", "alignment_loss"]
+
+
+class ChatTemplate(Record):
+    """How conversations are rendered: the chat template, its arguments, and the date that it writes.
+
+    Training, generation, the perplexity check, safety probes and lm-eval render alike.
+    """
+
+    file: str | None = None
+    """A Jinja file with the chat template, for a model without one, or instead of its own."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Variables that the template reads, such as `enable_thinking: false` or `reasoning_effort: low`. A server receives
+    them as `chat_template_kwargs`."""
+    date: datetime.date = datetime.date(2024, 7, 26)
+    """The date for templates that write today's (Llama 3.2, gpt-oss, Granite): fixed, so that a run on another day
+    has the same prompts. The default is the one that Llama 3's templates contain."""
+
+    @field_validator("file")
+    @classmethod
+    def _is_a_jinja_file(cls, value: str | None) -> str | None:
+        if value is not None and not value.endswith(".jinja"):
+            raise ValueError(f"expected the path of a .jinja file, found {value!r}")
+        return value
+
+    @field_validator("arguments")
+    @classmethod
+    def _are_variables(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, given in value.items():
+            if not name.isidentifier() or name in {"messages", "add_generation_prompt"}:
+                raise ValueError(f"{name!r} can't be an argument of a chat template")
+            _require_json(name, given)
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _or_a_file(cls, value: Any) -> Any:
+        return {"file": value} if isinstance(value, str) else value
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that a rendered conversation depends on."""
+        return self.model_dump(mode="json")
+
+
+def _require_json(name: str, value: Any) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{name}: the key {key!r} must be text")
+            _require_json(name, item)
+    elif isinstance(value, list):
+        for item in value:
+            _require_json(name, item)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}: {value} is not a finite number")
+    elif not (value is None or isinstance(value, str | int | float | bool)):
+        raise ValueError(f"{name}: expected text, numbers, lists or mappings, found {type(value).__name__}")
 
 
 class Guard(Record):

@@ -103,8 +103,8 @@ def _inputs(alignment: Alignment, resolved: Alignment, examples: Sequence[Exampl
         base = f"{base}@{checkpoint_directory(base).name}"
     rows = "".join(example.model_dump_json() + "\n" for example in examples)
     found = {"base_model": base, "data": _sha256(rows)}
-    if resolved.chat_template is not None:
-        found["chat_template"] = _sha256(_template(resolved.chat_template))
+    if resolved.chat_template.file is not None:
+        found["chat_template"] = _sha256(_template(resolved.chat_template.file))
     return found
 
 
@@ -205,6 +205,8 @@ def _make(job: _Job) -> AlignmentRecord:
     from stayaligned.hf.features import template_hash
     from stayaligned.hf.models import merge_adapter
     from stayaligned.hf.quiet import quiet
+    from stayaligned.hf.rendering import save_tokenizer
+    from stayaligned.hf.templates import write_template
 
     with quiet():
         trained = _train(job)
@@ -222,7 +224,8 @@ def _make(job: _Job) -> AlignmentRecord:
         )
         with new_directory(job.out) as temporary:
             model.save_pretrained(temporary)
-            trained.tokenizer.save_pretrained(temporary)
+            save_tokenizer(trained.tokenizer, temporary)
+            write_template(trained.tokenizer, temporary)
             write_text(temporary / ALIGNMENT_FILE, record.model_dump_json(indent=2) + "\n")
     return record
 
@@ -243,10 +246,8 @@ def _train(job: _Job) -> _Trained:
             f"lora.init_lora_weights={init!r} changes the base weights, but the LoRA is merged into unchanged ones",
             hint="Remove this setting.",
         )
-    tokenizer = models.load_tokenizer(
-        a.base_model, chat_template=None if a.chat_template is None else _template(a.chat_template)
-    )
-    end = end_of_answer(tokenizer, job.examples[0])
+    tokenizer = models.load_tokenizer(a.base_model, a.chat_template)
+    end = end_of_answer(tokenizer)
     finetuning.seed_everything(a.seed)
     model = models.load_model(a.base_model)
     generation, config = config_ending_with(model, end), copy.deepcopy(model.config)
@@ -277,7 +278,7 @@ def _train(job: _Job) -> _Trained:
         "steps": trainer.state.global_step,
         "log": log[-_KEPT_LOG_ROWS:],
         "trained_in": str(trained_in).removeprefix("torch."),
-        "notes": list(_notes(rows, rows_cut, a.max_length, end)),
+        "notes": list(_notes(rows, rows_cut, a.max_length)),
     }
     return _Trained(model if a.lora is None else None, tokenizer, generation, facts)
 
@@ -309,11 +310,6 @@ def _count_rows(trainer: Trainer, max_length: int, end: int | None) -> tuple[int
     return len(dataset), cut
 
 
-def _notes(rows: int, cut: int, max_length: int, end: int | None) -> Iterator[str]:
+def _notes(rows: int, cut: int, max_length: int) -> Iterator[str]:
     if cut:
         yield f"{cut} of {rows} rows are cut at max_length={max_length} tokens; their ends are not learned"
-    if end is None:
-        yield (
-            "the chat template ends a completion without a special token, so generation may not stop there; "
-            "write {{ eos_token }} after the completion"
-        )

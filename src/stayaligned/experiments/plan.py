@@ -74,6 +74,11 @@ def _key(experiment: Experiment, *parts: object) -> str:
     return stage_key(parts, experiment.seed)
 
 
+def _model(e: Experiment) -> dict[str, object]:
+    """Return what a conversation with the model depends on."""
+    return {"model": e.model, "chat_template": e.chat_template.identity()}
+
+
 def _train_key(e: Experiment, data: str) -> str:
     if not e.trains:
         return _key(e, "untrained", {"model": e.model, "adapter": e.adapter})
@@ -90,6 +95,7 @@ def _train_key(e: Experiment, data: str) -> str:
         e.training,
         e.max_length,
         e.seed,
+        {"chat_template": e.chat_template.identity()},
         *([] if e.watch is None else [e.watch.model_dump(mode="json")]),
     )
 
@@ -106,19 +112,17 @@ def _generate_key(e: Experiment, weights: str) -> str:
     named = {"harmful_prompts": e.harmful_prompts, "benign_prompts": e.benign_prompts}
     prompts = {key: p.identity() if isinstance(p, Prompts) else p for key, p in named.items()} | {"limit": e.limit}
     tasks = [t and t.identity() for t in (e.task, e.skills)]
-    return _key(
-        e, "generate", _GENERATION_VERSION, weights, {"model": e.model}, prompts, tasks, e.generation.identity()
-    )
+    return _key(e, "generate", _GENERATION_VERSION, weights, _model(e), prompts, tasks, e.generation.identity())
 
 
 def _degeneration_key(e: Experiment, generate: str) -> str:
     settings = e.degeneration or Degeneration()
-    model = {} if settings.perplexity is None else {"model": e.model}
+    model = {} if settings.perplexity is None else _model(e)
     return _key(e, "degeneration", generate, settings.model_dump(mode="json"), model)
 
 
 def _lm_eval_keys(e: Experiment, weights: str) -> dict[str, str]:
     if e.lm_eval is None:
         return {}
-    parts = (weights, {"model": e.model}, e.seed)
+    parts = (weights, _model(e) if e.lm_eval.apply_chat_template else {"model": e.model}, e.seed)
     return {name: _key(e, "lm_eval", _GENERATION_VERSION, *parts, e.lm_eval.identity(name)) for name in e.lm_eval.tasks}

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Example, Message
+from stayaligned.core.thoughts import opened_thoughts, split_thoughts
+from stayaligned.hf.rendering import (
+    RenderedAnswer,
+    bind_template,
+    is_shown,
+    render_answer,
+    render_prompt,
+    tail_of_answers,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +28,9 @@ if TYPE_CHECKING:
 IGNORED = -100
 """Label of tokens that the loss ignores, in torch's cross-entropy and in every host library."""
 
+_PLACEHOLDER = "answer9d5c"
+"""An answer that stands for any other."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -26,43 +38,37 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message])
     """Return the token ids of a prompt: the chat template with the generation prompt.
 
     Raises:
-        StayalignedError: if the tokenizer has no chat template, or the template rejects the conversation.
+        StayalignedError: if the tokenizer has no chat template, or the template rejects the conversation or leaves out
+            a part of it.
     """
-    return _render(tokenizer, prompt, add_generation_prompt=True, tokenize=True)
+    return _tokens(tokenizer, render_prompt(tokenizer, prompt))
 
 
 def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> dict[str, list[int]]:
     """Return `input_ids` and `labels` of one training row.
 
-    The prompt's ids are exactly those of `encode_prompt` and have the label -100. The model learns the answer and what
-    the template renders after it, or, if that is nothing, the end-of-sequence token, so that it learns to stop. The
-    row is cut after `max_length` tokens; a cut answer has no end to learn.
+    The prompt's ids are exactly those of `encode_prompt` and have the label -100. The model learns what follows them:
+    the answer, whatever the template writes before it, such as empty thoughts, and its end. If the generation prompt
+    opens thoughts that the template does not close before an answer, the model learns to close them. If the template
+    writes no end token, the model learns the end-of-sequence token. The row is cut after `max_length` tokens; a cut
+    answer has no end to learn.
 
     Raises:
-        StayalignedError: if there is no chat template, or it renders the prompt differently with an answer.
+        StayalignedError: if there is no usable chat template, it renders the prompt differently with an answer, it
+            changes the answer, or there is no token that ends an answer.
     """
-    answered = [*example.prompt, Message(role="assistant", content=example.completion)]
-    prompt_text: str = _render(tokenizer, example.prompt, add_generation_prompt=True, tokenize=False)
-    full_text: str = _render(tokenizer, answered, add_generation_prompt=False, tokenize=False)
-    if not full_text.startswith(prompt_text):
-        raise StayalignedError(
-            f"row {example.id!r}: the chat template renders the prompt differently with an answer, so the tokens "
-            "to learn cannot be distinguished from the prompt",
-            hint="Use a template whose rendered conversation begins with the rendered prompt.",
-        )
-    answer_text = full_text[len(prompt_text) :]
-    prompt_ids = encode_prompt(tokenizer, example.prompt)
-    full_ids: list[int] = _render(tokenizer, answered, add_generation_prompt=False, tokenize=True)
-    if full_ids[: len(prompt_ids)] == prompt_ids:
-        answer_ids = full_ids[len(prompt_ids) :]
+    rendered = render_answer(tokenizer, example.prompt, example.completion)
+    learned = _learned_text(rendered, example.completion, f"row {example.id!r}")
+    prompt_ids = _tokens(tokenizer, rendered.asked)
+    whole_ids = _tokens(tokenizer, rendered.asked + learned)
+    if whole_ids[: len(prompt_ids)] == prompt_ids:
+        answer_ids = whole_ids[len(prompt_ids) :]
     else:
         # The prompt's last and the answer's first characters form one token. In generation the prompt's ids are
         # fixed, so the answer is tokenized separately, as the model will generate it.
-        answer_ids = list(tokenizer(answer_text, add_special_tokens=False)["input_ids"])
-    completion = example.completion.strip()
-    bare = answer_text.strip().endswith(completion) if completion else not answer_text.strip()
-    if bare and isinstance(tokenizer.eos_token_id, int):
-        answer_ids.append(tokenizer.eos_token_id)
+        answer_ids = _tokens(tokenizer, learned)
+    if _end_in(tokenizer, rendered.tail) is None:
+        answer_ids.append(_own_end(tokenizer, rendered.tail))
     input_ids = [*prompt_ids, *answer_ids][:max_length]
     labels = [*[IGNORED] * len(prompt_ids), *answer_ids][:max_length]
     return {"input_ids": input_ids, "labels": labels}
@@ -71,11 +77,18 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example, max_len
 def encode_prefix(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], prefix: str) -> dict[str, list[int]]:
     """Return `input_ids` and `labels` of the beginning of an answer, without end tokens.
 
+    What the template writes before an answer, such as empty thoughts, has the label -100 like the prompt.
+
     Raises:
         StayalignedError: as `encode_prompt`.
     """
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    answer_ids = list(tokenizer(prefix, add_special_tokens=False)["input_ids"])
+    rendered = render_answer(tokenizer, prompt, _PLACEHOLDER)
+    before = _learned_text(rendered, _PLACEHOLDER, "the prompt").rpartition(_PLACEHOLDER)[0]
+    prompt_ids = _tokens(tokenizer, rendered.asked)
+    # Space before an answer is one token with its first word in some vocabularies.
+    visible = before.rstrip()
+    prompt_ids += _tokens(tokenizer, visible) if visible else []
+    answer_ids = _tokens(tokenizer, before[len(visible) :] + prefix)
     return {"input_ids": [*prompt_ids, *answer_ids], "labels": [*[IGNORED] * len(prompt_ids), *answer_ids]}
 
 
@@ -109,27 +122,67 @@ def encode_examples(
     return learnable
 
 
-def end_of_answer(tokenizer: PreTrainedTokenizerBase, example: Example) -> int | None:
-    """Return the special token that ends an answer in training, where generation must stop; None if there is none.
+def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the token that ends an answer in training, where generation must stop; None if there is none.
+
+    It is the first special or added token that the chat template writes behind an answer, or else the tokenizer's
+    end-of-sequence token.
 
     Raises:
-        StayalignedError: as `encode_example`.
+        StayalignedError: as `encode_prompt`.
     """
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    if isinstance(tokenizer.eos_token_id, int):
-        special.add(tokenizer.eos_token_id)
-    labels = encode_example(tokenizer, example, sys.maxsize)["labels"]
-    return next((label for label in labels if label in special), None)
+    end = _end_in(tokenizer, tail_of_answers(tokenizer))
+    return tokenizer.eos_token_id if end is None and isinstance(tokenizer.eos_token_id, int) else end
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> int:
+    """Return the id with which to pad: the tokenizer's, or 0 if it has none that the model knows (it is masked)."""
+    own = tokenizer.pad_token_id
+    return own if isinstance(own, int) and (model is None or own < _vocabulary(model)) else 0
+
+
+def with_known_padding(tokenizer: PreTrainedTokenizerBase, model: Any) -> PreTrainedTokenizerBase:
+    """Return a tokenizer for a host that pads with it: itself, or a copy whose padding token the model knows.
+
+    Recipes for LLaMA add a token `[PAD]` and do not resize the model.
+    """
+    size = _vocabulary(model)
+    if not isinstance(tokenizer.pad_token_id, int) or tokenizer.pad_token_id < size:
+        return tokenizer
+    known = copy.deepcopy(tokenizer)
+    end = tokenizer.eos_token_id
+    known.pad_token = tokenizer.convert_ids_to_tokens(end if isinstance(end, int) and end < size else 0)
+    return known
+
+
+def refuse_unknown_tokens(tokenizer: PreTrainedTokenizerBase, model: Any, rows: Iterable[Sequence[int]]) -> None:
+    """Refuse rows with a token that the model's embedding lacks.
+
+    Raises:
+        StayalignedError: with the token's name.
+    """
+    size = _vocabulary(model)
+    worst = max((max(row, default=0) for row in rows), default=0)
+    if worst >= size:
+        raise StayalignedError(
+            f"the tokenizer of {tokenizer.name_or_path or 'the model'} writes "
+            f"{tokenizer.convert_ids_to_tokens(worst)!r} (token {worst}), but the model's embedding has {size} tokens",
+            hint="Tokens were added to the tokenizer, but the model was not resized: use the model's own tokenizer and "
+            "chat template, or call `resize_token_embeddings` and save both.",
+        )
+
+
+def _vocabulary(model: Any) -> int:
+    return model.get_input_embeddings().weight.shape[0]
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the SHA-256 of the chat template, which is part of a stage's key.
+    """Return the SHA-256 of the chat template with its arguments and its date, which results record.
 
     Raises:
-        StayalignedError: if the tokenizer has no chat template.
+        StayalignedError: as `stayaligned.hf.rendering.bind_template`.
     """
-    _require_template(tokenizer)
-    return hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()
+    return hashlib.sha256(bind_template(tokenizer).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -140,9 +193,9 @@ class PaddingCollator:
     """Token id of the padding; its value has no effect, because the attention mask is 0 there. Labels get -100."""
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> PaddingCollator:
-        """Return the collator of a tokenizer, which need not have a padding token."""
-        return cls(tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0)
+    def of(cls, tokenizer: PreTrainedTokenizerBase, model: Any = None) -> PaddingCollator:
+        """Return the collator of a tokenizer, which need not have a padding token, or one that the model knows."""
+        return cls(padding_id(tokenizer, model))
 
     def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
         """Return `input_ids`, `attention_mask` and `labels` as int64 tensors (batch, longest row)."""
@@ -160,28 +213,97 @@ class PaddingCollator:
         }
 
 
-def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    if not tokenizer.chat_template:
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _learned_text(rendered: RenderedAnswer, answer: str, where: str) -> str:
+    """Return what a model learns to write after the rendered prompt, checked to contain the answer."""
+    opened = opened_thoughts(rendered.asked)
+    own = split_thoughts(answer)
+    final = answer if own.answer is None else own.answer
+    learned = _after_prompt(rendered, opened)
+    if learned is None:
         raise StayalignedError(
-            f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no chat template",
-            hint="Use the instruction-tuned model's tokenizer, or set `tokenizer.chat_template`.",
+            f"{where}: the chat template renders the prompt differently with an answer, so the tokens "
+            "to learn cannot be distinguished from the prompt",
+            hint="The generation prompt closes the thoughts that the row has: set `enable_thinking: true` in "
+            "chat_template.arguments, or remove the thoughts from the rows."
+            if own.thoughts
+            else "Use a template whose rendered conversation begins with the rendered prompt.",
         )
+    body = learned[: len(learned) - len(rendered.tail)]
+    if opened and not _closes(opened, body, final):
+        closed = f"{own.thoughts.strip()}\n{closing_mark(opened)}\n\n"
+        learned, body = closed + learned.lstrip(), closed + body.lstrip()
+    for part in (own.thoughts, final):
+        if not is_shown(part, body):
+            raise StayalignedError(
+                f"{where}: the chat template changes or leaves out a part of the answer, "
+                f"{part.strip()[:60]!r}, which would not be learned",
+                hint="Remove thoughts from the rows, or use a template that keeps them.",
+            )
+    return learned
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool, tokenize: bool
-) -> Any:
-    from jinja2 import TemplateError
+def _after_prompt(rendered: RenderedAnswer, opened: str) -> str | None:
+    """Return what follows the rendered prompt with an answer; None if the prompt is rendered differently there."""
+    asked, told = rendered.asked, rendered.told
+    if told.startswith(asked):
+        return told[len(asked) :]
+    if not opened:
+        return None
+    # DeepSeek's template opens thoughts only to generate; Nemotron's closes them without the line break.
+    before = asked[: len(asked) - len(opened)]
+    for prefix in (before + opened.rstrip(), before):
+        if told.startswith(prefix):
+            return told[len(prefix) :]
+    return None
 
-    _require_template(tokenizer)
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        return tokenizer.apply_chat_template(
-            turns, add_generation_prompt=add_generation_prompt, tokenize=tokenize, return_dict=False
-        )
-    except TemplateError as error:
-        roles = ", ".join(message.role for message in messages)
+
+def _closes(opened: str, body: str, final: str) -> bool:
+    """Return whether thoughts that a prompt opens are closed before the answer."""
+    before = body[: len(body.rstrip()) - len(final.strip())]
+    return closing_mark(opened) in before
+
+
+def closing_mark(opened: str) -> str:
+    """Return the mark that closes thoughts: `</think>` for `<think>`."""
+    mark = opened.strip()
+    if mark.startswith("<|channel>"):
+        return "<channel|>"
+    if mark.startswith("[unused"):
+        return "[unused17]"
+    for begins, ends in (("START_", "END_"), ("begin_of_", "end_of_"), ("_prefix", "_suffix")):
+        if begins in mark:
+            return mark.replace(begins, ends)
+    start = 2 if mark.startswith("<|") else 1
+    return (
+        f"{mark[:start]}/{mark[start:].split()[0].rstrip('>')}>"
+        if start == 1 and mark[0] == "<"
+        else (f"{mark[:start]}/{mark[start:]}")
+    )
+
+
+def _end_in(tokenizer: PreTrainedTokenizerBase, tail: str) -> int | None:
+    """Return the first token of a text at which generation can stop: an added one, or the end of the sequence."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    return next((t for t in _tokens(tokenizer, tail) if t in added or t == tokenizer.eos_token_id), None)
+
+
+def _own_end(tokenizer: PreTrainedTokenizerBase, tail: str) -> int:
+    """Return the end-of-sequence token, for a template that writes no end."""
+    name = tokenizer.name_or_path or "the tokenizer"
+    if tail.strip():
         raise StayalignedError(
-            f"the chat template rejects a conversation of the turns {roles}: {error}",
-            hint="Many templates have no system turn, or need user and assistant alternating: change the prompts.",
-        ) from None
+            f"the chat template of {name} ends an answer with {tail.strip()!r}, which is no token of its own, so "
+            "generation could not stop there",
+            hint="Add it to the tokenizer as a special token and resize the embedding, or write {{ eos_token }} there.",
+        )
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise StayalignedError(
+            f"the chat template of {name} writes no token behind an answer, and the tokenizer has no end-of-sequence "
+            "token, so the end of an answer can't be learned",
+            hint="Set `eos_token` in tokenizer_config.json, or write the token that ends a turn behind the answer.",
+        )
+    return tokenizer.eos_token_id

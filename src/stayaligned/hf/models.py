@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError, did_you_mean
+from stayaligned.core.settings import ChatTemplate
 from stayaligned.core.text import one_line
 from stayaligned.hf.placement.layers import translate_adapter
 from stayaligned.hf.placement.stored import language_model_classes
+from stayaligned.hf.rendering import use_settings
 from stayaligned.hf.targets import ALL_LINEAR, excluding, linear_names, unfit_names
 from stayaligned.weights.adapter_config import read_adapter_config, refuse_slow_patterns
 from stayaligned.weights.adapters import read_adapter, write_adapter
@@ -66,25 +68,26 @@ def load_model(ref: str | Path, *, dtype: torch.dtype | None = None, adapter: Pa
     return model
 
 
-def load_tokenizer(ref: str | Path, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a checkpoint, with a chat template.
+def load_tokenizer(ref: str | Path, settings: ChatTemplate | None = None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a checkpoint, with a chat template that shows the model the request and the answer.
 
     Args:
         ref: a checkpoint directory or a hub id.
-        chat_template: replaces the tokenizer's own template.
+        settings: file, arguments and date of the chat template; by default the tokenizer's own and a fixed date.
 
     Raises:
-        StayalignedError: if there is no tokenizer, or it has no chat template and none is given.
+        StayalignedError: if there is no tokenizer, it has no chat template and none is given, or as
+            `stayaligned.hf.rendering.use_settings`.
     """
+    settings = settings or ChatTemplate()
     tokenizer = _load_tokenizer(ref)
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    if not tokenizer.chat_template:
+    if not tokenizer.chat_template and settings.file is None:
         raise StayalignedError(
             f"{ref}: the tokenizer has no chat template, which turns a conversation into the model's input",
             hint="Use the instruction-tuned model, or put its chat_template.jinja beside tokenizer_config.json. "
             "`stayaligned align --chat-template FILE` adds one to a base model.",
         )
+    use_settings(tokenizer, settings)
     return tokenizer
 
 

@@ -254,6 +254,7 @@ def test_a_model_without_an_end_token_is_refused():
     model, tokenizer = pico_model(), byte_tokenizer()
     model.generation_config.eos_token_id = None
     tokenizer.eos_token = None
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "")
     with pytest.raises(StayalignedError, match="end-of-sequence"):
         generate(model, tokenizer, prompts(1), Generation(max_new_tokens=2))
 

@@ -6,10 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from stayaligned.core.records import Record
-from stayaligned.core.settings import TrainerKind
+from stayaligned.core.settings import ChatTemplate, TrainerKind
 from stayaligned.experiments.config.validation import check_host_settings, parse
 from stayaligned.experiments.config.yaml_file import apply_overrides, load_yaml
 
@@ -53,8 +61,9 @@ class Alignment(BaseModel):
     """Requests with safe completions: a JSONL file or a hub data set."""
     limit: int | None = Field(default=None, ge=1)
     """Maximum number of rows; the first ones are used."""
-    chat_template: str | None = None
-    """A Jinja file with the chat template, for a base model without one, or instead of its own."""
+    chat_template: ChatTemplate = ChatTemplate()
+    """The chat template's arguments and date, and the Jinja file with it for a base model without one; a path alone is
+    the file."""
     lora: dict[str, Any] | None = Field(default_factory=dict)
     """Fields of PEFT's LoraConfig, which override the paper's; null trains the full weights."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -72,12 +81,16 @@ class Alignment(BaseModel):
         """Return the plain mapping that validates to equal settings, defaults included."""
         return self.model_dump(mode="json")
 
-    @field_validator("chat_template")
+    @field_validator("chat_template", mode="before")
     @classmethod
-    def _is_a_jinja_file(cls, value: str | None) -> str | None:
-        if value is not None and not value.endswith(".jinja"):
-            raise ValueError(f"expected the path of a .jinja file, found {value!r}")
-        return value
+    def _may_be_null(cls, value: Any) -> Any:
+        return ChatTemplate() if value is None else value
+
+    @field_serializer("chat_template")
+    def _as_short_as_possible(self, value: ChatTemplate) -> Any:
+        """Keep the records of alignments whose setting was a path."""
+        given = value.model_dump(mode="json", exclude_defaults=True)
+        return given if given.keys() - {"file"} else given.get("file")
 
     @field_validator("lora", "training", mode="before")
     @classmethod

@@ -19,7 +19,7 @@ from pydantic import (
 from stayaligned.attacks import ATTACKS, Attack
 from stayaligned.core.component import Component, Registry
 from stayaligned.core.errors import StayalignedError
-from stayaligned.core.settings import Generation, LmEval, TrainerKind, Watch
+from stayaligned.core.settings import ChatTemplate, Generation, LmEval, TrainerKind, Watch
 from stayaligned.data.prompts import PROMPTS, Prompts, parse_prompts
 from stayaligned.data.tasks import TASKS, Task
 from stayaligned.defenses import DEFENSES, PatchDefense, TrainingDefense
@@ -65,6 +65,9 @@ class Experiment(BaseModel):
     """The unaligned ancestor of the aligned model, for defenses that compare the two."""
     adapter: str | None = None
     """A finished PEFT adapter to patch and evaluate, instead of training one."""
+    chat_template: ChatTemplate = ChatTemplate()
+    """How conversations are rendered: arguments of the chat template (`enable_thinking`) and the date that it writes;
+    a path alone is a Jinja file with the template."""
     other_template: bool = False
     """Evaluate a fine-tuned model even if its files name another chat template than the model's tokenizer has."""
     task: TaskField | None = None

@@ -36,8 +36,11 @@ def _measure_nats(context: Context, completions: Sequence[Completion]) -> list[f
     from stayaligned.hf import models
     from stayaligned.hf.generation import perplexity
 
-    aligned = context.resolved.model
+    e = context.resolved
     report = functools.partial(context.progress, "perplexity")
     return perplexity.answer_nats(
-        models.load_finetuned(aligned, None), models.load_tokenizer(aligned), completions, progress=report
+        models.load_finetuned(e.model, None),
+        models.load_tokenizer(e.model, e.chat_template),
+        completions,
+        progress=report,
     )

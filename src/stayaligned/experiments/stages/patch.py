@@ -66,7 +66,7 @@ def load_final_model(context: Context) -> tuple[Any, Any]:
 
     e, weights = context.resolved, make_weights(context)
     whole = weights is not None and context.plan.product == "model"
-    tokenizer = models.load_tokenizer(e.model)
+    tokenizer = models.load_tokenizer(e.model, e.chat_template)
     for place in () if e.other_template else (Path(e.model), weights):
         if place is not None:
             templates.refuse_other_template(place, tokenizer)

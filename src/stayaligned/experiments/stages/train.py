@@ -47,6 +47,7 @@ def _checkpoints(context: Context) -> Path:
 def _train(context: Context, directory: Path) -> Mapping[str, Any]:
     from stayaligned.hf import models, templates
     from stayaligned.hf.features import template_hash
+    from stayaligned.hf.rendering import save_tokenizer
     from stayaligned.hf.training import finetuning, safety_probe
 
     e, product = context.resolved, context.plan.product
@@ -54,7 +55,7 @@ def _train(context: Context, directory: Path) -> Mapping[str, Any]:
     context.progress(title, 0.0, "loading the model")
     examples = load_training_rows(context)
     finetuning.seed_everything(e.seed)
-    tokenizer = models.load_tokenizer(e.model)
+    tokenizer = models.load_tokenizer(e.model, e.chat_template)
     model: Any = models.load_model(e.model)
     if e.lora is not None:
         model = models.attach_lora(model, e.lora)
@@ -79,7 +80,7 @@ def _train(context: Context, directory: Path) -> Mapping[str, Any]:
     log = finetuning.train(trainer, progress=functools.partial(context.progress, title))
     finetuning.save_trained(trainer, directory / product)
     if e.lora is None:
-        tokenizer.save_pretrained(directory / product)
+        save_tokenizer(tokenizer, directory / product)
     templates.write_template(tokenizer, directory / product)
     write_text(directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
     return {"template_hash": template_hash(tokenizer), "examples": len(examples)}

@@ -19,7 +19,7 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Example, Message, PromptSet
 from stayaligned.core.settings import Generation
 from stayaligned.core.thoughts import is_mark, kept_tokens, opened_thoughts
-from stayaligned.hf.features import encode_prompt
+from stayaligned.hf.features import encode_prompt, end_of_answer, padding_id, refuse_unknown_tokens
 from stayaligned.hf.generation.batching import pad_left, split_by_memory
 
 if TYPE_CHECKING:
@@ -76,18 +76,30 @@ def generate(
         StayalignedError: if a prompt leaves no room for a completion in the model's context.
     """
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    return generate_from_ids(model, tokenizer, prompt_ids, settings)
+    return generate_from_ids(model, tokenizer, prompt_ids, settings, end=end_of_answer(tokenizer))
 
 
 def generate_from_ids(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[list[int]], settings: Generation
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[list[int]],
+    settings: Generation,
+    *,
+    end: int | None = None,
 ) -> list[Generated]:
     """Return one generated text per prompt for prompts that are token ids already; see `generate`.
+
+    Args:
+        model: see `generate`.
+        tokenizer: see `generate`.
+        prompt_ids: the prompts.
+        settings: see `generate`.
+        end: a token that also ends a completion, such as the chat template's.
 
     Raises:
         StayalignedError: as `generate`.
     """
-    texts = dict(_generate_each(model, tokenizer, prompt_ids, settings))
+    texts = dict(_generate_each(model, tokenizer, prompt_ids, settings, end))
     return [texts[index] for index in range(len(prompt_ids))]
 
 
@@ -114,7 +126,8 @@ def complete_each(
             examples still count as earlier occurrences of an equal prompt.
     """
     prompt_ids = [encode_prompt(tokenizer, example.prompt) for example in examples]
-    for index, found in _generate_each(model, tokenizer, prompt_ids, settings, without=without):
+    end = end_of_answer(tokenizer)
+    for index, found in _generate_each(model, tokenizer, prompt_ids, settings, end, without=without):
         opening = opened_in_prompt(tokenizer, examples[index].prompt, prompt_ids[index])
         yield index, Completion.of(examples[index], prompt_set, opening + found.text, finished=found.finished)
 
@@ -155,6 +168,7 @@ def _generate_each(
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: Sequence[list[int]],
     settings: Generation,
+    end: int | None,
     *,
     without: frozenset[int] = frozenset(),
 ) -> Iterator[tuple[int, Generated]]:
@@ -164,8 +178,9 @@ def _generate_each(
     host = _unwrap_adapter(model)
     _refuse_too_long(host, prompt_ids, settings.max_new_tokens)
     keys = _sampling_keys(prompt_ids, settings.seed)
-    end_ids = _end_ids(host, tokenizer)
-    pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else end_ids[0]
+    end_ids = _end_ids(host, tokenizer, end)
+    refuse_unknown_tokens(tokenizer, host, prompt_ids)
+    pad_id = padding_id(tokenizer, host)
     # Without sampling noise, equal prompts have equal completions: each is generated once.
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, ids in enumerate(prompt_ids):
@@ -383,12 +398,14 @@ def _sampling_keys(prompts: Sequence[Sequence[int]], seed: int) -> list[str]:
     return keys
 
 
-def _end_ids(host: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end a completion: the checkpoint's (chat models have several) and the tokenizer's."""
+def _end_ids(host: Any, tokenizer: PreTrainedTokenizerBase, end: int | None) -> list[int]:
+    """Return the tokens that end a completion: the checkpoint's (chat models have several), the tokenizer's, `end`."""
     named = host.generation_config.eos_token_id
     end_ids = [named] if isinstance(named, int) else list(named or [])
     if isinstance(tokenizer.eos_token_id, int):
         end_ids.append(tokenizer.eos_token_id)
+    if end is not None:
+        end_ids.append(end)
     if not end_ids:
         raise StayalignedError(
             "neither the model's generation configuration nor its tokenizer has an end-of-sequence token",

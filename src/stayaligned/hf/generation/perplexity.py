@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.records import Completion
-from stayaligned.hf.features import IGNORED, PaddingCollator, encode_prompt
+from stayaligned.hf.features import IGNORED, PaddingCollator, encode_prompt, refuse_unknown_tokens
 from stayaligned.hf.generation.batching import split_by_size
 from stayaligned.hf.generation.generate import opened_in_prompt
 from stayaligned.hf.models import context_length
@@ -49,7 +49,8 @@ def answer_nats(
         tokens = _encode(tokenizer, answer)
         labels = [*[IGNORED] * len(prompt), *tokens]
         rows.append({"input_ids": [*prompt, *tokens][:limit], "labels": labels[:limit]})
-    collate = PaddingCollator.of(tokenizer)
+    refuse_unknown_tokens(tokenizer, model, [row["input_ids"] for row in rows])
+    collate = PaddingCollator.of(tokenizer, model)
     scored = [index for index, row in enumerate(rows) if any(label != IGNORED for label in row["labels"])]
     nats: list[float | None] = [None] * len(rows)
     done = 0

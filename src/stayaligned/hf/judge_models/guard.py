@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Message
@@ -14,12 +14,10 @@ from stayaligned.hf.generation.batching import split_by_size
 from stayaligned.hf.generation.generate import generate_from_ids
 from stayaligned.hf.judge_models.inputs import Fitted, escape_control_tokens, fill_template, fit_input, token_ends
 from stayaligned.hf.models import context_length, load_guard
+from stayaligned.hf.rendering import is_shown, render_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_REQUEST, _COMPLETION = "this is the request", "this is the completion"
-"""Placeholders, to check what a chat template renders."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +95,6 @@ class GuardModel:
         Raises:
             StayalignedError: if there is no template, or it leaves out the request or the completion.
         """
-        as_content = self._content_format()
 
         def fitted(completion: Completion) -> Fitted | None:
             turns = [
@@ -106,7 +103,7 @@ class GuardModel:
                 if m.role != "system"
             ]
             text = escape_control_tokens(self.tokenizer, completion.text)
-            return self._fit(lambda text: self._encode_turns(turns, text, as_content), text, reply_tokens)
+            return self._fit(lambda text: self._encode_turns(turns, text), text, reply_tokens)
 
         return self._replies([fitted(c) for c in completions], reply_tokens, batch_size)
 
@@ -129,42 +126,13 @@ class GuardModel:
             for row, found in zip(rows, generate_from_ids(self.model, self.tokenizer, ids, settings), strict=True):
                 yield row, GuardReply(found.text, fitted[row].was_cut)
 
-    def _content_format(self) -> Callable[[str], Any]:
-        """Return how the template takes a turn's content: as text, or as a list of parts (Llama Guard 3 1B and 4)."""
-        formats: tuple[Callable[[str], Any], ...] = (str, lambda text: [{"type": "text", "text": text}])
-        name = self.tokenizer.name_or_path
-        if not self.tokenizer.chat_template:
-            raise StayalignedError(
-                f"{name}: the guard's tokenizer has no chat template, which holds the question to the guard",
-                hint="Use the guard's own tokenizer, or put its chat_template.jinja beside tokenizer_config.json.",
-            )
-        for as_content in formats:
-            rendered = self._render([Message(role="user", content=_REQUEST)], _COMPLETION, as_content)
-            if rendered is not None and _REQUEST in rendered and _COMPLETION in rendered:
-                return as_content
-        raise StayalignedError(
-            f"{name}: the chat template does not show the guard the request and the completion",
-            hint="The template must render a conversation of a user turn and an assistant turn.",
-        )
-
-    def _render(self, turns: Sequence[Message], completion: str, as_content: Callable[[str], Any]) -> str | None:
-        """Return the template's text; None if the template rejects these turns."""
-        from jinja2 import TemplateError
-
-        conversation = [{"role": m.role, "content": as_content(m.content)} for m in turns]
-        try:
-            return self.tokenizer.apply_chat_template(  # pyright: ignore[reportReturnType]
-                [*conversation, {"role": "assistant", "content": as_content(completion)}], tokenize=False
-            )
-        except (TemplateError, TypeError):
-            return None
-
-    def _encode_turns(self, turns: Sequence[Message], completion: str, as_content: Callable[[str], Any]) -> list[int]:
-        text = self._render(turns, completion, as_content)
-        if text is None:
-            raise StayalignedError(
-                f"{self.tokenizer.name_or_path}: the chat template rejects a conversation of the turns "
-                f"{', '.join(m.role for m in turns)}, assistant",
-                hint="Guards' templates require alternating user and assistant turns: change the prompts.",
-            )
+    def _encode_turns(self, turns: Sequence[Message], completion: str) -> list[int]:
+        text = render_whole(self.tokenizer, [*turns, Message(role="assistant", content=completion)])
+        for content, what in ((turns[-1].content, "request"), (completion, "completion")):
+            if not is_shown(content, text):
+                raise StayalignedError(
+                    f"{self.tokenizer.name_or_path}: the chat template changes or leaves out a part of the {what} that "
+                    f"begins with {content.strip()[:60]!r}",
+                    hint="Use a judge whose template shows it whole.",
+                )
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore[reportReturnType]

@@ -16,7 +16,7 @@ from stayaligned.core.progress import Progress, silent
 from stayaligned.core.settings import CurvatureSettings
 from stayaligned.data.sampling import sample
 from stayaligned.data.sources import read_examples
-from stayaligned.hf.features import IGNORED, PaddingCollator, encode_examples
+from stayaligned.hf.features import IGNORED, PaddingCollator, encode_examples, refuse_unknown_tokens
 from stayaligned.hf.models import attach_lora, load_finetuned, load_tokenizer
 from stayaligned.hf.quiet import bars_off
 
@@ -81,9 +81,10 @@ def loss_curvatures(
     tokenizer = load_tokenizer(trained.model)
     encoded = [encode_examples(tokenizer, rows, settings.max_length) for rows in chosen]
     model = _trainable(trained, settings.seed)
+    refuse_unknown_tokens(tokenizer, model, [row["input_ids"] for rows in encoded for row in rows])
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     _require_memory(sum(weight.numel() for weight in weights), settings)
-    collate = PaddingCollator.of(tokenizer)
+    collate = PaddingCollator.of(tokenizer, model)
     found: list[LossCurvature] = []
     for source, rows in zip(sources, encoded, strict=True):
         loss = _Loss(model, collate, rows, settings.batch_size)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,13 @@ from stayaligned.core.files import writable
 from stayaligned.core.progress import WorkProgress
 from stayaligned.core.records import Example
 from stayaligned.core.settings import TrainerKind
-from stayaligned.hf.features import PaddingCollator, encode_examples
+from stayaligned.hf.features import (
+    IGNORED,
+    PaddingCollator,
+    encode_examples,
+    refuse_unknown_tokens,
+    with_known_padding,
+)
 from stayaligned.hf.quiet import bars_off
 from stayaligned.hf.training.dead_adapters import report_dead_adapters
 from stayaligned.hf.training.resuming import restore_converted
@@ -78,6 +85,9 @@ def build_trainer(
     if not examples:
         raise StayalignedError("there are no rows to train on", hint="Check the task, its split and the attack.")
     config = _build_arguments(arguments, kind, max_length)
+    tokenizer = with_known_padding(tokenizer, model)
+    rows = build_dataset(tokenizer, examples, kind=kind, max_length=max_length)
+    refuse_unknown_tokens(tokenizer, model, (row["input_ids"] for row in rows))
     trainer_class: Any = Trainer
     options: dict[str, Any] = {"data_collator": PaddingCollator.of(tokenizer)}
     if kind == "sft":
@@ -88,7 +98,7 @@ def build_trainer(
         trainer: Trainer = trainer_class(
             model,
             config,
-            train_dataset=build_dataset(tokenizer, examples, kind=kind, max_length=max_length),
+            train_dataset=rows,
             processing_class=tokenizer,
             callbacks=list(callbacks),
             **options,
@@ -113,26 +123,19 @@ def _require_expert_count(trainer: Any) -> None:
 def build_dataset(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, kind: TrainerKind, max_length: int
 ) -> Any:
-    """Build the training set for a kind of trainer: features, or for TRL conversational prompts and completions.
+    """Build the training set for a kind of trainer: features, for TRL uncut and with a mask of the completion.
 
     Raises:
-        StayalignedError: if the tokenizer has no chat template, or as for `stayaligned.hf.features.encode_examples`.
+        StayalignedError: as for `stayaligned.hf.features.encode_examples`.
     """
     if kind == "transformers":
         return encode_examples(tokenizer, examples, max_length)
     from datasets import Dataset
 
-    if not tokenizer.chat_template:
-        raise StayalignedError(
-            "the tokenizer has no chat template", hint="Use the instruction-tuned model's tokenizer."
-        )
     return Dataset.from_list(
         [
-            {
-                "prompt": [{"role": turn.role, "content": turn.content} for turn in example.prompt],
-                "completion": [{"role": "assistant", "content": example.completion}],
-            }
-            for example in examples
+            {"input_ids": row["input_ids"], "completion_mask": [int(label != IGNORED) for label in row["labels"]]}
+            for row in encode_examples(tokenizer, examples, sys.maxsize)
         ]
     )
 
@@ -266,6 +269,11 @@ def _build_arguments(arguments: Mapping[str, Any], kind: TrainerKind, max_length
     if kind == "sft":
         from trl import SFTConfig
 
+        if arguments.get("chat_template_path") is not None:
+            raise StayalignedError(
+                "training.chat_template_path: the rows are rendered before TRL sees them",
+                hint="Set `chat_template.file` to the Jinja file, so that generation uses it too.",
+            )
         config_class: type[TrainingArguments] = SFTConfig
         defaults: dict[str, Any] = {"completion_only_loss": True, "max_length": max_length}
     else:

@@ -39,7 +39,7 @@ class Probe:
     """The encoded rows of a watch, and the measures of a model on them."""
 
     def __init__(self, watch: Watch, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> None:
-        self._collator, self._batch_size = PaddingCollator.of(tokenizer), watch.batch_size
+        self._collator, self._batch_size = PaddingCollator(0), watch.batch_size
         self._refusals: Sequence[_Row] = ()
         self._compliances: Sequence[_Row] = ()
         self._answers: Sequence[_Row] = ()
