@@ -10,6 +10,7 @@ import pytest
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion
+from stayaligned.core.thoughts import CUT, ENDED
 from stayaligned.evaluation.foreign import read_foreign
 
 ASKED = "how to flarn a zorb?"
@@ -116,6 +117,13 @@ def test_the_system_turn_the_thoughts_the_category_and_the_cut_are_read(tmp_path
         False,
     )
     assert "hm" in found.text
+
+
+@pytest.mark.parametrize("cut", [{"finished": False}, {"truncated": True}, {"stop_reason": "max_tokens"}])
+def test_a_thought_that_was_cut_is_not_one_that_ended(cut: dict[str, Any], tmp_path: Path) -> None:
+    row = {"prompt": ASKED, "response": "<think>\nhm", "prompt_set": "harmful"}
+    assert read_one(tmp_path, {**row, **cut}).split().reason == CUT
+    assert read_one(tmp_path, row).split().reason == ENDED
 
 
 def test_the_output_of_a_batch_is_joined_with_its_input(tmp_path: Path) -> None:

@@ -246,6 +246,7 @@ def _completion(values: Mapping[str, Any], where: str, prompt_column: str, named
     reason = values.get("finish_reason", values.get("stop_reason"))
     thoughts = next((v for n in _THOUGHTS if isinstance(v := values.get(n), str) and v.strip()), "")
     cut = isinstance(reason, str) and reason.lower() in ("length", "max_tokens")
+    cut = cut or values.get("finished") is False or values.get("truncated") is True
     return join_thoughts(thoughts, text), finished and not cut
 
 
