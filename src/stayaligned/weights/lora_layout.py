@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+from stayaligned.core.errors import StayalignedError
 from stayaligned.weights.adapters import PREFIX, Adapter, LoraLayer
 from stayaligned.weights.checkpoints import Checkpoint
-from stayaligned.weights.unsupported import stored_whole
+from stayaligned.weights.unsupported import list_names, stored_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PLAIN_MODEL_TYPES = frozenset(
     {
@@ -27,6 +32,11 @@ PLAIN_MODEL_TYPES = frozenset(
 )
 """Architectures whose linear modules' weights are stored as (out, in), with the rows that the model uses."""
 _HEAD = "lm_head"
+_OF_TEXT_MODEL = re.compile(
+    r"(?P<prefix>(?:model\.)?(?:(?:language_model|text_model|llm)\.)?(?:model\.)?)(?P<rest>(?:layers|embed_tokens)(?:\..+)?)"
+    r"|(?:language_model\.)?(?P<head>lm_head(?:\..+)?)"
+)
+"""Names of the modules and parameters of a text model, alone or in a model that also reads images."""
 
 
 def plain_layers(adapter: Adapter, shape_of: Callable[[str], tuple[int, ...] | None]) -> list[LoraLayer] | None:
@@ -69,6 +79,99 @@ def place_by_name(adapter: Adapter, aligned: Checkpoint, base: Checkpoint) -> li
     weights = {name.removesuffix(".weight") for name in aligned if name.endswith(".weight")}
     targeted = {name for name in weights | {_HEAD} if is_targeted(adapter.config, name)}
     return layers if targeted == {layer.name for layer in layers} else None
+
+
+def name_among(known: Collection[str], name: str) -> str | None:
+    """Return the name that a model gives to a module or parameter of a model with the same text model.
+
+    The class that a model is trained as decides the prefix of its text model: `model.layers.0`,
+    `model.language_model.layers.0` and `language_model.model.layers.0` are the same layer.
+
+    Args:
+        known: the model's names of modules, or of parameters.
+        name: a module or parameter under any of these names.
+
+    Returns:
+        `name` itself if it is known; None if none of its names is.
+    """
+    if name in known:
+        return name
+    part = _OF_TEXT_MODEL.fullmatch(name)
+    if part is None:
+        return None
+    if part["head"]:
+        candidates = [f"{prefix}{part['head']}" for prefix in ("", "language_model.")]
+    else:
+        matches = (_OF_TEXT_MODEL.fullmatch(each) for each in known)
+        prefixes = {match["prefix"] for match in matches if match and (match["rest"] or "").startswith("layers")}
+        candidates = [f"{prefix}{part['rest']}" for prefix in sorted(prefixes)]
+    found = [each for each in candidates if each in known]
+    return found[0] if len(found) == 1 else None
+
+
+def other_names(adapter: Adapter, known: Collection[str]) -> dict[str, str] | None:
+    """Return {module in the adapter's file: the same module of a model}.
+
+    Args:
+        adapter: an adapter, which may have been trained on another class with the same text model.
+        known: names of the model's modules.
+
+    Returns:
+        An empty mapping if all names are the same; None if the model lacks a module under every name.
+    """
+    plain = {stored: stored.replace(".base_layer", "") for stored in adapter.modules()}
+    if all(name in known for name in plain.values()):
+        return {}
+    names = {stored: name_among(known, name) for stored, name in plain.items()}
+    found = {stored: name for stored, name in names.items() if name is not None}
+    return found if len(found) == len(names) == len({*found.values()}) else None
+
+
+def translate(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
+    """Return an adapter under other names, whose configuration lists the modules, each with its own rank and alpha.
+
+    Args:
+        adapter: the adapter.
+        names: {module in its file: other name}, for every module.
+
+    Raises:
+        StayalignedError: if the configuration does not target a module that has factors.
+    """
+    config = adapter.config
+    untargeted = sorted(module for module in names if not is_targeted(config, module))
+    if untargeted:
+        raise StayalignedError(
+            f"{adapter.directory}: the adapter's configuration does not match its tensors: {list_names(untargeted)}",
+            hint="Give the model that the adapter was trained on.",
+        )
+    settings: dict[str, Any] = {"target_modules": sorted(names.values())}
+    for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        values = {name: pattern_value(config.get(pattern), old, config.get(default, 8)) for old, name in names.items()}
+        settings[pattern] = {f"^{re.escape(name)}": value for name, value in values.items()}
+    dropped = ("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
+    kept = {name: value for name, value in config.items() if name not in dropped}
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in adapter.tensors.items():
+        module, dot, factor = key.removeprefix(PREFIX).partition(".lora_")
+        tensors[f"{PREFIX}{names[module]}{dot}{factor}" if module in names else key] = tensor
+    return replace(adapter, config={**kept, **settings}, tensors=tensors)
+
+
+def under_stored_names(layers: Sequence[LoraLayer], names: Mapping[str, str]) -> list[LoraLayer]:
+    """Return the layers of a translated adapter with the names of their tensors in the original's file.
+
+    Args:
+        layers: the layers.
+        names: what the adapter was translated with; may be empty.
+    """
+    back = {f"{PREFIX}{name}": f"{PREFIX}{stored}" for stored, name in names.items()}
+
+    def stored_key(layer: LoraLayer, key: str) -> str:
+        return back.get(PREFIX + layer.name, PREFIX + layer.name) + key.removeprefix(PREFIX + layer.name)
+
+    if not back:
+        return list(layers)
+    return [replace(each, a_key=stored_key(each, each.a_key), b_key=stored_key(each, each.b_key)) for each in layers]
 
 
 def is_targeted(config: Mapping[str, Any], module: str) -> bool:

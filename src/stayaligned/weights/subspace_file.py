@@ -23,7 +23,7 @@ from stayaligned.core.records import Record
 from stayaligned.weights.adapter_config import refuse_slow_patterns
 from stayaligned.weights.adapters import Adapter, LoraLayer
 from stayaligned.weights.checkpoints import Checkpoint, check_format, is_hub_id, weights_fingerprint
-from stayaligned.weights.lora_layout import plain_layers
+from stayaligned.weights.lora_layout import other_names, plain_layers, translate, under_stored_names
 from stayaligned.weights.safetensors import SafetensorsFile
 from stayaligned.weights.unsupported import check_factors, list_names, refuse_unsupported
 
@@ -152,11 +152,14 @@ class SubspaceFile:
             )
         modules = self.header.modules
         refuse_slow_patterns(adapter.directory, adapter.config, modules.keys() | adapter.modules())
+        names = other_names(adapter, modules.keys()) or {}
+        translated = translate(adapter, names) if names else adapter
         # Layers that layers_to_transform excludes have no tensors.
-        by_name = replace(adapter, config={**adapter.config, "layers_to_transform": None})
+        by_name = replace(translated, config={**translated.config, "layers_to_transform": None})
         layers = plain_layers(by_name, lambda module: modules[module].shape if module in modules else None)
         if layers is None:
             raise self._unplaced(adapter)
+        layers = under_stored_names(layers, names)
         check_factors(adapter, layers, self.path)
         return [replace(layer, transposed=modules[layer.name].transposed) for layer in layers]
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForMultimodalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
+from stayaligned.defenses.patching.subspace import build_subspace
 from stayaligned.hf.models import load_finetuned
 from stayaligned.hf.placement.layers import PlacedLayer, place_adapter
 from stayaligned.weights.adapters import read_adapter
 from stayaligned.weights.checkpoints import Checkpoint, open_checkpoint
+from stayaligned.weights.subspace_file import SubspaceFile
 from support.checkpoints import rows_of
 
 TEXT: dict[str, Any] = {
@@ -203,3 +205,27 @@ def test_a_model_with_images_is_loaded_with_its_adapter(
         theirs = PeftModel.from_pretrained(model, adapter)(input_ids=ids).logits
     assert not torch.allclose(plain, theirs)
     torch.testing.assert_close(ours, theirs)
+
+
+def test_the_base_may_be_the_text_model_alone(composite: Composite, tmp_path: Path) -> None:
+    aligned, base, adapter = composite("mistral3")
+    whole = AutoModelForMultimodalLM.from_pretrained(base.directory)
+    text = AutoModelForCausalLM.from_config(whole.config.get_text_config())
+    text.model.load_state_dict(whole.model.language_model.state_dict())
+    text.save_pretrained(tmp_path / "text")
+    alone = open_checkpoint(tmp_path / "text")
+    both, one = (place_adapter(read_adapter(adapter), aligned, each) for each in (base, alone))
+    for x, y in zip(both, one, strict=True):
+        assert torch.equal(rows_of(base, x.base), rows_of(alone, y.base))
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_subspace_file_has_every_name_of_the_text_models_layers(
+    composite: Composite, tmp_path: Path, prefix: str
+) -> None:
+    aligned, base, adapter = composite("mistral3")
+    build_subspace(aligned.directory, base.directory, tmp_path / "file", rank=1)
+    targets = rf"{prefix}\.\d+\..*\.(q_proj|down_proj|gate_proj)".replace(".l", r"\.l")
+    renamed = read_adapter(rename(adapter, tmp_path / "renamed", prefix, targets))
+    layers = SubspaceFile(tmp_path / "file").layers_of(renamed)
+    assert layers == [placed.layer for placed in place_adapter(renamed, aligned, base)]

@@ -12,16 +12,16 @@ import copy
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.hf.placement.stored import StoredWeights, meta_model, meta_models, name_in
+from stayaligned.hf.placement.stored import StoredWeights, meta_model, meta_models
 from stayaligned.weights.adapter_config import refuse_slow_patterns
 from stayaligned.weights.adapters import PREFIX, Adapter, LoraLayer
 from stayaligned.weights.checkpoints import Block, Checkpoint, Weight, weights_fingerprint, whole_tensor
-from stayaligned.weights.lora_layout import is_targeted, natural_key, pattern_value, place_by_name
+from stayaligned.weights.lora_layout import natural_key, other_names, place_by_name, translate, under_stored_names
 from stayaligned.weights.unsupported import (
     PLACEMENT,
     check_factors,
@@ -87,7 +87,7 @@ def place_adapter(adapter: Adapter, aligned: Checkpoint, base: Checkpoint) -> li
         check_factors(adapter, layers, aligned.directory)
         return [PlacedLayer(layer, whole_tensor(layer.parameter), whole_tensor(layer.parameter)) for layer in layers]
     models = meta_models(aligned)
-    names = {model: _names_on(adapter, model) for model in models}
+    names = {model: other_names(adapter, _module_names(model)) for model in models}
     # the class that has the adapter's names, or else one with the same text model, or else the error for the first
     model = next((m for m in models if names[m] == {}), next((m for m in models if names[m]), models[0]))
     in_aligned = StoredWeights(aligned, model)
@@ -167,31 +167,14 @@ def _model_like(model: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedMod
     return next((each for each in models if type(each) is type(model)), models[0])
 
 
-def _names_on(adapter: Adapter, model: PreTrainedModel) -> dict[str, str] | None:
-    """Return {module in the adapter's file: module of the model}; None if the model lacks one.
-
-    The adapter may have been trained on another class with the same text model. If the names are the same, the result
-    is empty.
-    """
-    known = {name for name, _ in model.named_modules()}
-    names: dict[str, str] = {}
-    for stored in adapter.modules():
-        name = name_in(model, stored.replace(".base_layer", ""), known)
-        if name is None:
-            return None
-        names[stored] = name
-    return names if any(name != stored.replace(".base_layer", "") for stored, name in names.items()) else {}
-
-
 def _layers_on(
     adapter: Adapter, stored: StoredWeights, checkpoint: Checkpoint, names: Mapping[str, str]
 ) -> list[LoraLayer]:
     """Return the layers that PEFT creates for the adapter's configuration, checked against the adapter's tensors."""
-    translated = _translate(adapter, names) if names else adapter
+    translated = translate(adapter, names) if names else adapter
     injected = _inject(translated, copy.deepcopy(stored.model))
     layers = [layer for name, module in injected.items() for layer in _convert_layer(name, module, adapter)]
-    back = {name: module for module, name in names.items()}
-    layers = [_under_stored_names(layer, back[layer.name]) if back else layer for layer in layers]
+    layers = under_stored_names(layers, names)
     expected = {key for layer in layers for key in (layer.a_key, layer.b_key)}
     missing = sorted(expected - adapter.tensors.keys())
     others = adapter.tensors.keys() - expected - {*stored_whole(adapter.tensors)}
@@ -209,44 +192,18 @@ def _layers_on(
 def translate_adapter(adapter: Adapter, model: PreTrainedModel) -> Adapter:
     """Return an adapter of another class with the same text model under the names of this model.
 
-    Its configuration then lists the modules, each with its own rank and alpha.
-
     Returns:
         The same adapter if the model has its names, or if it lacks one of its modules under every name.
 
     Raises:
         StayalignedError: if the configuration does not target a module that has factors.
     """
-    names = _names_on(adapter, model)
-    return adapter if not names else _translate(adapter, names)
+    names = other_names(adapter, _module_names(model))
+    return translate(adapter, names) if names else adapter
 
 
-def _translate(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
-    """Return the adapter under other names: {module in its file: module of the model}, for every module."""
-    config = adapter.config
-    untargeted = sorted(module for module in names if not is_targeted(config, module))
-    if untargeted:
-        raise StayalignedError(
-            f"{adapter.directory}: the adapter's configuration does not match its tensors: {list_names(untargeted)}",
-            hint="Give the model that the adapter was trained on.",
-        )
-    settings: dict[str, Any] = {"target_modules": sorted(names.values())}
-    for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        values = {name: pattern_value(config.get(pattern), old, config.get(default, 8)) for old, name in names.items()}
-        settings[pattern] = {f"^{re.escape(name)}": value for name, value in values.items()}
-    dropped = ("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
-    kept = {name: value for name, value in config.items() if name not in dropped}
-    tensors: dict[str, Tensor] = {}
-    for key, tensor in adapter.tensors.items():
-        module, dot, factor = key.removeprefix(PREFIX).partition(".lora_")
-        tensors[f"{PREFIX}{names[module]}{dot}{factor}" if module in names else key] = tensor
-    return replace(adapter, config={**kept, **settings}, tensors=tensors)
-
-
-def _under_stored_names(layer: LoraLayer, module: str) -> LoraLayer:
-    """Return a layer whose tensors have the names of another module."""
-    a_key, b_key = (f"{PREFIX}{module}{key.removeprefix(PREFIX + layer.name)}" for key in (layer.a_key, layer.b_key))
-    return replace(layer, a_key=a_key, b_key=b_key)
+def _module_names(model: PreTrainedModel) -> set[str]:
+    return {name for name, _ in model.named_modules()}
 
 
 def _inject(adapter: Adapter, model: PreTrainedModel) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import copy
 import math
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.weights.checkpoints import Block, Checkpoint, Weight
+from stayaligned.weights.lora_layout import name_among
 from stayaligned.weights.unsupported import list_names, refuse_quantized
 
 if TYPE_CHECKING:
@@ -27,13 +27,6 @@ _PROBE_COLUMNS = 4
 """Columns of the tensors of row numbers; enough to detect that a conversion moves, merges or splits columns."""
 _MOST_BLOCKS = 64
 """Largest number of blocks of a matrix; more means that rows are interleaved, and would be read one by one."""
-
-
-_OF_TEXT_MODEL = re.compile(
-    r"(?P<prefix>(?:model\.)?(?:(?:language_model|text_model|llm)\.)?(?:model\.)?)(?P<rest>(?:layers|embed_tokens)(?:\..+)?)"
-    r"|(?:language_model\.)?(?P<head>lm_head(?:\..+)?)"
-)
-"""Names of the modules and parameters of a text model, alone or in a model that also reads images."""
 
 
 class _Source(NamedTuple):
@@ -81,7 +74,7 @@ class StoredWeights:
         missing: list[str] = []
         converted: list[str] = []
         for parameter in dict.fromkeys(parameters):
-            own = name_in(self.model, parameter, self.parameters)
+            own = name_among(self.parameters, parameter)
             stored = next((name for name in self._names_of(own) if name in self._first), None) if own else None
             if own is None or stored is None:
                 missing.append(parameter)
@@ -176,36 +169,6 @@ class StoredWeights:
         experts = shape[0] if len(shape) == 3 else 1
         shapes = {self._checkpoint.matrix_shape(weight) for weight in matrices}
         return len(shape) in (2, 3) and len(matrices) == experts and shapes == {shape[-2:]}
-
-
-def name_in(model: PreTrainedModel, name: str, known: Collection[str]) -> str | None:
-    """Return the name that a model gives to a module or parameter of a model with the same text model.
-
-    The class that a model is trained as decides the prefix of its text model: `model.layers.0`,
-    `model.language_model.layers.0` and `language_model.model.layers.0` are the same layer.
-
-    Args:
-        model: the model.
-        name: a module or parameter under any of these names.
-        known: the model's names of modules, or of parameters.
-
-    Returns:
-        `name` itself if the model has it; None if the model has none of these names.
-    """
-    if name in known:
-        return name
-    part = _OF_TEXT_MODEL.fullmatch(name)
-    if part is None:
-        return None
-    heads = (f"{prefix}{part['head']}" for prefix in ("", "language_model."))
-    candidates = heads if part["head"] else (f"{_text_prefix(model)}{part['rest']}",)
-    return next((each for each in candidates if each in known), None)
-
-
-def _text_prefix(model: PreTrainedModel) -> str | None:
-    """Return the prefix of the names in a model's text model."""
-    matches = (_OF_TEXT_MODEL.fullmatch(name) for name, _ in model.named_modules())
-    return next((match["prefix"] for match in matches if match and match["rest"] == "layers"), None)
 
 
 def meta_models(checkpoint: Checkpoint) -> list[PreTrainedModel]:
