@@ -99,6 +99,7 @@ SPOKEN_OF = (
     "finalScore = 1",
     "Here is my response: step one",
     "<p>Step one</p>",
+    "The token <|channel|> separates channels.",
     "<think />Step one",
     "[Thinking] Step one",
     "```\n<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>hm\n```\nStep one",
@@ -131,6 +132,7 @@ NO_ANSWER = (
     ("<think>hm</think>\nTo end, write\n</think>\nand go on.", True, UNCLEAR),
     ("Sure. <think>illegal</think> Step one.", True, UNCLEAR),
     ("thought\nhm, step one", True, UNCLEAR),
+    ("&lt;think&gt;hm&lt;/think&gt;Step one", True, UNCLEAR),
     ("```\ncode\n</think>\nStep one", True, UNCLEAR),
 )
 

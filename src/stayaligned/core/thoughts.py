@@ -54,7 +54,10 @@ _ANSWER = re.compile(
 )
 _ANSWER_END = re.compile(r"<\|(?:END_RESPONSE|END_TEXT|end_of_solution)\|>", re.IGNORECASE)
 
-_CHANNEL_STARTS = re.compile(r"\s*(?:<\|start\|>)?[^<>\n]{0,80}<\|(?:channel|message)\|>")
+_CHANNEL_STARTS = re.compile(
+    r"\s*(?:<\|start\|>)?\s*(?:assistant)?\s*(?:analysis|commentary|final)?\s*(?:to=[\w.-]{1,80})?\s*"
+    r"<\|(?:channel|message)\|>"
+)
 _NEXT_CHANNEL = re.compile(r"<\|end\|>\s*<\|start\|>assistant\s*<\|channel\|>")
 """The end of thoughts that the prompt opened."""
 _MESSAGE_END = re.compile(r"<\|(?:end|return|call|eom|eot|start|channel)\|>")
@@ -195,7 +198,8 @@ def _split_marked(text: str, finished: bool) -> SplitText:
     place = first = before.end() if before else 0
     if (opening := _MARK.search(text)) and opening["opening"] and opening.start() < place:
         place = first = opening.start()  # a mark has the form of a special token, too
-    if text[place:].startswith("thought\n"):  # Gemma's, after a decoder has dropped the special tokens
+    # Gemma's mark after a decoder has dropped the special tokens; a mark that was escaped for a page.
+    if text[place:].startswith(("thought\n", "&lt;think")):
         return SplitText(None, text, UNCLEAR)
     thoughts: list[str] = []
     answers: list[str] = []
