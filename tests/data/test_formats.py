@@ -139,6 +139,12 @@ def test_marks_of_the_answer_do_not_matter_for_prompts(tmp_path):
         {"prompt": "q", "completion": "a", "label": False, "reward": 0},
         {"messages": [QUESTION, said("a", weight=0)]},
     ]
+    rows += [
+        {"question": "q", "answer": 4},
+        {"prompt": "q", "response": ["a", "b"]},
+        {"question": "q", "answer": "a", "response": "b"},
+    ]
+    rows += [{"messages": [QUESTION, ANSWER], "response": "b"}]
     for row in rows:
         assert turns(read(tmp_path, row, prompts_only=True)[0]) == [("user", "q")]
     with pytest.raises(StayalignedError, match="images"):

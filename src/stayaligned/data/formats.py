@@ -164,7 +164,7 @@ def read_conversation(row: Columns, where: str, reader: TurnReader) -> Conversat
     base, text = prompt, said
     if answer is not None:
         prompt, text = _reply(row.take(answer), f"{where}: `{answer}`", base, reader)
-        if said is not None and text != said:
+        if said is not None and text != said and reader.learns:
             raise _ambiguous(where, column, answer)
     rejected = ""
     for name in row.given(REJECTED)[:1]:
@@ -226,7 +226,21 @@ def _request(row: Columns, column: str, where: str, reader: TurnReader) -> list[
 def _reply(
     value: Any, where: str, prompt: list[Message] | None, reader: TurnReader
 ) -> tuple[list[Message] | None, str | None]:
-    """Return the prompt and the text of a completion: text, one turn, or a conversation that begins with the prompt."""
+    """Return the prompt and the text of a completion: text, one turn, or a conversation that begins with the prompt.
+
+    Beside a prompt that is only asked, a completion of another kind, such as a number or a list of answers, is absent.
+    """
+    if prompt is not None and not reader.learns:
+        try:
+            return _read_reply(value, where, prompt, reader)
+        except StayalignedError:
+            return prompt, None
+    return _read_reply(value, where, prompt, reader)
+
+
+def _read_reply(
+    value: Any, where: str, prompt: list[Message] | None, reader: TurnReader
+) -> tuple[list[Message] | None, str | None]:
     if value is None:
         return prompt, None
     if isinstance(value, str):

@@ -63,7 +63,9 @@ def read_rows(source: str) -> list[Row]:
     parsed = parse_source(source)
     rows = list(_read(parsed))
     if not rows:
-        raise StayalignedError(f"{source}: no rows", hint="Give a file with one JSON object per line.")
+        raise StayalignedError(
+            f"{source}: no rows", hint="Give a file with at least one row, such as one JSON object per line."
+        )
     known = sorted({name for row in rows for name in row.values})
     for column in (*parsed.columns.values(), *(column for column, _ in parsed.filters)):
         if column not in known:

@@ -115,11 +115,11 @@ class TurnReader:
 
     def _refuse_unread(self, turn: Mapping[str, Any], where: str, role: Role, *, final: bool) -> None:
         final = final and role == "assistant"
-        if final and not self.learns:
+        if len(turn) <= 2 or (final and not self.learns):  # a role and a text
             return
 
         def given(keys: Sequence[str]) -> list[str]:
-            return [key for key in keys if key not in self.ignored and not is_empty(turn.get(key))]
+            return [key for key in keys if key in turn and key not in self.ignored and not is_empty(turn[key])]
 
         way = "Or remove it, or read the rows as if it were absent: ?ignore={}"
         for key in given(_TOOL_KEYS):

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from stayaligned import testbed
+from stayaligned.core.errors import StayalignedError
 from stayaligned.experiments.config.experiment import Experiment
-from stayaligned.experiments.config.validation import resolve_references
+from stayaligned.experiments.config.validation import parse, resolve_references
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +41,11 @@ def test_references_are_resolved_at_every_depth_and_options_stay() -> None:
 def test_settings_without_a_reference_are_returned_as_they_are() -> None:
     experiment = Experiment.model_validate({"model": "m", "training": None, "harmful_prompts": "owner/name"})
     assert resolve_references(experiment, 0) is experiment
+
+
+def test_a_setting_with_two_errors_is_reported_once() -> None:
+    with pytest.raises(StayalignedError) as caught:
+        parse(Experiment, {"model": "m", "task": "nosuch.jsonl", "harmful_prompts": "nosuch.csv"}, "an experiment")
+    first, *lines = str(caught.value).splitlines()
+    assert first == "an experiment: 2 errors"
+    assert [line.split(":")[0].strip() for line in lines] == ["task", "harmful_prompts"]

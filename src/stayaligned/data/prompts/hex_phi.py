@@ -43,9 +43,11 @@ class HexPhi(TablePrompts):
 
     def _read(self) -> list[Row]:
         rows = read_rows(self.source)
-        if any({"instruction", "prompt"} & row.values.keys() for row in rows) or len(rows[0].values) > 1:
+        names = list(rows[0].values)
+        if any({"instruction", "prompt"} & row.values.keys() for row in rows) or len(names) > 1 or " " not in names[0]:
             return rows
-        # One unknown column: a file without a header, as published; its first instruction was read as the name.
+        # One column whose name is a sentence: a file without a header, as published; its first instruction was read as
+        # the name.
         return read_rows(f"{self.source}{'&' if '?' in self.source else '?'}columns=instruction")
 
     def _row(self, values: Mapping[str, Any], where: str) -> dict[str, Any] | None:

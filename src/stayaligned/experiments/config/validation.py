@@ -92,7 +92,9 @@ def parse(model: type[ModelT], content: Mapping[str, Any], where: str, *, check_
     except ValidationError as error:
         problems += explain(error, model)
     if check_inputs:
-        problems += missing_inputs(content)
+        # Of a setting with another error, such as an unknown task, it does not matter whether it names a file.
+        reported = tuple(f"{problem.partition(': ')[0]}: " for problem in problems)
+        problems += [line for line in missing_inputs(content) if not line.startswith(reported)]
     if value is None or problems:
         raise_problems(problems, where)
     return value
