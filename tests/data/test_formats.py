@@ -183,6 +183,7 @@ def test_rows_without_an_answer_are_skipped_and_counted_if_others_have_one(tmp_p
     ("row", "hint"),
     [
         ({"talk": [QUESTION, ANSWER]}, "?messages=talk"),
+        ({"id": "x", "items": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "?messages=items"),
         ({"segments": [{"label": True, "text": "x"}]}, "Segments"),
         ({"text": "### Human: q"}, "prompt and completion in one"),
         ({"message_id": "1", "parent_id": None, "text": "t", "role": "prompter"}, "each thread into one row"),

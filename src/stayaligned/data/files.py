@@ -373,4 +373,5 @@ def _is_by_columns(value: Mapping[Any, Any]) -> bool:
 
 def _holds_rows(key: str, value: list[Any]) -> bool:
     objects = bool(value) and all(isinstance(item, Mapping) for item in value)
-    return objects and (key in _HOLDERS or all(item.keys() & ROW_COLUMNS for item in value))
+    turns = objects and all(item.keys() & {"role", "from"} for item in value)
+    return objects and not turns and (key in _HOLDERS or all(item.keys() & ROW_COLUMNS for item in value))
