@@ -300,7 +300,7 @@ def test_a_template_that_writes_todays_date_writes_the_same_on_every_day(
     row = example("hello")
     before = asked(tokenizers[0], row), template_hash(tokenizers[0])
     monkeypatch.setattr(host, "datetime", Later)
-    host._compile_jinja_template.cache_clear()
+    host._compile_jinja_template.cache_clear()  # pyright: ignore[reportPrivateUsage]
     assert (asked(tokenizers[1], row), template_hash(tokenizers[1])) == before
     assert "26 Jul 2024" in before[0]
     assert "03 Feb 2030" in asked(tokenizers[2], row)
