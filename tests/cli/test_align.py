@@ -56,7 +56,7 @@ CASES: list[tuple[str, list[str], tuple[str, ...]]] = [
         ["base", "--data", "DATA", "lora.alpha=3", "training.learnin_rate=1", "lenght=3", "training.seed=1"],
         ("4 errors", "lora.alpha", "'learning_rate'", "lenght: no such setting", "training.seed: set by `seed:`"),
     ),
-    ("fp16", ["base", "--data", "DATA", "dtype=float16"], ("dtype: input should be 'auto', 'float32' or 'bfloat16'",)),
+    ("fp16", ["base", "--data", "DATA", "dtype=float16"], ("dtype: expected auto, float32 or bfloat16",)),
     ("full weights, no rate", ["base", "--data", "DATA", "lora=null"], ("training.learning_rate: required",)),
     ("no such target", ["base", "--data", "DATA", "lora.target_modules=[wq]"], ("lora: ", "wq", "q_proj")),
     (

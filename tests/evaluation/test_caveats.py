@@ -1,5 +1,9 @@
 """Notes on prompts that were trained on, equal or nearly equal, and on what a guard did."""
 
+from typing import Any
+
+import pytest
+
 from stayaligned.core.records import Completion, Example, Message, PromptSet
 from stayaligned.core.settings import Guard
 from stayaligned.core.thoughts import ENDED, UNCLEAR
@@ -75,3 +79,38 @@ def test_completions_that_end_in_their_thoughts_or_have_an_empty_answer_are_coun
 
 def test_completions_that_end_by_themselves_need_no_note() -> None:
     assert not [*caveats.note_cuts(completions("task", "positive", "<think></think>negative", ""), 64)]
+
+
+@pytest.mark.parametrize("prompt_set", ["benign", "task", "skills"])
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["[placeholder]"] * 24, "24 of 24 {} completions are the same text ('[placeholder]')"),
+        ([" [placeholder]\n"] * 9 + ["other"], "9 of 10 {} completions are the same text ('[placeholder]')"),
+        ([""] * 5, "5 of 5 {} completions are empty"),
+        ([f"<think>zorb {i}</think>\n\nno" for i in range(6)], "6 of 6 {} completions are the same text ('no')"),
+        (["a"] * 8 + ["b", "c"], None),
+        (["a"] * 4, None),
+        (["<think>zorb"] * 9, None),
+    ],
+)
+def test_one_answer_to_nearly_all_prompts_is_noted(prompt_set: PromptSet, texts: list[str], said: str | None) -> None:
+    notes = [*caveats.note_uniform_answers(completions(prompt_set, *texts))]
+    assert [note.partition(": ")[0] for note in notes] == ([] if said is None else [said.format(prompt_set)])
+
+
+def test_one_refusal_of_all_harmful_prompts_is_not_noted() -> None:
+    assert not [*caveats.note_uniform_answers(completions("harmful", *["I can't."] * 9))]
+
+
+@pytest.mark.parametrize(
+    ("measured", "lm_eval", "noted"),
+    [
+        (["harmful", "benign"], False, True),
+        (["harmful", "task"], False, False),
+        (["benign", "skills"], False, False),
+        (["harmful"], True, False),
+    ],
+)
+def test_usefulness_that_was_not_measured_is_noted(measured: list[Any], lm_eval: bool, noted: bool) -> None:
+    assert bool([*caveats.note_unmeasured_usefulness(measured, lm_eval=lm_eval)]) == noted

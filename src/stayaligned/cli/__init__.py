@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, NamedTuple
@@ -13,6 +14,7 @@ import typer
 import typer.core
 
 from stayaligned.core.errors import StayalignedError
+from stayaligned.core.text import escape_unencodable
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
@@ -43,6 +45,10 @@ _COMMANDS = {
     "env": _Entry("components:env", "Print versions and hardware"),
     "subspace": _Entry("subspace:subspace_app", "Build and show subspace files"),
 }
+
+
+_RESUMING = ("run", "bench", "demo", "evaluate", "judge", "align")
+"""Commands that continue where an earlier run of the same command stopped."""
 
 
 class _Commands(Mapping[str, Any]):
@@ -110,6 +116,7 @@ def _app(
 def main() -> None:
     """Run the command; an error that the user can fix is one message and exit code 2, Ctrl-C exit code 130."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    escape_unencodable()
     try:
         app()
     except StayalignedError as error:
@@ -117,19 +124,37 @@ def main() -> None:
         sys.exit(EXIT_BAD_INPUT)
     except SystemExit as ended:
         if ended.code == EXIT_INTERRUPTED:
-            _print_error("Interrupted. Completed work is stored: rerun the same command to continue.")
+            resumes = any(name in sys.argv[1:2] for name in _RESUMING)
+            stored = "Completed work is stored: rerun the same command to continue."
+            _print_error(f"Interrupted. {stored if resumes else 'Rerun the same command to start again.'}")
             sys.stdout.flush()
             sys.stderr.flush()
             # An interrupt inside an exec (while a dataclass is being created, say) makes Python end itself by the
             # signal, whatever the exit code. All cleanup is done by now.
             os._exit(EXIT_INTERRUPTED)
         raise
-    except OSError as error:
+    except Exception as error:
+        culprit = _plugin_frame(error)
+        if culprit is not None:
+            traceback.print_exc()
+            where = f"{culprit.filename}, line {culprit.lineno}, in {culprit.name}"
+            _print_error(f"error: plug-in {where}: raised {type(error).__name__}: {error}")
+            sys.exit(EXIT_BAD_INPUT)
+        if not isinstance(error, OSError):
+            raise
         _print_error(
             f"error: {error.filename or 'system'}: {error.strerror or error}",
             "hint: Completed work is stored: fix this and rerun the same command to continue.",
         )
         sys.exit(EXIT_BAD_INPUT)
+
+
+def _plugin_frame(error: Exception) -> traceback.FrameSummary | None:
+    """Return the innermost place in a plug-in file (`--plugin`) that an error passed."""
+    frames = [*traceback.walk_tb(error.__traceback__)]
+    names = [str(frame.f_globals.get("__name__", "")) for frame, _ in frames]
+    inside = [index for index, name in enumerate(names) if name.startswith("stayaligned_plugin_")]
+    return traceback.extract_tb(error.__traceback__)[inside[-1]] if inside else None
 
 
 def _print_error(*lines: str) -> None:

@@ -85,6 +85,10 @@ def new(
 
     The file is a working component of its kind; pass it to other commands with --plugin.
     """
+    if noun in NOUNS and name in (known := _registry(noun)).names():
+        raise StayalignedError(
+            f"{noun} {name!r} exists already ({known.origin(name)})", hint=f"Choose another name: my_{name}."
+        )
     path = write_plugin(noun, name, directory)
     out.print(f"wrote  {path}; try: stayaligned show {noun} {name} --plugin {path}", soft_wrap=True)
 

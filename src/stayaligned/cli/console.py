@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,11 +17,13 @@ class _SafeConsole(Console):
     """A console on which text from a data set, a judge or a model can't control the terminal."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print as rich does, with control characters made visible and unencodable characters escaped."""
-        super().print(*(self._printable(o) if isinstance(o, str) else o for o in objects), **options)
+        """Print as rich does, with control characters made visible."""
+        super().print(*(visible(o) if isinstance(o, str) else o for o in objects), **options)
 
-    def _printable(self, text: str) -> str:
-        return visible(text).encode(self.encoding, "backslashreplace").decode(self.encoding)
+    def on_broken_pipe(self) -> None:
+        """Print nothing more; rich would end the command, whose work and exit code don't depend on a reader."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 out = _SafeConsole(highlight=False, markup=False)

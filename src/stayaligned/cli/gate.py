@@ -10,7 +10,7 @@ import typer
 
 from stayaligned.cli.console import err, out, plain_table
 from stayaligned.cli.options import SHARE, Plugins, field_options, load_plugins
-from stayaligned.core.errors import StayalignedError
+from stayaligned.core.errors import StayalignedError, expectation
 from stayaligned.core.text import percent
 from stayaligned.gate import Limits
 
@@ -91,7 +91,7 @@ def _wrong_limits(error: ValidationError) -> StayalignedError:
         return StayalignedError("no limit is set", hint="Give one or more, for example --max-harm-increase 2%.")
     option = "--" + str(first["loc"][0]).replace("_", "-")
     return StayalignedError(
-        f"{option} {first['input']:g}: {first['msg'].lower()}",
+        f"{option} {first['input']:g}: {expectation(first)}",
         hint="Choose a limit above 0: no number of prompts can show that nothing changed at all.",
     )
 

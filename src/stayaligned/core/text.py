@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import re
+import sys
 import unicodedata
 
 _KEPT_CONTROLS = frozenset("\n\t\u200c\u200d")
@@ -19,6 +22,49 @@ def visible(text: str) -> str:
         f"⟨U+{ord(c):04X}⟩" if c not in _KEPT_CONTROLS and unicodedata.category(c) in _INVISIBLE else c
         for c in text.replace("\r\n", "\n")
     )
+
+
+_ASCII = {
+    **dict.fromkeys("−–—‐‑", "-"),
+    **dict.fromkeys("‘’", "'"),
+    **dict.fromkeys("“”", '"'),
+    "±": "+-",
+    "×": "x",
+    "·": "|",
+    "…": "...",
+    "≠": "!=",
+    "≤": "<=",
+    "≥": ">=",
+    "→": "->",
+    "†": "+",
+    "◆": "*",
+    "Δ": "change of",
+    "‖": "||",
+    "ρ": "rho",
+    "λ": "lambda",
+    "²": "^2",
+    "↑": "^",
+    "↓": "v",
+    "⟨": "<",
+    "⟩": ">",
+}
+"""What is written for characters of this project's own texts on a terminal without them."""
+
+
+def escape_unencodable() -> None:
+    """Let stdout and stderr write what their encoding lacks in ASCII, or as an escape, instead of raising an error."""
+
+    def replace(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        lacking = error.object[error.start : error.end]
+        escaped = (_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lacking)
+        return "".join(escaped), error.end
+
+    codecs.register_error("stayaligned.ascii", replace)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="stayaligned.ascii")
 
 
 def one_line(text: str, limit: int = 200) -> str:

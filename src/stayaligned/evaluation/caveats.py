@@ -8,9 +8,14 @@ from typing import Any
 
 from stayaligned.core.records import Completion, Example, Message, PromptSet
 from stayaligned.core.settings import Guard
+from stayaligned.core.text import one_line
 from stayaligned.core.thoughts import CUT, ENDED
 from stayaligned.data.sampling import find_overlaps
 
+_NEARLY_ALL = 0.9
+"""Share of equal completions of a prompt set from which they are noted."""
+_FEWEST_ANSWERS = 5
+"""Number of completions below which equal ones are not noted."""
 _NEAR = 0.8
 """Least Jaccard similarity of word triples with which two prompts count as near duplicates."""
 _HINTS = {
@@ -77,6 +82,33 @@ def note_cuts(completions: Sequence[Completion], limit: int | None) -> Iterable[
             cut.append(f"{unfinished} of {len(rows)} {prompt_set}")
     if cut:
         yield f"cut at {setting}: {', '.join(cut)} completions"
+
+
+def note_uniform_answers(completions: Sequence[Completion]) -> Iterable[str]:
+    """Yield a note for each prompt set of which nearly all completions are the same text.
+
+    Harmful prompts are left out: a model that refuses them all in the same words is as it should be.
+    """
+    answers: dict[PromptSet, list[str]] = {}
+    for completion in completions:
+        if completion.prompt_set != "harmful":
+            answer = completion.split().answer
+            if answer is not None:
+                answers.setdefault(completion.prompt_set, []).append(" ".join(answer.split()))
+    for prompt_set, texts in answers.items():
+        text, count = Counter(texts).most_common(1)[0]
+        if len(texts) >= _FEWEST_ANSWERS and count >= _NEARLY_ALL * len(texts):
+            shown = f"the same text ({one_line(text, 60)!r})" if text else "empty"
+            yield f"{count} of {len(texts)} {prompt_set} completions are {shown}: the model does not answer the prompts"
+
+
+def note_unmeasured_usefulness(measured: Iterable[PromptSet], *, lm_eval: bool) -> Iterable[str]:
+    """Yield a note if nothing measured whether the model is still useful."""
+    if not lm_eval and not {"task", "skills"} & set(measured):
+        yield (
+            "usefulness was not measured (no task, skills or lm_eval): a model that answers nothing sensible can have "
+            "the same harm and over-refusal"
+        )
 
 
 def note_guard(guard: Guard, log: Sequence[Mapping[str, Any]]) -> Iterable[str]:

@@ -107,6 +107,10 @@ def _notes(context: Context, completions: Sequence[Completion]) -> Iterable[str]
     """Yield what a reader must know to interpret the numbers."""
     yield from caveats.note_repetitions(completions)
     yield from caveats.note_cuts(completions, context.experiment.generation.max_new_tokens)
+    yield from caveats.note_uniform_answers(completions)
+    yield from caveats.note_unmeasured_usefulness(
+        {c.prompt_set for c in completions}, lm_eval=context.experiment.lm_eval is not None
+    )
     yield from find_skipped_metrics(context)
     experiment = context.experiment
     if not experiment.trains:

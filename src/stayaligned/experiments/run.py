@@ -40,7 +40,7 @@ def run_experiment(
         experiment: the experiment.
         out: the output directory; new, empty, or written by an earlier run of the same experiment.
         progress: called with what is being done and the share that is done.
-        announce: called with a judge's forecast of its cost, before the judge starts.
+        announce: called with a judge's forecast of its cost, before the judge starts, and if nothing was computed.
 
     Returns:
         The result; None in a process that only helped to train.
@@ -51,10 +51,10 @@ def run_experiment(
     from stayaligned.hf.training import processes
 
     store = Store(out)
-    context = Context(experiment, store, progress, announce)
     if processes.is_distributed() and not processes.is_leader():
-        _help_to_train(context)
+        _help_to_train(Context(experiment, store))
         return None
+    context = Context(experiment, store, progress, announce)
     store.refuse_foreign(EXPERIMENT_FILE)
     _refuse_other_experiment(experiment, out / EXPERIMENT_FILE)
     with store.locked():
@@ -65,6 +65,8 @@ def run_experiment(
         result = run_stages(context, out)
         for product in ("adapter", "model"):
             _link(out / product, make_weights(context) if context.plan.product == product else None)
+        if not store.computed:
+            announce(f"nothing was computed: every stage of this run is stored in {out}")
     return result
 
 

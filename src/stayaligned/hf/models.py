@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from stayaligned.core.errors import StayalignedError, did_you_mean
 from stayaligned.core.settings import ChatTemplate
 from stayaligned.core.text import one_line
+from stayaligned.hf.hub import require_hub_model
 from stayaligned.hf.placement.layers import translate_adapter
 from stayaligned.hf.placement.stored import language_model_classes
 from stayaligned.hf.rendering import use_settings
@@ -325,6 +326,7 @@ def _require_checkpoint(ref: str | Path) -> None:
     hub_id = text.count("/") <= 1 and not text.startswith((".", "~", "/")) and not path.exists()
     if not hub_id:
         raise StayalignedError(f"{path}: no such directory", hint="Give a checkpoint directory or a hub id.")
+    require_hub_model(text)
     config = find_adapter_config_file(text)
     if config is not None:  # transformers would load the adapter, and its base model if the repository holds none
         refuse_adapter_files(Path(config).parent)

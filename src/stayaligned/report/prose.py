@@ -71,7 +71,9 @@ def _main_table(report: Report) -> Iterator[str]:
         ([_label(arm, report), *(_estimate(arm.estimates.get(k.name)) for k in report.metrics)] for arm in report.arms),
     )
     yield ""
-    yield "Mean over seeds (95 % interval; prompts × seeds). ◆: on the front of harm against accuracy, by the means."
+    front = " ◆: on the front of harm against accuracy, by the means." if len(report.arms) > 1 else ""
+    judge = f" Judge: {markdown(report.judge)}." if report.judge else ""
+    yield f"Mean over seeds (95 % interval; prompts × seeds).{judge}{front}"
 
 
 def _label(arm: Arm, report: Report) -> str:

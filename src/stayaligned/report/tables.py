@@ -90,7 +90,9 @@ def _caption(report: Report) -> str:
         "over seeds" if kinds == {"seeds"} else "over prompts" if "seeds" not in kinds else "over seeds or prompts"
     )
     text = " ".join(parts) + "."
-    if any(arm.on_front for arm in report.arms):
+    if report.judge:
+        text += f" Judge: {one_line(report.judge)}."
+    if len(report.arms) > 1 and any(arm.on_front for arm in report.arms):
         text += " Bold: on the front of harm against accuracy."
     if any(arm.comparable for arm in report.arms) and not all(arm.comparable for arm in report.arms):
         text += " Dim: not fine-tuned on the same task and attack."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keyword
 import re
+import sys
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -22,9 +23,13 @@ def write_plugin(noun: str, name: str, directory: Path) -> Path:
     """
     if noun not in NOUNS:
         raise StayalignedError(f"unknown noun {noun!r}", hint=f"One of: {', '.join(NOUNS)}.")
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name) or keyword.issoftkeyword(name):
         raise StayalignedError(
             f"{name!r} cannot name a {noun}", hint=f"Use lower-case letters, digits and underscores: my_{noun}."
+        )
+    if name in sys.stdlib_module_names:
+        raise StayalignedError(
+            f"{name!r} is a module of Python: a file {name}.py would hide it", hint=f"Choose another name: my_{name}."
         )
     path = directory / f"{name}.py"
     if path.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
@@ -13,8 +14,9 @@ from pydantic import (
 
 from stayaligned import testbed
 from stayaligned.core.component import ComponentError, ComponentT, Registry
-from stayaligned.core.errors import StayalignedError, did_you_mean, nearest
+from stayaligned.core.errors import StayalignedError, did_you_mean, expectation, nearest
 from stayaligned.core.progress import Progress, silent
+from stayaligned.core.text import one_line
 from stayaligned.experiments.config.host_settings import Host, setting_names
 from stayaligned.experiments.stages.keys import input_path, split_options
 
@@ -144,8 +146,16 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
         elif item["type"] == "missing":
             lines.append(f"{place}: required, but missing")
         else:
-            lines.append(f"{place}: {item['msg'][0].lower()}{item['msg'][1:]}, found {item['input']!r}")
+            lines.append(f"{place}: {expectation(item)}, found {_as_yaml(item['input'])}")
     return lines
+
+
+def _as_yaml(value: object) -> str:
+    """Return a value as YAML writes it, on one line."""
+    try:
+        return one_line(json.dumps(value, ensure_ascii=False), 80)
+    except (TypeError, ValueError):
+        return one_line(repr(value), 80)
 
 
 def check_host_settings(value: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:

@@ -32,9 +32,14 @@ def load_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     except (ValueError, TypeError, RecursionError) as error:
         raise StayalignedError(f"{path}: not a plain configuration: {error}", hint="Use text and numbers.") from None
     if not isinstance(content, dict):
-        raise StayalignedError(f"{path}: expected settings (`key: value`), found {type(content).__name__}")
+        raise StayalignedError(
+            f"{path}: expected settings (`key: value`), found {_KINDS.get(type(content), 'a single value')}"
+        )
     apply_overrides(content, overrides)
     return content
+
+
+_KINDS: dict[type, str] = {type(None): "an empty file", list: "a list", str: "text", bool: "true or false"}
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:

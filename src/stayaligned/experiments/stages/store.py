@@ -27,6 +27,8 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.computed = 0
+        """Number of stages that this object computed, rather than found."""
 
     def directory(self, stage: StageName, key: str) -> Path:
         """Return the directory of a stage, whether or not it is complete."""
@@ -103,6 +105,7 @@ class Store:
             notes = fill(temporary) or {}
             record = {"stage": stage, "key": key, "seconds": round(time.monotonic() - started, 3), **notes}
             write_text(temporary / "stage.json", json.dumps(record, indent=2) + "\n")
+        self.computed += 1
         return directory
 
 
