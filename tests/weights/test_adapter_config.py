@@ -117,3 +117,9 @@ def test_a_setting_that_peft_would_ignore_is_an_error_also_where_peft_loads(made
         load_finetuned(made / "model", directory)
     directory = changed(made, tmp_path / "b", of_a_later_peft=False, lorap_emb_lr=1e-6, unsloth_fixed=True)
     load_finetuned(made / "model", directory)
+
+
+def test_a_rank_that_no_tensor_has_is_refused_before_it_is_allocated(made: Path, tmp_path: Path) -> None:
+    for number, settings in enumerate(({"r": 10**7}, {"rank_pattern": {"q_proj": 10**7}})):
+        with pytest.raises(StayalignedError, match="states rank 10000000"):
+            load_finetuned(made / "model", changed(made, tmp_path / str(number), **settings))

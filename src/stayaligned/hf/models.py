@@ -227,10 +227,10 @@ def attach_lora(model: PreTrainedModel, lora: Mapping[str, Any]) -> PeftModel:
     return adapted
 
 
-def _refuse_resized_vocabulary(model: PreTrainedModel, adapter: Path) -> None:
-    """Raise if the adapter holds an embedding with another number of rows than the model's.
+def _refuse_other_sizes(model: PreTrainedModel, adapter: Path, config: Mapping[str, Any]) -> None:
+    """Raise if the adapter holds an embedding with another number of rows than the model's, or states too large a rank.
 
-    PEFT would only report a mismatch of sizes.
+    PEFT would only report a mismatch of sizes, or allocate the stated rank, which may exhaust the memory.
     """
     from safetensors import safe_open
 
@@ -238,6 +238,14 @@ def _refuse_resized_vocabulary(model: PreTrainedModel, adapter: Path) -> None:
     rows, width = embedding.weight.shape
     with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    if config["peft_type"] == "LORA":
+        largest = max((size for shape in shapes.values() for size in shape), default=0)
+        rank = max(config.get("r", 8), *(config.get("rank_pattern") or {}).values(), 0)
+        if rank > largest:
+            raise StayalignedError(
+                f"{adapter}: its configuration states rank {rank}, but none of its tensors has that size",
+                hint="The configuration is of another adapter; save the adapter again with PEFT.",
+            )
     for name, shape in shapes.items():
         if "embed" in name and "lora_" not in name and shape[1:] == (width,) and shape[0] != rows:
             raise StayalignedError(
@@ -276,7 +284,7 @@ def _with_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False
         )
     refuse_settings(adapter, config, known=[field.name for field in fields(kind)])
     refuse_slow_patterns(adapter, config, [name for name, _ in model.named_modules()])
-    _refuse_resized_vocabulary(model, adapter)
+    _refuse_other_sizes(model, adapter, config)
     hint = "Use the model that the adapter was trained on."
     try:
         with warnings.catch_warnings():
