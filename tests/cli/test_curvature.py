@@ -88,11 +88,11 @@ def test_each_bad_input_is_one_error(world: Path, tmp_path: Path, command: Comma
     )
     for arguments, said in (
         ((world / "nowhere", *good), "no such directory"),
-        ((world / "adapter", *good), "not a model checkpoint"),
+        ((world / "adapter", *good), "is an adapter, not a model"),
         ((world / "model", "--data", world / "none.jsonl"), "none.jsonl: no such file"),
         ((world / "model", "--data", write_rows(tmp_path / "empty.jsonl", [])), "empty.jsonl: no rows"),
         ((world / "model", *good, "--max-length", 8), "leaves an answer to learn within max_length=8"),
-        ((world / "model", *good, "--adapter", world / "model"), "not a PEFT adapter"),
+        ((world / "model", *good, "--adapter", world / "model"), "is a whole model, expected an adapter"),
         (
             (world / "model", *good, "--adapter", world / "adapter", "--lora", "r=2"),
             "both an adapter and the settings of a fresh LoRA",
