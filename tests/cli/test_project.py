@@ -359,7 +359,7 @@ BROKEN: list[tuple[Callable[[Path], None], tuple[str, ...]]] = [
     (other_shape, ("v_proj", "32×32", "16×32")),
     (nan_weight, ("layers.0.self_attn.v_proj", "not finite")),
     (inf_weight, ("layers.0.self_attn.v_proj", "not finite")),
-    (quantized_weight, ("layers.0.self_attn.v_proj", "int8", "bf16")),
+    (quantized_weight, ("layers.0.self_attn.v_proj", "I8", "bf16")),
     (quantized_checkpoint, ("aligned", "quantized")),
     (pickled_model, ("base holds neither", "save_pretrained")),
     (pickled_adapter, ("adapter has no adapter_model.safetensors", "pickled")),

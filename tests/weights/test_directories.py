@@ -136,7 +136,7 @@ def test_an_adapter_of_mlx_is_named_with_the_way_out(adapter: Path) -> None:
 
 def test_pickled_and_sharded_adapters_are_named_with_the_way_out(adapter: Path) -> None:
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model-00001-of-00002.safetensors")
-    for name, said in (("adapter_model.safetensors.index.json", "shards"), ("adapter_model.bin", "Pickled")):
+    for name, said in (("adapter_model.safetensors.index.json", "shards"), ("adapter_model.bin", "pickled")):
         (adapter / name).touch()
         with pytest.raises(StayalignedError, match=r"no adapter_model\.safetensors") as caught:
             read_adapter(adapter)

@@ -138,7 +138,7 @@ def refuse_unless_adapter(path: Path) -> None:
         f"{path} has no {ADAPTER_WEIGHTS}",
         hint=f"It is stored in shards: load it with PEFT and save it in one file. {_CONVERT}"
         if sharded
-        else f"Pickled weights (.bin) are not read: convert them to safetensors. {_CONVERT}"
+        else f"It holds pickled weights (.bin), which are not read: convert them to safetensors. {_CONVERT}"
         if "adapter_model.bin" in names
         else f"The adapter's weights must be in {ADAPTER_WEIGHTS}; save or download the adapter again.",
     )
