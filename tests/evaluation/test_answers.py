@@ -47,7 +47,7 @@ def test_stored_completions_are_not_requested_again_and_the_order_is_the_example
     whole = journal.read_bytes()
     with journal.open("ab") as stream:
         stream.write(whole.splitlines(keepends=True)[0][:-9])
-    found = answer_all(journal, {"harmful": rows}, ask, lambda _text, share: shares.append(share))
+    found = answer_all(journal, {"harmful": rows}, ask, lambda _text, share, _detail: shares.append(share))
     assert found == [answer(row) for row in rows]
     assert sorted(asked) == list(range(6))
     assert shares == [4 / 6, 5 / 6, 1.0]
