@@ -148,10 +148,34 @@ def pico_model(architecture: str = "llama", *, seed: int = 0, **overrides: Any) 
 
 
 def write_pico_checkpoint(
-    directory: Path, architecture: str = "llama", *, seed: int = 0, shard_size: str = "50GB", **overrides: Any
+    directory: Path,
+    architecture: str = "llama",
+    *,
+    seed: int = 0,
+    ancestor: int | None = None,
+    shard_size: str = "50GB",
+    **overrides: Any,
 ) -> Path:
-    """Write a pico model and the byte tokenizer as an ordinary checkpoint directory; return the directory."""
-    pico_model(architecture, seed=seed, **overrides).save_pretrained(directory, max_shard_size=shard_size)
+    """Write a pico model and the byte tokenizer as an ordinary checkpoint directory; return the directory.
+
+    Args:
+        directory: where to write.
+        architecture: a model type, as in `pico_model`.
+        seed: seed of the weights.
+        ancestor: seed of another model that this one shall look like a fine-tune of: half of the model of `seed` is
+            added to it. Models of different seeds are unrelated, and no base and aligned model.
+        shard_size: the largest size of a file.
+        overrides: settings of the configuration.
+    """
+    model = pico_model(architecture, seed=seed, **overrides)
+    if ancestor is not None:
+        import torch
+
+        origin = dict(pico_model(architecture, seed=ancestor, **overrides).named_parameters())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.mul_(0.5).add_(origin[name])
+    model.save_pretrained(directory, max_shard_size=shard_size)
     byte_tokenizer().save_pretrained(directory)
     return directory
 

@@ -16,6 +16,9 @@ from stayaligned.algorithms.alignment_delta import (
     TruncatedDelta,
     alignment_subspace,
     frobenius_norm,
+    leading_triplets,
+    measure_tail,
+    random_frame,
     random_subspace,
 )
 from stayaligned.algorithms.safe_lora import (
@@ -305,6 +308,63 @@ def test_the_truncation_error_bounds_the_true_one(shape: tuple[int, int, int, in
     assert bound is not None
     assert true <= bound * (1 + 1e-9) + 1e-9
     assert exact.truncation_error(1.0) is None
+
+
+def spectrum_problem(shape: tuple[int, int, int, int], decay: float) -> tuple[torch.Tensor, LoraFactors]:
+    """V with singular values i^-decay in random directions, and a random update."""
+    v, factors = problem(shape)
+    left, values, right = torch.linalg.svd(v, full_matrices=False)
+    return left * torch.arange(1, len(values) + 1, dtype=F64) ** -decay @ right, factors
+
+
+@given(shapes, st.integers(0, 12), st.floats(0, 2))
+def test_the_bounds_hold_the_similarity_with_the_complete_v(
+    shape: tuple[int, int, int, int], k: int, decay: float
+) -> None:
+    v, factors = spectrum_problem(shape, decay)
+    whole, short = scaled_gram(v), leading_triplets(v, rank=max(1, k))
+    update, norm = dense(factors), float(v.norm())
+    image = v @ v.T @ update / norm
+    exact = float((image * update).sum() / (image.norm() * update.norm()))
+    assert compare(factors, whole(factors)).similarity == pytest.approx(exact, abs=1e-9)
+    for one in (short, truncated(v, k) if k else short):  # with the known tail, and with the bound by the last value
+        operator = ScaledGram(one)
+        for form in (factors, update):
+            found = compare(form, operator(form))
+            bounds = operator.similarity_bounds(form, found)
+            assert bounds is not None
+            assert bounds[0] - 1e-9 <= exact <= bounds[1] + 1e-9
+            assert bounds[0] <= found.similarity + 1e-9
+    complete = ScaledGram(leading_triplets(v, rank=min(v.shape)))
+    low, high = complete.similarity_bounds(factors, compare(factors, complete(factors))) or (0, 1)
+    assert high - low < 1e-4
+    assert whole.similarity_bounds(factors, compare(factors, whole(factors))) is None
+
+
+@pytest.mark.parametrize(("decay", "rank"), [(0.0, 8), (0.3, 16), (1.0, 32)])
+def test_the_bounds_hold_with_sampled_triplets(decay: float, rank: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (random_frame(size, 780, generator) for size in (800, 780))
+    values = torch.arange(1, 781, dtype=F64) ** -decay
+    v = (left * values) @ right.T
+    stored = measure_tail(v.float(), leading_triplets(v.float(), rank=rank))
+    assert stored.tail is not None
+    e = v - stored.left.double() @ (stored.left.double().T @ v)
+    true = float(torch.linalg.matrix_norm(e, 2))
+    assert true <= stored.tail.largest * (1 + 1e-5)
+    assert stored.tail.largest <= 1.2 * true
+    assert float((e @ stored.right.double() * stored.values.double()).norm()) <= stored.tail.cross + 1e-5
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        b = torch.randn(800, 4, generator=generator, dtype=F64)
+        b = (v @ v.T @ b if seed % 2 else b).float()  # along V's leading directions, or anywhere
+        factors = LoraFactors(torch.randn(4, 780, generator=generator), b, 2.0)
+        update = dense(factors)
+        image = v @ (v.T @ update)
+        exact = float((image * update).sum() / (image.norm() * update.norm()))
+        operator = ScaledGram(stored)
+        low, high = operator.similarity_bounds(factors, compare(factors, operator(factors))) or (0, 0)
+        assert low <= exact <= high + 1e-12
 
 
 def test_more_directions_than_stored_are_an_error_unless_the_stored_ones_capture_all_of_v() -> None:

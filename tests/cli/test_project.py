@@ -72,7 +72,7 @@ def test_the_merged_weights_equal_the_dense_formula_on_every_kind_of_model(
 ) -> None:
     architecture, model, lora = MODELS[name]
     for directory, seed in (("aligned", 0), ("base", 1)):
-        write_pico_checkpoint(tmp_path / directory, architecture, seed=seed, **model)
+        write_pico_checkpoint(tmp_path / directory, architecture, seed=seed, ancestor=0 if seed else None, **model)
     write_pico_adapter(tmp_path / "adapter", tmp_path / "aligned", **lora)
     aligned, base = (merged(tmp_path / each, None) for each in ("aligned", "base"))
     before = merged(tmp_path / "aligned", tmp_path / "adapter")
@@ -110,7 +110,7 @@ def test_the_merged_weights_equal_the_dense_formula_on_every_kind_of_model(
 
 def test_a_legacy_adapter_of_experts_keeps_its_layout(tmp_path: Path, command: Command) -> None:
     for directory, seed in (("aligned", 0), ("base", 1)):
-        write_pico_checkpoint(tmp_path / directory, "mixtral", seed=seed)
+        write_pico_checkpoint(tmp_path / directory, "mixtral", seed=seed, ancestor=0 if seed else None)
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, torch.Tensor] = {}
     stored = load_file(tmp_path / "aligned" / "model.safetensors")
@@ -145,7 +145,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`aligned`, `base`, three adapters `fleet/a0` … and a full fine-tune `tuned`."""
     root = tmp_path_factory.mktemp("world")
     write_pico_checkpoint(root / "aligned", seed=0, shard_size="60KB")
-    write_pico_checkpoint(root / "base", seed=1)
+    write_pico_checkpoint(root / "base", seed=1, ancestor=0)
     shutil.copytree(root / "aligned", root / "tuned")
     for shard in (root / "tuned").glob("*.safetensors"):
         save_file({k: v + 0.01 * v.sin() for k, v in load_file(shard).items()}, shard, metadata={"format": "pt"})
@@ -449,13 +449,19 @@ def test_invalid_settings_are_one_error(world: Path, tmp_path: Path, command: Co
     assert not list(tmp_path.iterdir())
 
 
-def test_an_adapter_of_a_third_model_is_noted_and_another_aligned_model_than_the_subspace_files_is_refused(
+def test_an_adapter_of_a_third_model_and_another_aligned_model_than_the_subspace_files_is_refused(
     world: Path, tmp_path: Path, command: Command
 ) -> None:
     shutil.copytree(world / "fleet" / "a0", tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(world / "tuned")}))
     code, shown = command(*arguments(world, tmp_path / "out", "--all", adapter=tmp_path / "adapter"))
+    assert code == 2, shown
+    assert "tuned, whose stored weights are not those of" in shown
+    assert "--allow-mismatch" in shown
+    code, shown = command(
+        *arguments(world, tmp_path / "out", "--all", "--allow-mismatch", adapter=tmp_path / "adapter")
+    )
     assert code == 0, shown
     assert "tuned, whose stored weights are not those of" in shown
     assert json.loads((tmp_path / "out" / "projection.json").read_text())["notes"]
@@ -474,7 +480,9 @@ def test_an_adapter_of_a_third_model_is_noted_and_another_aligned_model_than_the
 def test_another_vocabulary_is_refused_only_if_the_head_is_targeted(
     world: Path, tmp_path: Path, command: Command
 ) -> None:
-    write_pico_checkpoint(tmp_path / "base", seed=1, vocab_size=300)
+    other: Any = AutoModelForCausalLM.from_pretrained(world / "base")
+    other.resize_token_embeddings(300)
+    other.save_pretrained(tmp_path / "base")
     models = ["--aligned", world / "aligned", "--base", tmp_path / "base"]
     adapter = world / "fleet" / "a0"
     code, shown = command("project", adapter, *models, "--all", "--out", tmp_path / "out")
@@ -486,12 +494,13 @@ def test_another_vocabulary_is_refused_only_if_the_head_is_targeted(
     assert "261×32 against 300×32" in shown
 
 
-def test_an_untrained_adapter_is_noted(world: Path, tmp_path: Path, command: Command) -> None:
+def test_an_untrained_adapter_is_an_error(world: Path, tmp_path: Path, command: Command) -> None:
     shutil.copytree(world / "fleet" / "a0", tmp_path / "adapter")
     change(tmp_path / "adapter", lambda tensors: [t.zero_() for key, t in tensors.items() if "lora_B" in key])
     code, shown = command(*arguments(world, tmp_path / "out", "--all", adapter=tmp_path / "adapter"))
-    assert code == 0, shown
-    assert "zero in every layer" in shown
+    assert code == 2, shown
+    assert "the update is zero in all 4 layers" in shown
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unavailable_device_is_refused(world: Path, tmp_path: Path, command: Command) -> None:

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from stayaligned.algorithms.safe_lora import compare, scale_update, update_norm
 from stayaligned.core.errors import StayalignedError
 from stayaligned.defenses import DEFENSES, ModelPair, PatchedAdapter
-from stayaligned.defenses.patching.directories import patch_directory
+from stayaligned.defenses.patching.directories import patch_directory, read_projection
+from stayaligned.defenses.patching.summary import notes_on
 from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
 from stayaligned.weights.adapters import Adapter, read_adapter
 from stayaligned.weights.checkpoints import open_checkpoint
@@ -44,7 +46,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 def make_models(root: Path, architecture: str = "llama", **settings: Any) -> ModelPair:
     for name, seed in (("aligned", 0), ("base", 1)):
-        write_pico_checkpoint(root / name, architecture, seed=seed, **settings)
+        write_pico_checkpoint(root / name, architecture, seed=seed, ancestor=0 if seed else None, **settings)
     return ModelPair(root / "aligned", root / "base")
 
 
@@ -299,7 +301,7 @@ def test_contradictory_settings_are_refused(spec: Any, expected: str) -> None:
         DEFENSES.parse(spec)
 
 
-def test_a_layer_that_the_alignment_did_not_change_is_refused_by_c_and_unchanged_by_the_complement(
+def test_layers_that_the_alignment_did_not_change_are_left_alone_and_the_others_patched(
     tmp_path: Path, models: ModelPair, adapter: Adapter
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(models.base)
@@ -309,17 +311,137 @@ def test_a_layer_that_the_alignment_did_not_change_is_refused_by_c_and_unchanged
     )
     model.save_pretrained(tmp_path / "base")
     pair = ModelPair(models.aligned, tmp_path / "base")
-    for spec in ({"name": "safe_lora", "lowest": 1}, {"name": "drop"}):
-        with pytest.raises(StayalignedError, match=f"equal in {frozen}: the alignment direction is undefined"):
-            patch(spec, adapter, pair)
-    patched = patch("complement", adapter, pair)
-    assert not [key for key in changed(adapter, patched.adapter) if frozen in key]
-    (report,) = (report for report in patched.layers if report.module == frozen)
-    assert (report.similarity, report.shrinkage) == pytest.approx((1, 1))
-    assert (report.delta_norm, report.subspace_rank) == (0, 0)
+    every = {"name": "safe_lora", "all_layers": True}
+    for spec in (every, {"name": "safe_lora", "lowest": 13}, {"name": "drop", "like": every}, "complement"):
+        patched = patch(spec, adapter, pair)
+        assert not [key for key in changed(adapter, patched.adapter) if frozen in key]
+        assert selected(patched) == {report.module for report in patched.layers} - {frozen}
+        (report,) = (report for report in patched.layers if report.module == frozen)
+        assert (report.skipped, report.shrinkage, report.delta_norm) == ("no_direction", 1, 0)
+        (note,) = (note for note in notes_on(DEFENSES.parse(spec), patched.layers) if "aligned and base" in note)
+        assert note.startswith("in 1 of 14 layers")
+        assert frozen in note
+    with pytest.raises(StayalignedError, match=r"lowest is 14, but there are 13 layers that can be changed"):
+        patch({"name": "safe_lora", "lowest": 14}, adapter, pair)
+    alone = read_adapter(
+        write_pico_adapter(
+            tmp_path / "alone", Path(str(models.aligned)), target_modules=["up_proj"], layers_to_transform=[1]
+        )
+    )
+    with pytest.raises(StayalignedError, match="hold the same weights in all 1 layers to patch"):
+        patch("complement", alone, pair)
 
 
-def test_an_untrained_adapter_is_patched_without_change(tmp_path: Path, models: ModelPair) -> None:
+def zero_b(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return a, torch.zeros_like(b)
+
+
+def zero_a(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros_like(a), b
+
+
+def disjoint(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    used = (torch.arange(len(a)) < 2).to(a.dtype)
+    return a * used[:, None], b * (1 - used)
+
+
+def cancelling(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return a[[0, 0, 1, 1]], torch.stack([b[:, 0], -b[:, 0], b[:, 1], -b[:, 1]], dim=1)
+
+
+def underflowing(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return a * 1e-30, b * 1e-30
+
+
+DEAD = [zero_b, zero_a, disjoint, cancelling, underflowing]
+
+
+def edited(adapter: Adapter, names: Any, edit: Any) -> Adapter:
+    """The adapter with the factors of some layers changed."""
+    tensors = dict(adapter.tensors)
+    for key in tensors:
+        if ".lora_A." in key and names(key):
+            other = key.replace("lora_A", "lora_B")
+            tensors[key], tensors[other] = (part.contiguous() for part in edit(tensors[key], tensors[other]))
+    return replace(adapter, tensors=tensors)
+
+
+@pytest.mark.parametrize("edit", DEAD)
+def test_layers_whose_update_is_zero_are_no_candidates(models: ModelPair, adapter: Adapter, edit: Any) -> None:
+    partly = edited(adapter, lambda key: ".layers.0." in key, edit)
+    dead = {report.module for report in patch("complement", adapter, models).layers if ".layers.0." in report.module}
+    for spec in LIKE.values():
+        alive = patch(spec, adapter, models).layers
+        patched = patch(spec, partly, models)
+        assert {report.module for report in patched.layers if report.skipped == "zero_update"} == dead
+        assert not selected(patched) & dead
+        same = {r.module: r.similarity for r in alive if r.module not in dead}
+        assert {r.module: r.similarity for r in patched.layers if r.module not in dead} == pytest.approx(same)
+        if "lowest" in spec:
+            assert selected(patched) == set(sorted(same, key=lambda name: same[name])[: spec["lowest"]])
+            assert changed(partly, patched.adapter)
+        for control in ("drop", "shrink", "random_subspace"):
+            assert selected(patch({"name": control, "like": spec}, partly, models)) == selected(patched)
+    everything = {"name": "safe_lora", "all_layers": True}
+    assert selected(patch(everything, partly, models)).isdisjoint(dead)
+    with pytest.raises(StayalignedError, match=r"lowest is 8, but there are 7 layers that can be changed .* a zero up"):
+        patch({"name": "safe_lora", "lowest": 8}, partly, models)
+    with pytest.raises(StayalignedError, match="the update is zero in all 14 layers"):
+        patch(everything, edited(adapter, lambda key: True, edit), models)
+
+
+def test_an_adapter_that_is_scaled_by_zero_is_an_error(models: ModelPair, adapter: Adapter) -> None:
+    with pytest.raises(StayalignedError, match="the update is zero in all 14 layers"):
+        patch("complement", replace(adapter, config={**adapter.config, "lora_alpha": 0}), models)
+
+
+@pytest.mark.parametrize("scale", [1e-33, 1e30])
+def test_the_similarity_does_not_depend_on_the_size_of_the_update(
+    models: ModelPair, adapter: Adapter, scale: float
+) -> None:
+    scaled = edited(adapter, lambda key: True, lambda a, b: (a, b * scale))
+    for spec in LIKE.values():
+        one, other = patch(spec, adapter, models), patch(spec, scaled, models)
+        assert selected(one) == selected(other)
+        for before, after in zip(one.layers, other.layers, strict=True):
+            assert after.similarity == pytest.approx(before.similarity, abs=1e-5)
+            assert after.update_norm == pytest.approx(before.update_norm * scale, rel=1e-4)
+
+
+def test_a_patch_that_leaves_nothing_of_the_update_is_refused(models: ModelPair, adapter: Adapter) -> None:
+    for spec in ({"name": "complement", "rank": 9999}, {"name": "complement", "energy": 1.0}):
+        with pytest.raises(StayalignedError, match="nothing would be left of the update in any of the 14"):
+            patch(spec, adapter, models)
+    spec = {"name": "safe_lora", "operator": "orthogonal", "rank": 9999, "all_layers": True}
+    notes = notes_on(DEFENSES.parse(spec), patch(spec, adapter, models).layers)
+    assert any("rank 9999 was given, but V has fewer directions in 14 of 14 layers: 16 to 32" in note for note in notes)
+
+
+def test_a_patch_that_keeps_almost_nothing_says_so_and_names_the_control(
+    tmp_path: Path, models: ModelPair, adapter: Adapter
+) -> None:
+    aligned = AutoModelForCausalLM.from_pretrained(str(models.aligned))
+    with torch.no_grad():
+        for index, parameter in enumerate(aligned.parameters()):
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+            parameter.add_(1e-3 * parameter.std() * noise)
+    aligned.save_pretrained(tmp_path / "base")
+    pair = ModelPair(models.aligned, tmp_path / "base")
+    spec = {"name": "safe_lora", "all_layers": True}
+    patch_directory(adapter.directory, tmp_path / "out", DEFENSES.parse(spec), pair)
+    record = read_projection(tmp_path / "out" / "projection.json")
+    before, after = deltas(str(models.aligned), adapter.directory), deltas(str(models.aligned), tmp_path / "out")
+    kept = sorted(float(after[name].norm() / before[name].norm()) for name in before)
+    total = [float(sum(update.norm() ** 2 for update in each.values())) for each in (before, after)]
+    assert record.kept_median == pytest.approx((kept[6] + kept[7]) / 2, rel=1e-3)
+    assert record.kept_norm == pytest.approx((total[1] / total[0]) ** 0.5, rel=1e-3)
+    assert record.kept_median < 0.05
+    assert any("nearly the same as deleting them, as the control `drop` does" in note for note in record.notes)
+    patch_directory(adapter.directory, tmp_path / "drop", DEFENSES.parse({"name": "drop", "like": spec}), pair)
+    assert not [n for n in read_projection(tmp_path / "drop" / "projection.json").notes if "nearly" in n]
+
+
+def test_an_untrained_adapter_is_an_error(tmp_path: Path, models: ModelPair) -> None:
     source = write_pico_adapter(tmp_path / "adapter", Path(models.aligned))
     fresh = read_adapter(source)
     zero = fresh.with_factors(
@@ -328,9 +450,8 @@ def test_an_untrained_adapter_is_patched_without_change(tmp_path: Path, models: 
             for layer in lora_layers(fresh, open_checkpoint(models.aligned))
         }
     )
-    patched = patch("safe_lora", zero, models)
-    assert not changed(zero, patched.adapter)
-    assert {(report.similarity, report.shrinkage) for report in patched.layers} == {(0.0, 1.0)}
+    with pytest.raises(StayalignedError, match=r"adapter: the update is zero in all 4 layers: it was never trained"):
+        patch("safe_lora", zero, models)
 
 
 def test_a_missing_base_is_named(models: ModelPair, adapter: Adapter) -> None:

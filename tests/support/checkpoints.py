@@ -22,7 +22,7 @@ PairOf = Callable[..., tuple[Checkpoint, Checkpoint]]
 def write_pair(root: Path, architecture: str, **model: Any) -> tuple[Checkpoint, Checkpoint]:
     """Write an aligned and a base model, the base in shards, and open both."""
     aligned = write_pico_checkpoint(root / "aligned", architecture, seed=2, **model)
-    base = write_pico_checkpoint(root / "base", architecture, seed=1, shard_size="30KB", **model)
+    base = write_pico_checkpoint(root / "base", architecture, seed=1, ancestor=2, shard_size="30KB", **model)
     return open_checkpoint(aligned), open_checkpoint(base)
 
 

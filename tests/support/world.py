@@ -17,7 +17,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 def write_world(root: Path, architecture: str = "llama") -> Path:
     """Write `base/`, `aligned/` and the data of a small experiment; return `root`."""
     write_pico_checkpoint(root / "base", architecture, seed=1)
-    write_pico_checkpoint(root / "aligned", architecture, seed=2)
+    write_pico_checkpoint(root / "aligned", architecture, seed=2, ancestor=1)
     moods = ["good", "bad"]
     task = [{"prompt": f"mood {i}?", "completion": moods[i % 2]} for i in range(40)]
     write_rows(root / "train.jsonl", task[:32])

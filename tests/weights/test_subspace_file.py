@@ -41,7 +41,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("world")
     for name in ARCHITECTURES:
         write_pico_checkpoint(root / name / "aligned", name, seed=0)
-        write_pico_checkpoint(root / name / "base", name, seed=1)
+        write_pico_checkpoint(root / name / "base", name, seed=1, ancestor=0)
     write_pico_checkpoint(root / "resharded", seed=0, shard_size="60KB")
     build_subspace(root / "llama/aligned", root / "llama/base", root / "f", rank=64)
     return root
@@ -298,7 +298,8 @@ def test_a_full_rank_file_projects_like_its_models(
         assert one.similarity == pytest.approx(other.similarity, abs=1e-5)
         assert one.truncation_error is None
         assert (other.truncation_error is not None) == (operator == "scaled_gram")
-    assert json.loads((tmp_path / "file/projection.json").read_text())["notes"] == []
+    notes = [json.loads((tmp_path / name / "projection.json").read_text())["notes"] for name in found]
+    assert notes[0] == notes[1]
 
 
 def test_an_unchecked_model_is_noted_and_too_few_stored_directions_are_refused(
@@ -310,8 +311,9 @@ def test_an_unchecked_model_is_noted_and_too_few_stored_directions_are_refused(
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/chat"}))
     models = ModelPair(None, None, tmp_path / "f")
     patch_directory(adapter, tmp_path / "out", DEFENSES.parse(projection_spec("scaled_gram", {})), models)
-    (note,) = json.loads((tmp_path / "out/projection.json").read_text())["notes"]
+    note, *others = json.loads((tmp_path / "out/projection.json").read_text())["notes"]
     assert "names org/chat, which is not a local directory" in note
+    assert any("holds only a part of V: in 4 of 4 changed layers" in other for other in others)
     with pytest.raises(StayalignedError, match="3 directions required, but 2 directions"):
         patch_directory(adapter, tmp_path / "k", DEFENSES.parse(projection_spec("complement", {"rank": 3})), models)
     assert not (tmp_path / "k").exists()
@@ -393,12 +395,12 @@ def test_invalid_headers_are_refused(small: bytes, tmp_path: Path) -> None:
     assert SubspaceFile(tmp_path / "f").header.rank == 1, "the unchanged header is accepted"
 
 
-@pytest.mark.parametrize("found", [0, 2, "1", None])
+@pytest.mark.parametrize("found", [0, 1, "2", None])
 def test_a_file_of_another_format_is_refused_with_both_formats_and_the_command_that_rebuilds_it(
     small: bytes, tmp_path: Path, found: object
 ) -> None:
     error = error_of(rewritten(small, lambda header: header.update(format=found)), tmp_path / "f")
-    assert error.message == f"{tmp_path / 'f'} has format {found!r}, expected format 1"
+    assert error.message == f"{tmp_path / 'f'} has format {found!r}, expected format 2"
     assert "Another version of stayaligned wrote it" in str(error.hint)
     assert "stayaligned subspace build" in str(error.hint)
 
@@ -407,13 +409,13 @@ def test_a_file_without_a_format_number_is_refused_with_the_command_that_rebuild
     small: bytes, tmp_path: Path
 ) -> None:
     error = error_of(rewritten(small, lambda header: header.pop("format")), tmp_path / "f")
-    assert error.message == f"{tmp_path / 'f'} has no format number, expected format 1"
+    assert error.message == f"{tmp_path / 'f'} has no format number, expected format 2"
 
 
 def test_another_format_is_reported_before_a_wrong_checksum(small: bytes, tmp_path: Path) -> None:
-    other = small.replace(rb"\"format\": 1", rb"\"format\": 2", 1)
+    other = small.replace(rb"\"format\": 2", rb"\"format\": 3", 1)
     assert other != small
-    assert "has format 2, expected format 1" in error_of(other, tmp_path / "f").message
+    assert "has format 3, expected format 2" in error_of(other, tmp_path / "f").message
 
 
 @pytest.mark.parametrize("part", ["left", "values", "right"])

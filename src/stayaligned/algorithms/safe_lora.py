@@ -25,6 +25,7 @@ from torch import Tensor
 from stayaligned.algorithms.alignment_delta import (
     AlignmentDelta,
     AlignmentSubspace,
+    TruncatedDelta,
     cached_rows,
     frobenius_norm,
     project_columns,
@@ -33,6 +34,15 @@ from stayaligned.algorithms.alignment_delta import (
 
 if TYPE_CHECKING or find_spec("jaxtyping"):  # shapes are checked where jaxtyping is installed: in tests
     from jaxtyping import Float
+
+_ROUNDING = 4e-7
+"""Error of a product with singular triplets in fp32, as a share of the largest squared singular value."""
+_CANCELLED = 1e-13
+"""Share of the sum of the absolute terms of ‖BA‖² below which the sum is rounding error: BA is zero."""
+_ORDINARY_EXPONENT = 40
+"""Factors whose largest value is between 2^-40 and 2^40 are of an ordinary size."""
+_SMALLEST_NORM = 2.0**-126
+"""Norm below which an update is zero in fp32, in which every host computes it."""
 
 ComplementSide = Literal["left", "right", "both"]
 Selection = Callable[[Mapping[str, float]], frozenset[str]]
@@ -113,6 +123,39 @@ class ScaledGram(Operator):
             return None
         lost = missing / self.delta.norm
         return min(lost / shrinkage, sys.float_info.max) if shrinkage else sys.float_info.max * (lost > 0)
+
+    def similarity_bounds(self, update: Update, found: Comparison) -> tuple[float, float] | None:
+        """Bound cos(ΔW, CΔW) with the complete V, given that with a truncated one; None for a full V.
+
+        Let G = U Σ² Uᵀ, R = E Eᵀ with E = V - U Uᵀ V, and x = ‖ΔW - U UᵀΔW‖². R is positive semidefinite and orthogonal
+        to U, so (G + R)ΔW has the inner product a + t with ΔW and the squared norm g + q, with 0 ≤ t ≤ ‖R‖ x and
+        t²/x ≤ q ≤ ‖R‖ t. As g ≥ ‖R‖ a, the cosine grows with t: it is at least the truncated one, a/√g, and at most
+        that of t = ‖R‖ x, q = t²/x (all for ‖ΔW‖ = 1). Sampled triplets add U Σ (E Q)ᵀ + its transpose, whose norm
+        `Tail.cross` bounds; fp32 rounding is added to it.
+
+        Args:
+            update: ΔW.
+            found: the comparison of ΔW with its image under this operator.
+        """
+        delta = self.delta
+        if not isinstance(delta, TruncatedDelta):
+            return None
+        if found.norm == 0:
+            return 0.0, 1.0
+        largest = delta.largest_missing
+        inside = min(1.0, (update_norm(_coordinates(delta.left, update)) / found.norm) ** 2)
+        outside = 1.0 - inside
+        length = found.shrinkage * delta.norm  # √g
+        dot, gained = found.similarity * length, largest * outside
+        peak = math.hypot(length, gained / math.sqrt(outside)) if outside else length
+        most = (dot + gained) / peak if peak else 0.0
+        top = delta.values[0].item() ** 2 if len(delta.values) else 0.0
+        off = (delta.tail.cross if delta.tail else 0.0) + _ROUNDING * (top + largest)
+        if length <= off:
+            return 0.0, 1.0
+        low = (found.similarity * length - off) / (length + off)
+        high = (most * length + off) / (length - off)
+        return min(1.0, max(0.0, low)), min(1.0, high)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -195,6 +238,13 @@ class RandomlyRotated(Operator):
         return random_frame(columns.shape[0], count, self.generator).to(columns.device)
 
 
+def _coordinates(basis: Tensor, update: Update) -> Update:
+    """Compute UᵀΔW for orthonormal columns U."""
+    if isinstance(update, LoraFactors):
+        return update._replace(b=basis.T @ update.b.to(basis.dtype))
+    return basis.T @ update.to(basis.dtype)
+
+
 def scale_update(update: Update, factor: float) -> Update:
     """Multiply an update by `factor`; of LoRA factors, B is multiplied."""
     return update._replace(b=update.b * factor) if isinstance(update, LoraFactors) else update * factor
@@ -241,6 +291,35 @@ def update_norm(update: Update) -> float:
     return frobenius_norm(update)
 
 
+def is_zero(update: Update) -> bool:
+    """Return whether ΔW is zero: exactly, by cancellation in BA, or because no number of fp32 is as small."""
+    return update_norm(update) < _SMALLEST_NORM
+
+
+def powers_of_two(factors: LoraFactors) -> tuple[int, int]:
+    """Return exponents (i, j) with which `move_powers` gives A and B an ordinary size; (0, 0) if they have one."""
+    powers: list[int] = []
+    for tensor in (factors.a, factors.b):
+        size = tensor.abs().max().item() if tensor.numel() else 0.0
+        exponent = math.frexp(size)[1]
+        powers.append(exponent if size and abs(exponent) > _ORDINARY_EXPONENT else 0)
+    return powers[0], powers[1]
+
+
+def move_powers(factors: LoraFactors, powers: tuple[int, int]) -> LoraFactors:
+    """Divide A by 2^i and B by 2^j and multiply the scaling instead, so that fp32 products don't underflow.
+
+    The update does not change. The negative exponents undo it.
+    """
+    if powers == (0, 0):
+        return factors
+    a, b = (
+        (tensor.double() * 2.0**-power).to(tensor.dtype)
+        for tensor, power in zip((factors.a, factors.b), powers, strict=True)
+    )
+    return LoraFactors(a, b, factors.scaling * 2.0 ** sum(powers))
+
+
 def select_below(threshold: float) -> Selection:
     """Select the modules with similarity < threshold, section 3.2.
 
@@ -270,10 +349,13 @@ def select_all(similarities: Mapping[str, float]) -> frozenset[str]:
 
 
 def _inner(x: Update, y: Update, inputs: Tensor | None = None) -> float:
-    """Compute ⟨x, y⟩_F; `inputs` is A₁A₂ᵀ in fp64 if already computed."""
+    """Compute ⟨x, y⟩_F; `inputs` is A₁A₂ᵀ in fp64 if already computed. ‖BA‖² that is only rounding error is 0."""
     if isinstance(x, LoraFactors) and isinstance(y, LoraFactors):
-        outputs = x.b.double().T @ y.b.double()
-        return x.scaling * y.scaling * (outputs * (_input_gram(x, y) if inputs is None else inputs)).sum().item()
+        terms = (x.b.double().T @ y.b.double()) * (_input_gram(x, y) if inputs is None else inputs)
+        total = terms.sum().item()
+        if x is y and abs(total) <= _CANCELLED * terms.abs().sum().item():
+            return 0.0
+        return x.scaling * y.scaling * total
     if isinstance(x, LoraFactors) or isinstance(y, LoraFactors):
         raise TypeError("can't compare LoRA factors with a matrix")
     rows = cached_rows(x)

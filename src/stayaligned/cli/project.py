@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -21,6 +21,7 @@ from stayaligned.defenses.safe_lora import ControlName, OperatorName, SafeLora, 
 if TYPE_CHECKING:
     from stayaligned.core.records import LayerReport
     from stayaligned.defenses import PatchDefense
+    from stayaligned.report.scan import ThresholdOutcome
 
 
 @field_options(ProjectionDefense, "threshold", "lowest", optional=True)
@@ -53,6 +54,12 @@ def project(
     control: Annotated[
         ControlName | None, typer.Option(help="Apply this control to the selected layers instead.")
     ] = None,
+    allow_mismatch: Annotated[
+        bool, typer.Option("--allow-mismatch", help="Patch although the models don't seem to belong together.")
+    ] = False,
+    allow_undecided: Annotated[
+        bool, typer.Option("--allow-undecided", help="Patch although --subspace leaves the selection open.")
+    ] = False,
     device: Annotated[str, typer.Option(help="Where products are computed: cpu, or cuda for a GPU.")] = "cpu",
     **settings: Any,
 ) -> None:
@@ -60,6 +67,7 @@ def project(
 
     Works layer by layer, without loading a model.
     """
+    from stayaligned.core.files import refuse_existing
     from stayaligned.experiments.config.validation import parse_component
     from stayaligned.weights.deltas import require_device
 
@@ -73,17 +81,34 @@ def project(
             "the source of the alignment direction is not specified",
             hint="Give --aligned and --base, or --subspace (with --aligned for a fully fine-tuned checkpoint).",
         )
-    spec = projection_spec(operator, settings, control)
-    patch: PatchDefense = parse_component(DEFENSES, spec, "project")
+    outs = [out_dir] if len(finetuned) == 1 else [out_dir / name for name in _output_names(finetuned)]
+    for each in outs:  # before torch is imported, which takes seconds
+        refuse_existing(each)
+    patch: PatchDefense = parse_component(DEFENSES, projection_spec(operator, settings, control), "project")
     require_device(device)
-    models = ModelPair(aligned=aligned, base=base, subspace=subspace)
-    if scan:
-        _scan(finetuned, out_dir, patch, models, device)
-    else:
-        _patch(finetuned, out_dir, patch, models, device)
+    sources = [Path(_resolve(str(path)) or path) for path in finetuned]
+    models = ModelPair(
+        aligned=_resolve(aligned),
+        base=_resolve(base),
+        subspace=subspace,
+        allow_mismatch=allow_mismatch,
+        allow_undecided=allow_undecided,
+    )
+    (_scan if scan else _patch)(sources, outs, patch, models, device)
 
 
-def _patch(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: ModelPair, device: str) -> None:
+def _resolve(ref: str | None) -> str | None:
+    """Replace a `testbed:` reference by its directory, as experiments do (of seed 0)."""
+    if ref is None or not ref.startswith("testbed:"):
+        return ref
+    from stayaligned.cli.progress import status
+    from stayaligned.experiments.config.validation import resolve_references
+
+    with status("testbed") as report:
+        return resolve_references(ref, 0, report)
+
+
+def _patch(finetuned: list[Path], outs: list[Path], patch: PatchDefense, models: ModelPair, device: str) -> None:
     from stayaligned.cli.progress import weights_bar
     from stayaligned.defenses.patching.directories import (
         PROJECTION_FILE,
@@ -95,41 +120,41 @@ def _patch(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: Mo
     command = ["stayaligned", *sys.argv[1:]]
     with weights_bar() as progress:
         if len(finetuned) == 1:
-            outs = [out_dir]
             reports = [
-                patch_directory(finetuned[0], out_dir, patch, models, command=command, device=device, progress=progress)
+                patch_directory(finetuned[0], outs[0], patch, models, command=command, device=device, progress=progress)
             ]
         else:
-            outs = [out_dir / name for name in _output_names(finetuned)]
             how = Execution(device, progress)
             reports = patch_directories(finetuned, outs, patch, models, command=command, how=how)
     if len(reports) == 1:
-        _print_layers(reports[0])
+        _print_layers(reports[0], "changed")
     else:
         _print_adapters(outs, reports)
     for each in outs:
         for note in read_projection(each / PROJECTION_FILE).notes:
-            err.print(f"note: {note}", soft_wrap=True)
+            err.print(f"note: {note}" if len(outs) == 1 else f"note: {each.name}: {note}", soft_wrap=True)
         out.print(f"wrote  {each}  (projection.json reports every layer)", soft_wrap=True)
 
 
-def _scan(finetuned: list[Path], out_dir: Path, patch: PatchDefense, models: ModelPair, device: str) -> None:
+def _scan(finetuned: list[Path], outs: list[Path], patch: PatchDefense, models: ModelPair, device: str) -> None:
     from stayaligned.cli.progress import weights_bar
-    from stayaligned.core.files import new_directory, refuse_existing
+    from stayaligned.core.files import new_directory
     from stayaligned.defenses.patching.scan import scan_adapters
     from stayaligned.report.scan import threshold_outcomes, write_scan
 
-    outs = [out_dir] if len(finetuned) == 1 else [out_dir / name for name in _output_names(finetuned)]
-    for place in outs:
-        refuse_existing(place)
     with weights_bar() as progress:
         found = scan_adapters(finetuned, patch, models, Execution(device, progress))
-    for place, layers in zip(outs, found, strict=True):
+    for place, patched in zip(outs, found, strict=True):
         with new_directory(place) as temporary:
-            names = [path.name for path in write_scan(layers, temporary, patch.identity())]
+            written = write_scan(patched.layers, temporary, patch.identity(), patched.notes)
+            names = [path.name for path in written]
         if len(outs) == 1:
-            _print_layers(layers)
-        _print_outcomes(threshold_outcomes(layers))
+            _print_layers(patched.layers, "would change")
+        else:
+            out.print(visible(place.name), soft_wrap=True)
+        _print_outcomes(threshold_outcomes(patched.layers))
+        for note in patched.notes:
+            err.print(f"note: {note}", soft_wrap=True)
         for name in names:
             out.print(f"wrote  {place / name}", soft_wrap=True)
 
@@ -144,40 +169,63 @@ def _output_names(adapters: Sequence[Path]) -> list[str]:
     raise StayalignedError("an adapter is given twice", hint="Give each adapter once.")
 
 
-def _print_layers(layers: Sequence[LayerReport]) -> None:
+def _print_layers(layers: Sequence[LayerReport], verb: Literal["changed", "would change"]) -> None:
+    """Print a row for each layer and what they keep together."""
+    from stayaligned.defenses.patching.summary import describe_kept, summarize
+
     bounded = any(layer.truncation_error is not None for layer in layers)
-    table = plain_table(
-        "layer", "similarity", "kept norm", "changed", *(["error of C"] if bounded else []), numbers=True
-    )
+    table = plain_table("layer", "similarity", "kept", verb, *(["error of C"] if bounded else []), numbers=True)
     for layer in layers:
         cells = [f"{layer.similarity:.4f}", f"{layer.shrinkage:.4f}", "yes" if layer.selected else ""]
+        if layer.skipped is not None:
+            cells = ["", f"{layer.shrinkage:.4f}", _SKIPPED[layer.skipped]]
+        elif layer.undecided:
+            cells[-1] = "yes, undecided" if layer.selected else "undecided"
         error = [] if layer.truncation_error is None else [f"{layer.truncation_error:.1e}"]
         table.add_row(visible(layer.module), *cells, *error)
     out.print(table)
-    out.print(f"{sum(layer.selected for layer in layers)} of {len(layers)} layers changed")
-    if all(layer.update_norm == 0 for layer in layers):
-        err.print(
-            "note: the update is zero in every layer (B = 0): the adapter was not trained, or its update was removed"
-        )
+    found = summarize(layers)
+    changed = f"{found.changed} of {found.layers} layers {verb}"
+    out.print(changed if verb == "changed" else f"at most {found.changed} of {found.layers} layers would change")
+    if found.changed and verb == "changed":
+        out.print(describe_kept(found), soft_wrap=True)
+
+
+_SKIPPED = {"zero_update": "zero update", "no_direction": "V is zero"}
 
 
 def _print_adapters(outs: Sequence[Path], reports: Sequence[Sequence[LayerReport]]) -> None:
-    from stayaligned.report.scan import kept_norm
+    from stayaligned.defenses.patching.summary import percent, summarize
 
-    table = plain_table("adapter", "layers", "changed", "lowest similarity", "kept norm", numbers=True)
+    table = plain_table("adapter", "layers", "changed", "lowest", "median kept", "norm kept", numbers=True)
     for place, layers in zip(outs, reports, strict=True):
+        found = summarize(layers)
+        lowest = min(layer.similarity for layer in layers if layer.skipped is None)
         table.add_row(
             visible(place.name),
-            str(len(layers)),
-            str(sum(layer.selected for layer in layers)),
-            f"{min(layer.similarity for layer in layers):.4f}",
-            f"{kept_norm(layers):.4f}",
+            str(found.layers),
+            str(found.changed),
+            f"{lowest:.4f}",
+            "" if found.kept_median is None else percent(found.kept_median),
+            percent(found.kept_norm),
         )
     out.print(table)
+    out.print("lowest: the lowest similarity; kept: the norm of the update after / before the patch", soft_wrap=True)
 
 
-def _print_outcomes(rows: Sequence[Any]) -> None:
-    table = plain_table("threshold", "layers changed", "kept norm", numbers=True)
+def _print_outcomes(rows: Sequence[ThresholdOutcome]) -> None:
+    from stayaligned.defenses.patching.summary import percent
+
+    open_ones = any(row.undecided for row in rows)
+    table = plain_table(
+        "threshold", "would change", "median kept", "norm kept", *(["undecided"] if open_ones else []), numbers=True
+    )
     for row in rows:
-        table.add_row(f"{row.threshold:.2f}", f"{row.changed} of {row.layers}", f"{row.kept_norm:.4f}")
+        table.add_row(
+            f"{row.threshold:.2f}",
+            f"{row.changed} of {row.layers}",
+            "" if row.kept_median is None else percent(row.kept_median),
+            percent(row.kept_norm),
+            *([str(row.undecided)] if open_ones else []),
+        )
     out.print(table)

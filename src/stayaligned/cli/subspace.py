@@ -11,6 +11,9 @@ from stayaligned.cli.console import out, plain_table
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.text import visible
 
+_ENOUGH = 0.999
+"""Share of V's energy from which a file decides nearly every selection."""
+
 subspace_app = typer.Typer(
     help="Build and show subspace files.\n\nWith a subspace file, `project` needs neither of the two models.",
     no_args_is_help=True,
@@ -29,6 +32,9 @@ def build(
     energy: Annotated[
         float | None, typer.Option(help="Instead of --rank: share of ‖V‖² that the directions hold.")
     ] = None,
+    allow_mismatch: Annotated[
+        bool, typer.Option("--allow-mismatch", help="Build although the models don't seem to belong together.")
+    ] = False,
     device: Annotated[str, typer.Option(help="Where products are computed: cpu, or cuda for a GPU.")] = "cpu",
 ) -> None:
     """Write a subspace file for a pair of models.
@@ -36,20 +42,35 @@ def build(
     The file holds the leading directions of V = W_aligned - W_base, module by module.
     """
     from stayaligned.cli.progress import weights_bar
+    from stayaligned.core.files import refuse_existing
     from stayaligned.defenses.patching.subspace import build_subspace
     from stayaligned.weights.deltas import require_device
 
-    require_device(device)
+    refuse_existing(out_file)
     if (rank is None) == (energy is None):
         raise StayalignedError("the number of directions is not specified", hint="Give one of --rank K and --energy E.")
+    require_device(device)
     with weights_bar() as progress:
-        header = build_subspace(aligned, base, out_file, rank=rank, energy=energy, device=device, progress=progress)
+        header = build_subspace(
+            *(aligned, base, out_file),
+            rank=rank,
+            energy=energy,
+            device=device,
+            progress=progress,
+            allow_mismatch=allow_mismatch,
+        )
     stored = [module.rank for module in header.modules.values()]
     captured = [module.captured_energy for module in header.modules.values()]
     out.print(
         f"{len(stored)} modules, {min(stored)} to {max(stored)} directions each, "
         f"{min(captured):.1%} to {max(captured):.1%} of V's energy"
     )
+    if min(captured) < _ENOUGH:
+        out.print(
+            "note: with the paper's C, a threshold or --lowest is refused where the missing part of V could select "
+            "other layers; a larger --rank or --energy narrows that",
+            soft_wrap=True,
+        )
     out.print(f"wrote  {out_file}  ({out_file.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
 
 

@@ -148,8 +148,16 @@ class LayerReport(Record):
     captured_energy: float | None = None
     """Share of the squared norm of V inside the subspace, 0 to 1."""
     truncation_error: float | None = None
-    """With a subspace file instead of V: a bound on the relative error of the paper's C ΔW, assuming that the stored
-    directions are exact (large weights are sampled: to about 1e-3); None with the complete V."""
+    """With a subspace file instead of V: a bound on the relative error of the paper's C ΔW; None with the complete
+    V."""
+    similarity_bounds: tuple[float, float] | None = None
+    """With a subspace file instead of V: an interval that holds the similarity under the complete V; None with the
+    complete V."""
+    undecided: bool = False
+    """Whether `similarity_bounds` leave open if the patch's rule selects this layer."""
+    skipped: Literal["zero_update", "no_direction"] | None = None
+    """Why the patch can't change the layer: its update is zero, or aligned and base are equal in it. Its similarity
+    then has no meaning, and no rule selects it. None for all other layers."""
 
 
 RecordT = TypeVar("RecordT", bound=BaseModel)

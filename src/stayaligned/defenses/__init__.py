@@ -151,6 +151,10 @@ class ModelPair:
     """The base model: the unaligned ancestor of the aligned model."""
     subspace: Path | None = None
     """A subspace file, with which neither model is needed."""
+    allow_mismatch: bool = False
+    """Whether to patch although the models don't seem to belong together or to the adapter; the record notes it."""
+    allow_undecided: bool = False
+    """Whether to patch although a subspace file leaves open which layers to change; the record notes it."""
 
     def require_aligned(self, defense: str) -> str | Path:
         """Return `aligned`.
@@ -176,6 +180,10 @@ class ModelPair:
         return self.base
 
 
+def _ignore(note: str) -> None:
+    del note
+
+
 @dataclass(frozen=True)
 class Execution:
     """How a patch is computed; the result depends on it only in its last bits."""
@@ -184,6 +192,8 @@ class Execution:
     """The device of the matrix products: "cpu" or a GPU ("cuda")."""
     progress: Callable[[BytesDone], None] | None = None
     """Called as the weights are read."""
+    note: Callable[[str], None] = _ignore
+    """Called with each caveat for the readers of the record that concerns the models."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
-from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import LayerReport
 from stayaligned.defenses import DEFENSES, Execution, ModelPair, PatchDefense, PatchedAdapter
 from stayaligned.defenses.patching.adapters import patch_adapters
@@ -46,8 +45,8 @@ class ProjectionDefense(PatchDefense):
         return self
 
     @abstractmethod
-    def operator_for(self, delta: AlignmentDelta) -> Operator | None:
-        """Return the operator that V = `delta` gives; None if V is zero and the operator is undefined."""
+    def operator_for(self, delta: AlignmentDelta) -> Operator:
+        """Return the operator that V = `delta` gives; layers where V is zero are left out before."""
 
     def patch_layer(self, layer: ProjectedLayer) -> LayerPatch:
         """Return the image of the layer's update."""
@@ -69,17 +68,12 @@ class ProjectionDefense(PatchDefense):
         """Return the layers to change.
 
         Raises:
-            StayalignedError: if `lowest` is larger than the number of layers.
+            ValueError: if `lowest` is larger than the number of layers.
         """
         from stayaligned.algorithms.safe_lora import select_all, select_below, select_lowest
 
         rule: Selection
         if self.lowest is not None:
-            if self.lowest > len(similarities):
-                raise StayalignedError(
-                    f"{self.name}: lowest is {self.lowest}, but there are {len(similarities)} layers",
-                    hint="Lower it, or set all_layers.",
-                )
             rule = select_lowest(self.lowest)
         else:
             rule = select_all if self.threshold is None else select_below(self.threshold)

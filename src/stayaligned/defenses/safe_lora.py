@@ -33,8 +33,8 @@ class SafeLora(ProjectionDefense):
     reports show. `operator: orthogonal` is the projector U_k U_kᵀ, of rank k, given by `rank` or by `energy`.
 
     Differences from the paper's code: weights are paired by name, not by position; the cosine is compared with < (as
-    in the paper) and not rounded; C is never formed; the input is not changed; and where V = 0 the operator is
-    undefined, which raises an error instead of giving NaN.
+    in the paper) and not rounded; C is never formed; the input is not changed; and layers with a zero update, or where
+    V = 0 and C would be NaN, are left unchanged and no rule selects them.
 
     Example:
         >>> SafeLora(lowest=7).spec()["lowest"]
@@ -76,12 +76,10 @@ class SafeLora(ProjectionDefense):
             )
         return self
 
-    def operator_for(self, delta: AlignmentDelta) -> Operator | None:
-        """Return C or U_k U_kᵀ; None if V is zero."""
+    def operator_for(self, delta: AlignmentDelta) -> Operator:
+        """Return C or U_k U_kᵀ."""
         from stayaligned.algorithms.safe_lora import Orthogonal, ScaledGram
 
-        if delta.norm == 0:
-            return None
         if self.operator == "scaled_gram":
             return ScaledGram(delta)
         return Orthogonal(delta.subspace(rank=self.rank, energy=self.energy))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _BLOCK_ELEMENTS = 1 << 18
 """Elements of a row block: 1 MiB in fp32, so that it stays in the cache while it is read, subtracted and summed."""
+_SAMPLED_BLOCKS = 8
+"""One of this many row blocks is compared with the other weight's."""
 _BYTES_IN_FLIGHT = 400 << 20
 """Bytes of V (fp32) that the workers hold at once at most; a larger weight is processed alone."""
 
@@ -43,6 +45,29 @@ class WeightDifference(NamedTuple):
         return [*self.checkpoint.spans(self.weight), *other]
 
 
+class WeightOverlap(NamedTuple):
+    """Inner products of two weights over a sample of their rows; of several weights, the sums."""
+
+    first: float
+    """Squared norm of the first weight."""
+    second: float
+    """Squared norm of the second weight."""
+    inner: float
+    """Frobenius inner product of both."""
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of both weights: near 1 for a model and its fine-tune, near 0 for two models without an ancestor."""
+        product = math.sqrt(self.first * self.second)
+        return self.inner / product if product else 0.0
+
+    @classmethod
+    def total(cls, parts: Iterable[WeightOverlap]) -> WeightOverlap:
+        """Return the overlap of several pairs of weights together."""
+        columns = zip(*parts, strict=True)
+        return cls(*map(math.fsum, columns))
+
+
 class Delta(NamedTuple):
     """The value of a `WeightDifference`, in fp32 for every storage type."""
 
@@ -50,6 +75,8 @@ class Delta(NamedTuple):
     """Difference (rows, columns), oriented as stored. The buffer is reused after the work on it returns."""
     norm: float
     """Frobenius norm of the difference, accumulated in fp64."""
+    overlap: WeightOverlap | None = None
+    """How alike both weights are; None if nothing was subtracted."""
 
 
 def pair_weights(
@@ -201,6 +228,16 @@ def equal_weights_error(aligned: Checkpoint, base: Checkpoint) -> StayalignedErr
     )
 
 
+def equal_layers_error(aligned: Checkpoint, base: Checkpoint, layers: int) -> StayalignedError:
+    """Return the error for two checkpoints whose weights are equal in all layers of interest."""
+    return StayalignedError(
+        f"{aligned.directory} and {base.directory} hold the same weights in all {layers} layers to patch: there is no "
+        "alignment direction",
+        hint="Give the chat or instruct model as `aligned`, and its pretrained ancestor as `base`. If the alignment "
+        "changed other modules only, the method does not apply.",
+    )
+
+
 class _Buffers:
     """Buffers of one worker, reused for every weight."""
 
@@ -221,22 +258,30 @@ class _Buffers:
         minuend = difference.checkpoint.spans(difference.weight)
         subtrahend = difference.minus.spans(difference.minus_weight) if difference.minus is not None else None
         squares: list[Tensor] = []
+        sampled: list[Tensor] = []  # (‖first‖², ‖second‖², ‖first - second‖²) of every eighth block
         step = max(1, _BLOCK_ELEMENTS // max(1, columns))
         for start in range(0, rows, step):
             block = value[start : start + step]
             block.copy_(self._rows(minuend, start, len(block)))
+            norms: list[Tensor] = []
             if subtrahend is not None:
-                block.sub_(
-                    self._rows(subtrahend, start, len(block))
-                )  # promotes bf16 and fp16 to fp32 element by element
+                rows_of_second = self._rows(subtrahend, start, len(block))
+                if start // step % _SAMPLED_BLOCKS == 0:
+                    norms = [_square(block), _square(rows_of_second.to(block.dtype))]
+                block.sub_(rows_of_second)  # promotes bf16 and fp16 to fp32 element by element
             exact = self._exact(block.numel())
             exact.copy_(block.view(-1))
             squares.append(torch.dot(exact, exact))
+            if norms:
+                sampled.append(torch.stack([*norms, squares[-1]]))
         square = float(torch.stack(squares).sum()) if squares else 0.0
         if not math.isfinite(square):
             directories = [str(c.directory) for c in (difference.checkpoint, difference.minus) if c is not None]
             raise StayalignedError(f"{label} is not finite in {' or '.join(directories)}", hint=REDOWNLOAD)
-        return Delta(value, math.sqrt(square))
+        if not sampled:
+            return Delta(value, math.sqrt(square))
+        first, second, apart = torch.stack(sampled).sum(dim=0).tolist()
+        return Delta(value, math.sqrt(square), WeightOverlap(first, second, (first + second - apart) / 2))
 
     def _exact(self, elements: int) -> Tensor:
         """Return a buffer for a block in fp64; allocating one for each block would cost more than the sum itself."""
@@ -271,6 +316,14 @@ class _Buffers:
                 span.file.read_into(target, span.offset + (low - first) * width)
             first += span.rows
         return raw.view(dtype).view(count, columns).to(self._device)
+
+
+def _square(block: Tensor) -> Tensor:
+    """Compute a block's squared norm in fp32 (to about 1e-6), returned in fp64."""
+    import torch
+
+    flat = block.reshape(-1)
+    return torch.dot(flat, flat).double()
 
 
 def _item_bytes(differences: Sequence[WeightDifference]) -> tuple[int, int]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from stayaligned.algorithms.alignment_delta import TruncatedDelta
 
 _KEY = "stayaligned"
-_FORMAT = 1
+_FORMAT = 2
 _REBUILD = "Copy or download the file again, or rebuild it: `stayaligned subspace build`."
 _USE_MODELS = "Give both models instead: --aligned and --base."
 
@@ -72,6 +72,10 @@ class ModuleHeader(Record):
     """Number of stored triplets; 0 if V is zero."""
     captured_energy: float = Field(ge=0, le=1)
     """Share of ‖V‖² that the stored triplets hold."""
+    tail: float = Field(ge=0, allow_inf_nan=False)
+    """Bound on the largest singular value that the stored triplets leave out."""
+    cross: float = Field(ge=0, allow_inf_nan=False)
+    """`Tail.cross` of the stored triplets: 0 for exact ones."""
 
     def parts(self) -> dict[str, tuple[int, ...]]:
         """Return {last part of a tensor's name: its shape}, in the order of the file."""
@@ -121,7 +125,7 @@ class SubspaceFile:
         """
         import torch
 
-        from stayaligned.algorithms.alignment_delta import TruncatedDelta
+        from stayaligned.algorithms.alignment_delta import Tail, TruncatedDelta
 
         stored = self.header.modules[module]
         sizes = [math.prod(shape) for shape in stored.parts().values()]
@@ -129,7 +133,7 @@ class SubspaceFile:
         self._file.read_into(view_bytes(numbers), self._file.entries[f"{module}.left"].offset)
         parts = numbers.split(sizes)
         left, values, right = (part.view(shape) for part, shape in zip(parts, stored.parts().values(), strict=True))
-        delta = TruncatedDelta(left, values, right, stored.norm)
+        delta = TruncatedDelta(left, values, right, stored.norm, Tail(stored.tail, stored.cross))
         # The squares of k orthonormal columns sum to k; NaN fails every comparison.
         orthonormal = all(abs(float(torch.dot(part, part)) - stored.rank) < 0.1 for part in (parts[0], parts[2]))
         if not (orthonormal and abs(delta.captured_energy - stored.captured_energy) < 1e-5):

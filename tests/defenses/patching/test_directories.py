@@ -32,7 +32,9 @@ from stayaligned.weights.deltas import BytesDone
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> ModelPair:
     root = tmp_path_factory.mktemp("models")
-    return ModelPair(*(write_pico_checkpoint(root / name, seed=seed) for name, seed in (("aligned", 0), ("base", 1))))
+    return ModelPair(
+        write_pico_checkpoint(root / "aligned", seed=0), write_pico_checkpoint(root / "base", seed=1, ancestor=0)
+    )
 
 
 @pytest.fixture
@@ -239,7 +241,8 @@ def test_safe_lora_in_memory_refuses_invalid_settings_and_does_not_change_the_mo
 def test_scanning_reports_every_layer_and_changes_nothing(tmp_path: Path, adapter: Path, models: ModelPair) -> None:
     everything = DEFENSES.parse({"name": "safe_lora", "all_layers": True})
     before = contents(adapter)
-    (layers,) = scan_adapters([adapter], everything, models, Execution())
+    (scanned,) = scan_adapters([adapter], everything, models, Execution())
+    layers = list(scanned.layers)
     assert layers == patch_directory(adapter, tmp_path / "out", everything, models)
     assert contents(adapter) == before
     rows = threshold_outcomes(layers)

@@ -36,7 +36,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 def make(root: Path, architecture: str, **settings: Any) -> ModelPair:
     """`aligned`, `base`, and `tuned`: aligned plus a small change of everything."""
     for name, seed in (("aligned", 0), ("base", 1)):
-        write_pico_checkpoint(root / name, architecture, seed=seed, **settings)
+        write_pico_checkpoint(root / name, architecture, seed=seed, ancestor=0 if seed else None, **settings)
     shutil.copytree(root / "aligned", root / "tuned")
     generator = torch.Generator().manual_seed(5)
     for shard in (root / "tuned").glob("*.safetensors"):

@@ -12,8 +12,8 @@ from stayaligned.defenses.patching.layers import (
     PatchedLayer,
     ProjectedLayer,
     patch_and_report,
-    refuse_zero_deltas,
-    report_unchanged,
+    select_layers,
+    skip_layer,
 )
 from stayaligned.defenses.patching.sources import open_source
 
@@ -32,8 +32,10 @@ def patch_adapters(
     adapters, and products that grow with the sum of their ranks.
 
     Raises:
-        StayalignedError: if adapters, aligned and base don't fit together, or V is zero where the operator needs it.
+        StayalignedError: if adapters, aligned and base don't fit together, or no layer of an adapter can be changed.
     """
+    from stayaligned.algorithms.safe_lora import move_powers, powers_of_two
+
     source = open_source(models, selector.name)
     placed, notes = zip(*(source.layers_of(adapter) for adapter in adapters), strict=True)
     users: dict[str, list[tuple[int, LoraLayer]]] = {}
@@ -41,32 +43,31 @@ def patch_adapters(
         for layer in layers:
             users.setdefault(layer.name, []).append((index, layer))
 
-    def patch_users(name: str, delta: AlignmentDelta) -> list[PatchedLayer] | None:
-        operator = selector.operator_for(delta)
-        if operator is None:
-            return None
+    def patch_users(name: str, delta: AlignmentDelta) -> list[PatchedLayer]:
         before = [adapters[index].factors(layer).to(how.device) for index, layer in users[name]]
-        after = map_updates(operator, before)
-        patched = (
-            patch_and_report(ProjectedLayer(name, delta, operator, x, y), patcher)
-            for x, y in zip(before, after, strict=True)
-        )
-        # Held in memory until every layer is known, so in the precision of the adapter's file.
-        return [
-            one._replace(update=adapters[index].to_stored_dtype(layer, cast("LoraFactors", one.update)))
-            for one, (index, layer) in zip(patched, users[name], strict=True)
-        ]
+        skipped = [skip_layer(name, delta, update) for update in before]
+        live = [i for i, report in enumerate(skipped) if report is None]
+        done = [PatchedLayer(update, report) for update, report in zip(before, skipped, strict=True) if report]
+        if live:
+            powers = [powers_of_two(before[i]) for i in live]
+            scaled = [move_powers(before[i], power) for i, power in zip(live, powers, strict=True)]
+            operator = selector.operator_for(delta)
+            images = map_updates(operator, scaled)
+            for i, power, one, image in zip(live, powers, scaled, images, strict=True):
+                patched = patch_and_report(ProjectedLayer(name, delta, operator, one, image), patcher)
+                update = move_powers(cast("LoraFactors", patched.update), (-power[0], -power[1]))
+                # Held in memory until every layer is known, so in the precision of the adapter's file.
+                index, layer = users[name][i]
+                update = adapters[index].to_stored_dtype(layer, update)
+                done.insert(i, patched._replace(update=update))
+        return done
 
     found: list[dict[str, tuple[LoraLayer, PatchedLayer]]] = [{} for _ in adapters]
-    without_direction: list[str] = []
     for name, patched in source.visit(list(users), patch_users, how):
-        if patched is None:
-            without_direction.append(name)
-        for (index, layer), one in zip(users[name], patched or (), strict=patched is not None):
+        for (index, layer), one in zip(users[name], patched, strict=True):
             found[index][name] = layer, one
-    refuse_zero_deltas(selector, without_direction)
     in_order = [{layer.name: one[layer.name] for layer in layers} for layers, one in zip(placed, found, strict=True)]
-    return [_apply_selected(selector, *each) for each in zip(adapters, in_order, notes, strict=True)]
+    return [_apply_selected(selector, models, *each) for each in zip(adapters, in_order, notes, strict=True)]
 
 
 def map_updates(operator: Operator, updates: Sequence[LoraFactors]) -> list[LoraFactors]:
@@ -86,15 +87,14 @@ def map_updates(operator: Operator, updates: Sequence[LoraFactors]) -> list[Lora
 
 def _apply_selected(
     selector: LayerSelector,
+    models: ModelPair,
     adapter: Adapter,
     found: Mapping[str, tuple[LoraLayer, PatchedLayer]],
     notes: Sequence[str],
 ) -> PatchedAdapter:
-    selected = selector.select({name: patched.report.similarity for name, (_, patched) in found.items()})
-    reports = [
-        patched.report if name in selected else report_unchanged(patched.report) for name, (_, patched) in found.items()
-    ]
+    selected = select_layers(selector, [patched.report for _, patched in found.values()], models, adapter.directory)
     changed: dict[LoraLayer, Any] = {
-        layer: patched.update for name, (layer, patched) in found.items() if name in selected
+        layer: patched.update for name, (layer, patched) in found.items() if name in selected.chosen
     }
+    reports = [selected.finish(patched.report) for _, patched in found.values()]
     return PatchedAdapter(adapter.with_factors(changed), reports, notes)

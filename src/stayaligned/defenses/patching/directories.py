@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from stayaligned.core.provenance import versions
 from stayaligned.core.records import LayerReport, Record
 from stayaligned.defenses import Execution, ModelPair, PatchDefense
 from stayaligned.defenses.patching.full_weights import is_copied
+from stayaligned.defenses.patching.summary import notes_on, summarize
 from stayaligned.weights.adapters import is_adapter, notes_on_copies, read_adapter, write_adapter
 from stayaligned.weights.checkpoints import (
     check_format,
@@ -59,6 +61,14 @@ class ProjectionRecord(Record):
     """What a reader of the record must know."""
     versions: dict[str, str]
     """Versions of the packages that were used."""
+    changed: int | None = None
+    """Number of changed layers; None in records of earlier versions, as the next three."""
+    candidates: int | None = None
+    """Number of layers that a projection can change: not those with a zero update or V = 0."""
+    kept_median: float | None = None
+    """Median over the changed layers of the norm of the update after / before the patch."""
+    kept_norm: float | None = None
+    """Norm of the whole update after / before the patch."""
     layers: tuple[LayerReport, ...]
     """A report for every layer, changed or not."""
 
@@ -101,10 +111,12 @@ def patch_directory(
     how = Execution(device, progress)
     if is_adapter(finetuned) or not (finetuned / "config.json").is_file():
         return patch_directories([finetuned], [out], patch, models, command=command, how=how)[0]
+    notes: list[str] = []
     with _Hashes() as hashes, new_directory(out) as temporary:
         hashes.start(finetuned=finetuned, **_inputs(models))
+        how = replace(how, note=notes.append)
         layers = patch.patch_model(open_checkpoint(finetuned), temporary, models, how)
-        notes = copyable_files(finetuned, is_copied)[1]
+        notes.extend(copyable_files(finetuned, is_copied)[1])
         write_text(temporary / PROJECTION_FILE, _encode_record(patch, command, hashes.all(), layers, notes))
     return layers
 
@@ -140,14 +152,15 @@ def patch_directories(
     with _Hashes() as hashes, ExitStack() as places:
         originals = [read_adapter(path) for path in adapters]
         hashes.start(**_inputs(models), **{f"adapter {i}": path for i, path in enumerate(adapters)})
-        patched = patch.patch_all(originals, models, how or Execution())
+        notes: list[str] = []
+        patched = patch.patch_all(originals, models, replace(how or Execution(), note=notes.append))
         found = hashes.all()
         written = [places.enter_context(new_directory(out)) for out in outs]
         for index, (directory, one) in enumerate(zip(written, patched, strict=True)):
             inputs = {name: value for name, value in found.items() if not name.startswith("adapter ")}
             inputs = {"adapter": found[f"adapter {index}"], **inputs}
-            notes = [*one.notes, *notes_on_copies(adapters[index])]
-            record = _encode_record(patch, command, inputs, one.layers, notes)
+            caveats = [*one.notes, *notes, *notes_on_copies(adapters[index])]
+            record = _encode_record(patch, command, inputs, one.layers, caveats)
             write_adapter(one.adapter, directory, notes={PROJECTION_FILE: record})
     return [list(one.layers) for one in patched]
 
@@ -174,12 +187,17 @@ def _encode_record(
     layers: Sequence[LayerReport],
     notes: Sequence[str],
 ) -> str:
+    summary = summarize(layers)
     record = ProjectionRecord(
         defense=patch.identity(),
         paper=patch.paper,
         command=tuple(command),
         inputs=dict(inputs),
-        notes=tuple(notes),
+        notes=tuple(dict.fromkeys([*notes, *notes_on(patch, layers)])),
+        changed=summary.changed,
+        candidates=summary.candidates,
+        kept_median=summary.kept_median,
+        kept_norm=summary.kept_norm,
         versions=versions(),
         layers=tuple(layers),
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -13,20 +15,23 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import copyable_files
 from stayaligned.core.records import LayerReport
 from stayaligned.defenses import Execution, ModelPair
+from stayaligned.defenses.patching.ancestry import check_ancestry, check_records
 from stayaligned.defenses.patching.layers import (
     LayerPatcher,
     LayerSelector,
     ProjectedLayer,
     patch_and_report,
-    refuse_zero_deltas,
     report_unchanged,
+    select_layers,
+    skip_layer,
 )
 from stayaligned.weights.checkpoints import Checkpoint, Weight, open_checkpoint
 from stayaligned.weights.deltas import (
     Delta,
     WeightDifference,
+    WeightOverlap,
     check_pairs,
-    equal_weights_error,
+    equal_layers_error,
     pair_weights,
     stream,
 )
@@ -40,6 +45,8 @@ if TYPE_CHECKING:
 
 _Items = dict[str, tuple[WeightDifference, ...]]
 
+_SMALL_UPDATE = 1e-12
+"""Norm of an update below which it is scaled before products are computed in fp32."""
 _WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf"})
 
 
@@ -77,15 +84,20 @@ def patch_weights(
             f"{models.subspace} lacks {len(lacking)} of the model's layers: {', '.join(lacking[:5])}",
             hint="Rebuild the file from this model: `stayaligned subspace build`.",
         )
-    patching = _Patching(selector, patcher, layers, aligned, finetuned, base, subspace)
+    patching = _Patching(selector, patcher, layers, models, aligned, finetuned, base, subspace)
     items = patching.items()  # raises before gigabytes are copied if the checkpoints don't fit together
     _copy_files(finetuned, out)
-    if selector.lowest is None:
-        return patching.run(items, None, out, how)
-    # The lowest layers are known only after a pass over all, and their matrices don't fit in memory: two passes.
+    if selector.lowest is None and models.subspace is None:  # each layer is selected by its own similarity
+        reports = patching.run(items, None, out, how)
+        select_layers(selector, reports, models, finetuned.directory)  # raises if no layer can be changed
+        return [report if report.selected else report_unchanged(report) for report in reports]
+    # Which layers are the lowest, or decided, is known only after a pass over all, and their matrices don't fit in
+    # memory: two passes.
     reports = patching.run(items, frozenset(), out, how)
-    selected = selector.select({report.module: report.similarity for report in reports})
-    return patching.run(items, selected, out, how)
+    selected = select_layers(selector, reports, models, finetuned.directory)
+    if selected.chosen:
+        patching.run(items, selected.chosen, out, replace(how, note=lambda _: None))
+    return [selected.finish(report) for report in reports]
 
 
 def _open_subspace(path: Path, aligned: Checkpoint) -> SubspaceFile:
@@ -112,46 +124,59 @@ class _Patching(NamedTuple):
     selector: LayerSelector
     patcher: LayerPatcher
     layers: Mapping[str, PlacedWeight]
+    models: ModelPair
     aligned: Checkpoint
     finetuned: Checkpoint
     base: Checkpoint | None
     subspace: SubspaceFile | None
 
     def run(self, items: _Items, selected: frozenset[str] | None, out: Path, how: Execution) -> list[LayerReport]:
-        """Report every layer and write the selected ones.
+        """Write the selected layers, and report every layer as if it were selected.
 
         Args:
             items: what `items()` returned.
-            selected: the layers to write; None selects each layer by its own similarity.
+            selected: the layers to write; None selects each layer by its own similarity, and marks the others.
             out: the directory with the copies of the shards.
             how: device and progress.
         """
         reports: list[LayerReport] = []
-        without_direction: list[str] = []
         closer_to_base: list[bool] = []
+        overlaps: tuple[dict[str, WeightOverlap], dict[str, WeightOverlap]] = {}, {}
         with ExitStack() as files:
             writer = _Writer(self.finetuned, out, files)
 
-            def patch_one(name: str, differences: list[Delta]) -> LayerReport | None:
+            def patch_one(name: str, differences: list[Delta]) -> LayerReport:
+                for found, difference in zip(overlaps, (differences[0], *differences[2:]), strict=False):
+                    if difference.overlap is not None:
+                        found[name] = difference.overlap
                 if self.base is not None:  # V + ΔW is W_ft - W_base
                     update, _, v = (difference.value for difference in differences)
                     closer_to_base.append(bool((v + update).norm() < update.norm()))
                 return self._patch_layer(name, differences, selected, writer)
 
-            for name, report in stream(items, patch_one, device=how.device, progress=how.progress):
-                if report is None:
-                    without_direction.append(name)
-                else:
-                    reports.append(report)
-        refuse_zero_deltas(self.selector, without_direction)
+            for _, report in stream(items, patch_one, device=how.device, progress=how.progress):
+                reports.append(report)
         if self.base is not None and reports and not any(report.delta_norm for report in reports):
-            raise equal_weights_error(self.aligned, self.base)
+            raise equal_layers_error(self.aligned, self.base, len(reports))
+        self._check_ancestry(overlaps, how)
         if closer_to_base and sum(closer_to_base) > len(closer_to_base) / 2:
             raise StayalignedError(
                 f"{self.finetuned.directory} is closer to the base than to the aligned model: they look swapped",
                 hint="Swap them: `aligned` is the model that was fine-tuned, `base` its unaligned ancestor.",
             )
         return reports
+
+    def _check_ancestry(self, overlaps: Sequence[Mapping[str, WeightOverlap]], how: Execution) -> None:
+        """Raise unless the fine-tuned checkpoint and the base are related to the aligned model."""
+        entries = {name: math.prod(self.aligned.matrix_shape(w.stored[0])) for name, w in self.layers.items()}
+        allowed = self.models.allow_mismatch
+        notes = [check_records(self.aligned, self.base, allowed=allowed)] if self.base is not None else []
+        for other, role, found in zip((self.finetuned, self.base), ("fine-tuned", "base"), overlaps, strict=True):
+            if other is not None:
+                notes.append(check_ancestry(self.aligned, other, found, role=role, entries=entries, allowed=allowed))
+        for note in notes:
+            if note is not None:
+                how.note(note)
 
     def items(self) -> _Items:
         """Return {layer: ΔW, the aligned weight, and V unless a subspace file holds it}, ready to be streamed."""
@@ -174,8 +199,9 @@ class _Patching(NamedTuple):
 
     def _patch_layer(
         self, name: str, differences: list[Delta], selected: frozenset[str] | None, writer: _Writer
-    ) -> LayerReport | None:
+    ) -> LayerReport:
         from stayaligned.algorithms.alignment_delta import FullDelta
+        from stayaligned.algorithms.safe_lora import scale_update
 
         placed = self.layers[name]
         update, origin = (d.value.T if placed.transposed else d.value for d in differences[:2])
@@ -185,16 +211,21 @@ class _Patching(NamedTuple):
         else:
             v = differences[2]
             delta = FullDelta(v.value.T if placed.transposed else v.value, v.norm)
+        skipped = skip_layer(name, delta, update)
+        if skipped is not None:
+            return skipped
         operator = self.selector.operator_for(delta)
-        if operator is None:
-            return None
+        # The products of very small updates would underflow; the power of two is undone below.
+        power = 2.0 ** -math.frexp(differences[0].norm)[1] if differences[0].norm < _SMALL_UPDATE else 1.0
+        scaled = scale_update(update, power) if power != 1.0 else update
         patched, report = patch_and_report(
-            ProjectedLayer(name, delta, operator, update, operator(update)), self.patcher
+            ProjectedLayer(name, delta, operator, scaled, operator(scaled)), self.patcher
         )
+        report = report.model_copy(update={"update_norm": report.update_norm / power})
         chosen = self.selector.select({name: report.similarity}) if selected is None else selected
         if name not in chosen:
-            return report_unchanged(report)
-        weight = origin + cast("Tensor", patched)
+            return report if selected is not None else report.model_copy(update={"selected": False})
+        weight = origin + cast("Tensor", patched if power == 1.0 else scale_update(patched, 1 / power))
         writer.write(placed.stored[1], weight.T if placed.transposed else weight, name)
         return report
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stayaligned.core.errors import StayalignedError
+from stayaligned.defenses.patching.summary import notes_on
 from stayaligned.weights.adapters import read_adapter
 
 if TYPE_CHECKING:
-    from stayaligned.core.records import LayerReport
-    from stayaligned.defenses import Execution, ModelPair, PatchDefense
+    from stayaligned.defenses import Execution, ModelPair, PatchDefense, PatchedAdapter
 
 
 def scan_adapters(
     adapters: Sequence[Path], patch: PatchDefense, models: ModelPair, how: Execution
-) -> list[list[LayerReport]]:
-    """Return the reports of each adapter's layers as if they were changed, in one pass; nothing is written.
+) -> list[PatchedAdapter]:
+    """Return each adapter as if every layer were changed, in one pass; nothing is written.
 
     Args:
         adapters: directories of PEFT adapters of one model.
@@ -28,11 +29,14 @@ def scan_adapters(
     Raises:
         StayalignedError: if `patch` leaves layers out, or the inputs don't fit together.
     """
-    patched = patch.patch_all([read_adapter(path) for path in adapters], models, how)
-    reports = [list(one.layers) for one in patched]
-    if not all(layer.selected for layers in reports for layer in layers):
+    notes: list[str] = []
+    patched = patch.patch_all([read_adapter(path) for path in adapters], models, replace(how, note=notes.append))
+    if not all(layer.selected or layer.skipped for one in patched for layer in one.layers):
         raise StayalignedError(
             f"a scan needs a defense that changes every layer, but {patch.name} leaves layers out",
             hint="Set all_layers in the defense.",
         )
-    return reports
+    return [
+        replace(one, notes=tuple(dict.fromkeys([*one.notes, *notes, *notes_on(patch, one.layers, would=True)])))
+        for one in patched
+    ]

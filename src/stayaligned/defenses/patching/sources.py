@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from stayaligned.defenses import Execution, ModelPair
+from stayaligned.defenses.patching.ancestry import check_ancestry, check_records, check_trained_on
 from stayaligned.weights.checkpoints import Weight, open_checkpoint
-from stayaligned.weights.deltas import Delta, equal_weights_error, pair_weights, stream
+from stayaligned.weights.deltas import Delta, WeightOverlap, equal_layers_error, pair_weights, stream
 from stayaligned.weights.subspace_file import SubspaceFile
 from stayaligned.weights.unsupported import note_on_whole
 
@@ -37,17 +39,20 @@ class DeltaSource(Protocol):
 class CheckpointSource:
     """Streams V from the aligned checkpoint and its base."""
 
-    def __init__(self, aligned: str | Path, base: str | Path) -> None:
+    def __init__(self, aligned: str | Path, base: str | Path, *, allow_mismatch: bool = False) -> None:
+        self._refs = str(aligned), str(base)
         self._aligned, self._base = open_checkpoint(aligned), open_checkpoint(base)
+        self._allowed = allow_mismatch
         self._stored: dict[str, tuple[Weight, Weight]] = {}
         self._transposed: dict[str, bool] = {}
 
     def layers_of(self, adapter: Adapter) -> tuple[list[LoraLayer], Sequence[str]]:
         """Place the adapter's layers by its configuration and the aligned model's."""
-        from stayaligned.hf.placement.layers import place_adapter, refuse_swapped
+        from stayaligned.hf.placement.layers import place_adapter
 
-        notes = (refuse_swapped(adapter, self._aligned, self._base), note_on_whole(adapter))
         placed = place_adapter(adapter, self._aligned, self._base)
+        trained_on = check_trained_on(adapter, self._aligned, self._base, self._refs, allowed=self._allowed)
+        notes = trained_on, note_on_whole(adapter)
         for item in placed:
             self._stored[item.layer.name] = item.aligned, item.base
             self._transposed[item.layer.name] = item.layer.transposed
@@ -59,15 +64,18 @@ class CheckpointSource:
         """Read and subtract the weights while `work` computes.
 
         Raises:
-            StayalignedError: if aligned and base are equal in every layer.
+            StayalignedError: if aligned and base are equal in every layer, or have no common ancestor.
         """
         from stayaligned.algorithms.alignment_delta import FullDelta
 
         norms: list[float] = []
+        overlaps: dict[str, WeightOverlap] = {}
 
         def call_work(name: str, differences: list[Delta]) -> T:
-            ((value, norm),) = differences
+            ((value, norm, overlap),) = differences
             norms.append(norm)
+            if overlap is not None:
+                overlaps[name] = overlap
             return work(name, FullDelta(value.T if self._transposed[name] else value, norm))
 
         def file_position(name: str) -> tuple[str, int]:
@@ -76,9 +84,16 @@ class CheckpointSource:
 
         ordered = sorted(names, key=file_position)  # sequential reads are the fastest
         items = pair_weights(self._aligned, self._base, {name: self._stored[name] for name in ordered})
+        note = check_records(self._aligned, self._base, allowed=self._allowed)
+        if note is not None:
+            how.note(note)
         yield from stream(items, call_work, device=how.device, progress=how.progress)
         if names and not any(norms):
-            raise equal_weights_error(self._aligned, self._base)
+            raise equal_layers_error(self._aligned, self._base, len(names))
+        entries = {name: math.prod(self._aligned.matrix_shape(self._stored[name][0])) for name in names}
+        note = check_ancestry(self._aligned, self._base, overlaps, entries=entries, allowed=self._allowed)
+        if note is not None:
+            how.note(note)
 
 
 class SubspaceSource:
@@ -113,4 +128,5 @@ def open_source(models: ModelPair, defense: str) -> DeltaSource:
     """Open the subspace file if there is one, else the two checkpoints."""
     if models.subspace is not None:
         return SubspaceSource(models.subspace, models.aligned)
-    return CheckpointSource(models.require_aligned(defense), models.require_base(defense))
+    pair = models.require_aligned(defense), models.require_base(defense)
+    return CheckpointSource(*pair, allow_mismatch=models.allow_mismatch)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import new_file, refuse_existing
 from stayaligned.core.provenance import versions
+from stayaligned.defenses.patching.ancestry import check_ancestry, check_records
 from stayaligned.weights.checkpoints import Checkpoint, open_checkpoint, weights_fingerprint
-from stayaligned.weights.deltas import BytesDone, Delta, equal_weights_error, pair_weights, stream
+from stayaligned.weights.deltas import BytesDone, Delta, WeightOverlap, equal_weights_error, pair_weights, stream
 from stayaligned.weights.subspace_file import ModelIdentity, ModuleHeader, SubspaceHeader, encode_header, view_bytes
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ def build_subspace(
     energy: float | None = None,
     device: str = "cpu",
     progress: Callable[[BytesDone], None] | None = None,
+    allow_mismatch: bool = False,
 ) -> SubspaceHeader:
     """Write the subspace file of a pair of models; it appears complete or not at all.
 
@@ -42,11 +45,13 @@ def build_subspace(
         energy: the share of ‖V‖² that the triplets hold, above 0 and up to 1.
         device: where V is computed and decomposed, "cpu" or "cuda".
         progress: called with the bytes read so far.
+        allow_mismatch: whether to write the file although the models have no common ancestor.
 
     Raises:
-        StayalignedError: if `out` exists or can't be written, or the models are damaged, equal or don't fit together.
+        StayalignedError: if `out` exists or can't be written, or the models are damaged, equal, unrelated or don't fit
+            together.
     """
-    from stayaligned.algorithms.alignment_delta import leading_triplets
+    from stayaligned.algorithms.alignment_delta import leading_triplets, measure_tail
     from stayaligned.hf.placement.layers import linear_weights
 
     in_range = (rank is None or rank >= 1) and (energy is None or 0 < energy <= 1)
@@ -72,20 +77,25 @@ def build_subspace(
     )
 
     def decompose(name: str, differences: list[Delta]) -> tuple[TruncatedDelta, float]:
-        ((value, norm),) = differences
-        found = leading_triplets(value.T if weights[name].transposed else value, rank=rank, energy=energy)
-        return found.to("cpu"), norm
+        ((value, norm, overlap),) = differences
+        if overlap is not None:
+            overlaps[name] = overlap
+        v = value.T if weights[name].transposed else value
+        return measure_tail(v, leading_triplets(v, rank=rank, energy=energy)).to("cpu"), norm
 
+    check_records(*pair, allowed=allow_mismatch)
     modules: dict[str, ModuleHeader] = {}
+    overlaps: dict[str, WeightOverlap] = {}
     with new_file(out) as temporary, temporary.open("wb") as file:
         reserved = file.seek(len(encode_header(header)))
         for name, (found, norm) in stream(items, decompose, device=device, progress=progress):
             for part in (found.left, found.values, found.right):
                 file.write(view_bytes(part))
-            actual = {"rank": len(found.values), "norm": norm, "captured_energy": found.captured_energy}
-            modules[name] = header.modules[name].model_copy(update=actual)
+            modules[name] = header.modules[name].model_copy(update=_measured(found, norm))
         if not any(module.rank for module in modules.values()):
             raise equal_weights_error(*pair)
+        entries = {name: math.prod(module.shape) for name, module in modules.items()}
+        check_ancestry(*pair, overlaps, entries=entries, allowed=allow_mismatch)
         header = header.model_copy(update={"modules": modules})
         file.seek(0)
         file.write(encode_header(header, reserved))
@@ -98,7 +108,27 @@ def _largest_entry(weight: PlacedWeight, checkpoint: Checkpoint, rank: int | Non
     shape = (columns, rows) if weight.transposed else (rows, columns)
     longest = sys.float_info.min  # prints with 17 digits and a three-digit exponent
     stored = min(shape) if rank is None else min(rank, *shape)
-    return ModuleHeader(shape=shape, transposed=weight.transposed, norm=longest, rank=stored, captured_energy=longest)
+    return ModuleHeader(
+        shape=shape,
+        transposed=weight.transposed,
+        norm=longest,
+        rank=stored,
+        captured_energy=longest,
+        tail=longest,
+        cross=longest,
+    )
+
+
+def _measured(found: TruncatedDelta, norm: float) -> dict[str, Any]:
+    """Return the fields of a module's header that are known once its V is decomposed."""
+    fields = {"rank": len(found.values), "norm": norm, "captured_energy": found.captured_energy}
+    tail = found.tail
+    return fields | ({"tail": _round_up(tail.largest), "cross": _round_up(tail.cross)} if tail is not None else {})
+
+
+def _round_up(bound: float) -> float:
+    """Round a bound up to seven digits."""
+    return float(f"{bound * (1 + 1e-6):.7g}")
 
 
 def _identify(ref: str | Path, checkpoint: Checkpoint) -> ModelIdentity:

@@ -13,14 +13,13 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.hf.placement.stored import StoredWeights, meta_model, meta_models
 from stayaligned.weights.adapter_config import refuse_slow_patterns
 from stayaligned.weights.adapters import PREFIX, Adapter, LoraLayer
-from stayaligned.weights.checkpoints import Block, Checkpoint, Weight, weights_fingerprint, whole_tensor
+from stayaligned.weights.checkpoints import Block, Checkpoint, Weight, whole_tensor
 from stayaligned.weights.lora_layout import natural_key, other_names, place_by_name, translate, under_stored_names
 from stayaligned.weights.unsupported import (
     PLACEMENT,
@@ -121,44 +120,6 @@ def linear_weights(*checkpoints: Checkpoint) -> list[PlacedWeight]:
             name = _layer_name(parameter, expert if stacked else None)
             placed.setdefault(stored[0], PlacedWeight(name, transposed, stored))
     return sorted(placed.values(), key=lambda weight: natural_key(weight.name))
-
-
-def refuse_swapped(adapter: Adapter, aligned: Checkpoint, base: Checkpoint) -> str | None:
-    """Raise if the adapter's configuration names the base, not the aligned model, as the model that it was trained on.
-
-    Returns:
-        A note for the record if it names a third model, or one that is not a local directory; None if it names the
-        aligned model.
-
-    Raises:
-        StayalignedError: if it names the base.
-    """
-    named = adapter.config.get("base_model_name_or_path")
-    if not isinstance(named, str) or not named:
-        return "not checked whether the adapter was trained on the aligned model: the adapter names no model"
-    if not Path(named).is_dir():
-        return (
-            f"not checked whether the adapter was trained on the aligned model: it names {named}, not a local directory"
-        )
-    trained_on = Path(named)
-    if _same_weights(trained_on, aligned):
-        return None
-    if not _same_weights(trained_on, base):
-        return f"the adapter names {named}, whose stored weights are not those of {aligned.directory}"
-    raise StayalignedError(
-        f"{adapter.directory} was trained on {named}, which is the base and not the aligned model: "
-        "aligned and base look swapped",
-        hint=f"Set aligned to {named} and base to its unaligned ancestor.",
-    )
-
-
-def _same_weights(directory: Path, checkpoint: Checkpoint) -> bool:
-    if directory.resolve() == checkpoint.directory.resolve():
-        return True
-    try:
-        return weights_fingerprint(Checkpoint(directory)) == weights_fingerprint(checkpoint)
-    except StayalignedError:
-        return False  # quantized, or no longer a checkpoint
 
 
 def _model_like(model: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:

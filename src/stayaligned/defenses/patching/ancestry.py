@@ -1,0 +1,234 @@
+"""Check that models belong together: the aligned model with its base, and an adapter with the aligned model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.files import fingerprint
+from stayaligned.weights.adapters import Adapter
+from stayaligned.weights.checkpoints import Checkpoint, is_hub_id, weights_fingerprint
+from stayaligned.weights.deltas import WeightOverlap
+from stayaligned.weights.unsupported import list_names
+
+_UNRELATED = 0.25
+"""Cosine of all compared weights below which two models have no common ancestor. Independent weights have 0, a
+fine-tune of a large model above 0.99, and a weight with as much noise as weight 0.7."""
+_UNRELATED_LAYER = 0.1
+"""Cosine below which one layer of related models is another one's (a permuted or a replaced layer)."""
+_FEWEST_ENTRIES = 1024
+"""Entries of a weight from which `_UNRELATED_LAYER` is above the cosine of independent weights by chance."""
+OVERRIDE = "--allow-mismatch (allow_mismatch=True) patches all the same, and notes it in the record."
+"""How to patch models that don't seem to belong together, for hints."""
+
+
+def check_ancestry(
+    aligned: Checkpoint,
+    other: Checkpoint,
+    overlaps: Mapping[str, WeightOverlap],
+    *,
+    role: str = "base",
+    entries: Mapping[str, int],
+    allowed: bool,
+) -> str | None:
+    """Raise unless the weights of two checkpoints are alike, as those of a model and its fine-tune are.
+
+    Args:
+        aligned: the aligned model.
+        other: the model that must be related to it.
+        overlaps: {layer: the overlap of both weights}.
+        role: the other model's role, for the message.
+        entries: {layer: the number of the weight's entries}.
+        allowed: return the problem as a note for the record, and don't raise.
+
+    Returns:
+        None if they are alike.
+
+    Raises:
+        StayalignedError: if they have no common ancestor, or not in some layers.
+    """
+    total = WeightOverlap.total(overlaps.values())
+    if total.first == 0 and total.second == 0:
+        return None
+    lone = [
+        name
+        for name, overlap in overlaps.items()
+        if overlap.cosine < _UNRELATED_LAYER and entries[name] >= _FEWEST_ENTRIES and overlap.first and overlap.second
+    ]
+    pair = f"{aligned.directory} and {role} {other.directory}"
+    if total.cosine < _UNRELATED:
+        apart = max(0.0, total.first + total.second - 2 * total.inner)
+        ratio = (apart / total.first) ** 0.5 if total.first else float("inf")
+        problem = (
+            f"{pair} have no common ancestor: the cosine of their weights is {total.cosine:.2f}, and their difference "
+            f"is {ratio:.0%} of the aligned weights, where a fine-tune differs by a few percent"
+        )
+    elif lone:
+        problem = (
+            f"{pair} are unrelated in {len(lone)} of {len(overlaps)} layers (cosine of the weights below "
+            f"{_UNRELATED_LAYER}): {list_names(lone, 5)}"
+        )
+    else:
+        return None
+    needed = "the checkpoint that was trained from" if role != "base" else "the pretrained ancestor of"
+    return _raise_unless(allowed, problem, f"Give {needed} the aligned model. {OVERRIDE}")
+
+
+def check_records(aligned: Checkpoint, base: Checkpoint, *, allowed: bool) -> str | None:
+    """Raise if an `alignment.json` in one of the two directories names another base.
+
+    Returns:
+        A note for the record if that is allowed; None if no record contradicts.
+
+    Raises:
+        StayalignedError: if a record contradicts.
+    """
+    made_from = _recorded_base(aligned)
+    if made_from is not None and made_from != fingerprint(base.directory):
+        problem = f"{aligned.directory} was aligned from another base than {base.directory}, as its alignment.json says"
+        hint = f"Give that base ({made_from[:12]}…). If only files beside its weights changed: {OVERRIDE}"
+        return _raise_unless(allowed, problem, hint)
+    made_from = _recorded_base(base)
+    if made_from is not None and made_from == fingerprint(aligned.directory):
+        problem = (
+            f"{base.directory} was aligned from {aligned.directory}, as its alignment.json says: they look swapped"
+        )
+        return _raise_unless(allowed, problem, f"Swap aligned and base. {OVERRIDE}")
+    return None
+
+
+def check_trained_on(
+    adapter: Adapter, aligned: Checkpoint, base: Checkpoint, refs: tuple[str, str], *, allowed: bool
+) -> str | None:
+    """Raise if an adapter is known to have been trained on another model than the aligned one.
+
+    Compared are the weights of the model that `adapter_config.json` names, if it is a local directory, else the names,
+    if both are hub ids; and the hash of the aligned model in the `projection.json` of an adapter that was patched.
+
+    Args:
+        adapter: the adapter.
+        aligned: the aligned model.
+        base: its base.
+        refs: both models as given.
+        allowed: return the problem as a note for the record, and don't raise.
+
+    Returns:
+        A note for the record if the model could not be checked, or is another; None if it is the aligned model.
+
+    Raises:
+        StayalignedError: if it is another model.
+    """
+    recorded = _recorded_aligned(adapter.directory)
+    if recorded is not None and recorded != weights_fingerprint(aligned):
+        problem = (
+            f"{adapter.directory} was patched against another aligned model than {aligned.directory}, as its "
+            f"projection.json says"
+        )
+        return _raise_unless(allowed, problem, f"Give that model (weights_sha256 {recorded[:12]}…). {OVERRIDE}")
+    named = adapter.config.get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        return "not checked whether the adapter was trained on the aligned model: the adapter names no model"
+    if Path(named).is_dir():
+        return _compare_weights(adapter, named, aligned, base, allowed)
+    given, given_base = (ref.partition("@")[0] for ref in refs)
+    if named == given_base:
+        return _raise_unless(allowed, *_swapped(adapter, named))
+    if is_hub_id(named) and is_hub_id(given) and not Path(given).is_dir():
+        if named == given:
+            return None
+        if _model_name(named) != _model_name(given):
+            problem = f"{adapter.directory} was trained on {named}, not on {given}"
+            return _raise_unless(allowed, problem, f"Give the model that the adapter was trained on. {OVERRIDE}")
+    return f"not checked whether the adapter was trained on the aligned model: it names {named}, not a local directory"
+
+
+def _compare_weights(adapter: Adapter, named: str, aligned: Checkpoint, base: Checkpoint, allowed: bool) -> str | None:
+    if Path(named).resolve() == aligned.directory.resolve():
+        return None
+    if Path(named).resolve() == base.directory.resolve():
+        return _raise_unless(allowed, *_swapped(adapter, named))
+    unchecked = (
+        f"not checked whether the adapter was trained on the aligned model: it names {named}, whose weights can't be "
+        "compared (quantized, or no longer there)"
+    )
+    try:
+        checkpoint = Checkpoint(Path(named))
+        if checkpoint.config().get("quantization_config"):
+            return unchecked
+        found = weights_fingerprint(checkpoint)
+    except StayalignedError:
+        return unchecked
+    if found == weights_fingerprint(aligned):
+        return None
+    if found == weights_fingerprint(base):
+        return _raise_unless(allowed, *_swapped(adapter, named))
+    if _equal_in_another_type(checkpoint, aligned):
+        return None
+    problem = f"{adapter.directory} was trained on {named}, whose stored weights are not those of {aligned.directory}"
+    return _raise_unless(
+        allowed, problem, f"Give the model that the adapter was trained on as aligned, and its own base. {OVERRIDE}"
+    )
+
+
+def _equal_in_another_type(one: Checkpoint, other: Checkpoint) -> bool:
+    """Return whether one checkpoint is the other, stored in another type (bf16 of fp32)."""
+    import torch
+
+    if set(one) != set(other):
+        return False
+    for name in one:
+        x, y = one[name], other[name]
+        if x.dtype == y.dtype and not torch.equal(x, y):
+            return False
+        if not (torch.equal(x.to(y.dtype), y) or torch.equal(y.to(x.dtype), x)):
+            return False
+    return True
+
+
+def _swapped(adapter: Adapter, named: str) -> tuple[str, str]:
+    """Return the problem and the hint for an adapter that names the base."""
+    return (
+        f"{adapter.directory} was trained on {named}, which is the base and not the aligned model: "
+        "aligned and base look swapped",
+        f"Set aligned to {named} and base to its unaligned ancestor. {OVERRIDE}",
+    )
+
+
+def _model_name(hub_id: str) -> str:
+    """Return the name without its owner and the marks of a quantized or converted copy."""
+    name = hub_id.rpartition("/")[2].lower().removeprefix("meta-")
+    return re.sub(r"([-_.](unsloth|bnb|[48]bit|int[48]|fp8|bf16|fp16|gptq|awq|hf|nf4|w4a16|mlx))+$", "", name)
+
+
+def _recorded_base(checkpoint: Checkpoint) -> str | None:
+    """Return the hash of the base's directory in an `alignment.json`; None without such a record."""
+    inputs = _read(checkpoint.directory / "alignment.json").get("inputs")
+    value = inputs.get("base_model") if isinstance(inputs, dict) else None
+    return value.removeprefix("sha256:") if isinstance(value, str) and value.startswith("sha256:") else None
+
+
+def _recorded_aligned(directory: Path) -> str | None:
+    """Return the hash of the aligned model in an adapter's `projection.json`; None without such a record."""
+    inputs = _read(directory / "projection.json").get("inputs")
+    aligned = inputs.get("aligned") if isinstance(inputs, dict) else None
+    value = aligned.get("weights_sha256") if isinstance(aligned, dict) else None
+    return value if isinstance(value, str) else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; empty if there is none, or something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _raise_unless(allowed: bool, problem: str, hint: str) -> str:
+    if not allowed:
+        raise StayalignedError(problem, hint=hint)
+    return f"{problem}; patched all the same, as asked"
