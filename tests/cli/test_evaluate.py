@@ -121,3 +121,11 @@ def test_notes_are_printed_after_the_table(
     assert code == 0
     assert notes
     assert all(f"note: {note}" in text for note in notes)
+
+
+def test_a_rerun_of_a_finished_run_says_that_nothing_was_computed(
+    command: Callable[..., tuple[int, str]], world: Path, tmp_path: Path
+) -> None:
+    arguments = ("evaluate", world / "aligned", "--harmful-prompts", world / "harmful-prompts.jsonl")
+    (_, first), (_, second) = (command(*arguments, "--out", tmp_path / "out") for _ in range(2))
+    assert ("nothing was computed" in first, "nothing was computed" in second) == (False, True)
