@@ -165,6 +165,14 @@ weights: replies of two servers that call different weights "judge" would be mix
 """
 
 
+class ServedModel(Endpoint):
+    """The server of the model that is evaluated."""
+
+    base_model: str | None = None
+    """Name, on the same server, of the model without the adapter that `model` adds (vLLM's `--lora-modules`). If it is
+    set, a probe checks first that the two answer differently; a server may ignore an adapter without a word."""
+
+
 class Generation(Record):
     """Settings for generating completions; greedy unless a temperature is set."""
 
@@ -175,7 +183,7 @@ class Generation(Record):
     """Maximum number of tokens of a completion."""
     backend: Literal["transformers", "endpoint"] = "transformers"
     """Where completions are generated: by transformers in this process, or by a server."""
-    endpoint: Endpoint | None = None
+    endpoint: ServedModel | None = None
     """The server, for `backend: endpoint`."""
     memory_mib: int = Field(default=4096, ge=1)
     """Memory in MiB beside the weights; it limits the number of completions generated at once (at least one)."""

@@ -15,12 +15,15 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import writable
 from stayaligned.core.progress import Progress
 from stayaligned.core.records import Completion, Example, PromptSet, Record
-from stayaligned.core.settings import Endpoint, Generation
+from stayaligned.core.settings import Endpoint, Generation, ServedModel
 from stayaligned.core.thoughts import join_thoughts
 from stayaligned.evaluation.endpoint.client import Failure, ask
 from stayaligned.evaluation.endpoint.cost import Meter
 from stayaligned.evaluation.endpoint.replies import Reply
 
+_PROBES = 8
+_PROBE_TOKENS = 48
+"""Size of the probe of an adapter: prompts, and tokens of each completion."""
 _log = logging.getLogger(__name__)
 Ask = Callable[[PromptSet, Sequence[Example], frozenset[int]], Iterator[tuple[int, Completion]]]
 """Yields index and completion of each example except those with the given indices, in any order."""
@@ -189,6 +192,35 @@ def complete_over_endpoint(
             f"{endpoint.model} at {endpoint.base_url} did not answer {len(failures)} of {len(examples)} {prompt_set} "
             f"prompts; {examples[first].id!r}: {failures[first]}",
             hint="The other completions are stored: rerun to ask for the missing ones only.",
+        )
+
+
+def check_adapter_is_live(endpoint: ServedModel, examples: Sequence[Example]) -> None:
+    """Check that the served model answers differently from its base model, if the endpoint names one.
+
+    Asks both for the beginning of their completions of at most eight prompts, at temperature 0.
+
+    Raises:
+        StayalignedError: if all completions are equal, or the server does not answer.
+    """
+    if endpoint.base_model is None:
+        return
+    conversations = [example.prompt for example in examples[:_PROBES]]
+    found: list[dict[int, tuple[str, str]]] = []
+    for name in (endpoint.model, endpoint.base_model):
+        replies = dict(ask(endpoint.model_copy(update={"model": name}), conversations, max_tokens=_PROBE_TOKENS))
+        failed = next((reply for reply in replies.values() if isinstance(reply, Failure)), None)
+        if failed is not None:
+            raise StayalignedError(
+                f"{name} at {endpoint.base_url} did not answer the probe of its adapter: {failed.reason}",
+                hint="Check `endpoint.model` and `endpoint.base_model`.",
+            )
+        found.append({i: (reply.text, reply.thoughts) for i, reply in replies.items() if isinstance(reply, Reply)})
+    if found[0] == found[1]:
+        raise StayalignedError(
+            f"{endpoint.model} and its base model {endpoint.base_model} at {endpoint.base_url} gave the same "
+            f"completions of {len(conversations)} prompts: the adapter is not loaded, or changes nothing",
+            hint="Check that the server applies it: a request to the base model's name must differ.",
         )
 
 

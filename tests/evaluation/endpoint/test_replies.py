@@ -11,9 +11,9 @@ import pytest
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Example, Message
-from stayaligned.core.settings import Endpoint
+from stayaligned.core.settings import Endpoint, ServedModel
 from stayaligned.core.thoughts import split_thoughts
-from stayaligned.evaluation.answers import complete_over_endpoint
+from stayaligned.evaluation.answers import check_adapter_is_live, complete_over_endpoint
 from stayaligned.evaluation.endpoint.cost import Usage
 from stayaligned.evaluation.endpoint.replies import (
     FilteredError,
@@ -355,3 +355,24 @@ def test_without_a_finish_reason_the_number_of_tokens_decides_with_a_warning(
     assert [record.message for record in caplog.records] == [
         next(r.message for r in caplog.records if "does not say why 3 harmful completions ended" in r.message)
     ]
+
+
+def probe(answer: Any, count: int = 20) -> int:
+    """Return the number of requests of the probe of an adapter."""
+    examples = [Example(id=str(i), prompt=(Message(role="user", content=f"x{i}"),)) for i in range(count)]
+    with chat_server(answer) as server:
+        settings = ServedModel(base_url=server.url, model="tuned", base_model="base", attempts=1, backoff_seconds=0)
+        check_adapter_is_live(settings, examples)
+        check_adapter_is_live(settings.model_copy(update={"base_model": None}), examples)
+        return len(server.bodies)
+
+
+def test_an_adapter_that_a_server_ignores_is_an_error() -> None:
+    def last_differs(request: dict[str, Any]) -> str:
+        return request["model"] if request["messages"][-1]["content"] == "x7" else "same"
+
+    assert probe(last_differs) == 16
+    with pytest.raises(StayalignedError, match=r"tuned and its base model base at .* gave the same completions of 8"):
+        probe(lambda _: "same")
+    with pytest.raises(StayalignedError, match=r"base at .* did not answer the probe"):
+        probe(lambda request: Raw(400, b"no") if request["model"] == "base" else "same")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stayaligned.core.records import Completion, read_jsonl, write_jsonl
-from stayaligned.evaluation.answers import Ask, answer_all, ask_model, ask_server
+from stayaligned.evaluation.answers import Ask, answer_all, ask_model, ask_server, check_adapter_is_live
 from stayaligned.experiments.stages.context import Context
 from stayaligned.experiments.stages.data import load_prompt_sets
 from stayaligned.experiments.stages.patch import load_final_model
@@ -24,6 +24,8 @@ def generate(context: Context) -> list[Completion]:
     def fill(directory: Path) -> Mapping[str, Any]:
         settings = context.resolved.generation
         if settings.endpoint is not None:
+            prompts = [example for examples in load_prompt_sets(context).values() for example in examples]
+            check_adapter_is_live(settings.endpoint, prompts)
             return write(directory, ask_server(settings, settings.endpoint), "server")
         with context.host_libraries():
             from stayaligned.hf.features import template_hash
