@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import fingerprint, write_text
 from stayaligned.core.progress import Progress, silent
@@ -32,7 +30,7 @@ from stayaligned.evaluation.results import (
 )
 from stayaligned.evaluation.verdicts import LEDGER_FILE, Ledger
 from stayaligned.experiments.assemble import describe_stages, find_inputs, write_measured
-from stayaligned.experiments.config.yaml_file import load_yaml
+from stayaligned.experiments.config.yaml_file import dump_yaml, load_yaml
 from stayaligned.experiments.stages.generate import COMPLETIONS_FILE
 from stayaligned.experiments.stages.judge import Judging, judge_all
 from stayaligned.experiments.stages.keys import stage_key
@@ -111,7 +109,7 @@ def rejudge(
             "judges": [judge.spec() for judge in judges],
             "max_unscored": max_unscored,
         }
-        write_text(out / JUDGING_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        write_text(out / JUDGING_FILE, dump_yaml(settings))
         if source.is_dir():
             Ledger.copy_if_missing(output_root(source) / LEDGER_FILE, out / LEDGER_FILE)
         results: list[Result] = []

@@ -6,14 +6,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
-
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import write_text
 from stayaligned.core.progress import Progress, silent
 from stayaligned.evaluation.results import Result
 from stayaligned.experiments.config.experiment import Experiment
-from stayaligned.experiments.config.yaml_file import load_yaml
+from stayaligned.experiments.config.yaml_file import dump_yaml, load_yaml
 from stayaligned.experiments.pipeline import run_stages
 from stayaligned.experiments.stages.context import Context
 from stayaligned.experiments.stages.data import load_training_rows
@@ -58,7 +56,7 @@ def run_experiment(
     store.refuse_foreign(EXPERIMENT_FILE)
     _refuse_other_experiment(experiment, out / EXPERIMENT_FILE)
     with store.locked():
-        write_text(out / EXPERIMENT_FILE, yaml.safe_dump(experiment.spec(), sort_keys=False, allow_unicode=True))
+        write_text(out / EXPERIMENT_FILE, dump_yaml(experiment.spec()))
         if processes.is_distributed():
             load_training_rows(context)
             processes.broadcast(experiment.trains and not store.directory("train", context.plan.train).exists())

@@ -17,7 +17,7 @@ from stayaligned.core.component import ComponentError, ComponentT, Registry
 from stayaligned.core.errors import StayalignedError, did_you_mean, expectation, nearest
 from stayaligned.core.progress import Progress, silent
 from stayaligned.core.text import one_line
-from stayaligned.experiments.config.host_settings import Host, setting_names
+from stayaligned.experiments.config.host_settings import Host, read_setting, setting_types
 from stayaligned.experiments.stages.keys import input_path, split_options
 
 # Set elsewhere; a value in `training:` would break resuming or the stage cache.
@@ -159,30 +159,40 @@ def _as_yaml(value: object) -> str:
 
 
 def check_host_settings(value: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
-    """Refuse settings that the host library does not have or that are set elsewhere: a validator of two fields.
+    """Check settings of a host library by name and by type: a validator of two fields.
 
     Raises:
-        ValueError: with a line for each setting.
+        ValueError: with a line for each setting that the host does not have, that is set elsewhere, or whose value is
+            invalid.
     """
     host: Host = "lora" if info.field_name == "lora" else info.data.get("trainer", "transformers")
-    problems = list(_unknown_settings(str(info.field_name), value or {}, host))
+    problems: list[str] = []
+    read = dict(_read_settings(str(info.field_name), value or {}, host, problems))
     if problems:
         raise ValueError("\n".join(problems))
-    return value
+    return None if value is None else read
 
 
-def _unknown_settings(field: str, given: Mapping[str, Any], host: Host) -> Iterator[str]:
+def _read_settings(field: str, given: Mapping[str, Any], host: Host, problems: list[str]) -> Iterator[tuple[str, Any]]:
+    """Yield each setting with its value; append a line to `problems` for each invalid one."""
     class_name = {"transformers": "TrainingArguments", "sft": "SFTConfig", "lora": "LoraConfig"}[host]
-    if field == "training":
-        for key in sorted(_OWN_TRAINING_SETTINGS.keys() & given.keys()):
-            yield f"training.{key}: set by {_OWN_TRAINING_SETTINGS[key]}; remove it here"
     try:
-        known = setting_names(host)
+        known = setting_types(host)
     except StayalignedError as error:
-        yield f"{field}: {error.message}. {error.hint}"
+        problems.append(f"{field}: {error.message}. {error.hint}")
         return
-    for key in sorted(set(given) - known):
-        yield f"{field}.{key}: {class_name} has no such setting. {nearest(key, known)}".rstrip()
+    for key, value in given.items():
+        if field == "training" and key in _OWN_TRAINING_SETTINGS:
+            problems.append(f"training.{key}: set by {_OWN_TRAINING_SETTINGS[key]}; remove it here")
+        elif key not in known:
+            problems.append(f"{field}.{key}: {class_name} has no such setting. {nearest(key, known)}".rstrip())
+        else:
+            try:
+                yield key, read_setting(host, key, value)
+            except ValueError as error:
+                problems.append(f"{field}.{key}: {error}")
+    if field == "training" and not given.get("max_steps") and given.get("num_train_epochs") == 0:
+        problems.append("training.num_train_epochs: 0 trains nothing")
 
 
 def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:

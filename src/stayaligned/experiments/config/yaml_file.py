@@ -1,4 +1,4 @@
-"""Read a YAML file and `key=value` overrides into a plain mapping."""
+"""Read a YAML 1.2 file and `key=value` overrides into a plain mapping."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ def load_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     text = read_text(path, hint="Give the path of a YAML file.")
     try:
-        content = yaml.load(text, Loader=StrictLoader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # A ValueError is a number with too many digits; without Python's advice to change a limit of the interpreter.
-        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise StayalignedError(f"{path}: not valid YAML: {reason.split('; use sys.')[0]}") from None
+        content = _parse(text.removeprefix("\ufeff"))
+    except yaml.YAMLError as error:
+        hint = "Indent with spaces: YAML allows no tabs there." if r"'\t'" in str(error) else None
+        raise StayalignedError(f"{path}: not valid YAML: {' '.join(str(error).split())}", hint=hint) from None
     try:
         json.dumps(content)
     except (ValueError, TypeError, RecursionError) as error:
@@ -40,6 +39,11 @@ def load_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 _KINDS: dict[type, str] = {type(None): "an empty file", list: "a list", str: "text", bool: "true or false"}
+
+
+def dump_yaml(value: Any) -> str:
+    """Return the YAML of a plain value, which `load_yaml` reads back unchanged."""
+    return yaml.dump(value, Dumper=_CoreDumper, sort_keys=False, allow_unicode=True)
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -56,11 +60,25 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
 
 
 def parse_value(text: str) -> Any:
-    """Parse a command-line value as YAML, except that 1e-4 is a number."""
+    """Parse a command-line value as YAML without comments: `#` is part of the text."""
+    try:
+        value = _parse(text)
+    except yaml.YAMLError:
+        return text
+    is_plain_text = isinstance(value, str | None) and "#" in text and text.strip()[:1] not in {"'", '"'}
+    return text if is_plain_text else value
+
+
+def _parse(text: str) -> Any:
+    """Parse YAML.
+
+    Raises:
+        yaml.YAMLError: if it is invalid.
+    """
     try:
         return yaml.load(text, Loader=StrictLoader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return text
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
 
 
 def set_dotted(content: dict[str, Any], key: str, value: Any) -> None:
@@ -97,7 +115,10 @@ def set_dotted(content: dict[str, Any], key: str, value: Any) -> None:
 
 
 class StrictLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses duplicate keys and reads 1e-4 as a number (YAML 1.1 reads a string)."""
+    """A SafeLoader of YAML 1.2's core schema that refuses duplicate keys.
+
+    PyYAML reads YAML 1.1, in which `no` is false, 1e-4 is text, 012 is ten, 10:20 is a number and 2026-11-28 a date.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Construct a mapping; a duplicate key is an error."""
@@ -107,16 +128,59 @@ class StrictLoader(yaml.SafeLoader):
         twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
         if twice is not None:
             raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
+        if other := [key for key in keys if not isinstance(key, str)]:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {other[0]!r} is not text; put it in quotes", node.start_mark
+            )
         return super().construct_mapping(node, deep=deep)
 
+    def construct_core_int(self, node: yaml.ScalarNode) -> int:
+        """Construct an integer: decimal, 0o17 or 0xff."""
+        text = str(self.construct_scalar(node))
+        base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+        try:
+            return int(text, base)
+        except ValueError as error:  # `!!int text`, or more digits than Python converts
+            reason = str(error).split("; use sys.")[0]  # Python's advice is for programmers
+            raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark) from None
 
-# Dates are read as text: no setting takes a date, and JSON has none.
-StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    def construct_core_float(self, node: yaml.ScalarNode) -> float:
+        """Construct a number with a fraction or an exponent, .inf or .nan."""
+        text = str(self.construct_scalar(node)).lower()
+        try:
+            return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+        except ValueError as error:
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
+
+
+_CORE_SCHEMA = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    "merge": (r"<<", ["<"]),  # of YAML 1.1: `<<: *defaults`
 }
-StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+"""Plain scalars that are not text (YAML 1.2.2, section 10.3.2), and the characters with which they begin."""
+
+StrictLoader.yaml_implicit_resolvers = {}
+# Not binary, timestamp, set and the like: JSON has none of them, and no setting takes one.
+StrictLoader.yaml_constructors = {
+    tag: construct
+    for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in {"null", "bool", "str", "seq", "map"}
+}
+for _name, (_pattern, _first) in _CORE_SCHEMA.items():
+    StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_pattern})$"), _first)
+StrictLoader.add_constructor("tag:yaml.org,2002:int", StrictLoader.construct_core_int)
+StrictLoader.add_constructor("tag:yaml.org,2002:float", StrictLoader.construct_core_float)
+
+
+class _CoreDumper(yaml.SafeDumper):
+    """A SafeDumper that quotes text which either version of YAML reads as something else."""
+
+
+for _name, (_pattern, _first) in _CORE_SCHEMA.items():
+    _CoreDumper.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_pattern})$"), _first)
