@@ -94,11 +94,36 @@ def test_impossible_settings_are_rejected(settings: dict[str, Any], named: str) 
 def test_a_run_with_few_cycles_or_an_incomplete_one_gets_a_note() -> None:
     lisa = Lisa(alignment_steps=5, finetuning_steps=45)
     assert lisa.notes(400) == []
-    assert [note.partition(":")[0] for note in lisa.notes(100)] == ["the run had 2.0 cycles of 50 steps"]
+    (note,) = lisa.notes(100)
+    assert note.startswith("a run of 100 steps has 2.0 cycles of 50 steps")
+    assert "set alignment_steps=3 and finetuning_steps=30, or train for 150 steps or more" in note
     (note,) = lisa.notes(420)
     assert "after 20 of 50 steps" in note
     assert Lisa(alignment_steps=0, finetuning_steps=45).notes(10) == []
     assert Lisa(alignment_steps=5, finetuning_steps=45, rho=0.0).notes(50) == []
+
+
+def test_cycles_that_can_not_be_shorter_are_not_to_be_shortened() -> None:
+    (note,) = Lisa(alignment_steps=1, finetuning_steps=1).notes(4)
+    assert "set alignment_steps" not in note
+    assert "train for 6 steps or more" in note
+
+
+@pytest.mark.parametrize("steps", [1, 20, 100])
+@pytest.mark.parametrize("name", ["lisa", "bso"])
+def test_a_run_that_ends_before_its_first_finetuning_step_is_refused(name: str, steps: int) -> None:
+    with pytest.raises(StayalignedError, match=f"a run of {steps} optimizer steps never trains on the user's rows"):
+        DEFENSES.parse(name).check_steps(steps)
+    DEFENSES.parse(name).check_steps(101)
+    DEFENSES.parse({"name": name, "alignment_steps": 1}).check_steps(20)
+
+
+def test_a_run_that_is_all_alignment_by_its_end_is_refused() -> None:
+    settings = LisaSettings(alignment_steps=10, finetuning_steps=10, finish="alignment")
+    with pytest.raises(StayalignedError, match="finish='alignment' all of them are alignment steps"):
+        settings.require_finetuning(10)
+    settings.require_finetuning(21)
+    LisaSettings(alignment_steps=10, finetuning_steps=0).require_finetuning(5)  # asked for
 
 
 def test_the_defaults_in_yaml_are_those_of_the_settings() -> None:

@@ -259,7 +259,7 @@ def test_with_rho_0_a_checkpoint_has_no_anchor_and_resumes(tmp_path: Path) -> No
 
 
 def test_training_again_without_resume_starts_with_a_fresh_anchor(tmp_path: Path) -> None:
-    run = trainer(tmp_path, max_steps=2, save_strategy="no")
+    run = trainer(tmp_path, max_steps=3, save_strategy="no")
     run.train()
     start = trainable(run)
     run.train()

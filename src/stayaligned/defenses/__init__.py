@@ -140,6 +140,14 @@ class TrainingDefense(Component):
         del steps
         return ()
 
+    def check_steps(self, steps: int) -> None:
+        """Refuse a run of that many optimizer steps if its result would be meaningless; no run by default.
+
+        Raises:
+            StayalignedError: saying how many steps the defense needs.
+        """
+        del steps
+
 
 @dataclass(frozen=True)
 class ModelPair:

@@ -8,7 +8,6 @@ from pydantic import Field
 
 from stayaligned.algorithms.lisa_schedule import LisaSettings, StepBudget
 from stayaligned.defenses import TrainingDefense, TrainingSetup
-from stayaligned.defenses.lisa import cycle_notes
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -29,15 +28,22 @@ class BSO(TrainingDefense):
     """`shared`: as many steps as plain fine-tuning on the user's rows, including the alignment steps (the paper).
     `cover`: enough steps that after e epochs every user row has been drawn at least e times."""
 
+    def settings(self) -> LisaSettings:
+        """Return the settings in the form that `attach_lisa` and `with_lisa` take."""
+        return LisaSettings(
+            alignment_steps=self.alignment_steps, finetuning_steps=self.finetuning_steps, rho=0.0, budget=self.budget
+        )
+
     def notes(self, steps: int) -> list[str]:
         """Return a note if the run ended inside a cycle."""
-        return cycle_notes(self.alignment_steps, self.finetuning_steps, steps)
+        return self.settings().notes(steps)
+
+    def check_steps(self, steps: int) -> None:
+        """Refuse a run that ends before its first fine-tuning step."""
+        self.settings().require_finetuning(steps)
 
     def make_trainer(self, setup: TrainingSetup) -> Trainer:
         """Build a trainer of the setup's kind that alternates between the two phases."""
         from stayaligned.hf.training.lisa.trainer import attach_lisa
 
-        settings = LisaSettings(
-            alignment_steps=self.alignment_steps, finetuning_steps=self.finetuning_steps, rho=0.0, budget=self.budget
-        )
-        return attach_lisa(setup.trainer(), lisa=settings, alignment_dataset=setup.alignment_dataset(self.name))
+        return attach_lisa(setup.trainer(), lisa=self.settings(), alignment_dataset=setup.alignment_dataset(self.name))

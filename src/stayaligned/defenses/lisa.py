@@ -23,11 +23,6 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
-_FEW_CYCLES = 3
-"""Number of cycles below which a run gets a note: on the testbed one cycle costs half of the accuracy, eight a few
-points."""
-
-
 class Lisa(TrainingDefense):
     """Alternate between alignment data and user data, with a proximal term towards the weights at the phase's start.
 
@@ -98,15 +93,11 @@ class Lisa(TrainingDefense):
 
     def notes(self, steps: int) -> list[str]:
         """Return a note if the run ended inside a cycle, and one if it had few cycles."""
-        cycle = self.alignment_steps + self.finetuning_steps
-        found = [] if self.finish == "alignment" else cycle_notes(self.alignment_steps, self.finetuning_steps, steps)
-        if self.rho and self.alignment_steps and self.finetuning_steps and steps < _FEW_CYCLES * cycle:
-            found.append(
-                f"the run had {steps / cycle:.1f} cycles of {cycle} steps: with so few cycles the proximal term acts "
-                "mostly towards the initial weights, which costs accuracy; lower alignment_steps and finetuning_steps "
-                "in the same proportion"
-            )
-        return found
+        return self.settings().notes(steps)
+
+    def check_steps(self, steps: int) -> None:
+        """Refuse a run that ends before its first fine-tuning step."""
+        self.settings().require_finetuning(steps)
 
     def make_trainer(self, setup: TrainingSetup) -> Trainer:
         """Build a trainer of the setup's kind that trains with Lisa."""
@@ -118,15 +109,3 @@ class Lisa(TrainingDefense):
             return attach_lisa(trainer, lisa=settings, alignment_trainer=preference_trainer)
         alignment = setup.alignment_dataset(self.name) if self.alignment_steps else None
         return attach_lisa(trainer, lisa=settings, alignment_dataset=alignment)
-
-
-def cycle_notes(alignment_steps: int, finetuning_steps: int, steps: int) -> list[str]:
-    """Return a note if a run ended inside a cycle: the paper's result is the iterate after a full fine-tuning phase."""
-    cycle = alignment_steps + finetuning_steps
-    if not alignment_steps or not finetuning_steps or steps % cycle == 0:
-        return []
-    nearest = max(1, round(steps / cycle)) * cycle
-    return [
-        f"the run ended after {steps % cycle} of {cycle} steps of a cycle, which can change harm a lot; "
-        f"max_steps={nearest} completes the cycle"
-    ]

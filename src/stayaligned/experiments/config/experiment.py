@@ -152,6 +152,11 @@ class Experiment(BaseModel):
             yield f"defenses: {' and '.join(trainers)} both train; name one"
         if self.trains and (self.training or {}).get("max_steps") == 0:
             yield "training.max_steps: 0 trains nothing; set `training: null` to evaluate only"
+        if self.trains and (steps := (self.training or {}).get("max_steps", -1)) > 0:
+            try:
+                self.training_defense.check_steps(steps)
+            except StayalignedError as error:
+                yield f"defenses: {error.message}. {error.hint}"
         if self.trains and self.task is None:
             yield "task: training needs a task with training rows (or set `training: null` to evaluate only)"
         if trainers and not self.trains:

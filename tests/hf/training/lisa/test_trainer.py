@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 from trl import DPOTrainer, SFTConfig, SFTTrainer
 
-from stayaligned import Lisa, LisaSettings, StayalignedError, attach_lisa, with_lisa
+from stayaligned import LisaSettings, StayalignedError, attach_lisa, with_lisa
 from stayaligned.hf.features import IGNORED, PaddingCollator
 from stayaligned.testing import byte_tokenizer, pico_model
 
@@ -202,14 +202,14 @@ def masked_shares(trainer: Trainer) -> list[float]:
 @pytest.mark.parametrize(
     ("users", "safe"), [(CONVERSATIONS, PROMPTED), (PROMPTED, CONVERSATIONS), (PROMPTED, PROMPTED)]
 )
-def test_prompts_are_masked_by_the_format_of_each_dataset(
+def test_prompts_are_masked_in_alignment_rows_of_both_formats_and_in_user_rows_by_their_format(
     tmp_path: Path, users: list[dict[str, Any]], safe: list[dict[str, Any]]
 ) -> None:
     trainer = attach_lisa(sft(tmp_path, users), alignment_dataset=Dataset.from_list(safe), lisa=lisa())
     shares = masked_shares(trainer)
     assert len(shares) == 8
     assert all((share > 0) == (users is PROMPTED) for share in shares[:4])
-    assert all((share > 0) == (safe is PROMPTED) for share in shares[4:])
+    assert all(share > 0 for share in shares[4:])
     assert trainer.completion_only_loss == (users is PROMPTED)
     trainer.train()
 
@@ -308,13 +308,6 @@ def test_optimizers_that_step_inside_the_backward_pass_are_unsupported(tmp_path:
 def test_a_negative_rho_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StayalignedError, match="rho=-1"):
         attach_lisa(plain(tmp_path), alignment_dataset=rows(4), lisa=replace(lisa(), rho=-1.0))
-
-
-def test_the_defense_instead_of_the_settings_is_an_error(tmp_path: Path) -> None:
-    defense: Any = Lisa(alignment_steps=1, finetuning_steps=2)
-    with pytest.raises(StayalignedError, match="lisa is of type Lisa, not LisaSettings"):
-        attach_lisa(plain(tmp_path), alignment_dataset=rows(4), lisa=defense)
-    attach_lisa(plain(tmp_path), alignment_dataset=rows(4), lisa=defense.settings())
 
 
 def test_other_trainers_of_trl_are_unsupported(tmp_path: Path) -> None:

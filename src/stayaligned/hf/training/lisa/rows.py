@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +16,6 @@ from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Sampler
 from stayaligned.algorithms.lisa import RowStream, row_indices_at
 from stayaligned.algorithms.lisa_schedule import BiStateSchedule, Phase
 from stayaligned.core.errors import StayalignedError
-from stayaligned.hf.features import IGNORED
-from stayaligned.hf.quiet import bars_off
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 ALIGNMENT_ROW = "alignment_row"
 """The only key of a row that is collated by another trainer."""
@@ -173,101 +167,6 @@ class PhaseCollator:
         if ALIGNMENT_ROW in rows[0]:
             return self.alignment([row[ALIGNMENT_ROW] for row in rows])
         return self.finetuning(rows)
-
-
-def prepare_alignment_dataset(trainer: Trainer, dataset: Any) -> Any:
-    """Prepare the alignment rows like the trainer's own rows; TRL's SFTTrainer tokenizes them itself.
-
-    Raises:
-        StayalignedError: if there are no rows, fewer than a batch, only rows without labels to learn, or rows of
-            another form than the user's.
-    """
-    if dataset is None:
-        raise StayalignedError(
-            "alignment_dataset is missing, but alignment_steps is not 0",
-            hint="Pass alignment rows, or set alignment_steps=0 for the proximal term alone.",
-        )
-    if isinstance(dataset, Sized) and len(dataset) == 0:
-        raise StayalignedError("alignment_dataset is empty", hint="Pass a dataset with alignment rows.")
-    if not isinstance(dataset, Sized) and not isinstance(dataset, Iterable):
-        raise StayalignedError(
-            f"alignment_dataset is of type {type(dataset).__name__}, which is not a dataset",
-            hint="Pass a list of rows, a dataset or a stream.",
-        )
-    prepared = _prepare_by_trl(trainer, dataset)
-    if isinstance(prepared, Sized):
-        _require_usable(trainer, prepared)
-    return prepared
-
-
-def _prepare_by_trl(trainer: Trainer, dataset: Any) -> Any:
-    # Importing TRL takes seconds; if the trainer is one of TRL's, the module has been imported.
-    sft = sys.modules.get("trl.trainer.sft_trainer")
-    if sft is None or not isinstance(trainer, sft.SFTTrainer):
-        of_trl = [c.__name__ for c in type(trainer).__mro__ if c.__module__.startswith("trl.")]
-        if of_trl:
-            raise StayalignedError(
-                f"{of_trl[0]} prepares its rows in its own way, which is not supported",
-                hint="Pass a trainer that prepares the alignment rows, alignment_trainer=lambda model: …, or train the "
-                "user's rows with transformers.Trainer or TRL's SFTTrainer.",
-            )
-        return dataset
-    host: Any = trainer
-    if host._is_vision_dataset:
-        raise StayalignedError("the user's rows have images, which is not supported", hint="Drop the image columns.")
-    if host._skip_prepare_dataset:
-        return dataset
-    # TRL decides once, from the user's first row, whether prompts are masked. The alignment rows may differ.
-    chosen: bool = host.completion_only_loss
-    if host.args.completion_only_loss is None:
-        sample = next(iter(dataset))
-        host.completion_only_loss = "prompt" in sample and "completion" in sample
-    try:
-        with bars_off(bool(host.args.disable_tqdm)):
-            prepared = host._prepare_dataset(
-                dataset, host.processing_class, host.args, host.args.packing, None, "alignment"
-            )
-    finally:
-        host.completion_only_loss = chosen
-    if isinstance(prepared, Sized) and len(prepared) == 0:
-        raise StayalignedError(
-            f"no alignment row has a completion within max_length={host.args.max_length} tokens",
-            hint="Raise max_length, or pass shorter rows.",
-        )
-    return prepared
-
-
-def _require_usable(trainer: Trainer, prepared: Any) -> None:
-    user = trainer.train_dataset
-    batch = trainer.args.per_device_train_batch_size * max(trainer.args.world_size, 1)
-    if len(prepared) < batch:
-        raise StayalignedError(
-            f"alignment_dataset has {len(prepared)} rows, fewer than a batch of {batch}, so a batch would repeat rows",
-            hint="Pass more alignment rows, or lower per_device_train_batch_size.",
-        )
-    sample, user_sample = prepared[0], user[0] if isinstance(user, Sized) and len(user) else None  # pyright: ignore
-    if isinstance(sample, Mapping) and isinstance(user_sample, Mapping):
-        needed = {"input_ids", "labels"} & user_sample.keys()
-        if missing := sorted(needed - sample.keys()):
-            raise StayalignedError(
-                f"the alignment rows lack {' and '.join(missing)}, which the user's rows have; "
-                f"they have {', '.join(sorted(map(str, sample)))}",
-                hint="Prepare both datasets in the same way: features for transformers.Trainer, text for SFTTrainer.",
-            )
-    for name, rows in (("train_dataset", user), ("alignment_dataset", prepared)):
-        if isinstance(rows, Sized) and not any(_has_label(rows[i]) for i in range(len(rows))):  # pyright: ignore
-            raise StayalignedError(
-                f"every label of {name} is masked ({IGNORED}), so there is nothing to learn",
-                hint="Set `labels` to the completions' tokens, or raise the length at which rows are cut.",
-            )
-
-
-def _has_label(row: Any) -> bool:
-    """Return whether a row has an unmasked label, or no `labels`, which the collator then creates."""
-    if not isinstance(row, Mapping) or "labels" not in row:
-        return True
-    labels = row["labels"]
-    return any(label != IGNORED for label in (labels.tolist() if isinstance(labels, Tensor) else labels))
 
 
 def _plain(value: Any) -> Any:

@@ -13,8 +13,9 @@ Rows of the Trainer's log that have `loss` also have:
 
 from __future__ import annotations
 
+import logging
 import math
-from dataclasses import replace
+from collections.abc import Sized
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,6 +27,7 @@ from stayaligned.algorithms.lisa_schedule import BiStateSchedule, LisaSettings, 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.hf.training.dead_adapters import report_dead_adapters
 from stayaligned.hf.training.finetuning import last_complete_checkpoint, load_finished
+from stayaligned.hf.training.lisa.alignment_rows import prepare_alignment_dataset, require_dataset
 from stayaligned.hf.training.lisa.checkpoints import read_progress, require_same_run, write_run
 from stayaligned.hf.training.lisa.losses import AlignmentLoss, AlignmentTrainer, ReferenceKl, TrainerLoss
 from stayaligned.hf.training.lisa.proximal import ProximalTerm, RunContext
@@ -35,10 +37,10 @@ from stayaligned.hf.training.lisa.rows import (
     PhaseCollator,
     RowSources,
     WrappedRows,
-    prepare_alignment_dataset,
 )
-from stayaligned.hf.training.lisa.unsupported import require_supported
+from stayaligned.hf.training.lisa.unsupported import read_settings, require_supported
 from stayaligned.hf.training.resuming import restore_converted
+from stayaligned.hf.training.row_lengths import report_row_lengths
 from stayaligned.hf.training.weight_files import trainable_weights
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 else:
     _Host = object
 
+_log = logging.getLogger(__name__)
 _TrainerT = TypeVar("_TrainerT", bound="Trainer")
 
 
@@ -55,7 +58,8 @@ _TrainerT = TypeVar("_TrainerT", bound="Trainer")
 def with_lisa(trainer_class: type[_TrainerT]) -> type[_TrainerT]:
     """Return a subclass of `trainer_class` that trains with Lisa.
 
-    Its constructor also takes `lisa=LisaSettings(...)` and `alignment_dataset=...`.
+    Its constructor also takes `lisa=LisaSettings(...)` (or the defense `Lisa(...)`, or a mapping with its fields) and
+    `alignment_dataset=...`.
 
     Example:
         trainer = with_lisa(SFTTrainer)(
@@ -81,7 +85,7 @@ def with_lisa(trainer_class: type[_TrainerT]) -> type[_TrainerT]:
 def attach_lisa(
     trainer: _TrainerT,
     *,
-    lisa: LisaSettings,
+    lisa: Any,
     alignment_dataset: Any = None,
     alignment_trainer: AlignmentTrainer | None = None,
 ) -> _TrainerT:
@@ -89,7 +93,7 @@ def attach_lisa(
 
     Args:
         trainer: a transformers Trainer, a TRL SFTTrainer, or a subclass of either.
-        lisa: the settings.
+        lisa: the settings: LisaSettings, the defense `Lisa` or a mapping with its fields.
         alignment_dataset: the alignment rows, as for `with_lisa`.
         alignment_trainer: builds the trainer of the alignment phase, as for `with_lisa`; instead of
             `alignment_dataset`.
@@ -97,10 +101,10 @@ def attach_lisa(
     Raises:
         StayalignedError: if this training is not supported exactly; the trainer is then unchanged.
     """
-    plain = type(trainer)
+    settings, plain = read_settings(lisa), type(trainer)
     trainer.__class__ = with_lisa(plain)
     try:
-        trainer._set_up_lisa(lisa, alignment_dataset, alignment_trainer)  # pyright: ignore
+        trainer._set_up_lisa(settings, alignment_dataset, alignment_trainer)  # pyright: ignore
     except BaseException:
         trainer.__class__ = plain
         raise
@@ -120,16 +124,27 @@ class BiStateMixin(_Host):
     def __init__(
         self,
         *args: Any,
-        lisa: LisaSettings,
+        lisa: Any = None,
         alignment_dataset: Any = None,
         alignment_trainer: AlignmentTrainer | None = None,
         **kwargs: Any,
     ) -> None:
+        settings, user = read_settings(lisa), kwargs.get("train_dataset")
+        if user is not None:
+            require_dataset("train_dataset", user)
         super().__init__(*args, **kwargs)
-        self._set_up_lisa(lisa, alignment_dataset, alignment_trainer)
+        self._report_user_rows(user)
+        self._set_up_lisa(settings, alignment_dataset, alignment_trainer)
+
+    def _report_user_rows(self, given: Any) -> None:
+        """Log how many of the user's rows TRL has left out or cut."""
+        prepared: Any = self.train_dataset
+        max_length, is_packed = (getattr(self.args, name, None) for name in ("max_length", "packing"))
+        by_trl = max_length and not is_packed and prepared is not given
+        if by_trl and isinstance(given, Sized) and hasattr(prepared, "__len__"):
+            report_row_lengths("training", len(given), (prepared[i] for i in range(len(prepared))), max_length)
 
     def _set_up_lisa(self, lisa: LisaSettings, dataset: Any, build: AlignmentTrainer | None) -> None:
-        cycle = BiStateSchedule(lisa.alignment_steps, lisa.finetuning_steps)
         require_supported(self, lisa, dataset, build)
         loss: AlignmentLoss | None = ReferenceKl(self) if lisa.alignment_loss == "kl" else None
         alignment: Any = None
@@ -137,11 +152,14 @@ class BiStateMixin(_Host):
             loss = TrainerLoss(self, build)
             alignment = WrappedRows(loss.trainer.train_dataset)
             self._collate_wrapped_rows(loss)
-        elif cycle.alignment_steps:
+        elif lisa.alignment_steps:
             alignment = prepare_alignment_dataset(self, dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._lisa, self._cycle, self._alignment_loss = lisa, cycle, loss
+        self._lisa, self._alignment_loss = lisa, loss
         self._rows = RowSources(self.train_dataset, alignment, seed)
+        lisa.require_finetuning(self._total_steps())
+        for note in lisa.notes(self._total_steps()):
+            _log.warning("%s", note)
         self._digests = {phase: self._rows.digest(phase) for phase in Phase}
         self.train_dataset = self._rows.dataset(self._run_schedule, self._rows_per_step)
         report_dead_adapters(self)
@@ -187,8 +205,8 @@ class BiStateMixin(_Host):
         plain = max(-(-batches // accumulation), 1)
         if not covers:
             return plain
-        steps, epochs = self._cycle.steps_to_cover(plain), self.args.num_train_epochs
-        while self._schedule_of(math.ceil(epochs * steps)).steps_before(
+        steps, epochs = self._lisa.schedule(0).steps_to_cover(plain), self.args.num_train_epochs
+        while self._lisa.schedule(math.ceil(epochs * steps)).steps_before(
             math.ceil(epochs * steps), Phase.FINETUNING
         ) < math.floor(epochs * plain):
             steps += 1  # alignment steps at the end of the run have replaced fine-tuning steps
@@ -199,12 +217,8 @@ class BiStateMixin(_Host):
             return self.args.max_steps
         return math.ceil(self.args.num_train_epochs * self._steps_per_epoch())
 
-    def _schedule_of(self, total_steps: int) -> BiStateSchedule:
-        """Return the schedule of a run of that many steps, with the end that the settings prescribe."""
-        return replace(self._cycle, ends_aligned_at=total_steps) if self._lisa.finish == "alignment" else self._cycle
-
     def _run_schedule(self) -> BiStateSchedule:
-        return self._schedule_of(self._total_steps())
+        return self._lisa.schedule(self._total_steps())
 
     # ---- the course of a run -----------------------------------------------------------------------------------
 
@@ -225,6 +239,7 @@ class BiStateMixin(_Host):
             require_same_run(path, self._fingerprint())
             if finds_checkpoint and load_finished(self, path):
                 return TrainOutput(self.state.global_step, 0.0, {})
+        self._lisa.require_finetuning(self._total_steps())  # the length of the run may have been changed
         self._reset_progress(path)
         try:
             return super().train(None if path is None else str(path), *args, **kwargs)

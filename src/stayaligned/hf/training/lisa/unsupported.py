@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.algorithms.lisa_schedule import LisaSettings
 from stayaligned.core.errors import StayalignedError
-from stayaligned.hf.training.lisa.losses import AlignmentTrainer
+from stayaligned.hf.training.lisa.alignment_rows import require_dataset
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 
-def require_supported(
-    trainer: Trainer, lisa: LisaSettings, alignment_dataset: Any, alignment_trainer: AlignmentTrainer | None
-) -> None:
+def read_settings(lisa: Any) -> LisaSettings:
+    """Return the settings of LisaSettings, of the defense `Lisa` or `BSO`, or of a mapping with their fields.
+
+    Raises:
+        StayalignedError: if it is none of them, or a setting is unknown or invalid.
+    """
+    if isinstance(lisa, Mapping):
+        given: dict[str, Any] = {str(key): value for key, value in lisa.items()}  # pyright: ignore
+        if given.get("name") == "lisa":
+            del given["name"]
+        return LisaSettings.of(given)
+    of_defense = getattr(lisa, "settings", None)
+    settings = of_defense() if callable(of_defense) and not isinstance(lisa, type) else lisa
+    if not isinstance(settings, LisaSettings):
+        raise StayalignedError(
+            "lisa is missing" if lisa is None else f"lisa is {_kind(lisa)}, not LisaSettings",
+            hint="Pass lisa=LisaSettings(alignment_steps=10, finetuning_steps=90, rho=1.0).",
+        )
+    return settings
+
+
+def _kind(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"
+
+
+def require_supported(trainer: Trainer, lisa: LisaSettings, alignment_dataset: Any, alignment_trainer: Any) -> None:
     """Check that the rows, the loss and the proximal term of this training will be exactly Lisa's.
 
     Raises:
         StayalignedError: for the first unsupported setting.
     """
-    if not isinstance(lisa, LisaSettings):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise StayalignedError(
-            f"lisa is of type {type(lisa).__name__}, not LisaSettings",
-            hint="Pass lisa=LisaSettings(…); a defense Lisa(…) has them as Lisa(…).settings().",
-        )
     if not any(parameter.requires_grad for parameter in trainer.model.parameters()):  # pyright: ignore
         raise StayalignedError("the model has no trainable weights", hint="Attach a LoRA, or unfreeze weights.")
-    if trainer.train_dataset is None or (isinstance(trainer.train_dataset, Sized) and len(trainer.train_dataset) == 0):
-        raise StayalignedError("train_dataset is empty", hint="Pass the user's rows.")
+    if trainer.train_dataset is None:
+        raise StayalignedError("train_dataset is missing", hint="Pass the user's rows.")
+    require_dataset("train_dataset", trainer.train_dataset)
     if trainer.args.fp16 and trainer.args.device.type == "cpu":
         raise StayalignedError(
             "fp16=True on the CPU is ignored by the host, which would train in fp32",
@@ -61,7 +80,12 @@ def require_supported(
         _require_reachable_gradients(trainer, lisa.rho)
 
 
-def _require_supported_loss(lisa: LisaSettings, dataset: Any, build: AlignmentTrainer | None) -> None:
+def _require_supported_loss(lisa: LisaSettings, dataset: Any, build: Any) -> None:
+    if build is not None and (not callable(build) or isinstance(build, type)):
+        raise StayalignedError(
+            f"alignment_trainer is {_kind(build)}, not a function that builds a trainer on the model it receives",
+            hint="Pass alignment_trainer=lambda model: DPOTrainer(model, args, train_dataset=pairs, …).",
+        )
     if build is not None and dataset is not None:
         raise StayalignedError(
             "both alignment_dataset and alignment_trainer are given",
