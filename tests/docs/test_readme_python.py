@@ -83,7 +83,7 @@ def test_the_examples_of_the_page_on_lisa_train_resume_and_probe(
         return {
             "SFTTrainer": SFTTrainer,
             "DPOTrainer": DPOTrainer,
-            "DPOConfig": lambda output_dir: DPOConfig(output_dir=output_dir, **settings),
+            "DPOConfig": DPOConfig,
             "LisaSettings": LisaSettings,
             "with_lisa": with_lisa,
             "model": get_peft_model(pico_model(), LoraConfig(target_modules=["q_proj"])),

@@ -203,17 +203,19 @@ def test_train_resumes_the_last_complete_checkpoint(whole: tuple[Path, Trainer],
         ({"lisa": replace(LISA, finetuning_steps=4)}, "finetuning_steps=3 in the checkpoint, 4 now"),
         ({"lisa": replace(LISA, proximal="decoupled")}, "proximal=coupled in the checkpoint, decoupled now"),
         ({"lisa": replace(LISA, finish="alignment")}, "finish=cycle in the checkpoint, alignment at 10 now"),
-        ({"users": 13}, "user_rows=14 in the checkpoint, 13 now"),
-        ({"first_user_token": 4}, "user_rows_digest="),
-        ({"per_device_train_batch_size": 4}, "rows_per_step=4 in the checkpoint, 8 now"),
+        ({"users": 13}, r"the number of rows of train_dataset \(14 in the checkpoint, 13 now\)"),
+        ({"first_user_token": 4}, "the rows of train_dataset, or their order"),
+        ({"per_device_train_batch_size": 4}, "per_device_train_batch_size=2 in the checkpoint, 4 now"),
         ({"seed": 5}, "seed=42 in the checkpoint, 5 now"),
-        ({"max_steps": 20}, "proximal_from_step=2 in the checkpoint, 3 now"),
+        ({"learning_rate": 5e-4}, "learning_rate=.* in the checkpoint, 0.0005 now"),
+        ({"weight_decay": 0.1}, "weight_decay=0.0 in the checkpoint, 0.1 now"),
+        ({"max_steps": 20}, "max_steps=-1 in the checkpoint, 20 now"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_an_error_that_lists_the_differences(
     whole: tuple[Path, Trainer], tmp_path: Path, changes: dict[str, Any], named: str
 ) -> None:
-    with pytest.raises(StayalignedError, match="is of another run: " + named):
+    with pytest.raises(StayalignedError, match="is of another run; different: .*" + named):
         trainer(tmp_path, **changes).train(resume_from_checkpoint=str(whole[0] / "checkpoint-4"))
 
 

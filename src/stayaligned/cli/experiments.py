@@ -77,18 +77,23 @@ def validate(config: Config, overrides: Overrides = None, plugin: Plugins = None
     from stayaligned.experiments.config.experiment import load_experiment
     from stayaligned.experiments.config.yaml_file import load_yaml
     from stayaligned.experiments.grid import load_grid
+    from stayaligned.experiments.preview import preview_training
 
     load_plugins(plugin)
-    content = load_yaml(config)
+    content, notes = load_yaml(config), list[str]()
     if "data" in content and "model" not in content:
         alignment = load_alignment(str(config), {}, overrides or ())
         out.print(f"{config}: a valid alignment of {alignment.base_model}", soft_wrap=True)
     elif "axes" in content:
-        grid = load_grid(config, overrides or ())
-        out.print(f"{config}: a valid grid of {len(grid.expand(str(config)))} experiments")
+        experiments = load_grid(config, overrides or ()).expand(str(config))
+        notes = [f"{one.arm}: {note}" for one in experiments for note in preview_training(one)]
+        out.print(f"{config}: a valid grid of {len(experiments)} experiments")
     else:
         experiment = load_experiment(config, overrides or ())
+        notes = list(preview_training(experiment))
         out.print(f"{config}: a valid experiment ({experiment.arm}, seed {experiment.seed})")
+    for note in dict.fromkeys(notes):
+        err.print(f"note: {note}", soft_wrap=True)
 
 
 def _run_grid(grid: Grid, directory: Path, workers: int | None, plugins: list[Path]) -> None:

@@ -83,7 +83,9 @@ class TrainingSetup:
         self._require_alignment_examples(defense)
         from stayaligned.hf.training.finetuning import build_dataset
 
-        return build_dataset(self.tokenizer, self.alignment_examples, kind=self.kind, max_length=self.max_length)
+        return build_dataset(
+            self.tokenizer, self.alignment_examples, kind=self.kind, max_length=self.max_length, name="alignment"
+        )
 
     def preference_trainer(self, defense: str, beta: float) -> Callable[[Any], Trainer]:
         """Return a function that builds a DPOTrainer of the alignment rows on the model that it receives.

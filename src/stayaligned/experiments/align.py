@@ -31,6 +31,7 @@ from stayaligned.experiments.config.alignment import RECORD_FORMAT, Alignment, A
 from stayaligned.experiments.config.validation import resolve_references
 from stayaligned.experiments.stages.keys import identify
 from stayaligned.experiments.stages.store import exclusive
+from stayaligned.experiments.stages.train import LOGS, keep_logs
 from stayaligned.weights.checkpoints import checkpoint_directory, open_checkpoint, read_json_object
 
 if TYPE_CHECKING:
@@ -226,6 +227,7 @@ def _make(job: _Job) -> AlignmentRecord:
             model.save_pretrained(temporary)
             save_tokenizer(trained.tokenizer, temporary)
             write_template(trained.tokenizer, temporary)
+            keep_logs(job.work, temporary / LOGS)
             write_text(temporary / ALIGNMENT_FILE, record.model_dump_json(indent=2) + "\n")
     return record
 

@@ -27,7 +27,7 @@ from stayaligned.experiments.stages.data import load_alignment_rows, load_prompt
 from stayaligned.experiments.stages.keys import identify
 from stayaligned.experiments.stages.lm_eval import find_skipped_metrics
 from stayaligned.experiments.stages.patch import read_patches
-from stayaligned.experiments.stages.train import read_training_log
+from stayaligned.experiments.stages.train import read_training_log, read_training_notes
 
 
 def write_measured(
@@ -118,7 +118,8 @@ def _notes(context: Context, completions: Sequence[Completion]) -> Iterable[str]
     trained_on = {"training": load_training_rows(context), "alignment": load_alignment_rows(context)}
     yield from caveats.note_overlaps(trained_on, load_prompt_sets(context))
     log = read_training_log(context)
-    yield from experiment.training_defense.notes(max((int(row["step"]) for row in log), default=0))
+    of_defense = experiment.training_defense.notes(max((int(row["step"]) for row in log), default=0))
+    yield from dict.fromkeys((*read_training_notes(context), *of_defense))
     if experiment.watch is not None and experiment.watch.guard is not None:
         yield from caveats.note_guard(experiment.watch.guard, log)
 

@@ -123,8 +123,13 @@ def test_probes_do_not_change_training_and_are_logged_at_their_interval(
     assert trained == [{k: v for k, v in row.items() if k == "loss"} for row in seen.state.log_history if "loss" in row]
 
 
-def test_metrics_of_trl_remain_in_the_training_rows(tmp_path: Path, sources: dict[str, str]) -> None:
+@pytest.mark.parametrize("acts", [False, True])
+def test_metrics_of_trl_remain_in_the_training_rows(
+    tmp_path: Path, sources: dict[str, str], monkeypatch: pytest.MonkeyPatch, acts: bool
+) -> None:
     from datasets import Dataset
+
+    monkeypatch.setattr("stayaligned.hf.training.safety_probe._is_out_of_tolerance", lambda *_: acts)
 
     rows = [{"prompt": prompt, "completion": "yes"} for prompt in PROMPTS]
     built = SFTTrainer(
@@ -135,7 +140,7 @@ def test_metrics_of_trl_remain_in_the_training_rows(tmp_path: Path, sources: dic
             bf16=False,
             gradient_checkpointing=None,  # pyright: ignore
             max_steps=2,
-            logging_steps=2,
+            logging_steps=1 if acts else 2,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -143,9 +148,10 @@ def test_metrics_of_trl_remain_in_the_training_rows(tmp_path: Path, sources: dic
         train_dataset=Dataset.from_list(rows),
         processing_class=TOKENIZER,
     )
-    attach_watch(built, watch(sources, every_steps=1)).train()
+    guard = Guard(measure="alignment_loss", tolerance=0.0, action="rollback")
+    attach_watch(built, watch(sources, every_steps=1, guard=guard)).train()
     (row,) = (row for row in built.state.log_history if "loss" in row)
-    assert "entropy" in row
+    assert {"entropy", "num_tokens"} <= row.keys()
     assert not any("entropy" in row for row in watched(built))
 
 
@@ -180,6 +186,16 @@ def test_a_guard_stops_training(tmp_path: Path, sources: dict[str, str]) -> None
     run.train()
     assert run.state.global_step == 4
     assert [row["step"] for row in watched(run) if "watch/out_of_tolerance" in row] == [4]
+
+
+def test_a_run_that_a_guard_ended_is_not_trained_again(tmp_path: Path, sources: dict[str, str]) -> None:
+    watched_by = breaching(sources, tmp_path, "stop")
+    run = attach_watch(trainer(tmp_path, rate=1.0, steps=8, save_strategy="steps", save_steps=100), watched_by)
+    log = train(run)
+    again = attach_watch(trainer(tmp_path, rate=1.0, steps=8, save_strategy="steps", save_steps=100), watched_by)
+    assert [row for row in train(again) if "watch/stopped" in row] == [row for row in log if "watch/stopped" in row]
+    assert again.state.global_step == 4
+    assert all(torch.equal(weight, weights(run)[name]) for name, weight in weights(again).items())
 
 
 def test_a_guard_restores_the_last_weights_within_tolerance(tmp_path: Path, sources: dict[str, str]) -> None:
@@ -242,8 +258,9 @@ def test_a_measure_of_nan_is_out_of_tolerance(tmp_path: Path, sources: dict[str,
 def test_settings_that_undo_a_guard_are_errors(tmp_path: Path, sources: dict[str, str]) -> None:
     built = trainer(tmp_path)
     built.args.load_best_model_at_end = True
-    with pytest.raises(StayalignedError, match="load_best_model_at_end would undo"):
-        attach_watch(built, guarded(sources, "rollback"))
+    for action in ("rollback", "stop"):
+        with pytest.raises(StayalignedError, match=f"load_best_model_at_end would undo the guard's {action}"):
+            attach_watch(built, guarded(sources, action))
     plateau = trainer(tmp_path)
     plateau.args.lr_scheduler_type = SchedulerType.REDUCE_ON_PLATEAU
     attach_watch(plateau, guarded(sources, "lower_learning_rate"))

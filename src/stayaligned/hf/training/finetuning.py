@@ -27,6 +27,7 @@ from stayaligned.hf.features import (
 from stayaligned.hf.quiet import bars_off
 from stayaligned.hf.training.dead_adapters import report_dead_adapters
 from stayaligned.hf.training.resuming import restore_converted
+from stayaligned.hf.training.row_lengths import report_row_lengths
 from stayaligned.hf.training.safety_probe import ended_by_guard
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ def build_trainer(
             callbacks=list(callbacks),
             **options,
         )
+    if kind == "sft" and not vars(config).get("packing"):
+        report_row_lengths("training", len(examples), trainer.train_dataset, max_length)  # pyright: ignore
     _require_expert_count(trainer)
     report_dead_adapters(trainer)
     # Without a progress bar the host would print every row of its log; `train` returns them.
@@ -121,15 +124,29 @@ def _require_expert_count(trainer: Any) -> None:
 
 
 def build_dataset(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, kind: TrainerKind, max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    kind: TrainerKind,
+    max_length: int,
+    name: str = "training",
 ) -> Any:
     """Build the training set for a kind of trainer: features, for TRL uncut and with a mask of the completion.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        examples: the rows.
+        kind: the class of trainer.
+        max_length: number of tokens at which a row is cut.
+        name: what the rows are called in the warning that some are cut.
 
     Raises:
         StayalignedError: as for `stayaligned.hf.features.encode_examples`.
     """
     if kind == "transformers":
-        return encode_examples(tokenizer, examples, max_length)
+        rows = encode_examples(tokenizer, examples, max_length)
+        report_row_lengths(name, len(rows), rows, max_length)
+        return rows
     from datasets import Dataset
 
     return Dataset.from_list(

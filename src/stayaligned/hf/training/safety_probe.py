@@ -119,9 +119,10 @@ def attach_watch(trainer: _TrainerT, watch: Watch, *, max_length: int = 1024) ->
             hint="Construct it with processing_class=tokenizer.",
         )
     guard = watch.guard
-    if guard is not None and guard.action == "rollback" and trainer.args.load_best_model_at_end:
+    if guard is not None and guard.action in ("stop", "rollback") and trainer.args.load_best_model_at_end:
         raise StayalignedError(
-            "load_best_model_at_end would undo the guard's rollback", hint="Remove load_best_model_at_end or the guard."
+            f"load_best_model_at_end would undo the guard's {guard.action}: it loads the weights of another checkpoint",
+            hint="Remove load_best_model_at_end or the guard.",
         )
     watcher = _Watcher(trainer, watch, Probe(watch, tokenizer, max_length=max_length))
 
@@ -180,8 +181,20 @@ class _Watcher:
             return
         if guard.action == "rollback":
             self._restore()
-        self._trainer.log({_STOPPED: 1.0})
+        self._log({_STOPPED: 1.0})
         control.should_training_stop = True
+        # A checkpoint with this row in its log, so that a rerun does not train again.
+        control.should_save = self._trainer.args.save_strategy != "no"
+
+    def _log(self, row: dict[str, float]) -> None:
+        """Log a row in evaluation mode: otherwise TRL would add its training metrics, which the next row then lacks."""
+        model = self._trainer.model
+        training = model.training
+        model.eval()
+        try:
+            self._trainer.log(row)
+        finally:
+            model.train(training)
 
     def _measure(self, guard: Guard | None = None) -> dict[str, float]:
         model = self._trainer.model
@@ -191,8 +204,7 @@ class _Watcher:
             measures = self._mean_over_processes(self._probe.measure(model))
             if guard is not None and _is_out_of_tolerance(guard, measures, self._start):
                 measures["out_of_tolerance"] = 1.0
-            # In evaluation mode: otherwise TRL would add its training metrics to this row.
-            self._trainer.log({f"{_PREFIX}{name}": value for name, value in measures.items()})
+            self._log({f"{_PREFIX}{name}": value for name, value in measures.items()})
         finally:
             model.train(training)
             reshard(model)
@@ -224,7 +236,7 @@ class _Watcher:
         with torch.no_grad():
             for name, param in params.items():
                 local_shard(param).copy_(safe[name])
-        self._trainer.log({f"{_PREFIX}rolled_back_to": float(self._safe_step)})
+        self._log({f"{_PREFIX}rolled_back_to": float(self._safe_step)})
 
     def _trainable(self) -> dict[str, Tensor]:
         return trainable_weights(self._trainer.model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -158,14 +159,14 @@ def test_streams_of_alignment_rows_are_learned(tmp_path: Path, users: Any, safe:
 
 
 @functools.cache
-def host(paths: pytest.TempPathFactory, **changes: str) -> SFTTrainer:
+def host(**changes: str) -> SFTTrainer:
     """Return a trainer, which a failed `attach_lisa` leaves unchanged, so that several tests can use it."""
     read: dict[str, Any] = {name: json.loads(value) for name, value in changes.items()}
     users = FEATURES if "dataset_kwargs" in read else conversations(16)
     settings = {"use_cpu": True, "bf16": False, "per_device_train_batch_size": 2, "max_steps": 3, "max_length": 64}
     return SFTTrainer(
         pico_model(),
-        SFTConfig(str(paths.mktemp("host")), **settings, disable_tqdm=True, **read),  # pyright: ignore
+        SFTConfig(tempfile.mkdtemp(), **settings, disable_tqdm=True, **read),  # pyright: ignore
         train_dataset=Dataset.from_list(users),
         processing_class=byte_tokenizer(),
     )
@@ -216,9 +217,9 @@ FEATURES = [{"input_ids": [4, 5, 6], "labels": [IGNORED, 5, 6]}] * 4
     ],
 )
 def test_alignment_rows_that_can_not_be_learned_are_one_error(
-    tmp_path_factory: pytest.TempPathFactory, safe: Any, changes: dict[str, Any], expected: str
+    safe: Any, changes: dict[str, Any], expected: str
 ) -> None:
-    trainer = host(tmp_path_factory, **{name: json.dumps(value) for name, value in changes.items()})
+    trainer = host(**{name: json.dumps(value) for name, value in changes.items()})
     rows = {"alignment_trainer" if callable(safe) else "alignment_dataset": safe}
     with pytest.raises(StayalignedError) as error:
         attach_lisa(trainer, lisa=LISA, **rows)

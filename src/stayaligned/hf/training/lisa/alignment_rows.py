@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 _SAMPLE = 64
 """Number of rows that are inspected for what their tokens show and their labels mask."""
 _COMPARED = 16
-"""Number of characters, from the end of a message, that are looked for; a cut row may have lost the answer's end."""
+"""Number of characters at the end of a message that the text of the tokens must contain."""
 
 
 def require_dataset(name: str, rows: Any) -> None:

@@ -28,7 +28,12 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.hf.training.dead_adapters import report_dead_adapters
 from stayaligned.hf.training.finetuning import last_complete_checkpoint, load_finished
 from stayaligned.hf.training.lisa.alignment_rows import prepare_alignment_dataset, require_dataset
-from stayaligned.hf.training.lisa.checkpoints import read_progress, require_same_run, write_run
+from stayaligned.hf.training.lisa.checkpoints import (
+    describe_settings,
+    read_progress,
+    require_same_run,
+    write_run,
+)
 from stayaligned.hf.training.lisa.losses import AlignmentLoss, AlignmentTrainer, ReferenceKl, TrainerLoss
 from stayaligned.hf.training.lisa.proximal import ProximalTerm, RunContext
 from stayaligned.hf.training.lisa.rows import (
@@ -236,7 +241,7 @@ class BiStateMixin(_Host):
             resume_from_checkpoint = last_complete_checkpoint(Path(str(self.args.output_dir)))  # pyright: ignore
         path = None if not resume_from_checkpoint else Path(str(resume_from_checkpoint))
         if path is not None:
-            require_same_run(path, self._fingerprint())
+            require_same_run(path, self._fingerprint(), describe_settings(self))
             if finds_checkpoint and load_finished(self, path):
                 return TrainOutput(self.state.global_step, 0.0, {})
         self._lisa.require_finetuning(self._total_steps())  # the length of the run may have been changed
@@ -362,7 +367,7 @@ class BiStateMixin(_Host):
             term = self._proximal_term()
             term.save(directory)
             if self.args.should_save:
-                write_run(directory, self._fingerprint(), term.progress())
+                write_run(directory, self._fingerprint(), describe_settings(self), term.progress())
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: Any) -> None:
