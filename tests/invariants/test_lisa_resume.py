@@ -189,7 +189,7 @@ def test_train_resumes_the_last_complete_checkpoint(whole: tuple[Path, Trainer],
     state.write_text(state.read_text()[:-20])  # as if the machine had stopped while writing it
     resumed = trainer(directory, save_strategy="no")
     shares: list[float] = []
-    log = train(resumed, progress=shares.append)
+    log = train(resumed, progress=lambda share, _detail="", /: shares.append(share))
     assert shares == [pytest.approx(step / STEPS) for step in range(4, STEPS + 1)]
     assert [row["step"] for row in log if "loss" in row] == list(range(1, STEPS + 1))
     expected = trainable(whole[1])
