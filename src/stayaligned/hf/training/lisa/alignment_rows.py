@@ -329,7 +329,7 @@ def _tokenize(host: Any, rows: Any, formatting_func: Callable[[Any], Any] | None
     chosen: bool = host.completion_only_loss
     if host.args.completion_only_loss is None:
         sample = _first(rows)
-        host.completion_only_loss = "prompt" in sample and "completion" in sample
+        host.completion_only_loss = {"prompt", "completion"} <= set(sample) or "completion_mask" in sample
     try:
         return host._prepare_dataset(
             rows, host.processing_class, host.args, host.args.packing, formatting_func, "alignment"
