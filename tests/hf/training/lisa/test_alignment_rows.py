@@ -185,7 +185,7 @@ FEATURES = [{"input_ids": [4, 5, 6], "labels": [IGNORED, 5, 6]}] * 4
         (iter(conversations()), {}, "can be read only once"),
         (["no"] * 4, {}, "are of type str, not mappings of columns"),
         ([], {}, "alignment_dataset is empty"),
-        (questions("no"), {}, "columns question, answer, which SFTTrainer does not read"),
+        ([{"ask": "q", "say": "no"}] * 4, {}, "columns ask, say, which SFTTrainer does not read"),
         ([{"prompt": "q"}] * 4, {}, "no completion to learn"),
         ([{"text": 5}] * 4, {}, "SFTTrainer can't prepare the alignment rows (columns text): AttributeError"),
         (
