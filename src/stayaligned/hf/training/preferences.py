@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError
+from stayaligned.hf.features import IGNORED, encode_example, refuse_unknown_tokens, with_known_padding
 from stayaligned.hf.quiet import bars_off
 from stayaligned.hf.training import processes
 from stayaligned.hf.training.finetuning import host_defaults
@@ -44,7 +46,7 @@ def build_preference_trainer(
 
     Raises:
         StayalignedError: if a row has no rejected completion, TRL is not installed, or the weights of the full model
-            are trained in several processes.
+            are trained in several processes; or as `stayaligned.hf.features.encode_example`.
     """
     from peft import PeftModel
 
@@ -67,17 +69,21 @@ def build_preference_trainer(
         raise StayalignedError("alignment_loss='dpo' needs TRL", hint="pip install 'stayaligned[trl]'") from None
     from datasets import Dataset
 
-    def as_turn(content: str) -> list[dict[str, str]]:
-        return [{"role": "assistant", "content": content}]
+    class Encoded(DPOTrainer):
+        """A DPOTrainer of rows that are tokens already: rendered and checked as all others are."""
 
-    rows = [
-        {
-            "prompt": [{"role": message.role, "content": message.content} for message in example.prompt],
-            "chosen": as_turn(example.completion),
-            "rejected": as_turn(example.rejected),
-        }
-        for example in examples
-    ]
+        def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+            del processing_class, args, dataset_name
+            return dataset
+
+    tokenizer = with_known_padding(tokenizer, model)
+    rows = [row for row in _encode(tokenizer, examples) if len(row["prompt_ids"]) < max_length]
+    if not rows:
+        raise StayalignedError(
+            f"none of the {len(examples)} alignment rows leaves a completion within max_length={max_length} tokens",
+            hint="Increase `max_length`, or shorten the prompts.",
+        )
+    refuse_unknown_tokens(tokenizer, model, [ids for row in rows for ids in row.values()])
     config = DPOConfig(
         **host_defaults() | {key: arguments[key] for key in _SHARED if key in arguments},
         beta=beta,
@@ -85,4 +91,17 @@ def build_preference_trainer(
         precompute_ref_log_probs=not isinstance(model, PeftModel),
     )
     with bars_off(bool(config.disable_tqdm)):
-        return DPOTrainer(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        return Encoded(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[dict[str, list[int]]]:
+    """Return the token ids of each row's prompt and of what follows it with either completion."""
+    rows: list[dict[str, list[int]]] = []
+    for example in examples:
+        row: dict[str, list[int]] = {}
+        for name, text in (("chosen_ids", example.completion), ("rejected_ids", example.rejected)):
+            found = encode_example(tokenizer, example.model_copy(update={"completion": text}), sys.maxsize)
+            start = sum(label == IGNORED for label in found["labels"])
+            row |= {"prompt_ids": found["input_ids"][:start], name: found["input_ids"][start:]}
+        rows.append(row)
+    return rows
