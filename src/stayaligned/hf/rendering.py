@@ -170,17 +170,6 @@ def tail_of_answers(tokenizer: PreTrainedTokenizerBase) -> str:
         return _probe(tokenizer, template, ("system", "user"))
 
 
-def require_shown_roles(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> None:
-    """Check that the tokenizer's own template shows the model every turn of such a conversation.
-
-    For conversations that a host library renders.
-
-    Raises:
-        StayalignedError: if it leaves out a turn or the answer, or rejects the conversation.
-    """
-    _probe(tokenizer, _own_template(tokenizer), tuple(roles))
-
-
 def is_shown(content: str, text: str) -> bool:
     """Return whether a rendered text contains a content, but for space, switches of thoughts, and JSON's escapes."""
     if content.strip() in text:
