@@ -8,7 +8,7 @@ QUICK := tests/algorithms tests/attacks tests/core tests/data tests/evaluation/m
 	tests/test_layout.py tests/docs/test_docs.py tests/docs/test_doctests.py tests/docs/test_words.py
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup help demo quick test slow check bench clean
+.PHONY: setup help demo quick test slow servers check bench clean
 
 setup: $(STAMP)  ## create .venv with everything for development (the default)
 
@@ -33,6 +33,9 @@ test: $(STAMP)  ## run every test that is not marked slow
 
 slow: $(STAMP)  ## run the slow tests: killed processes, process groups, servers
 	$(BIN)/python -m pytest -n 2 -m slow
+
+servers: $(STAMP)  ## run the tests of vLLM and llama.cpp in .servers: make servers MODEL=directory GGUF=file
+	PYTHON=$(PYTHON) tests/servers/run.sh $(MODEL) $(GGUF)
 
 check: $(STAMP)  ## check format, lint, types and import contracts
 	$(BIN)/ruff format --check .
