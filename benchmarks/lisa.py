@@ -1,6 +1,6 @@
 """The cost of Lisa: time per optimizer step and memory, compared with plain training and with the published step.
 
-Run: python benchmarks/lisa.py [--device cpu|cuda] [--size 1b|8b] [--steps 40]
+Run: python benchmarks/lisa.py [--device cpu|cuda] [--size 1b|8b] [--steps 40] [--model DIR]
 
 On the CPU the trainers train on the same rows and take turns, one optimizer step each, so that a busy machine slows
 them equally. Every round gives a ratio; the median and quartiles are printed, for wall-clock time and for CPU time,
@@ -11,6 +11,8 @@ copies of the trainable weights; while the proximal gradient is added, the diffe
 
 On a GPU (--device cuda) the trainers run one after the other in bf16, because peak memory is measured for the device:
 plain, Lisa, and Lisa with its anchor in main memory. The last line is JSON with every figure.
+
+With --model, a LoRA on the model in that directory is trained on the CPU instead, on 4 rows of 64 tokens a step.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import argparse
 import gc
 import json
+import resource
 import statistics
 import sys
 import tempfile
@@ -37,7 +40,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lisa_published import PublishedTrainer
 from stayaligned import LisaSettings, with_lisa
@@ -125,12 +128,18 @@ class Job(NamedTuple):
     steps: int
     lisa: LisaSettings = LISA
     device: str = "cpu"
+    checkpoint: str = ""
+    """Directory of the model to train; empty for random weights in this shape."""
 
     def model(self) -> Any:
         torch.manual_seed(0)
         dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
         with torch.device(self.device):
-            model = AutoModelForCausalLM.from_config(self.shape.config(), dtype=dtype)
+            model = (
+                AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=dtype)
+                if self.checkpoint
+                else AutoModelForCausalLM.from_config(self.shape.config(), dtype=dtype)
+            )
             return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear")) if self.lora else model
 
     def feed(self) -> Feed:
@@ -338,6 +347,24 @@ def measure_cpu(steps: int) -> dict[str, Any]:
     return found
 
 
+def measure_checkpoint(checkpoint: str, steps: int) -> dict[str, Any]:
+    c = AutoConfig.from_pretrained(checkpoint)
+    shape = Shape(
+        c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads,
+        c.vocab_size, rows=4, tokens=64,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as directory:
+        times = measure_time(Job(shape, True, steps, checkpoint=checkpoint), directory)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{checkpoint}: LoRA on all linear layers, {shape.rows} rows of {shape.tokens} tokens a step")
+    for arm, seconds in times["step_seconds"].items():
+        print(f"{arm:12} {seconds:.2f} s a step")
+    for pair, of in times["ratios"].items():
+        print(f"{pair:19}{of['wall']!s:40}{of['cpu']!s:40}")
+    print(f"peak memory of the process with {len(times['step_seconds'])} copies of the model: {peak:.2f} GiB")
+    return {**times, "peak_gib": peak}
+
+
 # One after the other on a GPU
 
 
@@ -397,7 +424,11 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=40, help="optimizer steps of each trainer, including a tenth for warm-up"
     )
+    parser.add_argument("--model", help="directory of a model to train a LoRA on, instead of random models")
     options = parser.parse_args()
+    if options.model:
+        print(json.dumps(measure_checkpoint(options.model, options.steps)))
+        return
     found: dict[str, Any] = {"steps": options.steps, "load_average": os.getloadavg()}
     if options.device != "cuda":
         found["cpu"] = measure_cpu(options.steps)
