@@ -84,10 +84,8 @@ def test_the_whole_story(command, base, tmp_path) -> None:
         )
     )  # fmt: skip
     run_or_fail(command, "run", out / "run.yaml", "--out", out / "lisa")
-    (arm,) = load_results(out / "lisa")
-    losses = {row.get("phase"): row["loss"] for row in arm.training_log if "loss" in row}
-    assert losses.keys() >= {"alignment", "finetuning"} or losses
-    assert {c["prompt_set"] for c in completions(out / "lisa")} == {"harmful", "benign", "task"}
+    measured = {(row["metric"], row["n"]) for row in load_results(out / "lisa")}
+    assert {("harmful_score", 12), ("over_refusal", 6), ("finetune_accuracy", 8)} <= measured
 
     adapter, patched = out / "lisa" / "adapter", out / "patched"
     run_or_fail(
