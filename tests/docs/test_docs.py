@@ -174,14 +174,14 @@ def test_every_example_is_valid_and_says_its_command(path: Path, monkeypatch: py
 
 
 def placeholder_overrides(path: Path) -> list[str]:
-    """Replace each `data/….jsonl`, a file of the user's own, by a file that exists."""
+    """Replace each `data/…`, a file of the user's own, and each `real/…`, of `make model`, by a file that exists."""
 
     def places(value: object, place: str = "") -> list[str]:
         if isinstance(value, dict):
             return [p for key, item in value.items() for p in places(item, f"{place}.{key}".strip("."))]
         if isinstance(value, list):
             return [p for index, item in enumerate(value) for p in places(item, f"{place}.{index}")]
-        return [place] if isinstance(value, str) and value.startswith("data/") else []
+        return [place] if isinstance(value, str) and value.startswith(("data/", "real/")) else []
 
     return [f"{place}={Path(__file__)}" for place in places(yaml.safe_load(path.read_text()))]
 

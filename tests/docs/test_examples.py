@@ -91,8 +91,12 @@ def localized(spec: dict[str, Any], root: Path, sources: dict[str, Path | str]) 
             if value.startswith(prefix) and not place.startswith("judges."):
                 directory = root / value.replace("/", "--")
                 if not directory.exists():
-                    write_pico_checkpoint(directory, architecture, seed=len(value))
+                    # The base and the aligned model of an example are relatives.
+                    write_pico_checkpoint(directory, architecture, seed=len(value), ancestor=0)
                 set_dotted(spec, place, str(directory))
+    for defense in spec["defenses"]:
+        if defense.get("alignment_steps", 0) >= SHORTER["training.max_steps"]:
+            defense["alignment_steps"] = 1
     for place, value in SHORTER.items():
         if "." not in place or spec[place.split(".")[0]] is not None:
             set_dotted(spec, place, value)
@@ -142,7 +146,7 @@ def test_the_script_trains_and_resumes_when_run_again(tmp_path: Path, monkeypatc
     model = write_pico_checkpoint(tmp_path / "model")
     user = write_rows(tmp_path / "user.jsonl", [{"prompt": f"u{i}", "completion": "yes"} for i in range(20)])
     safety = write_rows(tmp_path / "safety.jsonl", [{"prompt": f"s{i}", "completion": "no"} for i in range(20)])
-    more = {"max_steps": 4, "save_steps": 2, "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    more = {"max_steps": 12, "save_steps": 6, "use_cpu": True, "bf16": False, "disable_tqdm": True}
     more |= {"gradient_checkpointing": None}
     script = Path(__file__).parents[2] / "examples" / "lisa_sft.py"
     given = {"model": model, "user": user, "safety": safety, "out": tmp_path / "out", "args": json.dumps(more)}
@@ -150,7 +154,7 @@ def test_the_script_trains_and_resumes_when_run_again(tmp_path: Path, monkeypatc
     adapter = tmp_path / "out" / "adapter_model.safetensors"
     runpy.run_path(str(script), run_name="__main__")
     once = adapter.read_bytes()
-    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-12")
     adapter.unlink()
     for _ in range(2):  # from the middle, and after the end
         runpy.run_path(str(script), run_name="__main__")

@@ -67,7 +67,7 @@ def test_preferences_kl_and_a_guard_work_from_a_configuration(tmp_path: Path, tr
 
 
 def test_preferences_without_a_rejected_answer_are_one_error(world: Path, tmp_path: Path) -> None:
-    content = experiment(world, defenses=[{"name": "lisa", "alignment_loss": "dpo"}])
+    content = experiment(world, defenses=[{"name": "lisa", "alignment_steps": 1, "alignment_loss": "dpo"}])
     with pytest.raises(
         StayalignedError, match="needs a rejected completion in every alignment row; 12 of 12 rows have none"
     ):

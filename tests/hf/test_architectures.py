@@ -194,7 +194,9 @@ def test_the_command_trains_generates_judges_and_patches(
 
 def test_full_weights_and_bso_by_the_command(tmp_path: Path, command: Callable[..., tuple[int, str]]) -> None:
     world = write_world(tmp_path, "jamba")
-    (world / "run.yaml").write_text(yaml.safe_dump(experiment(world, lora=None, defenses=["bso"])))
+    (world / "run.yaml").write_text(
+        yaml.safe_dump(experiment(world, lora=None, defenses=[{"name": "bso", "alignment_steps": 1}]))
+    )
     code, shown = command("run", world / "run.yaml", "--out", world / "out")
     assert code == 0, shown
     aligned, tuned = (load_model(world / each).state_dict() for each in ("aligned", "out/model"))

@@ -21,7 +21,7 @@ Command = Callable[..., tuple[int, str]]
 @pytest.fixture(scope="module")
 def base() -> Path:
     if not (REAL / "model" / "config.json").is_file():
-        pytest.fail("real/model is missing: run `make real-model`, or the tests with `make slow`")
+        pytest.fail("real/model is missing: run `make model`, or the tests with `make slow`")
     return REAL / "model"
 
 

@@ -96,7 +96,7 @@ def test_a_model_that_is_known_to_be_another_is_refused_and_one_that_is_unknown_
         *((local, named) for named in (None, "", "org/chat", "/nowhere/chat", str(tmp_path))),
         (hub, "unsloth/chat-bnb-4bit"),
         (hub, "unsloth/Meta-Chat-unsloth-bnb-4bit"),
-        (hub, "/root/models/other"),
+        (hub, "/srv/models/other"),
     ]
     other = [
         *((local, named) for named in (str(world / "tuned"), str(world / "unrelated"), str(world / "base"))),

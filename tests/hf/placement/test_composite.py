@@ -95,10 +95,15 @@ PREFIXES = ("model.layers", "model.language_model.layers", "language_model.model
 Composite = Callable[[str], tuple[Checkpoint, Checkpoint, Path]]
 
 
-def write_model(architecture: str, directory: Path, seed: int) -> Any:
-    torch.manual_seed(seed)
+def write_model(architecture: str, directory: Path, *, fine_tuned: bool = False) -> Any:
+    """Write the base model, or a relative of it."""
+    torch.manual_seed(1)
     config = AutoConfig.for_model(architecture, **CONFIGS[architecture])
     model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32)
+    if fine_tuned:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.01)
     model.save_pretrained(directory)
     return model
 
@@ -111,8 +116,8 @@ def composite(tmp_path_factory: pytest.TempPathFactory) -> Composite:
     def make(architecture: str) -> tuple[Checkpoint, Checkpoint, Path]:
         if architecture not in made:
             root = tmp_path_factory.mktemp(architecture)
-            write_model(architecture, root / "base", 1)
-            model = write_model(architecture, root / "aligned", 2)
+            write_model(architecture, root / "base")
+            model = write_model(architecture, root / "aligned", fine_tuned=True)
             settings: dict[str, Any] = {"r": 2, "lora_alpha": 3, "rank_pattern": {r"layers\.1\.mlp\.down_proj": 4}}
             targets = r".*\.(language_model|text_model)\..*\.(q_proj|down_proj|gate_proj)"
             adapted: Any = get_peft_model(model, LoraConfig(target_modules=targets, **settings))
