@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.core.files import fingerprint, refuse_inside, replace_directory, replace_file, write_text
+from stayaligned.core.files import (
+    fingerprint,
+    refuse_existing,
+    refuse_inside,
+    replace_directory,
+    replace_file,
+    write_text,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_temporary_file(tmp_path: Path) -> None:
@@ -101,3 +108,9 @@ def test_an_output_inside_an_input_is_refused(tmp_path: Path) -> None:
             refuse_inside(inside, source)
     for outside in (tmp_path / "out", tmp_path / "adapter-2", source / ".." / "out"):
         refuse_inside(outside, source, tmp_path / "absent")
+
+
+def test_an_output_that_is_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "absent")
+    with pytest.raises(StayalignedError, match=r"out is a link to .*absent, which does not exist"):
+        refuse_existing(tmp_path / "out")

@@ -12,6 +12,8 @@ from stayaligned.hf.models import attach_lora, load_finetuned, load_model, load_
 from stayaligned.hf.targets import linear_names, unfit_names
 from stayaligned.testing import byte_tokenizer, pico_model, write_pico_adapter, write_pico_checkpoint
 
+WEIGHTS = "adapter_model.safetensors"
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -259,3 +261,55 @@ def test_an_adapter_of_a_model_with_other_shapes_is_refused(adapter, tmp_path):
     other = write_pico_checkpoint(tmp_path / "other", hidden_size=64)
     with pytest.raises(StayalignedError, match="does not fit the model"):
         load_finetuned(str(other), adapter)
+
+
+TIED = {
+    "LoRA on the head": {"target_modules": ["lm_head", "q_proj"]},
+    "LoRA on the embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "tied LoRA": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+    "whole head": {"modules_to_save": ["lm_head"]},
+    "whole embedding": {"modules_to_save": ["embed_tokens"]},
+    "tied and whole": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "tokens": {"trainable_token_indices": [1, 2]},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", TIED)
+def test_a_merge_into_tied_embeddings_computes_as_the_adapter_does(tmp_path, name):
+    base = write_pico_checkpoint(tmp_path / "base", tie_word_embeddings=True)
+    adapter = write_pico_adapter(tmp_path / "adapter", base, **TIED[name])
+    torch.manual_seed(0)
+    stored = load_file(adapter / WEIGHTS)
+    changed = {key: value + torch.randn_like(value) for key, value in stored.items() if "lora_" not in key}
+    if "ensure_weight_tying" in TIED[name] and changed:
+        changed = dict.fromkeys(changed, next(iter(changed.values())))
+    save_file({key: value.clone() for key, value in {**stored, **changed}.items()}, adapter / WEIGHTS)
+    merge_adapter(base, adapter).save_pretrained(tmp_path / "merged")
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        plain, adapted = (load_finetuned(base, one)(ids).logits for one in (None, adapter))
+        merged = load_model(tmp_path / "merged")(ids).logits
+    assert torch.allclose(adapted, merged, atol=1e-4)
+    assert not torch.allclose(plain, adapted, atol=1e-2)
+
+
+LOST = ("model.nothere.weight", "lm_head.modules_to_save.default.weight", "lm_head.modules_to_save.weight")
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_whole_weights_that_peft_would_ignore_are_an_error(checkpoint, adapter, name):
+    weights = load_file(adapter / WEIGHTS)
+    save_file({**weights, f"base_model.model.{name}": torch.ones(261, 32)}, adapter / WEIGHTS)
+    with pytest.raises(StayalignedError, match=f"lacks 1 of its weights, such as base_model.model.{name}"):
+        load_finetuned(checkpoint, adapter)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_of_a_diverged_training_is_an_error(checkpoint, adapter, value):
+    weights = load_file(adapter / WEIGHTS)
+    first = min(weights)
+    weights[first][0, 0] = value
+    save_file(weights, adapter / WEIGHTS)
+    with pytest.raises(StayalignedError, match=f"{first} holds NaN or infinity"):
+        load_finetuned(checkpoint, adapter)

@@ -19,7 +19,14 @@ from stayaligned.weights.adapters import Adapter, LoraLayer, notes_on_copies, re
 
 CONFIG = {"peft_type": "LORA", "r": 2, "zeta": None, "alpha_pattern": {"ü": 1.5}, "target_modules": ["q"]}
 LAYER = LoraLayer(
-    "q", "q.weight", "q.lora_A.weight", "q.lora_B.weight", rank=2, scaling=0.5, in_features=4, out_features=3
+    "q",
+    "q.weight",
+    "base_model.model.q.lora_A.weight",
+    "base_model.model.q.lora_B.weight",
+    rank=2,
+    scaling=0.5,
+    in_features=4,
+    out_features=3,
 )
 
 
@@ -27,7 +34,11 @@ def save(directory: Path, dtype: torch.dtype = torch.float32, **config: Any) -> 
     directory.mkdir(parents=True)
     (directory / "adapter_config.json").write_text(json.dumps({**CONFIG, **config}), encoding="utf-8")
     generator = torch.Generator().manual_seed(0)
-    factors = {"q.lora_A.weight": (2, 4), "q.lora_B.weight": (3, 2), "p.lora_A.weight": (2, 4)}
+    factors = {
+        "base_model.model.q.lora_A.weight": (2, 4),
+        "base_model.model.q.lora_B.weight": (3, 2),
+        "base_model.model.p.lora_A.weight": (2, 4),
+    }
     tensors = {key: torch.randn(*shape, generator=generator).to(dtype) for key, shape in factors.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     return directory
@@ -60,7 +71,9 @@ def test_changing_factors_returns_a_new_adapter(tmp_path: Path) -> None:
     before = {key: tensor.clone() for key, tensor in adapter.tensors.items()}
     factors = adapter.factors(LAYER)
     changed = adapter.with_factors({LAYER: factors._replace(b=factors.b * 2)})
-    assert torch.equal(changed.tensors["q.lora_B.weight"], before["q.lora_B.weight"] * 2)
+    assert torch.equal(
+        changed.tensors["base_model.model.q.lora_B.weight"], before["base_model.model.q.lora_B.weight"] * 2
+    )
     assert all(torch.equal(adapter.tensors[key], before[key]) for key in before)
 
 
@@ -104,7 +117,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 def test_a_small_b_keeps_its_precision_in_fp16(exponent_b: float, exponent_a: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(*shape, generator=generator) for shape in ((2, 4), (3, 2)))
-    tensors = {"q.lora_A.weight": a.half(), "q.lora_B.weight": b.half()}
+    tensors = {"base_model.model.q.lora_A.weight": a.half(), "base_model.model.q.lora_B.weight": b.half()}
     adapter = Adapter(CONFIG, tensors, Path("x"))
     exact = LoraFactors(a * 10**exponent_a, b * 10**exponent_b, 0.5)
     update = exact.b.double() @ exact.a.double()
@@ -207,3 +220,33 @@ def test_every_output_has_the_rights_of_the_umask(tmp_path: Path, umask: int) ->
         os.umask(before)
     assert (tmp_path / "b").stat().st_mode & 0o777 == 0o777 & ~umask
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "b").iterdir()} == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        ("model.q.lora_A.weight", "model.q.lora_A.weight"),
+        ("module.base_model.model.model.q.lora_A.weight", "model.q.lora_A.weight"),
+        ("base_model.model._orig_mod.model.q.lora_A.weight", "model.q.lora_A.weight"),
+        (
+            "base_model.model.model.layers.0._checkpoint_wrapped_module.q.lora_A.weight",
+            "model.layers.0.q.lora_A.weight",
+        ),
+        ("base_model.model.base_model.model.model.q.lora_B.weight", "model.q.lora_B.weight"),
+    ],
+)
+def test_names_of_wrapped_models_that_peft_would_ignore_are_an_error(tmp_path: Path, written: str, found: str) -> None:
+    source = save(tmp_path / "a")
+    save_file({written: torch.ones(2, 4)}, source / "adapter_model.safetensors")
+    with pytest.raises(StayalignedError, match=f"would ignore {written}.* the name base_model.model.{found}"):
+        read_adapter(source)
+
+
+def test_names_with_pefts_default_adapter_name_are_read_as_peft_reads_them(tmp_path: Path) -> None:
+    source = save(tmp_path / "a")
+    tensors = read_adapter(source).tensors
+    named = {key.replace(".weight", ".default.weight"): tensor for key, tensor in tensors.items()}
+    save_file(named, source / "adapter_model.safetensors")
+    again = read_adapter(source).tensors
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[key], tensors[key]) for key in tensors)

@@ -147,3 +147,15 @@ def test_pickled_and_sharded_adapters_are_named_with_the_way_out(adapter: Path) 
 def test_a_file_given_as_a_directory_names_the_directory(model: Path) -> None:
     with pytest.raises(StayalignedError, match="is a file, expected a directory"):
         read_adapter(model / "config.json")
+
+
+@pytest.mark.parametrize("reader", [load_model, load_guard, open_checkpoint, read_adapter])
+def test_a_pointer_of_git_lfs_is_named_with_the_way_out(
+    model: Path, adapter: Path, reader: Callable[[Path], object]
+) -> None:
+    place, name = (adapter, "adapter_model") if reader is read_adapter else (model, "model")
+    file = place / f"{name}.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n")
+    with pytest.raises(StayalignedError, match="is a pointer of Git LFS") as caught:
+        reader(place)
+    assert "git lfs install" in str(caught.value.hint)

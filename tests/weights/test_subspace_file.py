@@ -215,7 +215,7 @@ def test_adapters_that_a_file_can_not_place_are_refused_with_a_fix(world: Path, 
         (experts, "target_parameters", "--aligned and --base"),
         (adapter_on(tmp_path / "wider", wide), "shapes", "--aligned and --base"),
         (dora, "use_dora", "Merge"),
-        (broken, "finite", "diverged"),
+        (broken, "holds NaN", "diverged"),
     ):
         with pytest.raises(StayalignedError, match=message) as caught:
             file.layers_of(adapter)

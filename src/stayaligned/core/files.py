@@ -157,6 +157,11 @@ def replace_directory(path: Path) -> Generator[Path]:
 
 def refuse_existing(path: Path) -> None:
     """Raise StayalignedError if `path` exists: a user's files are never overwritten."""
+    if path.is_symlink() and not path.exists():
+        raise StayalignedError(
+            f"{path} is a link to {path.readlink()}, which does not exist",
+            hint="Choose another path, or remove the link.",
+        )
     if path.exists():
         raise StayalignedError(f"{path} exists already", hint="Choose another path, or remove it yourself.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Generator, Mapping, Sequence
@@ -19,7 +20,7 @@ from stayaligned.hf.placement.stored import language_model_classes
 from stayaligned.hf.rendering import use_settings
 from stayaligned.hf.targets import ALL_LINEAR, excluding, linear_names, unfit_names
 from stayaligned.weights.adapter_config import read_adapter_config, refuse_slow_patterns
-from stayaligned.weights.adapters import read_adapter, write_adapter
+from stayaligned.weights.adapters import PREFIX, all_finite, read_adapter, write_adapter
 from stayaligned.weights.directories import (
     ADAPTER_WEIGHTS,
     refuse_adapter_files,
@@ -127,9 +128,29 @@ def merge_adapter(ref: str | Path, adapter: Path) -> PreTrainedModel:
     model = load_model(ref, adapter=adapter)
     types = weight_types(model)
     cast_weights_(model, torch.float32)
-    merged: Any = _with_adapter(model, adapter).merge_and_unload()
+    types |= {tied: types[source] for tied, source in model.all_tied_weights_keys.items() if source in types}
+    adapted = _with_adapter(model, adapter)
+    _untie_changed(model)
+    merged: Any = adapted.merge_and_unload()
     cast_weights_(merged, types)
     return merged
+
+
+def _untie_changed(model: PreTrainedModel) -> None:
+    """Give the head its own weight if it shares the embedding's and a LoRA changes one of them.
+
+    A LoRA changes one of the two as it computes; merged into the shared weight it would change both.
+    """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if head is None or embedding.weight is not head.weight:
+        return
+    if isinstance(embedding, BaseTunerLayer) or isinstance(head, BaseTunerLayer):
+        inner: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        inner.weight = torch.nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
 
 
 def weight_types(model: PreTrainedModel) -> dict[str, torch.dtype]:
@@ -247,12 +268,27 @@ def _refuse_other_sizes(model: PreTrainedModel, adapter: Path, config: Mapping[s
                 hint="The configuration is of another adapter; save the adapter again with PEFT.",
             )
     for name, shape in shapes.items():
-        if "embed" in name and "lora_" not in name and shape[1:] == (width,) and shape[0] != rows:
+        whole = name.startswith(PREFIX) and "embed" in name and not re.search("lora_|trainable_tokens", name)
+        if whole and shape[1:] == (width,) and shape[0] != rows:
             raise StayalignedError(
                 f"{adapter}: {name} has {shape[0]} rows, but the model's vocabulary has {rows}",
                 hint=f"The vocabulary was resized for training. Resize the model to {shape[0]} rows "
                 "(`resize_token_embeddings`), save it with the adapter's tokenizer, and name that as the model.",
             )
+
+
+def _refuse_not_finite(adapter: Path) -> None:
+    """Raise if a tensor of an adapter holds NaN or infinity, of which every output would be NaN."""
+    from safetensors import safe_open
+
+    with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (not a mapping)
+            tensor = file.get_tensor(name)
+            if tensor.is_floating_point() and not all_finite(tensor.float()):
+                raise StayalignedError(
+                    f"{adapter}: {name} holds NaN or infinity",
+                    hint="Train or download the adapter again: training diverged, or the file is damaged.",
+                )
 
 
 def _trained_class(adapter: Path, loaders: Sequence[Any], config: Any) -> Any:
@@ -285,6 +321,7 @@ def _with_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False
     refuse_settings(adapter, config, known=[field.name for field in fields(kind)])
     refuse_slow_patterns(adapter, config, [name for name, _ in model.named_modules()])
     _refuse_other_sizes(model, adapter, config)
+    _refuse_not_finite(adapter)
     hint = "Use the model that the adapter was trained on."
     try:
         with warnings.catch_warnings():
@@ -295,11 +332,11 @@ def _with_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False
             with _under_names_of(model, adapter, config["peft_type"]) as directory:
                 adapted = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
                 with safe_open(directory / ADAPTER_WEIGHTS, framework="pt") as file:
-                    stored = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118 (not a mapping)
+                    stored = set(file.keys())
     except (ValueError, RuntimeError, KeyError, TypeError, UserWarning) as error:
         raise StayalignedError(f"{adapter}: the adapter does not fit the model: {_short(error)}", hint=hint) from None
-    # PEFT silently ignores layers that the model lacks.
-    dropped = stored - {*get_peft_model_state_dict(adapted, save_embedding_layers=False)}
+    # PEFT silently ignores tensors that the model lacks. Embeddings beside the factors are loaded into the model.
+    dropped = stored - {*get_peft_model_state_dict(adapted, save_embedding_layers=False), *adapted.state_dict()}
     if dropped:
         raise StayalignedError(
             f"{adapter}: the adapter does not fit the model, which lacks {len(dropped)} of its weights, "

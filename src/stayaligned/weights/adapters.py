@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 """Prefix that PEFT adds to the name of a module."""
+_WITH_ADAPTER_NAME = re.compile(r"(\.lora_\w+)\.default(?=(\.weight|\.bias)?$)")
+"""Found in the names of tensors that were saved without PEFT, of an adapter named "default"; PEFT reads them, too."""
+_OF_WRAPPERS = re.compile(
+    r"^(?:module\.|_orig_mod\.|base_model\.model\.)+(?=.)|\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+"""Found in the names of tensors that were saved from a wrapped model, after the prefix."""
 _COPIED_SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model", ".md"})
 """Suffixes of files to copy with an adapter: tokenizer, chat template, model card."""
 _SMALL_IN_FP16 = 2.0**-8
@@ -166,6 +173,15 @@ def read_adapter(path: Path) -> Adapter:
             f"{path / ADAPTER_WEIGHTS} can't be read as safetensors: {error}",
             hint="The file is damaged; save the adapter again.",
         ) from error
+    tensors = {_WITH_ADAPTER_NAME.sub(r"\1", key): tensor for key, tensor in tensors.items()}
+    for key in tensors:
+        expected = PREFIX + _OF_WRAPPERS.sub("", key.removeprefix(PREFIX))
+        if ".lora_" in key and key != expected:
+            raise StayalignedError(
+                f"{path / ADAPTER_WEIGHTS}: PEFT would ignore {key}, because it expects the name {expected}",
+                hint="The file is of a model that was wrapped, compiled or converted. Save it with `save_pretrained` "
+                "of the PeftModel itself, or rename the tensors.",
+            )
     return Adapter(MappingProxyType(config), MappingProxyType(tensors), path)
 
 

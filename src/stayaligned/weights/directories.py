@@ -26,6 +26,9 @@ _OF_MODELS = re.compile(
     r"(pytorch_)?model([.-].*)?\.(safetensors|bin|index\.json)|consolidated.*\.(safetensors|pth)|tf_model\.h5|flax_model\.msgpack"
 )
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
+_POINTER = b"version https://git-lfs"
+_LONGEST_POINTER = 1024
+"""Size in bytes above which a file is no pointer of Git LFS."""
 _SAVE_AGAIN = "Load it with transformers and save it with `save_pretrained`, which writes safetensors."
 _OTHER_FORMATS = (
     (r".*\.gguf", "GGUF", "Give the model that it was converted from, in safetensors."),
@@ -103,6 +106,7 @@ def refuse_without_weights(path: Path) -> None:
         raise StayalignedError(
             f"{path} holds neither {MODEL_WEIGHTS} nor {MODEL_INDEX}", hint=_what_to_give(path, names)
         )
+    _refuse_pointers(path)
 
 
 def refuse_unless_adapter(path: Path) -> None:
@@ -132,7 +136,7 @@ def refuse_unless_adapter(path: Path) -> None:
     if names & {"adapters.safetensors", "adapters.npz"}:
         raise StayalignedError(f"{path} is an adapter of MLX, expected one of PEFT", hint=_MLX)
     if ADAPTER_WEIGHTS in names:
-        return
+        return _refuse_pointers(path)
     sharded = any(name.endswith(".index.json") for name in names if _OF_ADAPTERS.fullmatch(name))
     raise StayalignedError(
         f"{path} has no {ADAPTER_WEIGHTS}",
@@ -142,6 +146,20 @@ def refuse_unless_adapter(path: Path) -> None:
         if "adapter_model.bin" in names
         else f"The adapter's weights must be in {ADAPTER_WEIGHTS}; save or download the adapter again.",
     )
+
+
+def _refuse_pointers(path: Path) -> None:
+    """Raise if a file of weights is a pointer, which Git leaves there if Git LFS is not installed."""
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            pointer = file.stat().st_size < _LONGEST_POINTER and file.read_bytes().startswith(_POINTER)
+        except OSError:  # its reader reports it
+            continue
+        if pointer:
+            raise StayalignedError(
+                f"{file} is a pointer of Git LFS, and not the weights",
+                hint="Run `git lfs install` and clone the repository again, or download it by `hf download`.",
+            )
 
 
 def refuse_mlx(path: Path) -> None:

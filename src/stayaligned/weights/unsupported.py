@@ -58,6 +58,12 @@ def refuse_unsupported(adapter: Adapter) -> None:
             hint='Train with bias="none".',
         )
     refuse_settings(adapter.directory, config, known=(*PLACEMENT, *_STORED_WHOLE))
+    if config.get("ensure_weight_tying") and any(re.search(r"(embed|head).*\.lora_", key) for key in adapter.tensors):
+        raise StayalignedError(
+            f"{adapter.directory}: ensure_weight_tying ties the factors of the embedding to those of the head, and a "
+            "patch changes each layer by its own",
+            hint="Train without the embedding and the head in target_modules.",
+        )
     others = [key for key in stored_whole(adapter.tensors) if not _COPIED_WHOLE.search(key)]
     if others:
         raise StayalignedError(
@@ -140,10 +146,15 @@ def check_factors(adapter: Adapter, layers: Sequence[LoraLayer], source: Path) -
                 hint="Use the model that the adapter was trained on; or save the adapter again if it was saved by one "
                 "process of a sharded run.",
             )
-        floating = tensor.is_floating_point() and tensor.dtype.itemsize > 1
-        if not floating or not all_finite(tensor):
+        if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+            kind = str(tensor.dtype).removeprefix("torch.")
             raise StayalignedError(
-                f"{adapter.directory}: {key} holds values that are not finite floating-point numbers",
+                f"{adapter.directory}: {key} is stored as {kind}, expected float32, bfloat16 or float16",
+                hint="Save the adapter again in one of these types.",
+            )
+        if not all_finite(tensor):
+            raise StayalignedError(
+                f"{adapter.directory}: {key} holds NaN or infinity",
                 hint="Train or download the adapter again: training diverged, or the file is damaged.",
             )
 

@@ -259,3 +259,17 @@ def test_scanning_reports_every_layer_and_changes_nothing(tmp_path: Path, adapte
     ElementTree.fromstring(paths[1].read_text())  # noqa: S314 - our own
     with pytest.raises(StayalignedError, match="leaves layers out"):
         scan_adapters([adapter], DEFENSES.parse({"name": "safe_lora", "lowest": 1}), models, Execution())
+
+
+def test_a_patch_of_what_was_patched_before_says_so(tmp_path: Path, adapter: Path, models: ModelPair) -> None:
+    patch = DEFENSES.parse({"name": "safe_lora", "all_layers": True})
+    patch_directory(adapter, tmp_path / "once", patch, models)
+    patch_directory(tmp_path / "once", tmp_path / "twice", patch, models)
+    words = f"{tmp_path / 'once'} was patched before, by safe_lora"
+    found = [
+        any(note.startswith(words) for note in read_projection(tmp_path / name / PROJECTION_FILE).notes)
+        for name in ("once", "twice")
+    ]
+    assert found == [False, True]
+    (scanned,) = scan_adapters([tmp_path / "once"], patch, models, Execution())
+    assert any(note.startswith(words) for note in scanned.notes)

@@ -151,7 +151,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path, adapter: Adapter
         lora_layers(adapter, other)
 
 
-@pytest.mark.parametrize("broken", ["empty", "flat", "nan", "integer"])
+@pytest.mark.parametrize("broken", ["empty", "flat", "nan", "integer", "fp8"])
 def test_tensors_that_are_not_factors_are_refused(adapter: Adapter, aligned: Checkpoint, broken: str) -> None:
     key = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
     bad = {
@@ -159,8 +159,10 @@ def test_tensors_that_are_not_factors_are_refused(adapter: Adapter, aligned: Che
         "flat": adapter.tensors[key].flatten(),
         "nan": adapter.tensors[key] * torch.nan,
         "integer": adapter.tensors[key].to(torch.int8),
+        "fp8": adapter.tensors[key].to(torch.float8_e4m3fn),
     }[broken]
-    with pytest.raises(StayalignedError, match=key):
+    problem = {"nan": " holds NaN", "integer": " is stored as int8", "fp8": " is stored as float8_e4m3fn"}
+    with pytest.raises(StayalignedError, match=key + problem.get(broken, "")):
         lora_layers(with_tensors(adapter, {**adapter.tensors, key: bad}), aligned)
 
 
@@ -308,3 +310,10 @@ def test_a_resized_vocabulary_does_not_stop_the_linear_layers(tmp_path: Path, al
     ):
         load_finetuned(aligned.directory, tmp_path / "adapter")
     load_finetuned(tmp_path / "resized", tmp_path / "adapter")
+
+
+def test_a_lora_whose_factors_are_tied_to_those_of_the_head_is_refused(tmp_path: Path) -> None:
+    tied = write_pico_checkpoint(tmp_path / "tied", tie_word_embeddings=True)
+    adapter = write_pico_adapter(tmp_path / "a", tied, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    with pytest.raises(StayalignedError, match="ensure_weight_tying ties the factors"):
+        lora_layers(read_adapter(adapter), open_checkpoint(tied))

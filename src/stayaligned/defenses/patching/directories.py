@@ -116,7 +116,7 @@ def patch_directory(
         hashes.start(finetuned=finetuned, **_inputs(models))
         how = replace(how, note=notes.append)
         layers = patch.patch_model(open_checkpoint(finetuned), temporary, models, how)
-        notes.extend(copyable_files(finetuned, is_copied)[1])
+        notes.extend([*note_on_earlier_patch(finetuned), *copyable_files(finetuned, is_copied)[1]])
         write_text(temporary / PROJECTION_FILE, _encode_record(patch, command, hashes.all(), layers, notes))
     return layers
 
@@ -159,10 +159,23 @@ def patch_directories(
         for index, (directory, one) in enumerate(zip(written, patched, strict=True)):
             inputs = {name: value for name, value in found.items() if not name.startswith("adapter ")}
             inputs = {"adapter": found[f"adapter {index}"], **inputs}
-            caveats = [*one.notes, *notes, *notes_on_copies(adapters[index])]
+            path = adapters[index]
+            caveats = [*one.notes, *notes, *note_on_earlier_patch(path), *notes_on_copies(path)]
             record = _encode_record(patch, command, inputs, one.layers, caveats)
             write_adapter(one.adapter, directory, notes={PROJECTION_FILE: record})
     return [list(one.layers) for one in patched]
+
+
+def note_on_earlier_patch(finetuned: Path) -> list[str]:
+    """Return a note if an adapter or a model is the result of a patch: another one changes what that one left."""
+    path = finetuned / PROJECTION_FILE
+    if not path.is_file():
+        return []
+    try:
+        name = read_projection(path).defense.get("name")
+    except StayalignedError:
+        return [f"{path} shows that {finetuned} was patched before; this patch is applied to what that one left"]
+    return [f"{finetuned} was patched before, by {name}; this patch is applied to what that one left"]
 
 
 def read_projection(path: Path) -> ProjectionRecord:

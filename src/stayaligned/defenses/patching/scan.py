@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stayaligned.core.errors import StayalignedError
+from stayaligned.defenses.patching.directories import note_on_earlier_patch
 from stayaligned.defenses.patching.summary import notes_on
 from stayaligned.weights.adapters import read_adapter
 
@@ -36,7 +37,8 @@ def scan_adapters(
             f"a scan needs a defense that changes every layer, but {patch.name} leaves layers out",
             hint="Set all_layers in the defense.",
         )
-    return [
-        replace(one, notes=tuple(dict.fromkeys([*one.notes, *notes, *notes_on(patch, one.layers, would=True)])))
-        for one in patched
-    ]
+    found: list[PatchedAdapter] = []
+    for path, one in zip(adapters, patched, strict=True):
+        caveats = [*one.notes, *notes, *note_on_earlier_patch(path), *notes_on(patch, one.layers, would=True)]
+        found.append(replace(one, notes=tuple(dict.fromkeys(caveats))))
+    return found
