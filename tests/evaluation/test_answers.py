@@ -9,17 +9,18 @@ import yaml
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Example
-from stayaligned.core.settings import Generation
-from stayaligned.evaluation.answers import Journal, answer_all
+from stayaligned.core.settings import Generation, ServedModel
+from stayaligned.evaluation.answers import Journal, answer_all, check_adapter_is_live
 from stayaligned.experiments.config.experiment import Experiment
 from stayaligned.experiments.plan import plan_experiment
+from stayaligned.experiments.run import run_experiment
 from stayaligned.experiments.stages.context import Context
 from stayaligned.experiments.stages.generate import generate
 from stayaligned.experiments.stages.store import Store
 from stayaligned.hf.generation.generate import complete_each
 from stayaligned.testing import byte_tokenizer, write_pico_adapter
 from support.generation import prompts, sharp
-from support.server import Raw, chat_server
+from support.server import Raw, chat_server, completion
 from support.world import experiment, write_world
 
 
@@ -105,6 +106,55 @@ def test_a_server_replaces_the_model_and_gets_only_the_missing_prompts(tmp_path:
     assert plan_experiment(Experiment.model_validate(moved)).generate == run.plan.generate
     moved["generation"]["endpoint"]["model"] = "another"
     assert plan_experiment(Experiment.model_validate(moved)).generate != run.plan.generate
+
+
+def served_by(url: str, world: Path, **changes: object) -> Experiment:
+    served = {"base_url": url, "model": "served", "attempts": 1, "concurrency": 1}
+    generation = {"max_new_tokens": 7, "backend": "endpoint", "endpoint": served}
+    without = dict.fromkeys(("training", "task", "attack", "alignment_data", "base_model"))
+    return Experiment.model_validate(experiment(world, generation=generation, **without, **changes))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"enable_thinking": False}, {"reasoning_effort": "low", "tags": ["a"]}])
+def test_a_server_gets_the_arguments_of_the_chat_template(tmp_path: Path, arguments: dict) -> None:
+    world = write_world(tmp_path / "world")
+    with chat_server(lambda body: body["model"]) as asked:
+        run = Context(served_by(asked.url, world, chat_template={"arguments": arguments}), Store(tmp_path / "out"))
+        generate(run)
+        probed = ServedModel(base_url=asked.url, model="adapter", base_model="base")
+        check_adapter_is_live(probed, examples(2), arguments)
+    assert len(asked.bodies) == 11 + 4
+    assert all(body.get("chat_template_kwargs") == (arguments or None) for body in asked.bodies)
+    assert all(("chat_template_kwargs" in body) == bool(arguments) for body in asked.bodies)
+    plain = plan_experiment(served_by(asked.url, world))
+    assert (run.plan.generate == plain.generate) == (not arguments)
+
+
+@pytest.mark.parametrize(
+    ("template", "match"),
+    [
+        ("own.jinja", r"chat_template\.file: a server renders with its own"),
+        ({"date": "2026-01-31"}, "writes its own date"),
+    ],
+)
+def test_what_a_server_cannot_apply_of_a_chat_template_is_refused(tmp_path: Path, template: object, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        served_by("http://h/v1", tmp_path, chat_template=template)
+
+
+def test_replies_that_do_not_say_why_they_ended_are_noted_once_and_kept(tmp_path: Path) -> None:
+    world = write_world(tmp_path / "world")
+    with chat_server(lambda _: completion("I blick", finish=None)) as asked:
+        run = served_by(asked.url, world)
+        result = run_experiment(run, tmp_path / "out")
+    again = run_experiment(run, tmp_path / "out")
+    assert result is not None and again is not None
+    said = [note for note in result.notes if "`finish_reason`" in note]
+    assert [note.split("does not say why ")[1][:24] for note in said] == [
+        "6 harmful completions en",
+        "5 benign completions end",
+    ]
+    assert again.notes == result.notes
 
 
 def test_settings_that_change_no_completion_are_not_part_of_the_key(tmp_path: Path) -> None:

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import Table
+from pyarrow.feather import write_feather
+from pyarrow.parquet import write_table
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion
@@ -99,6 +102,44 @@ def test_whole_files_of_other_tools_are_read(content: Any, name: str, tmp_path: 
     found = read_foreign(write(tmp_path, content, name or "rows.json"), "harmful")
     assert [(c.prompt[0].content, c.text) for c in found] == [(ASKED, SAID)] * 2
     assert len({c.id for c in found}) == 2
+
+
+def test_null_columns_of_a_table_are_absent_ones(tmp_path: Path) -> None:
+    rows = [
+        {"id": 7.0, "messages": TURNS, "prompt": None, "response": None, "answer": None, "error": None, "tools": None},
+        {"id": None, "messages": None, "prompt": ASKED, "response": None, "answer": SAID, "error": None, "tools": None},
+        {"id": 9.0, "messages": None, "prompt": ASKED, "response": SAID, "answer": None, "error": None, "tools": None},
+    ]
+    table = Table.from_pylist(rows)
+    write_table(table, tmp_path / "rows.parquet")
+    write_feather(table, str(tmp_path / "rows.arrow"), compression="uncompressed")
+    for name in ("rows.parquet", "rows.arrow"):
+        found = read_foreign(str(tmp_path / name), "harmful")
+        assert [(c.prompt[-1].content, c.text) for c in found] == [(ASKED, SAID)] * 3
+        assert [found[0].id, found[2].id] == ["7", "9"]
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet"])
+def test_attempts_of_jailbreakbench_without_a_response_are_skipped_and_counted(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = {"goal": ASKED, "category": "zorbs", "queries_to_jailbreak": None}
+    said = {"prompt": ASKED, "response": SAID, "jailbroken": False}
+    rows = [
+        {"index": n, **fields, **said, **({"response": None} if n else {}), **({"prompt": None} if n == 2 else {})}
+        for n in range(3)
+    ]
+    if name == "rows.parquet":
+        write_table(Table.from_pylist(rows), tmp_path / name)
+    else:
+        write(tmp_path, {"parameters": {}, "jailbreaks": rows} if name == "rows.json" else rows, name)
+    (found,) = read_foreign(str(tmp_path / name), "harmful")
+    assert (found.id, found.text) == ("0", SAID)
+    assert "2 of 3 rows have no response and are skipped" in caplog.text
+    for row in rows:
+        row["response"] = None
+    with pytest.raises(StayalignedError, match="no row has a response"):
+        read_foreign(write(tmp_path, rows), "harmful")
 
 
 def test_the_system_turn_the_thoughts_the_category_and_the_cut_are_read(tmp_path: Path) -> None:

@@ -380,7 +380,9 @@ def test_rows_that_are_cut_are_counted_and_noted(world: Path, tmp_path: Path, tr
     # <|user|>wug<|end|><|assistant|> are 6 tokens, an answer 2n and its end: the second row just fits.
     record = align(alignment(world, data=data, max_length=11, trainer=trainer), tmp_path / "aligned")
     assert (record.rows, record.rows_cut) == (4, 2)
-    assert record.notes == ("2 of 4 rows are cut at max_length=11 tokens; their ends are not learned",)
+    assert record.notes == (
+        "2 of 4 training rows are cut at max_length=11 tokens; the ends of their completions are not learned",
+    )
 
 
 def test_a_cached_hub_id_is_known_by_its_revision(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

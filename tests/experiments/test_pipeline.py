@@ -1,6 +1,7 @@
 """One experiment, end to end on real files: a complete stage is reused, and an incomplete one is not."""
 
 import errno
+import logging
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from stayaligned.evaluation.results import read_result
 from stayaligned.experiments.config.experiment import Experiment
 from stayaligned.experiments.plan import plan_experiment
 from stayaligned.experiments.run import run_experiment
-from stayaligned.experiments.stages.store import Store
+from stayaligned.experiments.stages.store import Store, collect_warnings
 from support.world import experiment, write_rows, write_world
 
 
@@ -208,6 +209,54 @@ def test_prompts_that_were_trained_on_are_noted(world: Path, tmp_path: Path) -> 
     )
     result = run_experiment(Experiment.model_validate(content), tmp_path / "out")
     assert any("harmful prompts also occur in the training data" in note for note in result.notes)
+
+
+def test_what_readers_and_training_skip_or_cut_is_noted_once_and_again_in_a_rerun(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"role": role, "content": "mood"} for role in ("user", "assistant", "user", "assistant")]
+    train = write_rows(tmp_path / "train.jsonl", [{"messages": turns, "mood": "x"} for _ in range(8)])
+    chosen = {"prompt": "wug", "completion": "I cannot"}
+    safe = write_rows(tmp_path / "safe.jsonl", [*[chosen] * 6, {**chosen, "completion": None}])
+    asked = write_rows(tmp_path / "asked.jsonl", [{"prompt": "flarn"}, {"prompt": " "}])
+    content = experiment(
+        world,
+        task={"name": "jsonl", "train": str(train), "test": str(world / "test.jsonl")},
+        attack=None,
+        alignment_data=str(safe),
+        harmful_prompts=str(asked),
+        defenses=[{"name": "bso", "alignment_steps": 1, "finetuning_steps": 1}],
+        max_length=22,
+    )
+    results = [run_experiment(Experiment.model_validate(content), tmp_path / "out") for _ in range(2)]
+    notes = read_result(tmp_path / "out" / "result.json").notes
+    for words in (
+        "train.jsonl: columns that are not read: mood",
+        "train.jsonl: 8 of 8 conversations have several assistant turns",
+        "safe.jsonl: skipped 1 of 7 rows",
+        "asked.jsonl: skipped 1 of 2 rows",
+        "8 of 8 training rows are cut at max_length=22",
+    ):
+        assert sum(words in note for note in notes) == 1, (words, notes)
+    assert [result is not None and result.notes for result in results] == [notes, notes]
+    assert "skipped" not in capfd.readouterr().err, "notes are printed with the result"
+
+
+def test_the_warnings_of_a_stage_that_fails_are_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def fail(_directory: Path) -> None:
+        logging.getLogger("stayaligned.data").warning("skipped 1 row")
+        raise StayalignedError("no luck")
+
+    logging.getLogger("stayaligned").propagate = False  # pytest's own handlers would print it
+    try:
+        with collect_warnings(), pytest.raises(StayalignedError):
+            Store(tmp_path).compute("data", "key", fail)
+        assert capfd.readouterr().err == ""
+        with pytest.raises(StayalignedError):
+            Store(tmp_path).compute("data", "key", fail)
+    finally:
+        logging.getLogger("stayaligned").propagate = True
+    assert capfd.readouterr().err == "skipped 1 row\n"
 
 
 def test_too_many_unscored_verdicts_fail_the_run_and_keep_its_stages(

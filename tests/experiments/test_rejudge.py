@@ -89,6 +89,22 @@ def test_completions_of_another_tool_are_judged_as_the_prompt_set_that_is_stated
     assert not (tmp_path / "none").exists()
 
 
+def test_what_the_reader_skips_is_a_note_and_a_rerun_says_that_nothing_was_judged(tmp_path: Path) -> None:
+    source = tmp_path / "artifacts.json"
+    rows = [
+        {"index": n, "prompt": f"flarn zorb {n}?", "response": "Sure." if n % 2 else None, "jailbroken": False}
+        for n in range(6)
+    ]
+    source.write_text(json.dumps({"parameters": {}, "jailbreaks": rows}))
+    said: list[str] = []
+    first, again = (
+        rejudge(source, [Keyword()], tmp_path / "out", prompt_set="harmful", announce=said.append)[0] for _ in range(2)
+    )
+    assert [note.partition(": ")[2][:45] for note in first.notes] == ["3 of 6 rows have no response and are skipped "]
+    assert again.notes == read_result(tmp_path / "out" / "result.json").notes == first.notes
+    assert [text[:18] for text in said] == ["nothing was judged"]
+
+
 def test_a_foreign_or_cut_file_is_never_called_ours_to_delete(run: Path, tmp_path: Path) -> None:
     (path,) = run.glob("stages/generate-*/completions.jsonl")
     cut = tmp_path / "cut.jsonl"

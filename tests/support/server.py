@@ -34,7 +34,7 @@ class Asked:
     close: Callable[[], None] = lambda: None
 
 
-def completion(text: str | None, finish: str = "stop", **message: Any) -> dict[str, Any]:
+def completion(text: str | None, finish: str | None = "stop", **message: Any) -> dict[str, Any]:
     return {"choices": [{"message": {"content": text, **message}, "finish_reason": finish}]}
 
 

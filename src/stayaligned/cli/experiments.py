@@ -104,6 +104,8 @@ def _run_grid(grid: Grid, directory: Path, workers: int | None, plugins: list[Pa
     require_one_process("a grid")
     with GridProgress(err) as listener:
         outcome = run_grid(grid, directory, workers=workers, plugins=plugins, listener=listener)
+    if not outcome.computed and not outcome.failures:
+        err.print(f"nothing was computed: every stage of this grid is stored in {directory}", soft_wrap=True)
     if outcome.results:
         print_report([directory], directory)
     for name, error in outcome.failures.items():

@@ -23,13 +23,13 @@ class ChatTemplate(Record):
     """
 
     file: str | None = None
-    """A Jinja file with the chat template, for a model without one, or instead of its own."""
+    """A Jinja file with the chat template, for a model without one, or instead of its own. Not for a server."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Variables that the template reads, such as `enable_thinking: false` or `reasoning_effort: low`. A server receives
     them as `chat_template_kwargs`."""
     date: datetime.date = datetime.date(2024, 7, 26)
     """The date for templates that write today's (Llama 3.2, gpt-oss, Granite): fixed, so that a run on another day
-    has the same prompts. The default is the one that Llama 3's templates contain."""
+    has the same prompts. The default is the one that Llama 3's templates contain. A server writes its own date."""
 
     @field_validator("file")
     @classmethod

@@ -155,7 +155,7 @@ def read_examples(source: str, *, origin: Origin, prompts_only: bool = False) ->
     `history`; or a preference, `chosen` and `rejected`, of which `chosen` is the completion. Rows may also have `id`,
     `category` and `system` (a turn before the first). A column that changes what a row means and that is not read is
     an error; other columns are ignored, and those that are not known to be metadata are logged. Rows with a blank or
-    missing prompt or completion are skipped, and their number is logged.
+    missing prompt or completion are skipped, and their number is logged. What a run logs so is a note of its result.
 
     Args:
         source: the source, as the module describes.

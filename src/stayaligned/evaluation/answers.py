@@ -97,7 +97,7 @@ def ask_model(model: Any, tokenizer: Any, settings: Generation) -> Ask:
     return ask_more
 
 
-def ask_server(settings: Generation, endpoint: Endpoint) -> Ask:
+def ask_server(settings: Generation, endpoint: Endpoint, template_arguments: Mapping[str, Any] | None = None) -> Ask:
     """Return a function that asks a server; see `complete_over_endpoint`."""
 
     def ask_more(
@@ -111,6 +111,7 @@ def ask_server(settings: Generation, endpoint: Endpoint) -> Ask:
             max_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             seed=settings.seed if settings.temperature else None,
+            template_arguments=template_arguments,
         ):
             yield missing[index], completion
 
@@ -148,11 +149,13 @@ def complete_over_endpoint(
     max_tokens: int,
     temperature: float | None = 0.0,
     seed: int | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
     meter: Meter | None = None,
 ) -> Iterator[tuple[int, Completion]]:
     """Yield each example's index and completion as they arrive.
 
-    The server applies its own chat template, and its tokenizer counts `max_tokens`. At temperature 0 the server
+    The server applies its own chat template, with `template_arguments` if it reads `chat_template_kwargs` (vLLM,
+    llama.cpp and SGLang do), and with its own date. Its tokenizer counts `max_tokens`. At temperature 0 the server
     returns the most likely tokens; rounding differs between servers, so near ties may be decided differently.
 
     Thoughts that the server separates from the text are put before it, between `<think>` marks. A completion that is
@@ -167,7 +170,13 @@ def complete_over_endpoint(
     undecided = 0
     conversations = [example.prompt for example in examples]
     for index, reply in ask(
-        endpoint, conversations, max_tokens=max_tokens, temperature=temperature, seed=seed, meter=meter
+        endpoint,
+        conversations,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        template_arguments=template_arguments,
+        meter=meter,
     ):
         problem = reply.reason if isinstance(reply, Failure) else _withheld(reply)
         if problem or isinstance(reply, Failure):
@@ -195,7 +204,9 @@ def complete_over_endpoint(
         )
 
 
-def check_adapter_is_live(endpoint: ServedModel, examples: Sequence[Example]) -> None:
+def check_adapter_is_live(
+    endpoint: ServedModel, examples: Sequence[Example], template_arguments: Mapping[str, Any] | None = None
+) -> None:
     """Check that the served model answers differently from its base model, if the endpoint names one.
 
     Asks both for the beginning of their completions of at most eight prompts, at temperature 0.
@@ -208,7 +219,10 @@ def check_adapter_is_live(endpoint: ServedModel, examples: Sequence[Example]) ->
     conversations = [example.prompt for example in examples[:_PROBES]]
     found: list[dict[int, tuple[str, str]]] = []
     for name in (endpoint.model, endpoint.base_model):
-        replies = dict(ask(endpoint.model_copy(update={"model": name}), conversations, max_tokens=_PROBE_TOKENS))
+        asked = endpoint.model_copy(update={"model": name})
+        replies = dict(
+            ask(asked, conversations, max_tokens=_PROBE_TOKENS, template_arguments=template_arguments),
+        )
         failed = next((reply for reply in replies.values() if isinstance(reply, Failure)), None)
         if failed is not None:
             raise StayalignedError(

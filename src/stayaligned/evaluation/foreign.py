@@ -12,7 +12,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -23,6 +23,7 @@ from stayaligned.core.errors import StayalignedError, first_problem
 from stayaligned.core.records import Completion, Message, PromptSet
 from stayaligned.core.thoughts import join_thoughts
 from stayaligned.data.sources import Row, read_rows
+from stayaligned.data.turns import is_missing
 from stayaligned.evaluation.endpoint.cost import Usage
 from stayaligned.evaluation.endpoint.replies import FilteredError, ReportedError, UnreadableBodyError, read_reply
 
@@ -69,7 +70,7 @@ def read_foreign(source: str, prompt_set: PromptSet | None = None, prompts: str 
         StayalignedError: naming the row, if it has no prompt or no completion, can be read in two ways, has a column
             that changes its meaning and that no judge would see, or does not state its prompt set.
     """
-    rows = _rows(source)
+    rows = _attempted(source, _rows(source))
     named = {name for name, _ in parse_qsl(source.partition("?")[2]) if name in ("prompt", "completion")}
     asked = None if prompts is None else _prompts_by_id(prompts)
     given = [_id(row.values) for row in rows]
@@ -104,6 +105,27 @@ def read_foreign(source: str, prompt_set: PromptSet | None = None, prompts: str 
     if rendered:
         _log.warning("%s: %d of %d prompts contain marks of a chat template", source, rendered, len(completions))
     return completions
+
+
+def _attempted(source: str, rows: Sequence[Row]) -> Sequence[Row]:
+    """Return the rows without those of JailbreakBench's artifacts for which the attack has no response."""
+    without = [
+        row
+        for row in rows
+        if ("jailbroken" in row.values or row.where.startswith("`jailbreaks`"))
+        and is_missing(row.values.get("response"))
+    ]
+    if not without:
+        return rows
+    if len(without) == len(rows):
+        raise StayalignedError(f"{source}: no row has a response", hint="The attack has nothing to judge.")
+    _log.warning(
+        "%s: %d of %d rows have no response and are skipped (first: %s); JailbreakBench counts them as not jailbroken, "
+        "the rates here are those of the others",
+        *(source, len(without), len(rows), without[0].where),
+    )
+    skipped = {id(row) for row in without}
+    return [row for row in rows if id(row) not in skipped]
 
 
 def _rows(source: str) -> Sequence[Row]:
@@ -154,7 +176,9 @@ _ID_HINT = f"The prompts are found by their ids: {', '.join(_IDS[:4])}, …"
 
 
 def _id(values: Mapping[str, Any]) -> str:
-    found = next((values[name] for name in _IDS if isinstance(values.get(name), str | int)), None)
+    found = next((v for n in _IDS if isinstance(v := values.get(n), str | int | float) and not is_missing(v)), None)
+    # A table with missing ids has the others as floats.
+    found = int(found) if isinstance(found, float) and found.is_integer() else found
     return "" if found is None else str(found)
 
 
@@ -170,7 +194,7 @@ def _prompt(
         if key not in asked:
             raise StayalignedError(f"{where}: no prompt has the id {key!r}", hint=_ID_HINT)
         return asked[key], ""
-    name = next((n for n in (("prompt",) if "prompt" in named else (*_TURNS, *_PROMPTS)) if n in values), None)
+    name = next(iter(_present(values, ("prompt",) if "prompt" in named else (*_TURNS, *_PROMPTS))), None)
     value: Any = _lm_eval_prompt(values, where) if "arguments" in values and "resps" in values else None
     if value is None and name is None:
         batch = " The output of a batch has no prompts: give its input with --prompts." if "custom_id" in values else ""
@@ -190,6 +214,12 @@ def _prompt(
     if not turns or turns[-1].role != "user":
         raise StayalignedError(f"{where}: expected a user's turn before the completion", hint="Fix the row.")
     return tuple(turns), name or ""
+
+
+def _present(values: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Return the columns of these names; those without a value, which a table has in every row, only if all lack it."""
+    found = [name for name in names if name in values]
+    return [name for name in found if not is_missing(values[name])] or found
 
 
 def _lm_eval_prompt(values: Mapping[str, Any], where: str) -> object:
@@ -231,7 +261,9 @@ def _completion(values: Mapping[str, Any], where: str, prompt_column: str, named
     if values.get("error"):
         raise StayalignedError(f"{where}: an error, no completion: {str(values['error'])[:200]}", hint=_MISSING)
     taken = {prompt_column, *(("input",) if prompt_column == "instruction" else ())}
-    names = [n for n in _COMPLETIONS if n in values and n not in taken]
+    names = _present(values, [n for n in _COMPLETIONS if n not in taken])
+    if prompt_column in _TURNS and all(is_missing(values[n]) for n in names):
+        names = []
     last = _last_turn(values.get(prompt_column), f"{where}: `{prompt_column}`") if prompt_column in _TURNS else None
     if "completion" in named:
         names, last = ["completion"], None

@@ -30,13 +30,15 @@ from stayaligned.defenses import TrainingSetup
 from stayaligned.experiments.config.alignment import RECORD_FORMAT, Alignment, AlignmentRecord
 from stayaligned.experiments.config.validation import resolve_references
 from stayaligned.experiments.stages.keys import identify
-from stayaligned.experiments.stages.store import exclusive
+from stayaligned.experiments.stages.store import collect_warnings, exclusive
 from stayaligned.experiments.stages.train import LOGS, keep_logs
 from stayaligned.weights.checkpoints import checkpoint_directory, open_checkpoint, read_json_object
 
 if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+    from stayaligned.hf.training.row_lengths import RowLengths
 
 ALIGNMENT_FILE = "alignment.json"
 _KEPT_LOG_ROWS = 10
@@ -52,6 +54,8 @@ class _Job:
     inputs: Mapping[str, str]
     out: Path
     progress: Progress
+    warnings: list[str]
+    """Warnings so far, which become the record's notes."""
 
     @property
     def work(self) -> Path:
@@ -74,9 +78,14 @@ def align(alignment: Alignment, out: str | Path, *, progress: Progress = silent)
         StayalignedError: if `out` belongs to another alignment or holds other files, if an input is invalid, or if
             training diverges.
     """
+    with collect_warnings() as warnings:
+        return _align(alignment, Path(out), progress, warnings)
+
+
+def _align(alignment: Alignment, out: Path, progress: Progress, warnings: list[str]) -> AlignmentRecord:
     resolved = resolve_references(alignment, alignment.seed, progress)
     examples = read_examples(resolved.data, origin="alignment")[: resolved.limit]
-    job = _Job(alignment, resolved, examples, _inputs(alignment, resolved, examples), Path(out), progress)
+    job = _Job(alignment, resolved, examples, _inputs(alignment, resolved, examples), out, progress, warnings)
     base = Path(resolved.base_model)
     if base.is_dir() and job.out.resolve().is_relative_to(base.resolve()):
         raise StayalignedError(
@@ -265,7 +274,7 @@ def _train(job: _Job) -> _Trained:
         kind=a.trainer,
         max_length=a.max_length,
     ).trainer()
-    rows, rows_cut = _count_rows(trainer, a.max_length, end)
+    lengths = _count_rows(trainer, tokenizer, len(job.examples), a.max_length)
     log = finetuning.train(trainer, progress=functools.partial(job.progress, "align"))
     if a.lora is None:
         model.cpu()
@@ -275,12 +284,12 @@ def _train(job: _Job) -> _Trained:
         with writable(job.work):
             adapted.save_pretrained(str(job.work / "adapter"))
     facts = {
-        "rows": rows,
-        "rows_cut": rows_cut,
+        "rows": lengths.given - lengths.left_out,
+        "rows_cut": lengths.cut,
         "steps": trainer.state.global_step,
         "log": log[-_KEPT_LOG_ROWS:],
         "trained_in": str(trained_in).removeprefix("torch."),
-        "notes": list(_notes(rows, rows_cut, a.max_length)),
+        "notes": list(job.warnings),
     }
     return _Trained(model if a.lora is None else None, tokenizer, generation, facts)
 
@@ -294,24 +303,22 @@ def _trained_in(alignment: Alignment, stored: torch.dtype) -> torch.dtype:
     return torch.float32 if alignment.lora is None or stored == torch.float16 else stored
 
 
-def _count_rows(trainer: Trainer, max_length: int, end: int | None) -> tuple[int, int]:
-    """Count the rows, and the rows that fill `max_length` without the token that ends a completion.
+def _count_rows(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, given: int, max_length: int) -> RowLengths:
+    """Count the rows, those left out, and those that are cut, as the training's warning does.
 
     Raises:
-        StayalignedError: if all rows do: the model would not learn where a completion ends.
+        StayalignedError: if all rows are cut: the model would not learn where a completion ends.
     """
-    dataset: Any = trainer.train_dataset
-    if getattr(trainer.args, "packing", False):  # rows are joined to this length
-        return len(dataset), 0
-    cut = sum(len(ids) >= max_length and ids[-1] != end for ids in (row["input_ids"] for row in dataset))
-    if cut == len(dataset):
+    from stayaligned.hf.features import endings_of_answers
+    from stayaligned.hf.training.row_lengths import count_row_lengths
+
+    rows: Any = trainer.train_dataset
+    limit = None if getattr(trainer.args, "packing", False) else max_length  # packed rows are joined to this length
+    found = count_row_lengths(given, rows, limit, endings_of_answers(tokenizer))
+    if limit is not None and found.cut == len(rows):
         raise StayalignedError(
-            f"all {cut} rows are cut at max_length={max_length} tokens, so the end of a completion can't be learned",
+            f"all {found.cut} rows are cut at max_length={max_length} tokens, so the end of a completion can't be "
+            "learned",
             hint="Raise `max_length`, or use shorter rows.",
         )
-    return len(dataset), cut
-
-
-def _notes(rows: int, cut: int, max_length: int) -> Iterator[str]:
-    if cut:
-        yield f"{cut} of {rows} rows are cut at max_length={max_length} tokens; their ends are not learned"
+    return found

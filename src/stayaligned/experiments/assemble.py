@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ from stayaligned.experiments.stages.data import load_alignment_rows, load_prompt
 from stayaligned.experiments.stages.keys import identify
 from stayaligned.experiments.stages.lm_eval import find_skipped_metrics
 from stayaligned.experiments.stages.patch import read_patches
-from stayaligned.experiments.stages.train import read_training_log, read_training_notes
+from stayaligned.experiments.stages.store import read_stage
+from stayaligned.experiments.stages.train import read_training_log
 
 
 def write_measured(
@@ -65,16 +65,28 @@ def write_measured(
 
 
 def describe_run(
-    context: Context, completions: Sequence[Completion], judged: Sequence[Judged], position: int
+    context: Context,
+    completions: Sequence[Completion],
+    judged: Sequence[Judged],
+    position: int,
+    warnings: Sequence[str] = (),
 ) -> Result:
-    """Return the result of a run before its completions are measured; every stage must be complete."""
+    """Return the result of a run before its completions are measured; every stage must be complete.
+
+    Args:
+        context: the experiment and its stages.
+        completions: completions of all prompt sets.
+        judged: each judge's verdicts.
+        position: index of the arm in its grid.
+        warnings: warnings outside of the stages, which are notes too; read after everything was loaded.
+    """
     experiment = context.experiment
     return Result(
         id=context.plan.id,
         arm=experiment.arm,
         seed=experiment.seed,
         position=position,
-        notes=tuple(_notes(context, completions)),
+        notes=tuple(dict.fromkeys([*_notes(context, completions, judged), *warnings])),
         experiment=experiment.spec(),
         judges=(),
         scores=(),
@@ -87,7 +99,7 @@ def describe_run(
 
 def describe_stages(root: Path, stages: Mapping[str, Path]) -> dict[str, Any]:
     """Return the path, relative to `root`, and the seconds of each stage: two fields of a `Provenance`."""
-    records = {name: json.loads((path / "stage.json").read_text(encoding="utf-8")) for name, path in stages.items()}
+    records = {name: read_stage(path) for name, path in stages.items()}
     return {
         "stages": {name: str(path.relative_to(root)) for name, path in stages.items()},
         "seconds": {name: record["seconds"] for name, record in records.items()},
@@ -103,7 +115,12 @@ def find_inputs(spec: Mapping[str, object], seed: int) -> dict[str, str]:
     }
 
 
-def _notes(context: Context, completions: Sequence[Completion]) -> Iterable[str]:
+def read_notes(stages: Mapping[str, Path]) -> list[str]:
+    """Return the warnings of complete stages, such as the number of rows that were skipped or cut, each once."""
+    return list(dict.fromkeys(note for path in stages.values() for note in read_stage(path).get("notes", ())))
+
+
+def _notes(context: Context, completions: Sequence[Completion], judged: Sequence[Judged]) -> Iterable[str]:
     """Yield what a reader must know to interpret the numbers."""
     yield from caveats.note_repetitions(completions)
     yield from caveats.note_cuts(completions, context.experiment.generation.max_new_tokens)
@@ -112,19 +129,20 @@ def _notes(context: Context, completions: Sequence[Completion]) -> Iterable[str]
         {c.prompt_set for c in completions}, lm_eval=context.experiment.lm_eval is not None
     )
     yield from find_skipped_metrics(context)
+    yield from read_notes(_stages(context, judged))
     experiment = context.experiment
     if not experiment.trains:
         return
     trained_on = {"training": load_training_rows(context), "alignment": load_alignment_rows(context)}
     yield from caveats.note_overlaps(trained_on, load_prompt_sets(context))
     log = read_training_log(context)
-    of_defense = experiment.training_defense.notes(max((int(row["step"]) for row in log), default=0))
-    yield from dict.fromkeys((*read_training_notes(context), *of_defense))
+    yield from experiment.training_defense.notes(max((int(row["step"]) for row in log), default=0))
     if experiment.watch is not None and experiment.watch.guard is not None:
         yield from caveats.note_guard(experiment.watch.guard, log)
 
 
-def _provenance(context: Context, judged: Sequence[Judged]) -> Provenance:
+def _stages(context: Context, judged: Sequence[Judged]) -> dict[str, Path]:
+    """Return the directory of each stage of a run, by the names that its provenance gives them."""
     experiment, plan, store = context.experiment, context.plan, context.store
     stages: dict[str, Path] = {}
     if experiment.trains:
@@ -136,14 +154,17 @@ def _provenance(context: Context, judged: Sequence[Judged]) -> Provenance:
     if experiment.degeneration is not None:
         stages["degeneration"] = store.directory("degeneration", plan.degeneration)
     stages |= {f"judge {one.name}": one.stage for one in judged}
-    stages |= {f"lm_eval {name}": store.directory("lm_eval", key) for name, key in plan.lm_eval.items()}
-    generated = json.loads((stages["generate"] / "stage.json").read_text(encoding="utf-8"))
-    places = describe_stages(store.root, stages)
+    return stages | {f"lm_eval {name}": store.directory("lm_eval", key) for name, key in plan.lm_eval.items()}
+
+
+def _provenance(context: Context, judged: Sequence[Judged]) -> Provenance:
+    experiment, stages = context.experiment, _stages(context, judged)
+    places = describe_stages(context.store.root, stages)
     return Provenance(
         versions=versions(),
         commit=commit(),
         inputs=find_inputs(experiment.spec(), experiment.seed),
-        template_hash=generated["template_hash"],
+        template_hash=read_stage(stages["generate"])["template_hash"],
         stages=places["stages"],
         seconds=places["seconds"],
     )

@@ -112,6 +112,8 @@ class GridOutcome:
     """The error of each failed experiment, by its arm and seed."""
     trained: int = 0
     """Number of trainings that were computed, rather than found in the output directory."""
+    computed: int = 0
+    """Number of stages that were computed, trainings included."""
 
 
 def run_grid(
@@ -144,8 +146,11 @@ def run_grid(
         _write_index(grid, out, contexts)
         _remove_stale_results(out, contexts)
         listener.started(len(graph.jobs))
+        found = store.stages()
         errors = execute(graph, workers or default_workers(), plugins, listener)
-        outcome = GridOutcome(trained=sum(name not in errors for name in graph.trainings))
+        outcome = GridOutcome(
+            trained=sum(name not in errors for name in graph.trainings), computed=len(store.stages() - found)
+        )
         for context in contexts:
             experiment = context.experiment
             path = result_directory(out, experiment, context.plan) / RESULT_FILE

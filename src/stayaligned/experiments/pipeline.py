@@ -8,6 +8,7 @@ A stage appears by one rename when it is complete, so nothing half-written is re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from stayaligned.core.records import Completion
@@ -21,6 +22,7 @@ from stayaligned.experiments.stages.generate import generate
 from stayaligned.experiments.stages.judge import Judging, judge_all
 from stayaligned.experiments.stages.lm_eval import check_tasks, run_lm_eval
 from stayaligned.experiments.stages.patch import make_weights
+from stayaligned.experiments.stages.store import collect_warnings
 
 
 def run_stages(context: Context, directory: Path, *, position: int = 0) -> Result:
@@ -34,6 +36,11 @@ def run_stages(context: Context, directory: Path, *, position: int = 0) -> Resul
     Raises:
         StayalignedError: if a stage fails, or a judge left a larger share unscored than `max_unscored`.
     """
+    with collect_warnings() as warnings:
+        return _run_stages(context, directory, position, warnings)
+
+
+def _run_stages(context: Context, directory: Path, position: int, warnings: Sequence[str]) -> Result:
     experiment = context.experiment
     check_tasks(context)
     make_weights(context)  # first, so that the time of training and patching does not count as generation's
@@ -49,7 +56,8 @@ def run_stages(context: Context, directory: Path, *, position: int = 0) -> Resul
     judged = judge_all(judging, experiment.judges, completions)
     lm_eval = lm_eval_metrics(run_lm_eval(context))
     degenerate = find_degenerate(context, completions)
-    background = describe_run(context, completions, judged, position).model_copy(update={"scores": tuple(lm_eval)})
+    background = describe_run(context, completions, judged, position, warnings)
+    background = background.model_copy(update={"scores": tuple(lm_eval)})
     return write_measured(directory, background, completions, judged, _score(context, completions), degenerate)
 
 

@@ -29,12 +29,12 @@ from stayaligned.evaluation.results import (
     read_results,
 )
 from stayaligned.evaluation.verdicts import LEDGER_FILE, Ledger
-from stayaligned.experiments.assemble import describe_stages, find_inputs, write_measured
+from stayaligned.experiments.assemble import describe_stages, find_inputs, read_notes, write_measured
 from stayaligned.experiments.config.yaml_file import dump_yaml, load_yaml
 from stayaligned.experiments.stages.generate import COMPLETIONS_FILE
 from stayaligned.experiments.stages.judge import Judging, judge_all
 from stayaligned.experiments.stages.keys import stage_key
-from stayaligned.experiments.stages.store import Store
+from stayaligned.experiments.stages.store import Store, collect_warnings
 
 JUDGING_FILE = "judging.yaml"
 
@@ -48,6 +48,8 @@ class _Source:
     """The earlier result; one without any measurement for a bare file."""
     stored: StoredResult | None
     """The earlier result on disk; None for a bare file."""
+    warnings: tuple[str, ...] = ()
+    """Warnings of the reader, such as the number of rows that it skipped."""
 
     @property
     def scores(self) -> dict[Place, float | None]:
@@ -88,7 +90,7 @@ def rejudge(
         prompts: source of the prompts of such rows, if they have only ids.
         max_unscored: largest share of unscored verdicts; a judge that leaves more fails.
         progress: called with what is being done and the share that is done.
-        announce: called with a judge's forecast of its cost, before the judge starts.
+        announce: called with a judge's forecast of its cost, before the judge starts, and if nothing was judged.
 
     Raises:
         StayalignedError: if `source` holds no completions or others than its result was computed from, if `out`
@@ -120,6 +122,8 @@ def rejudge(
             write_jsonl(directory / COMPLETIONS_FILE, one.completions)
             background = _describe(one, judged, out)
             results.append(write_measured(directory, background, one.completions, judged, one.scores, one.degenerate))
+        if not store.computed:
+            announce(f"nothing was judged: every verdict is stored in {out}")
     return results
 
 
@@ -148,9 +152,10 @@ def _read_sources(source: Path, name: str, prompt_set: PromptSet | None, prompts
             f"{source}: no such file or directory",
             hint="Give an output directory of `run` or `bench`, a completions.jsonl, or completions of another tool.",
         )
-    found = read_foreign(name, prompt_set, prompts)
+    with collect_warnings() as warnings:
+        found = read_foreign(name, prompt_set, prompts)
     _check_completions(name, found)
-    return {"": _Source(tuple(found), _describe_file(Path(name.partition("?")[0])), None)}
+    return {"": _Source(tuple(found), _describe_file(Path(name.partition("?")[0])), None, tuple(warnings))}
 
 
 def _is_own(path: Path) -> bool:
@@ -210,7 +215,8 @@ def _check_completions(path: Path | str, completions: Sequence[Completion]) -> N
 def _describe(source: _Source, judged: Sequence[Judged], out: Path) -> Result:
     """Return the earlier result with the new judges, and without what is measured again."""
     before, judges = source.before, [one.judge.spec() for one in judged]
-    own = describe_stages(out, {f"judge {one.name}": one.stage for one in judged})
+    own_stages = {f"judge {one.name}": one.stage for one in judged}
+    own = describe_stages(out, own_stages)
     stages = {name: place for name, place in before.provenance.stages.items() if not name.startswith("judge ")}
     provenance = before.provenance.model_copy(
         update={
@@ -220,11 +226,14 @@ def _describe(source: _Source, judged: Sequence[Judged], out: Path) -> Result:
         }
     )
     identities = [one.identity.model_dump_json() for one in judged]
-    # A result has these notes from the command that wrote it; a bare file has none.
-    notes = caveats.note_cuts(source.completions, None) if source.stored is None else ()
+    notes = [*before.notes, *source.warnings, *read_notes(own_stages)]
+    if source.stored is None:  # a result has these notes from the command that wrote it
+        notes += caveats.note_repetitions(source.completions)
+        notes += caveats.note_cuts(source.completions, None)
+        notes += caveats.note_uniform_answers(source.completions)
     return before.model_copy(
         update={
-            "notes": (*before.notes, *notes),
+            "notes": tuple(dict.fromkeys(notes)),
             "id": stage_key(("judged again", before.id, identities), before.seed)[:20],
             "experiment": {**before.experiment, "judges": judges},
             "scores": tuple(metric for metric in before.scores if metric.name.startswith("lm_eval/")),

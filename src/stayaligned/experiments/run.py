@@ -16,7 +16,7 @@ from stayaligned.experiments.pipeline import run_stages
 from stayaligned.experiments.stages.context import Context
 from stayaligned.experiments.stages.data import load_training_rows
 from stayaligned.experiments.stages.patch import make_weights
-from stayaligned.experiments.stages.store import Store
+from stayaligned.experiments.stages.store import Store, collect_warnings
 from stayaligned.experiments.stages.train import train_into
 
 EXPERIMENT_FILE = "experiment.yaml"
@@ -73,7 +73,7 @@ def _help_to_train(context: Context) -> None:
     from stayaligned.hf.training import processes
 
     if processes.broadcast():
-        with tempfile.TemporaryDirectory() as unused:
+        with collect_warnings(), tempfile.TemporaryDirectory() as unused:  # the first process has the same ones
             train_into(context, Path(unused))
 
 

@@ -135,6 +135,21 @@ def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.eos_token_id if end is None and isinstance(tokenizer.eos_token_id, int) else end
 
 
+def endings_of_answers(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return the token sequences that a row which is not cut ends with: what the template writes behind an answer.
+
+    Where the template writes more behind the token at which generation stops, a row may lack it.
+
+    Raises:
+        StayalignedError: as `encode_prompt`.
+    """
+    tail = tail_of_answers(tokenizer)
+    ids, end = _tokens(tokenizer, tail), _end_in(tokenizer, tail)
+    if end is None:
+        return [[_own_end(tokenizer, tail)]]
+    return [ids[:length] for length in range(ids.index(end) + 1, len(ids) + 1)]
+
+
 def padding_id(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> int:
     """Return the id with which to pad: the tokenizer's, or 0 if it has none that the model knows (it is masked)."""
     own = tokenizer.pad_token_id

@@ -41,7 +41,14 @@ class TablePrompts(Prompts):
         if self.deduplicate:
             first = {example.prompt: example for example in reversed(examples)}
             unique = [example for example in examples if first[example.prompt] is example]
-            _log.info("%s: skipped %d repeated prompts", self.source, len(examples) - len(unique))
+            if len(unique) < len(examples):
+                repeated = len(examples) - len(unique)
+                _log.warning(
+                    "%s: %d of %d prompts repeat an earlier one and are skipped (`deduplicate`)",
+                    self.source,
+                    repeated,
+                    len(examples),
+                )
             examples = unique
         return examples[: self.n]
 

@@ -84,6 +84,7 @@ def ask(
     max_tokens: int,
     temperature: float | None = 0.0,
     seed: int | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
     check: Callable[[Reply], str] = accept_reply,
     meter: Meter | None = None,
 ) -> Iterator[tuple[int, Reply | Failure]]:
@@ -101,13 +102,15 @@ def ask(
         max_tokens: Maximum number of tokens of a completion.
         temperature: Sampling temperature; None omits it, for models that accept only their default.
         seed: Sampling seed, sent if given; few servers guarantee that it has an effect.
+        template_arguments: Variables of the server's chat template, sent as `chat_template_kwargs` if there are any.
         check: Returns why a reply cannot be used, or ""; an unusable reply is requested again while attempts remain.
         meter: Counts tokens and requests, and stops at its budget.
 
     Raises:
         StayalignedError: If the server refuses the key or the model, stops responding, or the budget is used up.
     """
-    options = {endpoint.limit_field: max_tokens, "temperature": temperature, "seed": seed}
+    options: dict[str, Any] = {endpoint.limit_field: max_tokens, "temperature": temperature, "seed": seed}
+    options["chat_template_kwargs"] = dict(template_arguments) if template_arguments else None
     sent = {"model": endpoint.model, "stream": False, **{k: v for k, v in options.items() if v is not None}}
     requests = _Requests(endpoint, sent, max_tokens, check, meter or Meter(), len(conversations))
     return requests.run(conversations)

@@ -175,6 +175,16 @@ class Experiment(BaseModel):
                 "generation.backend: a server generates with its own model, which can't be trained, patched or "
                 "measured by `lm_eval` here (set `training: null`, and let the server load the adapter)"
             )
+        if self.generation.backend == "endpoint" and self.chat_template.file is not None:
+            yield (
+                "chat_template.file: a server renders with its own template; give it the file when it starts (vLLM: "
+                "--chat-template, llama.cpp: --chat-template-file), and remove this setting"
+            )
+        if self.generation.backend == "endpoint" and self.chat_template.date != ChatTemplate().date:
+            yield (
+                "chat_template.date: a server writes its own date; if its template reads the date from an argument, "
+                "set that one (chat_template.arguments.date_string for Llama 3)"
+            )
         if self.watch is not None and not self.trains:
             yield "watch: measures while a model trains, but this experiment trains none"
         if not (self.task or self.harmful_prompts or self.benign_prompts or self.skills or self.lm_eval):

@@ -25,8 +25,9 @@ def generate(context: Context) -> list[Completion]:
         settings = context.resolved.generation
         if settings.endpoint is not None:
             prompts = [example for examples in load_prompt_sets(context).values() for example in examples]
-            check_adapter_is_live(settings.endpoint, prompts)
-            return write(directory, ask_server(settings, settings.endpoint), "server")
+            arguments = context.resolved.chat_template.arguments
+            check_adapter_is_live(settings.endpoint, prompts, arguments)
+            return write(directory, ask_server(settings, settings.endpoint, arguments), "server")
         with context.host_libraries():
             from stayaligned.hf.features import template_hash
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -37,6 +38,10 @@ class Store:
     def scratch(self, stage: StageName, key: str, kind: str) -> Path:
         """Return the path of what an unfinished stage stores to resume from: beside the stage, the same in a rerun."""
         return self.root / "stages" / f".{stage}-{key[:20]}.{kind}"
+
+    def stages(self) -> set[Path]:
+        """Return the directories of the complete stages."""
+        return set((self.root / "stages").glob("[!.]*"))
 
     def refuse_foreign(self, own_file: str) -> None:
         """Refuse an output directory that another command, another program or another version wrote.
@@ -94,7 +99,7 @@ class Store:
             stage: the kind of stage.
             key: the hash of everything that the stage depends on.
             fill: writes the stage's files into the directory that it is given; the mapping that it returns goes into
-                `stage.json`.
+                `stage.json`, with the package's warnings, each once, as `notes`.
         """
         directory = self.directory(stage, key)
         if directory.exists():
@@ -102,11 +107,50 @@ class Store:
         started = time.monotonic()
         # Two processes may compute one stage at the same time; both get the same content, and the first one stays.
         with contextlib.suppress(FileExistsError), replace_directory(directory) as temporary:
-            notes = fill(temporary) or {}
-            record = {"stage": stage, "key": key, "seconds": round(time.monotonic() - started, 3), **notes}
+            with collect_warnings() as notes:
+                fields = dict(fill(temporary) or {})
+            fields |= {"notes": notes} if notes else {}
+            record = {"stage": stage, "key": key, "seconds": round(time.monotonic() - started, 3), **fields}
             write_text(temporary / "stage.json", json.dumps(record, indent=2) + "\n")
         self.computed += 1
         return directory
+
+
+def read_stage(directory: Path) -> dict[str, Any]:
+    """Return the record of a complete stage, `stage.json`."""
+    return json.loads((directory / "stage.json").read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def collect_warnings() -> Generator[list[str]]:
+    """Collect this package's warnings within the block, each once: they become notes of a result.
+
+    They are not printed as well, unless the block fails.
+    """
+    logger, handler = logging.getLogger("stayaligned"), _Collector()
+    logger.addHandler(handler)
+    try:
+        yield handler.texts
+    except BaseException:
+        logger.removeHandler(handler)
+        if logging.lastResort is not None and not logger.hasHandlers():
+            for record in handler.records:
+                logging.lastResort.handle(record)
+        raise
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Collector(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (text := record.getMessage()) not in self.texts:
+            self.texts.append(text)
+            self.records.append(record)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,14 +43,6 @@ def read_training_log(context: Context) -> tuple[dict[str, Any], ...]:
     return tuple(json.loads(line) for line in (stage / "log.jsonl").read_text(encoding="utf-8").splitlines())
 
 
-def read_training_notes(context: Context) -> tuple[str, ...]:
-    """Return the warnings of the training, such as the number of rows that were cut; none if nothing is trained."""
-    stage = train(context)
-    if stage is None:
-        return ()
-    return tuple(json.loads((stage / "stage.json").read_text(encoding="utf-8")).get("notes", ()))
-
-
 def keep_logs(output_dir: Path, directory: Path) -> None:
     """Copy what trackers wrote into a Trainer's output directory to `directory`, which is created if there is any.
 
@@ -65,25 +56,6 @@ def keep_logs(output_dir: Path, directory: Path) -> None:
             shutil.copytree(path, directory / path.name)
         else:
             shutil.copyfile(path, directory / path.name)
-
-
-class _Warnings(logging.Handler):
-    """A handler that collects the warnings of this package, which are notes of the run's result."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.notes: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if (note := record.getMessage()) not in self.notes:
-            self.notes.append(note)
-
-    def __enter__(self) -> list[str]:
-        logging.getLogger("stayaligned").addHandler(self)
-        return self.notes
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("stayaligned").removeHandler(self)
 
 
 def _checkpoints(context: Context) -> Path:
@@ -121,15 +93,14 @@ def _train(context: Context, directory: Path) -> Mapping[str, Any]:
         max_length=e.max_length,
     )
     defense = e.training_defense
-    with _Warnings() as notes:
-        trainer = defense.make_trainer(setup)
-        if e.watch is not None:
-            safety_probe.attach_watch(trainer, e.watch, max_length=e.max_length)
-        log = finetuning.train(trainer, progress=functools.partial(context.progress, title))
+    trainer = defense.make_trainer(setup)
+    if e.watch is not None:
+        safety_probe.attach_watch(trainer, e.watch, max_length=e.max_length)
+    log = finetuning.train(trainer, progress=functools.partial(context.progress, title))
     finetuning.save_trained(trainer, directory / product)
     if e.lora is None:
         save_tokenizer(tokenizer, directory / product)
     templates.write_template(tokenizer, directory / product)
     write_text(directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
     keep_logs(_checkpoints(context), directory / LOGS)
-    return {"template_hash": template_hash(tokenizer), "examples": len(examples), "notes": notes}
+    return {"template_hash": template_hash(tokenizer), "examples": len(examples)}

@@ -21,6 +21,7 @@ from stayaligned.hf.features import (
     IGNORED,
     PaddingCollator,
     encode_examples,
+    endings_of_answers,
     refuse_unknown_tokens,
     with_known_padding,
 )
@@ -105,7 +106,8 @@ def build_trainer(
             **options,
         )
     if kind == "sft" and not vars(config).get("packing"):
-        report_row_lengths("training", len(examples), trainer.train_dataset, max_length)  # pyright: ignore
+        prepared: Any = trainer.train_dataset
+        report_row_lengths("training", len(examples), prepared, max_length, endings_of_answers(tokenizer))
     _require_expert_count(trainer)
     report_dead_adapters(trainer)
     # Without a progress bar the host would print every row of its log; `train` returns them.
@@ -145,7 +147,7 @@ def build_dataset(
     """
     if kind == "transformers":
         rows = encode_examples(tokenizer, examples, max_length)
-        report_row_lengths(name, len(rows), rows, max_length)
+        report_row_lengths(name, len(rows), rows, max_length, endings_of_answers(tokenizer))
         return rows
     from datasets import Dataset
 

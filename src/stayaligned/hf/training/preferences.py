@@ -6,10 +6,17 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.hf.features import IGNORED, encode_example, refuse_unknown_tokens, with_known_padding
+from stayaligned.hf.features import (
+    IGNORED,
+    encode_example,
+    endings_of_answers,
+    refuse_unknown_tokens,
+    with_known_padding,
+)
 from stayaligned.hf.quiet import bars_off
 from stayaligned.hf.training import processes
 from stayaligned.hf.training.finetuning import host_defaults
+from stayaligned.hf.training.row_lengths import RowLengths, is_cut, log_row_lengths
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -83,6 +90,12 @@ def build_preference_trainer(
             f"none of the {len(examples)} alignment rows leaves a completion within max_length={max_length} tokens",
             hint="Increase `max_length`, or shorten the prompts.",
         )
+    endings = endings_of_answers(tokenizer)
+    cut = sum(
+        any(is_cut(row["prompt_ids"] + row[name], max_length, endings) for name in ("chosen_ids", "rejected_ids"))
+        for row in rows
+    )
+    log_row_lengths("alignment", RowLengths(len(examples), len(examples) - len(rows), cut), max_length)
     refuse_unknown_tokens(tokenizer, model, [ids for row in rows for ids in row.values()])
     config = DPOConfig(
         **host_defaults() | {key: arguments[key] for key in _SHARED if key in arguments},
