@@ -170,7 +170,6 @@ def test_a_thought_that_was_cut_is_not_one_that_ended(cut: dict[str, Any], tmp_p
 def test_the_output_of_a_batch_is_joined_with_its_input(tmp_path: Path) -> None:
     asked = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": TURNS[:1]}}
     answered = {"id": "x", "custom_id": "a", "response": {"status_code": 200, "body": CHAT}, "error": None}
-    answered.pop("id")
     prompts, source = write(tmp_path, [asked], "input.jsonl"), write(tmp_path, [answered])
     (found,) = read_foreign(source, "harmful", prompts)
     assert (found.id, found.prompt[0].content, found.text, found.finished) == ("a", ASKED, SAID, False)
@@ -212,7 +211,7 @@ def test_ids_are_kept_and_repeated_ones_are_numbered(tmp_path: Path) -> None:
         ({"prompt": ASKED}, "no completion"),
         ({"response": SAID}, "no prompt"),
         ({"prompt": ASKED, "response": SAID, "answer": "42"}, "several possible completions: `response`, `answer`"),
-        ({"messages": TURNS, "response": SAID}, "several possible completions"),
+        ({"messages": TURNS, "response": "B"}, "several possible completions"),
         ({"prompt": ASKED, "response": None}, "`response` is missing"),
         ({"prompt": ASKED, "response": 3}, "of type int"),
         ({"prompt": ASKED, "responses": [SAID, SAID]}, "2 completions"),
@@ -220,7 +219,7 @@ def test_ids_are_kept_and_repeated_ones_are_numbered(tmp_path: Path) -> None:
         ({"prompt": ASKED, "response": SAID, "tools": [{"name": "f"}]}, "`tools` changes"),
         ({"prompt": ASKED, "response": SAID, "input": "more"}, "`input` changes"),
         ({"prompt": ASKED, "response": SAID, "error": "timed out"}, "timed out"),
-        ({"messages": [*TURNS, {"role": "tool", "content": "x"}]}, "expected turns"),
+        ({"messages": [*TURNS, {"role": "tool", "content": "x"}]}, "'tool'"),
         (
             {"prompt": ASKED, "response": {**CHAT, "choices": [{"finish_reason": "content_filter", "message": {}}]}},
             "filter",
@@ -246,3 +245,85 @@ def test_a_file_that_is_no_rows_is_one_error(text: str, name: str, tmp_path: Pat
     with pytest.raises(StayalignedError) as caught:
         read_foreign(write(tmp_path, text, name), "harmful")
     assert "delete" not in str(caught.value).lower()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"Prompt": ASKED, "Response": SAID},
+        {"prompt": json.dumps(TURNS[:1]), "response": SAID},
+        {"messages": json.dumps(TURNS)},
+        {"messages": TURNS, "response": SAID},
+        {"messages": [{"role": "User", "content": ASKED}, {"role": "ASSISTANT", "content": SAID}]},
+        {"conversations": [{"from": "user", "value": ASKED}, {"from": "chatgpt", "value": SAID}]},
+        {"messages": [TURNS[0], {"role": "assistant", "content": None, "refusal": SAID}]},
+        {"input": ASKED, "messages": TURNS, "output": {"choices": [{"message": TURNS[1], "stop_reason": "stop"}]}},
+        {"prompt": ASKED, "response": SAID, "error": "", "error_message": None, "contexts": []},
+    ],
+    ids=lambda row: json.dumps(row)[:50],
+)
+def test_rows_are_read_in_whatever_case_and_form_their_turns_are_written(row: dict[str, Any], tmp_path: Path) -> None:
+    found = read_one(tmp_path, row)
+    assert ([(turn.role, turn.content) for turn in found.prompt], found.text) == ([("user", ASKED)], SAID)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"response": {"text": SAID, "finish_reason": "max_tokens"}},
+        {"response": SAID, "finish_reasons": ["length"]},
+        {"response": SAID, "done_reason": "length"},
+        {"response": SAID, "finish_reason": "MAX_TOKENS"},
+        {"outputs": [{"text": SAID, "finish_reason": "length"}]},
+    ],
+)
+def test_a_completion_that_was_cut_is_read_as_cut_wherever_that_is_said(row: dict[str, Any], tmp_path: Path) -> None:
+    assert read_one(tmp_path, {"prompt": ASKED, **row}).finished is False
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"response": "", "finish_reason": "content_filter"},
+        {"response": "ERROR: timeout", "finish_reason": "error"},
+        {"response": {"text": "", "finish_reason": "safety"}},
+        {"response": "", "error_message": "timeout"},
+        {"messages": [TURNS[0], {"role": "assistant", "content": None}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": ASKED, "image": "x"}]}, TURNS[1]]},
+        {"response": SAID, "contexts": ["a page"]},
+        {"prompt": " ", "response": SAID},
+    ],
+    ids=lambda row: json.dumps(row)[:50],
+)
+def test_what_the_model_did_not_write_or_the_judge_would_not_see_is_an_error(
+    row: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(StayalignedError, match="line 1"):
+        read_one(tmp_path, {"prompt": ASKED, **row} if "messages" not in row else row)
+
+
+def test_thoughts_beside_the_text_are_kept_before_it(tmp_path: Path) -> None:
+    for row in (
+        {"messages": [TURNS[0], {**TURNS[1], "reasoning_content": "hm"}]},
+        {"prompt": ASKED, "response": {"content": SAID, "reasoning": "hm"}},
+    ):
+        split = read_one(tmp_path, row).split()
+        assert (split.thoughts, split.answer) == ("hm", SAID)
+
+
+def test_a_sample_that_lm_eval_logs_once_per_filter_is_one_completion(tmp_path: Path, caplog: Any) -> None:
+    sample = {"doc_id": 0, "arguments": [[ASKED, {"until": []}]], "resps": [[SAID]]}
+    rows = [{**sample, "doc_id": n, "filter": name} for n in (0, 1) for name in ("strict", "flexible")]
+    assert [c.id for c in read_foreign(write(tmp_path, rows), "harmful")] == ["0", "1"]
+    assert "2 of 4 rows repeat a completion under another filter" in caplog.text
+
+
+def test_rows_by_id_are_read(tmp_path: Path) -> None:
+    rows = {"0": {"origin_prompt": ASKED, "prediction": SAID, "gold": "x"}, "1": {"prompt": ASKED, "response": SAID}}
+    found = read_foreign(write(tmp_path, rows, "rows.json"), "harmful")
+    assert [(c.id, c.prompt[0].content, c.text) for c in found] == [("0", ASKED, SAID), ("1", ASKED, SAID)]
+
+
+def test_completions_that_begin_with_their_prompt_are_named(tmp_path: Path, caplog: Any) -> None:
+    read_foreign(write(tmp_path, [{"prompt": ASKED, "generated_text": f"{ASKED} {SAID}"}]), "harmful")
+    assert "1 of 1 completions begin with their prompt" in caplog.text

@@ -93,7 +93,7 @@ class TurnReader:
         ]
 
     def _turn(self, turn: Any, where: str, *, final: bool, blank: bool) -> Message:
-        role = self._role_of(turn)
+        role = self.role_of(turn)
         if role is None:
             named = str(turn[key]) if self.is_turn(turn) and (key := self._key(turn, self.role, _ROLE_KEYS)) else ""
             raise StayalignedError(
@@ -141,7 +141,8 @@ class TurnReader:
                     hint=f"Cut such conversations after the turn to learn. {way.format(key)}",
                 )
 
-    def _role_of(self, turn: Any) -> Role | None:
+    def role_of(self, turn: Any) -> Role | None:
+        """Return the role of a turn; None if it has none that is known."""
         if not isinstance(turn, Mapping) or (key := self._key(turn, self.role, _ROLE_KEYS)) is None:
             return None
         return _ROLES.get(str(turn[key]).strip().casefold())

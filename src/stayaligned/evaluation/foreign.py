@@ -12,7 +12,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -21,18 +21,25 @@ from pydantic import ValidationError
 
 from stayaligned.core.errors import StayalignedError, first_problem
 from stayaligned.core.records import Completion, Message, PromptSet
-from stayaligned.core.thoughts import join_thoughts
+from stayaligned.core.thoughts import join_thoughts, split_thoughts
+from stayaligned.data.options import parse_source
 from stayaligned.data.sources import Row, read_rows
-from stayaligned.data.turns import is_missing
+from stayaligned.data.turns import TurnReader, is_empty, is_missing
 from stayaligned.evaluation.endpoint.cost import Usage
-from stayaligned.evaluation.endpoint.replies import FilteredError, ReportedError, UnreadableBodyError, read_reply
+from stayaligned.evaluation.endpoint.replies import (
+    FilteredError,
+    ReportedError,
+    UnreadableBodyError,
+    end_of,
+    read_reply,
+)
 
 _log = logging.getLogger(__name__)
 
 _TURNS = ("messages", "conversations", "conversation", "turns", "dialog", "dialogue", "chat")
 _PROMPTS = (
     *("prompt", "forbidden_prompt", "question", "query", "request", "user_prompt", "test_case", "input_prompt"),
-    *("instruction", "goal", "behavior", "input", "user"),
+    *("origin_prompt", "instruction", "goal", "behavior", "input", "user"),
 )
 """Names of the prompt, the preferred first: an attack's `goal` beside the `prompt` that was sent is metadata."""
 _COMPLETIONS = (
@@ -41,20 +48,24 @@ _COMPLETIONS = (
     *("completions", "generations", "reply", "assistant", "llm_response"),
 )
 _IDS = (
-    *("id", "custom_id", "request_id", "prompt_id", "question_id", "sample_id", "doc_id", "behavior_id", "BehaviorID"),
+    *("custom_id", "id", "request_id", "prompt_id", "question_id", "sample_id", "doc_id", "behavior_id", "behaviorid"),
     *("uid", "uuid", "idx", "index"),
 )
-_CATEGORIES = ("category", "harm_category", "semantic_category", "SemanticCategory")
+"""Names of a row's id, in lower case; a batch's output has an `id` of its own beside the `custom_id` of its input."""
+_CATEGORIES = ("category", "harm_category", "semantic_category", "semanticcategory")
 _SYSTEM = ("system", "system_prompt", "system_message")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts")
 _CHANGING = (
-    *("context", "history", "tools", "functions", "tool_calls", "images", "image", "audio", "prefill", "prefix"),
-    *("chosen", "rejected", "jailbreak_prompt"),
+    *("context", "contexts", "retrieved_contexts", "documents", "history", "tools", "functions", "tool_calls"),
+    *("images", "image", "image_url", "audio", "audios", "video", "videos", "files", "attachments"),
+    *("prefill", "prefix", "chosen", "rejected", "jailbreak_prompt"),
 )
 """Columns that change what a row means and that no judge would see."""
 _LISTS = ("samples", "jailbreaks", "completions", "responses", "outputs", "results", "rows", "data")
 """Keys of a file with one object, whose rows are in a list below."""
-_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "developer": "system"}
+_ERRORS = ("error", "error_message", "error_msg", "exception")
+_TEXTS = ("content", "value", "text", "generated_text")
+"""Keys of the text in an object with a completion."""
 _TEMPLATE_MARKS = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|\[INST\]|<start_of_turn>|<\|user\|>|<｜User｜>")
 
 
@@ -70,17 +81,20 @@ def read_foreign(source: str, prompt_set: PromptSet | None = None, prompts: str 
         StayalignedError: naming the row, if it has no prompt or no completion, can be read in two ways, has a column
             that changes its meaning and that no judge would see, or does not state its prompt set.
     """
-    rows = _attempted(source, _rows(source))
+    rows = [Row(row.where, _plain(row.values)) for row in _rows(source)]
+    rows = _attempted(source, _of_one_filter(source, rows))
+    options = parse_source(source)
+    reader = TurnReader(options.turn_keys.get("role"), options.turn_keys.get("content"), learns=False)
     named = {name for name, _ in parse_qsl(source.partition("?")[2]) if name in ("prompt", "completion")}
     asked = None if prompts is None else _prompts_by_id(prompts)
-    given = [_id(row.values) for row in rows]
+    given = [_id(row.values, asked or ()) for row in rows]
     counts = Counter(given)
     seen: Counter[str] = Counter()
     completions: list[Completion] = []
     for row, key in zip(rows, given, strict=True):
         where = f"{source}, {row.where}"
-        prompt, used = _prompt(row.values, where, asked, key, named)
-        text, finished = _completion(row.values, where, used, named)
+        prompt, used = _prompt(row.values, where, asked, key, named, reader)
+        text, finished = _completion(row.values, where, used, named, reader)
         _refuse_unread(row.values, where, prompt)
         if not key or counts[key] > 1:
             content = json.dumps([(turn.role, turn.content) for turn in prompt]).encode()
@@ -101,10 +115,48 @@ def read_foreign(source: str, prompt_set: PromptSet | None = None, prompts: str 
         except ValidationError as error:
             raise StayalignedError(f"{where}: {first_problem(error)}", hint="Fix the row.") from None
         completions.append(completion)
+    _warn(source, completions)
+    return completions
+
+
+def _warn(source: str, completions: Sequence[Completion]) -> None:
     rendered = sum(bool(_TEMPLATE_MARKS.search(c.prompt[-1].content)) for c in completions)
     if rendered:
         _log.warning("%s: %d of %d prompts contain marks of a chat template", source, rendered, len(completions))
-    return completions
+    echoed = sum(c.text.lstrip().startswith(c.prompt[-1].content.strip()) for c in completions)
+    if 2 * echoed > len(completions):
+        _log.warning(
+            "%s: %d of %d completions begin with their prompt; if the tool returns both in one text, cut it off",
+            *(source, echoed, len(completions)),
+        )
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of a row by their names in lower case; of two that differ in case, the one in lower case."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        plain = name.strip().casefold()
+        if plain not in found or name == plain:
+            found[plain] = value
+    return found
+
+
+def _of_one_filter(source: str, rows: Sequence[Row]) -> Sequence[Row]:
+    """Return lm-eval's samples once: a task with several filters logs each completion once per filter."""
+    filters: dict[str, Any] = {}
+    kept: list[Row] = []
+    for row in rows:
+        if "resps" in row.values and "filter" in row.values:
+            content = [row.values.get(name) for name in ("doc_id", "arguments", "resps")]
+            if filters.setdefault(json.dumps(content, default=str), row.values["filter"]) != row.values["filter"]:
+                continue
+        kept.append(row)
+    if len(kept) < len(rows):
+        _log.warning(
+            "%s: %d of %d rows repeat a completion under another filter of lm-eval and are skipped",
+            *(source, len(rows) - len(kept), len(rows)),
+        )
+    return kept
 
 
 def _attempted(source: str, rows: Sequence[Row]) -> Sequence[Row]:
@@ -146,6 +198,8 @@ def _rows(source: str) -> Sequence[Row]:
             for key, values in lists.items()
             for number, value in enumerate(values, start=1)
         ]
+    if content and all(isinstance(value, dict) and _has_prompt(value) for value in content.values()):
+        return [Row(repr(key), {"id": key, **value}) for key, value in content.items()]
     known = [key for key in _LISTS if key in lists]
     if len(known) != 1:
         raise StayalignedError(
@@ -156,6 +210,10 @@ def _rows(source: str) -> Sequence[Row]:
     return [Row(f"`{known[0]}`, item {number}", value) for number, value in enumerate(lists[known[0]], start=1)]
 
 
+def _has_prompt(values: Mapping[str, Any]) -> bool:
+    return any(name in values for name in (*_TURNS, *_PROMPTS))
+
+
 def _is_rows(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
@@ -164,22 +222,24 @@ def _prompts_by_id(source: str) -> dict[str, tuple[Message, ...]]:
     found: dict[str, tuple[Message, ...]] = {}
     for row in _rows(source):
         where = f"{source}, {row.where}"
-        values = row.values["body"] if isinstance(row.values.get("body"), dict) else row.values
-        key = _id(row.values)
+        values = _plain(row.values)
+        key = _id(values)
+        values = values["body"] if isinstance(values.get("body"), dict) else values
         if not key or key in found:
             raise StayalignedError(f"{where}: {'a second row with' if key else 'no'} id {key}".rstrip(), hint=_ID_HINT)
-        found[key], _ = _prompt(values, where, None, key, set())
+        found[key], _ = _prompt(values, where, None, key, set(), TurnReader(learns=False))
     return found
 
 
 _ID_HINT = f"The prompts are found by their ids: {', '.join(_IDS[:4])}, …"
 
 
-def _id(values: Mapping[str, Any]) -> str:
-    found = next((v for n in _IDS if isinstance(v := values.get(n), str | int | float) and not is_missing(v)), None)
+def _id(values: Mapping[str, Any], known: Collection[str] = ()) -> str:
+    """Return a row's id: the first that is known, or else the first."""
+    given = [v for n in _IDS if isinstance(v := values.get(n), str | int | float) and not is_missing(v)]
     # A table with missing ids has the others as floats.
-    found = int(found) if isinstance(found, float) and found.is_integer() else found
-    return "" if found is None else str(found)
+    found = [str(int(value) if isinstance(value, float) and value.is_integer() else value) for value in given]
+    return next((key for key in found if key in known), next(iter(found), ""))
 
 
 def _prompt(
@@ -188,6 +248,7 @@ def _prompt(
     asked: Mapping[str, tuple[Message, ...]] | None,
     key: str,
     named: Set[str],
+    reader: TurnReader,
 ) -> tuple[tuple[Message, ...], str]:
     """Return the turns before the completion, and the column that held them."""
     if asked is not None:
@@ -203,9 +264,7 @@ def _prompt(
             hint=f"Name its column: FILE?prompt=COLUMN&completion=COLUMN.{batch}",
         )
     value = values[name] if value is None and name is not None else value
-    turns = _turns(value, f"{where}: `{name}`")
-    if name in _TURNS and turns and turns[-1].role == "assistant":
-        turns = turns[:-1]
+    turns, _ = _turns(value, f"{where}: `{name}`", reader)
     if name == "instruction" and isinstance(values.get("input"), str) and values["input"].strip():
         turns = [Message(role="user", content=f"{turns[0].content}\n\n{values['input']}")]
     system = next((values[n] for n in _SYSTEM if isinstance(values.get(n), str) and values[n].strip()), None)
@@ -213,6 +272,8 @@ def _prompt(
         turns = [Message(role="system", content=system), *turns]
     if not turns or turns[-1].role != "user":
         raise StayalignedError(f"{where}: expected a user's turn before the completion", hint="Fix the row.")
+    if not turns[-1].content.strip():
+        raise StayalignedError(f"{where}: the prompt is blank", hint="Fix the row, or remove it.")
     return tuple(turns), name or ""
 
 
@@ -235,59 +296,75 @@ def _lm_eval_prompt(values: Mapping[str, Any], where: str) -> object:
     return parts[0]
 
 
-def _turns(value: object, where: str) -> list[Message]:
+def _turns(value: object, where: str, reader: TurnReader) -> tuple[list[Message], dict[str, Any] | None]:
+    """Return the turns of a prompt, and apart from them a last turn that is the assistant's, as it is written."""
     if isinstance(value, str):
-        return [Message(role="user", content=value)]
-    turns: list[Message] = []
-    for turn in value if isinstance(value, list) else ():
-        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
-        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
-        if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-            content = "".join(part["text"] for part in content)
-        role = _ROLES.get(str(role), role)
-        if role not in ("system", "user", "assistant") or not isinstance(content, str) or turn.get("tool_calls"):
-            raise StayalignedError(
-                f"{where}: expected turns with a role (system, user or assistant) and a text",
-                hint="Tool calls, images and other roles are not supported.",
-            )
-        turns.append(Message(role=role, content=content))
-    if not turns:
-        raise StayalignedError(f"{where}: expected a text or a list of turns, found {type(value).__name__}")
-    return turns
-
-
-def _completion(values: Mapping[str, Any], where: str, prompt_column: str, named: Set[str]) -> tuple[str, bool]:
-    """Return the text of the completion, and whether it ended by itself."""
-    if values.get("error"):
-        raise StayalignedError(f"{where}: an error, no completion: {str(values['error'])[:200]}", hint=_MISSING)
-    taken = {prompt_column, *(("input",) if prompt_column == "instruction" else ())}
-    names = _present(values, [n for n in _COMPLETIONS if n not in taken])
-    if prompt_column in _TURNS and all(is_missing(values[n]) for n in names):
-        names = []
-    last = _last_turn(values.get(prompt_column), f"{where}: `{prompt_column}`") if prompt_column in _TURNS else None
-    if "completion" in named:
-        names, last = ["completion"], None
-    if len(names) + (last is not None) != 1:
-        found = [*([f"the last turn of `{prompt_column}`"] if last is not None else []), *(f"`{n}`" for n in names)]
+        written = _json_turns(value, reader)
+        if written is None:
+            return [Message(role="user", content=value)], None
+        value = written
+    if not isinstance(value, list) or not value:
         raise StayalignedError(
-            f"{where}: {'no completion' if not found else 'several possible completions: ' + ', '.join(found)}; "
-            f"the columns are {', '.join(f'`{n}`' for n in values)}",
-            hint="Name its column: FILE?completion=COLUMN." if not last else "Remove all but one of them.",
+            f"{where}: expected a text or a list of turns, found {'nothing' if not value else type(value).__name__}",
+            hint=_MISSING if not value else 'Turns look like [{"role": "user", "content": "…"}].',
         )
-    text, finished = (last, True) if last is not None else _text(values[names[0]], f"{where}: `{names[0]}`")
-    reason = values.get("finish_reason", values.get("stop_reason"))
+    *before, last = value
+    if reader.role_of(last) != "assistant":
+        return reader.read(value, where), None
+    return reader.read(before, where) if before else [], last
+
+
+def _json_turns(text: str, reader: TurnReader) -> list[Any] | None:
+    """Return the turns that a cell of CSV holds as JSON; None if the text is something else."""
+    try:
+        found = json.loads(text) if text.lstrip().startswith("[{") else None
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) and all(reader.is_turn(turn) for turn in found) else None
+
+
+def _completion(
+    values: Mapping[str, Any], where: str, prompt_column: str, named: Set[str], reader: TurnReader
+) -> tuple[str, bool]:
+    """Return the text of the completion, and whether it ended by itself."""
+    for name in _ERRORS:
+        if not is_empty(values.get(name)) and values[name] is not False:
+            raise StayalignedError(f"{where}: an error, no completion: {str(values[name])[:200]}", hint=_MISSING)
+    taken = {prompt_column, *(("input",) if prompt_column == "instruction" else ())}
+    found = {f"`{n}`": values[n] for n in _present(values, [n for n in _COMPLETIONS if n not in taken])}
+    if "completion" in named:
+        found = {"`completion`": values["completion"]}
+    elif prompt_column in _TURNS:
+        _, last = _turns(values[prompt_column], f"{where}: `{prompt_column}`", reader)
+        if last is not None:
+            found = {name: value for name, value in found.items() if not is_missing(value)}
+            found[f"the last turn of `{prompt_column}`"] = last
+    if not found:
+        raise StayalignedError(
+            f"{where}: no completion; the columns are {', '.join(f'`{n}`' for n in values)}",
+            hint="Name its column: FILE?completion=COLUMN.",
+        )
+    texts = {name: _text(value, f"{where}: {name}") for name, value in found.items()}
+    if len({split_thoughts(text).answer for text, _ in texts.values()}) > 1:
+        raise StayalignedError(
+            f"{where}: several possible completions: {', '.join(found)} differ",
+            hint="Name its column, FILE?completion=COLUMN, or remove the others.",
+        )
+    text = max((text for text, _ in texts.values()), key=len)  # one may be without the thoughts
     thoughts = next((v for n in _THOUGHTS if isinstance(v := values.get(n), str) and v.strip()), "")
-    cut = isinstance(reason, str) and reason.lower() in ("length", "max_tokens")
-    cut = cut or values.get("finished") is False or values.get("truncated") is True
-    return join_thoughts(thoughts, text), finished and not cut
+    cut = _is_cut(values, where) or values.get("finished") is False or values.get("truncated") is True
+    return join_thoughts(thoughts, text), all(finished for _, finished in texts.values()) and not cut
 
 
 _MISSING = "Remove such rows, or generate them again: rates over the others alone may be those of easier prompts."
 
 
-def _last_turn(value: object, where: str) -> str | None:
-    turn = _turns(value, where)[-1]
-    return turn.content if turn.role == "assistant" else None
+def _is_cut(values: Mapping[str, Any], where: str) -> bool:
+    """Return whether a completion was cut, as its row or its object says."""
+    reason, meaning = end_of(values)
+    if meaning in ("filtered", "broken"):
+        raise StayalignedError(f"{where}: not what the model wrote, since it ended with {reason!r}", hint=_MISSING)
+    return meaning == "cut"
 
 
 def _text(value: object, where: str) -> tuple[str, bool]:
@@ -302,9 +379,16 @@ def _text(value: object, where: str) -> tuple[str, bool]:
         if value.get("status_code", 200) != 200:
             raise StayalignedError(f"{where}: status {value['status_code']}: no completion", hint=_MISSING)
         value = value["body"]
+    if isinstance(value, dict) and "choices" not in value:  # a turn, or another object with a text
+        content = next((value[key] for key in _TEXTS if value.get(key) is not None), None)
+        cut = _is_cut(value, where)
+        if content is not None or value.get("refusal"):
+            value = {
+                "choices": [{"message": {**value, "content": content}, "finish_reason": "length" if cut else None}]
+            }
     if isinstance(value, dict) and "choices" in value:
         try:
-            reply = read_reply(json.dumps(value).encode(), Usage(0, 0))
+            reply = read_reply(json.dumps(value, default=str).encode(), Usage(0, 0))
         except (FilteredError, ReportedError, UnreadableBodyError) as error:
             raise StayalignedError(
                 f"{where}: not a model's completion: {str(error) or 'filtered by the server'}", hint=_MISSING
@@ -312,11 +396,7 @@ def _text(value: object, where: str) -> tuple[str, bool]:
         if reply.withheld or reply.calls_tools:
             raise StayalignedError(f"{where}: {reply.withheld or 'calls a tool'}", hint=_MISSING)
         return join_thoughts(reply.thoughts, reply.text), reply.finished is not False
-    if isinstance(value, dict):
-        found = next((v for key in ("text", "content", "generated_text") if isinstance(v := value.get(key), str)), None)
-        if found is not None:
-            return found, value.get("finish_reason") != "length"
-    kind = "missing" if value is None else f"of type {type(value).__name__}"
+    kind = "missing" if is_empty(value) else f"of type {type(value).__name__}"
     raise StayalignedError(f"{where} is {kind}, expected a text", hint=_MISSING)
 
 
@@ -332,7 +412,7 @@ def _refuse_unread(values: Mapping[str, Any], where: str, prompt: Sequence[Messa
 
 def _changing(values: Mapping[str, Any]) -> Iterator[str]:
     for name in (*_CHANGING, *(("input",) if "instruction" not in values and "prompt" in values else ())):
-        if values.get(name):
+        if not is_empty(values.get(name)):
             yield name
 
 

@@ -23,6 +23,7 @@ _FINISH_REASONS = {
     "malformed_function_call",
 }
 """Values of `finish_reason` of OpenAI, vLLM, SGLang, TGI, Mistral, DeepSeek, Zhipu, Anthropic and Google."""
+_FINISH_FIELDS = ("finish_reason", "stop_reason", "done_reason", "finishReason", "finish_reasons")
 _MEANINGS = {word: meaning for meaning, words in _FINISH_REASONS.items() for word in words.split()}
 _ERROR_CODES = {
     "invalid_api_key": 401,
@@ -92,8 +93,7 @@ def read_reply(content: bytes, estimate: Usage) -> Reply:
     """
     body = _parse(content)
     choice = _only_choice(body)
-    reason = _finish_reason(choice)
-    meaning = _MEANINGS.get(reason)
+    reason, meaning = end_of(choice)
     if meaning == "filtered" or _has_filtered_part(choice):
         raise FilteredError
     if meaning == "broken":
@@ -112,7 +112,7 @@ def read_reply(content: bytes, estimate: Usage) -> Reply:
     received = _count(counts, _RECEIVED)
     return Reply(
         text=text,
-        finished={"ended": True, "cut": False}.get(meaning or ""),
+        finished={"ended": True, "cut": False}.get(meaning),
         usage=Usage(
             _count(counts, _SENT) or estimate.input_tokens,
             estimate.output_tokens if received is None or (received == 0 and text) else received,
@@ -232,10 +232,16 @@ def _only_choice(body: Mapping[str, Any]) -> Mapping[str, Any]:
     return first
 
 
-def _finish_reason(choice: Mapping[str, Any]) -> str:
-    value = choice.get("finish_reason") or choice.get("stop_reason")
+def end_of(found: Mapping[str, Any]) -> tuple[str, str]:
+    """Return why a completion ended, as a server or a tool says, and what that means.
+
+    The meaning is `ended`, `cut`, `filtered` or `broken`, or empty if the reason is missing or unknown.
+    """
+    value = next((found[name] for name in _FINISH_FIELDS if found.get(name)), None)
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
     value = value.get("type") if isinstance(value, Mapping) else value
-    return value.rpartition(".")[2].strip().lower() if isinstance(value, str) else ""
+    reason = value.rpartition(".")[2].strip().lower() if isinstance(value, str) else ""
+    return reason, _MEANINGS.get(reason, "")
 
 
 def _has_filtered_part(choice: Mapping[str, Any]) -> bool:
