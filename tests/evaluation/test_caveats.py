@@ -104,6 +104,17 @@ def test_one_refusal_of_all_harmful_prompts_is_not_noted() -> None:
 
 
 @pytest.mark.parametrize(
+    ("references", "noted"), [(["positive"] * 9, False), (["positive"] * 4 + ["negative"] * 5, True)]
+)
+def test_one_answer_is_not_noted_where_all_prompts_have_one_reference(references: list[str], noted: bool) -> None:
+    rows = [
+        row.model_copy(update={"reference": reference})
+        for row, reference in zip(completions("task", *["positive"] * 9), references, strict=True)
+    ]
+    assert bool([*caveats.note_uniform_answers(rows)]) == noted
+
+
+@pytest.mark.parametrize(
     ("measured", "lm_eval", "noted"),
     [
         (["harmful", "benign"], False, True),

@@ -87,17 +87,21 @@ def note_cuts(completions: Sequence[Completion], limit: int | None) -> Iterable[
 def note_uniform_answers(completions: Sequence[Completion]) -> Iterable[str]:
     """Yield a note for each prompt set of which nearly all completions are the same text.
 
-    Harmful prompts are left out: a model that refuses them all in the same words is as it should be.
+    Harmful prompts are left out: a model that refuses them all in the same words is as it should be. So are prompt sets
+    with one reference for all prompts.
     """
     answers: dict[PromptSet, list[str]] = {}
+    references: dict[PromptSet, set[str]] = {}
     for completion in completions:
         if completion.prompt_set != "harmful":
             answer = completion.split().answer
             if answer is not None:
                 answers.setdefault(completion.prompt_set, []).append(" ".join(answer.split()))
+                references.setdefault(completion.prompt_set, set()).add(completion.reference)
     for prompt_set, texts in answers.items():
         text, count = Counter(texts).most_common(1)[0]
-        if len(texts) >= _FEWEST_ANSWERS and count >= _NEARLY_ALL * len(texts):
+        one_reference = len(references[prompt_set]) == 1 and references[prompt_set] != {""}
+        if len(texts) >= _FEWEST_ANSWERS and count >= _NEARLY_ALL * len(texts) and not one_reference:
             shown = f"the same text ({one_line(text, 60)!r})" if text else "empty"
             yield f"{count} of {len(texts)} {prompt_set} completions are {shown}: the model does not answer the prompts"
 
