@@ -3,17 +3,23 @@
 import io
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from stayaligned.cli import _COMMANDS, main
-from stayaligned.cli.console import _SafeConsole
+from stayaligned.cli import _COMMANDS, main, project
+from stayaligned.cli.console import _SafeConsole, out, plain_table
 from stayaligned.core.component import load_plugin
+from stayaligned.core.records import LayerReport
 from stayaligned.core.text import escape_unencodable
 from stayaligned.experiments.config.experiment import REGISTRIES
+from stayaligned.report.scan import threshold_outcomes
 from support.runs import H, R, evidence, write_run
 
 COMMANDS = [
@@ -68,6 +74,68 @@ def test_a_closed_pipe_does_not_end_the_command() -> None:
         for _ in range(3):
             console.print("a line")
         assert console.quiet
+
+
+_WORD = st.text(st.sampled_from("abz09.−±%模"), min_size=1, max_size=30)
+_CELL = st.lists(_WORD, max_size=5).map(" ".join)
+
+
+@given(
+    st.integers(1, 6).flatmap(lambda n: st.lists(st.lists(_CELL, min_size=n, max_size=n), min_size=2, max_size=5)),
+    st.integers(20, 120),
+    st.booleans(),
+)
+def test_a_table_of_any_width_loses_and_breaks_no_word(rows: list[list[str]], width: int, numbers: bool) -> None:
+    titles, *cells = rows
+    table = plain_table(*titles, numbers=numbers)
+    for row in cells:
+        table.add_row(*row)
+    stream = io.StringIO()
+    _SafeConsole(file=stream, width=width, markup=False, highlight=False).print(table)
+    assert Counter(word for row in cells for cell in row for word in cell.split()) <= Counter(stream.getvalue().split())
+
+
+@pytest.mark.parametrize("width", [80, 60, 30])
+def test_no_command_cuts_a_word_or_number_of_a_table(
+    width: int, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(runs)
+    layers = [
+        LayerReport(
+            module=f"model.language_model.layers.{n}.self_attn.q_proj",
+            similarity=0.1 * n,
+            shrinkage=0.98765,
+            selected=n > 2,
+            undecided=n == 3,
+            update_norm=1.0,
+            truncation_error=1e-3,
+            skipped="zero_update" if n == 1 else None,
+        )
+        for n in range(5)
+    ]
+
+    def show_all() -> list[str]:
+        for arguments in (
+            ["list"],
+            ["report", "RUN", "OTHER", "--out", "."],
+            ["gate", "--baseline", "RUN", "--candidate", "OTHER", "--max-harm-increase", "5%", "--max-harm", "9%"],
+            ["power", "--rate", "5%", "--difference", "2%", "--prompts", "4000"],
+            ["power", "--rate", "5%", "--margin", "2%", "--prompts", "4000"],
+        ):
+            monkeypatch.setattr("sys.argv", ["stayaligned", *arguments])
+            with suppress(SystemExit):
+                main()
+        project._print_layers(layers, "would change")
+        project._print_adapters([Path("a-long-name-of-an-adapter"), Path("b")], [layers, layers])
+        project._print_outcomes(threshold_outcomes(layers))
+        return capsys.readouterr().out.split()
+
+    monkeypatch.setattr(out, "_width", 400)
+    wide = show_all()
+    monkeypatch.setattr(out, "_width", width)
+    narrow = show_all()
+    assert "…" not in " ".join(narrow)
+    assert [word for word in wide if word not in narrow and word.strip("─")] == []
 
 
 RAISING = """

@@ -1,5 +1,6 @@
 import csv
 import io
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from stayaligned.cli.console import _SafeConsole
 from stayaligned.core.records import Message
 from stayaligned.core.text import markdown, one_line, percent, visible
 from stayaligned.evaluation.results import Sample
@@ -154,7 +156,9 @@ def test_equal_results_give_equal_bytes_in_another_process(grid_results, grid, t
         "results = [Result.model_validate_json(p.read_text(encoding='utf-8')) for p in paths]\n"
         "write_report(build_report(results, title='t', reference='SFT attacked'), Path(sys.argv[2]))"
     )
-    subprocess.run([sys.executable, "-c", code, folder, tmp_path], check=True, env={"PYTHONHASHSEED": "7"})
+    subprocess.run(
+        [sys.executable, "-c", code, folder, tmp_path], check=True, env={**os.environ, "PYTHONHASHSEED": "7"}
+    )
     for name, text in grid.items():
         assert (tmp_path / name).read_text(encoding="utf-8") == text
 
@@ -320,6 +324,16 @@ def test_the_terminal_table_fits_eighty_columns(grid_results):
     lisa = next(line for line in text.splitlines() if line.strip().startswith("Lisa"))
     assert lisa.count("±") == 6
     assert "−" in lisa
+
+
+@pytest.mark.parametrize("width", [80, 60, 40])
+def test_on_a_narrow_terminal_the_table_keeps_every_number(grid_results, width):
+    table = terminal_table(build_report(grid_results, title="t", reference="SFT attacked"))
+    numbers = {word for column in table.columns for cell in column.cells for word in str(cell).split()}
+    stream = io.StringIO()
+    _SafeConsole(file=stream, width=width, markup=False, highlight=False).print(table)
+    assert numbers <= set(stream.getvalue().split())
+    assert max(map(len, stream.getvalue().split("In %")[0].splitlines())) <= width
 
 
 def test_negative_zero_and_none_are_formatted_well():

@@ -118,7 +118,10 @@ def _settings(component: type[Component], width: int) -> str:
         value = json.dumps(field.get_default(call_default_factory=True), ensure_ascii=False, default=str)
         default = "required" if field.is_required() else f"default {value}"
         lines.append(f"  {name}: {_type_name(field.annotation)}, {default}")
-        lines += textwrap.wrap(docs.get(name, ""), width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        indent = " " * 6
+        lines += textwrap.wrap(
+            docs.get(name, ""), width, initial_indent=indent, subsequent_indent=indent, **_WHOLE_WORDS
+        )
     return "\n".join([*lines, ""])
 
 
@@ -132,10 +135,13 @@ def _type_name(annotation: Any) -> str:
     return inspect.formatannotation(annotation).replace("typing.", "")
 
 
+_WHOLE_WORDS: Any = {"break_long_words": False, "break_on_hyphens": False}
+
+
 def _wrapped(text: str, width: int) -> str:
     """Text with its paragraphs filled to `width`; paragraphs with an indented line, such as formulas, are unchanged."""
     paragraphs = text.split("\n\n")
-    return "\n\n".join(p if "\n " in f"\n{p}" else textwrap.fill(p, width) for p in paragraphs)
+    return "\n\n".join(p if "\n " in f"\n{p}" else textwrap.fill(p, width, **_WHOLE_WORDS) for p in paragraphs)
 
 
 def _registries() -> dict[str, Registry[Any]]:

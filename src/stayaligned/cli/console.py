@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -11,13 +12,22 @@ from stayaligned.core.text import visible
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 
 class _SafeConsole(Console):
     """A console on which text from a data set, a judge or a model can't control the terminal."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print as rich does, with control characters made visible."""
+        """Print as rich does, with control characters made visible, and no word or number of a table cut."""
+        from rich.table import Table
+
+        if len(objects) == 1 and isinstance(objects[0], Table) and not _fit(objects[0], self):
+            for line in _stacked(objects[0]):
+                super().print(line, soft_wrap=True, **options)
+            return
+        if all(isinstance(o, str) for o in objects):
+            options = {"soft_wrap": True, **options}  # a path that rich breaks can't be copied
         super().print(*(visible(o) if isinstance(o, str) else o for o in objects), **options)
 
     def on_broken_pipe(self) -> None:
@@ -28,6 +38,53 @@ class _SafeConsole(Console):
 
 out = _SafeConsole(highlight=False, markup=False)
 err = _SafeConsole(stderr=True, highlight=False, markup=False)
+
+
+def _fit(table: Table, console: Console) -> bool:
+    """Give each column the width of its longest word or more, and return whether the table fits the console."""
+    from rich.cells import cell_len
+    from rich.measure import Measurement
+
+    columns = [[_plain(cell) for cell in (column.header, *column.cells)] for column in table.columns]
+    longest = [max(cell_len(line) for cell in cells for line in cell.split("\n")) for cells in columns]
+    least = [max((cell_len(word) for cell in cells for word in cell.split()), default=0) for cells in columns]
+    for column, width in zip(table.columns, longest, strict=True):
+        column.width, column.overflow, column.no_wrap = width, "fold", False
+    around = Measurement.get(console, console.options.update(width=1 << 20), table).maximum - sum(longest)
+    spare = console.width - around - sum(least)
+    if spare < 0:
+        return False
+    for index in sorted(range(len(columns)), key=lambda i: longest[i] - least[i]):
+        # Columns that need little more get it; the last ones, with the longest texts, share what is left.
+        added = min(longest[index] - least[index], spare)
+        table.columns[index].width = least[index] + added
+        spare -= added
+    return True
+
+
+def _stacked(table: Table) -> Iterator[Text]:
+    """Yield the lines of a table that does not fit: for each row its first cell, and below it a line for each other."""
+    from rich.text import Text
+
+    titles = [" ".join(_plain(column.header).replace("-\n", "-").split()) for column in table.columns]
+    indent = max(map(len, titles[1:]), default=0) + 2
+    if table.title is not None:
+        yield Text(_plain(table.title))
+    cells = zip(*(column.cells for column in table.columns), strict=True)
+    for row, (first, *others) in zip(table.rows, cells, strict=True):
+        style = row.style or ""
+        yield Text(f"{titles[0]} {_plain(first)}".lstrip(), style)
+        for title, cell in zip(titles[1:], others, strict=True):
+            if value := " ".join(_plain(cell).split()):
+                yield Text(f"  {title:<{indent}}{value}" if title else f"  {value}", style)
+    if table.caption is not None:
+        yield Text(_plain(table.caption))
+
+
+def _plain(cell: object) -> str:
+    from rich.text import Text
+
+    return cell.plain if isinstance(cell, Text) else visible(str(cell))
 
 
 def plain_table(*columns: str, numbers: bool = False) -> Table:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from stayaligned.experiments.config.experiment import Experiment
 
 
+_MOST_NOTES = 20
+"""Number of notes that are printed; the report has all of them."""
+
+
 def report(
     directories: Annotated[
         list[Path], typer.Argument(help="Directories that `run`, `evaluate`, `judge` or `bench` wrote.")
@@ -79,8 +83,9 @@ def print_report(
     built = build_report(found, title=heading, reference=reference, evidence=evidence)
     paths = write_report(built, directory)
     out.print(terminal_table(built))
-    if len(found) == 1:
-        for note in found[0].notes:
-            out.print(f"note: {note}", soft_wrap=True)
+    for note, owners in built.notes[:_MOST_NOTES]:
+        out.print(f"note: {note}" if not owners else f"note: {owners}: {note}")
+    if len(built.notes) > _MOST_NOTES:
+        out.print(f"note: {len(built.notes) - _MOST_NOTES} more notes are in the report")
     for path in paths:
         out.print(f"wrote  {path}", soft_wrap=True)

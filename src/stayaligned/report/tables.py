@@ -21,7 +21,7 @@ _SHORT_TITLES = {
     "over_refusal": "over-\nrefusal",
     "finetune_accuracy": "accuracy",
     "skills_kept": "skills",
-    "degeneration": "degen-\nerate",
+    "degeneration": "degen.",
 }
 
 _OMITTED_WITH_DEGENERATION = ("refusal_rate", "other_rate")
@@ -31,7 +31,7 @@ _OMITTED_WITH_DEGENERATION = ("refusal_rate", "other_rate")
 def terminal_table(report: Report) -> Table:
     """Build a table of the arms: means in percent with half the 95 % interval, and harm against the reference arm.
 
-    The table fits 80 columns for short names; longer names wrap.
+    The table fits 80 columns for short names.
     """
     from rich import box
     from rich.table import Table
@@ -50,14 +50,14 @@ def terminal_table(report: Report) -> Table:
         caption_justify="left",
         title_justify="left",
     )
-    table.add_column("arm", overflow="fold", min_width=8)
+    table.add_column("arm", overflow="fold")
     for kind in kinds:
         table.add_column(_SHORT_TITLES[kind.name], justify="right")
     if report.reference is not None:
         table.add_column("Δ harm", justify="right")
     for arm in report.arms:
         style = "bold" if arm.on_front else "" if arm.comparable else "dim"
-        cells = [Text(one_line(arm.name, 60)), *(Text(_cell(arm.estimates.get(kind.name))) for kind in kinds)]
+        cells = [Text(one_line(arm.name)), *(Text(_cell(arm.estimates.get(kind.name))) for kind in kinds)]
         if report.reference is not None:
             cells.append(Text(_difference(arm, report.reference)))
         table.add_row(*cells, style=style)
