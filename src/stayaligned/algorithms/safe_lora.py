@@ -129,9 +129,9 @@ class ScaledGram(Operator):
 
         Let G = U Σ² Uᵀ, R = E Eᵀ with E = V - U Uᵀ V, and x = ‖ΔW - U UᵀΔW‖². R is positive semidefinite and orthogonal
         to U, so (G + R)ΔW has the inner product a + t with ΔW and the squared norm g + q, with 0 ≤ t ≤ ‖R‖ x and
-        t²/x ≤ q ≤ ‖R‖ t. As g ≥ ‖R‖ a, the cosine grows with t: it is at least the truncated one, a/√g, and at most
-        that of t = ‖R‖ x, q = t²/x (all for ‖ΔW‖ = 1). Sampled triplets add U Σ (E Q)ᵀ + its transpose, whose norm
-        `Tail.cross` bounds; fp32 rounding is added to it.
+        t²/x ≤ q ≤ ‖R‖ t. With q = ‖R‖ t the cosine is least at t = a - 2g/‖R‖, or at 0; with q = t²/x it is greatest at
+        t = gx/a, or at ‖R‖ x (all for ‖ΔW‖ = 1; the bound on ‖R‖ may exceed σ_k²). Sampled triplets add U Σ (E Q)ᵀ + its
+        transpose, whose norm `Tail.cross` bounds; fp32 rounding is added to it.
 
         Args:
             update: ΔW.
@@ -146,15 +146,17 @@ class ScaledGram(Operator):
         inside = min(1.0, (update_norm(_coordinates(delta.left, update)) / found.norm) ** 2)
         outside = 1.0 - inside
         length = found.shrinkage * delta.norm  # √g
-        dot, gained = found.similarity * length, largest * outside
+        dot, limit = found.similarity * length, largest * outside
+        least = min(limit, max(0.0, dot - 2 * length**2 / largest)) if largest else 0.0
+        gained = min(limit, length**2 * outside / dot) if dot > 0 else limit
+        valley = math.sqrt(length**2 + largest * least)
         peak = math.hypot(length, gained / math.sqrt(outside)) if outside else length
-        most = (dot + gained) / peak if peak else 0.0
         top = delta.values[0].item() ** 2 if len(delta.values) else 0.0
         off = (delta.tail.cross if delta.tail else 0.0) + _ROUNDING * (top + largest)
         if length <= off:
             return 0.0, 1.0
-        low = (found.similarity * length - off) / (length + off)
-        high = (most * length + off) / (length - off)
+        low = (dot + least - off) / (valley + off)
+        high = (dot + gained + off) / (peak - off)
         return min(1.0, max(0.0, low)), min(1.0, high)
 
 
