@@ -30,6 +30,7 @@ from stayaligned.experiments.stages.store import exclusive
 from stayaligned.hf.features import PaddingCollator, encode_examples
 from stayaligned.hf.quiet import quiet
 from stayaligned.testing import byte_tokenizer, pico_model, write_pico_checkpoint
+from stayaligned.weights.checkpoints import open_checkpoint, weights_fingerprint
 from support.world import experiment, write_rows
 
 LORA = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": ["q_proj", "down_proj"]}
@@ -217,7 +218,9 @@ def test_an_unfinished_directory_is_kept_once_it_has_a_checkpoint_and_resumed_by
     with pytest.raises(StayalignedError, match=r"aligned\.unfinished: belongs to another alignment; different: seed\n"):
         align(alignment(world, seed=1), out)
     (tmp_path / ".aligned.abc.partial").mkdir()  # of a process that was killed while it wrote
-    assert align(alignment(world), out).steps == 4
+    record = align(alignment(world), out)
+    assert record.steps == 4
+    assert record.base_weights == weights_fingerprint(open_checkpoint(world / "base"))
     assert [path.name for path in tmp_path.iterdir()] == ["aligned"]
 
 
@@ -227,7 +230,7 @@ def test_a_directory_with_other_files_is_left_alone(world: Path, tmp_path: Path)
     with pytest.raises(StayalignedError, match="holds files that this command did not write"):
         align(alignment(world), tmp_path / "aligned")
     base = shutil.copytree(world / "base", tmp_path / "base")
-    with pytest.raises(StayalignedError, match="inside the base model's directory"):
+    with pytest.raises(StayalignedError, match="is inside the input"):
         align(alignment(world, base_model=str(base)), base / "aligned")
 
 

@@ -50,6 +50,8 @@ class AlignmentDelta(ABC):
 
     norm: float
     """‖V‖_F of the full V."""
+    rounding: bool
+    """Whether V is only what rounding the weights to another type changes, and so no direction."""
 
     @abstractmethod
     def gram(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
@@ -82,6 +84,7 @@ class FullDelta(AlignmentDelta):
     matrix: Float[Tensor, "out_features in_features"]
     norm: float
     """‖V‖_F."""
+    rounding: bool = False
 
     @classmethod
     def from_matrix(cls, matrix: Float[Tensor, "out_features in_features"]) -> FullDelta:
@@ -127,6 +130,7 @@ class TruncatedDelta(AlignmentDelta):
     norm: float
     tail: Tail | None = None
     """What the triplets leave out; None assumes exact triplets, of which the last bounds the next."""
+    rounding: bool = False
 
     @property
     def captured_energy(self) -> float:
@@ -270,6 +274,13 @@ def measure_tail(delta: Float[Tensor, "out_features in_features"], triplets: Tru
         power, scale = power / size, scale + math.log(size)
     scale += math.log(_TAIL_FACTOR * math.sqrt(2 / math.pi))
     return replace(triplets, tail=Tail(math.exp(scale / (2 * _TAIL_STEPS)), cross))
+
+
+def no_triplets(delta: Float[Tensor, "out_features in_features"]) -> TruncatedDelta:
+    """Return the norm of a V that is only rounding, without any direction."""
+    rows, columns = delta.shape
+    nothing = delta.new_empty(rows, 0), delta.new_empty(0), delta.new_empty(columns, 0)
+    return TruncatedDelta(*nothing, frobenius_norm(delta), Tail(0.0, 0.0), rounding=True)
 
 
 def random_subspace(delta: AlignmentDelta, like: AlignmentSubspace, generator: torch.Generator) -> AlignmentSubspace:

@@ -129,9 +129,9 @@ class ScaledGram(Operator):
 
         Let G = U Σ² Uᵀ, R = E Eᵀ with E = V - U Uᵀ V, and x = ‖ΔW - U UᵀΔW‖². R is positive semidefinite and orthogonal
         to U, so (G + R)ΔW has the inner product a + t with ΔW and the squared norm g + q, with 0 ≤ t ≤ ‖R‖ x and
-        t²/x ≤ q ≤ ‖R‖ t. With q = ‖R‖ t the cosine is least at t = a - 2g/‖R‖, or at 0; with q = t²/x it is greatest at
-        t = gx/a, or at ‖R‖ x (all for ‖ΔW‖ = 1; the bound on ‖R‖ may exceed σ_k²). Sampled triplets add U Σ (E Q)ᵀ + its
-        transpose, whose norm `Tail.cross` bounds; fp32 rounding is added to it.
+        t²/x ≤ q ≤ ‖R‖ t. With q = ‖R‖ t the cosine is least at t = a - 2g/‖R‖, or at 0; with q = t²/x it is greatest
+        at t = gx/a, or at ‖R‖ x (all for ‖ΔW‖ = 1; the bound on ‖R‖ may exceed σ_k²). Sampled triplets add U Σ (E Q)ᵀ +
+        its transpose, whose norm `Tail.cross` bounds; fp32 rounding is added to it.
 
         Args:
             update: ΔW.

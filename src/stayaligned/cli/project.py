@@ -67,7 +67,7 @@ def project(
 
     Works layer by layer, without loading a model.
     """
-    from stayaligned.core.files import refuse_existing
+    from stayaligned.core.files import refuse_existing, refuse_inside
     from stayaligned.experiments.config.validation import parse_component
     from stayaligned.weights.deltas import require_device
 
@@ -84,6 +84,7 @@ def project(
     outs = [out_dir] if len(finetuned) == 1 else [out_dir / name for name in _output_names(finetuned)]
     for each in outs:  # before torch is imported, which takes seconds
         refuse_existing(each)
+        refuse_inside(each, *finetuned, aligned, base)
     patch: PatchDefense = parse_component(DEFENSES, projection_spec(operator, settings, control), "project")
     require_device(device)
     sources = [Path(_resolve(str(path)) or path) for path in finetuned]
@@ -191,7 +192,12 @@ def _print_layers(layers: Sequence[LayerReport], verb: Literal["changed", "would
         out.print(describe_kept(found), soft_wrap=True)
 
 
-_SKIPPED = {"zero_update": "zero update", "no_direction": "V is zero"}
+_SKIPPED = {
+    "zero_update": "zero update",
+    "rounded_update": "rounding",
+    "no_direction": "V is zero",
+    "rounded_direction": "V is rounding",
+}
 
 
 def _print_adapters(outs: Sequence[Path], reports: Sequence[Sequence[LayerReport]]) -> None:

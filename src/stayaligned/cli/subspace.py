@@ -42,11 +42,12 @@ def build(
     The file holds the leading directions of V = W_aligned - W_base, module by module.
     """
     from stayaligned.cli.progress import weights_bar
-    from stayaligned.core.files import refuse_existing
+    from stayaligned.core.files import refuse_existing, refuse_inside
     from stayaligned.defenses.patching.subspace import build_subspace
     from stayaligned.weights.deltas import require_device
 
     refuse_existing(out_file)
+    refuse_inside(out_file, aligned, base)
     if (rank is None) == (energy is None):
         raise StayalignedError("the number of directions is not specified", hint="Give one of --rank K and --energy E.")
     require_device(device)
@@ -60,7 +61,7 @@ def build(
             allow_mismatch=allow_mismatch,
         )
     stored = [module.rank for module in header.modules.values()]
-    captured = [module.captured_energy for module in header.modules.values()]
+    captured = [module.captured_energy for module in header.modules.values() if module.rank]
     out.print(
         f"{len(stored)} modules, {min(stored)} to {max(stored)} directions each, "
         f"{min(captured):.1%} to {max(captured):.1%} of V's energy"

@@ -166,11 +166,14 @@ def refuse_existing(path: Path) -> None:
         raise StayalignedError(f"{path} exists already", hint="Choose another path, or remove it yourself.")
 
 
-def refuse_inside(path: Path, *inputs: Path) -> None:
-    """Raise StayalignedError if the output `path` is inside an input directory: inputs are only read."""
+def refuse_inside(path: Path, *inputs: str | Path | None) -> None:
+    """Raise StayalignedError if the output `path` is inside an input directory: inputs are only read.
+
+    Only local directories count: an input may also be a hub id, a file or None.
+    """
     place = path.resolve()
     for directory in inputs:
-        if directory.is_dir() and place.is_relative_to(directory.resolve()):
+        if directory is not None and Path(directory).is_dir() and place.is_relative_to(Path(directory).resolve()):
             raise StayalignedError(f"{path} is inside the input {directory}", hint="Choose a path outside the input.")
 
 

@@ -155,9 +155,9 @@ class LayerReport(Record):
     complete V."""
     undecided: bool = False
     """Whether `similarity_bounds` leave open if the patch's rule selects this layer."""
-    skipped: Literal["zero_update", "no_direction"] | None = None
-    """Why the patch can't change the layer: its update is zero, or aligned and base are equal in it. Its similarity
-    then has no meaning, and no rule selects it. None for all other layers."""
+    skipped: Literal["zero_update", "rounded_update", "no_direction", "rounded_direction"] | None = None
+    """Why the patch can't change the layer: its update is zero, or aligned and base are equal in it, exactly or but for
+    rounding. Its similarity then has no meaning, and no rule selects it. None for all other layers."""
 
 
 RecordT = TypeVar("RecordT", bound=BaseModel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -12,12 +13,15 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import LayerReport
 from stayaligned.defenses import DEFENSES, Execution, ModelPair, PatchDefense
 from stayaligned.defenses._projection import ProjectionDefense
+from stayaligned.defenses.patching.summary import notes_on
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
     from stayaligned.algorithms.alignment_delta import AlignmentDelta
-    from stayaligned.algorithms.safe_lora import Operator
+    from stayaligned.algorithms.safe_lora import ComplementSide, Operator
+
+_log = logging.getLogger(__name__)
 
 OperatorName = Literal["scaled_gram", "orthogonal", "complement"]
 """The operators of the projection defenses; `complement` is that of the defense of this name, the others SafeLora's."""
@@ -87,14 +91,19 @@ class SafeLora(ProjectionDefense):
 
 def apply_safe_lora(
     peft_model: PeftModel,
-    base: str | Path,
-    aligned: str | Path,
+    base: str | Path | None = None,
+    aligned: str | Path | None = None,
     *,
+    subspace: str | Path | None = None,
     threshold: float | None = None,
     lowest: int | None = None,
     operator: OperatorName = "scaled_gram",
     rank: int | None = None,
     energy: float | None = None,
+    side: ComplementSide | None = None,
+    control: ControlName | None = None,
+    allow_mismatch: bool = False,
+    allow_undecided: bool = False,
     adapter_name: str | None = None,
     new_name: str = "safe_lora",
 ) -> list[LayerReport]:
@@ -102,17 +111,22 @@ def apply_safe_lora(
 
     The trained adapter is not changed, so both can be compared (`set_adapter`), and PEFT saves the result:
     `peft_model.save_pretrained(out, selected_adapters=["safe_lora"])`. Base and aligned are streamed from their files;
-    neither is loaded.
+    neither is loaded. What `project` prints as notes is logged as warnings.
 
     Args:
         peft_model: a PeftModel with a LoRA that was trained on `aligned`.
         base: the unaligned ancestor: directory or hub id.
         aligned: the model under the adapter: directory or hub id.
+        subspace: a subspace file, instead of base and aligned.
         threshold: change the layers with similarity strictly below this.
         lowest: change exactly this many layers, the least similar ones. With neither, every layer is changed.
         operator: `scaled_gram` is the paper's C.
         rank: the number k of directions, for the other operators.
         energy: instead of `rank`, the share of ‖V‖² that the k directions hold.
+        side: of the complement, the directions to remove.
+        control: apply this control to the selected layers instead.
+        allow_mismatch: whether to patch although the models don't seem to belong together or to the adapter.
+        allow_undecided: whether to patch although `subspace` leaves open which layers to change.
         adapter_name: the adapter to project; by default the active one.
         new_name: the name of the projected adapter.
 
@@ -125,16 +139,26 @@ def apply_safe_lora(
     """
     from stayaligned.hf.placement.in_memory import active_adapter, adapter_in_memory, add_adapter
 
-    settings = {"threshold": threshold, "lowest": lowest, "rank": rank, "energy": energy}
+    settings = {"threshold": threshold, "lowest": lowest, "rank": rank, "energy": energy, "side": side}
     try:
-        patch: PatchDefense = DEFENSES.parse(projection_spec(operator, settings))
+        patch: PatchDefense = DEFENSES.parse(projection_spec(operator, settings, control))
     except ValueError as error:
         raise StayalignedError(f"apply_safe_lora: {error}", hint="See `stayaligned show defense safe_lora`.") from None
+    if (subspace is None) == (base is None) or (subspace is None and aligned is None):
+        raise StayalignedError(
+            "apply_safe_lora: the source of the alignment direction is not specified",
+            hint="Give base and aligned, or subspace.",
+        )
+    file = None if subspace is None else Path(subspace)
+    models = ModelPair(aligned, base, file, allow_mismatch=allow_mismatch, allow_undecided=allow_undecided)
     if new_name in peft_model.peft_config:
         raise StayalignedError(f"the model already has an adapter {new_name!r}", hint="Choose another new_name.")
     trained = adapter_name or active_adapter(peft_model)
-    (patched,) = patch.patch_all([adapter_in_memory(peft_model, trained)], ModelPair(aligned, base), Execution())
+    notes: list[str] = []
+    (patched,) = patch.patch_all([adapter_in_memory(peft_model, trained)], models, Execution(note=notes.append))
     add_adapter(peft_model, patched.adapter, new_name, like=trained)
+    for note in dict.fromkeys([*patched.notes, *notes, *notes_on(patch, patched.layers)]):
+        _log.warning("%s", note)
     return list(patched.layers)
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import ValidationError
 
 from stayaligned.core.errors import StayalignedError, first_problem
-from stayaligned.core.files import new_directory, read_text, refuse_existing, writable, write_text
+from stayaligned.core.files import new_directory, read_text, refuse_existing, refuse_inside, writable, write_text
 from stayaligned.core.progress import Progress, silent
 from stayaligned.core.provenance import commit, versions
 from stayaligned.core.records import Example
@@ -29,10 +29,10 @@ from stayaligned.data.sources import read_examples
 from stayaligned.defenses import TrainingSetup
 from stayaligned.experiments.config.alignment import RECORD_FORMAT, Alignment, AlignmentRecord
 from stayaligned.experiments.config.validation import resolve_references
-from stayaligned.experiments.stages.keys import identify
+from stayaligned.experiments.stages.keys import identify, split_options
 from stayaligned.experiments.stages.store import collect_warnings, exclusive
 from stayaligned.experiments.stages.train import LOGS, keep_logs
-from stayaligned.weights.checkpoints import checkpoint_directory, open_checkpoint, read_json_object
+from stayaligned.weights.checkpoints import checkpoint_directory, open_checkpoint, read_json_object, weights_fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -86,11 +86,7 @@ def _align(alignment: Alignment, out: Path, progress: Progress, warnings: list[s
     resolved = resolve_references(alignment, alignment.seed, progress)
     examples = read_examples(resolved.data, origin="alignment")[: resolved.limit]
     job = _Job(alignment, resolved, examples, _inputs(alignment, resolved, examples), out, progress, warnings)
-    base = Path(resolved.base_model)
-    if base.is_dir() and job.out.resolve().is_relative_to(base.resolve()):
-        raise StayalignedError(
-            f"{out} is inside the base model's directory", hint="Choose an --out outside that directory."
-        )
+    refuse_inside(job.out, resolved.base_model, split_options(resolved.data)[0])
     if job.out.exists():
         return _finished(job)
     with exclusive(job.work):
@@ -226,6 +222,7 @@ def _make(job: _Job) -> AlignmentRecord:
         record = AlignmentRecord(
             alignment=job.alignment.spec(),
             inputs=dict(job.inputs),
+            base_weights=weights_fingerprint(open_checkpoint(job.resolved.base_model)),
             stored_in=str(model.dtype).removeprefix("torch."),
             template_hash=template_hash(trained.tokenizer),
             versions=versions(),

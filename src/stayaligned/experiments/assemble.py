@@ -25,7 +25,7 @@ from stayaligned.experiments.stages.context import Context
 from stayaligned.experiments.stages.data import load_alignment_rows, load_prompt_sets, load_training_rows
 from stayaligned.experiments.stages.keys import identify
 from stayaligned.experiments.stages.lm_eval import find_skipped_metrics
-from stayaligned.experiments.stages.patch import read_patches
+from stayaligned.experiments.stages.patch import read_patch_notes, read_patches
 from stayaligned.experiments.stages.store import read_stage
 from stayaligned.experiments.stages.train import read_training_log
 
@@ -130,6 +130,7 @@ def _notes(context: Context, completions: Sequence[Completion], judged: Sequence
     )
     yield from find_skipped_metrics(context)
     yield from read_notes(_stages(context, judged))
+    yield from read_patch_notes(context)
     experiment = context.experiment
     if not experiment.trains:
         return

@@ -103,7 +103,8 @@ def _train_key(e: Experiment, data: str) -> str:
 def _patch_keys(e: Experiment, train: str) -> tuple[str, ...]:
     keys: list[str] = []
     for patch in e.patches:
-        models = {"model": e.model, "base_model": e.base_model if patch.needs_base else None}
+        models: dict[str, object] = {"model": e.model, "base_model": e.base_model if patch.needs_base else None}
+        models |= {"allow_mismatch": True} if e.allow_mismatch else {}
         keys.append(_key(e, "patch", keys[-1] if keys else train, patch.identity(), models))
     return tuple(keys)
 

@@ -24,6 +24,8 @@ _BLOCK_ELEMENTS = 1 << 18
 """Elements of a row block: 1 MiB in fp32, so that it stays in the cache while it is read, subtracted and summed."""
 _SAMPLED_BLOCKS = 8
 """One of this many row blocks is compared with the other weight's."""
+_FP32_ROUNDING = 2.0**-23
+"""Norm of a difference, as a share of the weight's, up to which it is rounding in fp32 (as after `unmerge`)."""
 _BYTES_IN_FLIGHT = 400 << 20
 """Bytes of V (fp32) that the workers hold at once at most; a larger weight is processed alone."""
 
@@ -77,6 +79,8 @@ class Delta(NamedTuple):
     """Frobenius norm of the difference, accumulated in fp64."""
     overlap: WeightOverlap | None = None
     """How alike both weights are; None if nothing was subtracted."""
+    rounding: bool = False
+    """Whether the difference is not zero, but only rounding: to bf16 or fp16, or of sums in fp32."""
 
 
 def pair_weights(
@@ -223,7 +227,8 @@ def require_device(device: str) -> None:
 def equal_weights_error(aligned: Checkpoint, base: Checkpoint) -> StayalignedError:
     """Return the error for two checkpoints whose weights are all equal."""
     return StayalignedError(
-        f"{aligned.directory} and {base.directory} hold the same weights: there is no alignment direction",
+        f"{aligned.directory} and {base.directory} hold the same weights (at most rounded to another type): there is "
+        "no alignment direction",
         hint="Give the chat or instruct model as `aligned`, and its pretrained ancestor as `base`.",
     )
 
@@ -231,8 +236,8 @@ def equal_weights_error(aligned: Checkpoint, base: Checkpoint) -> StayalignedErr
 def equal_layers_error(aligned: Checkpoint, base: Checkpoint, layers: int) -> StayalignedError:
     """Return the error for two checkpoints whose weights are equal in all layers of interest."""
     return StayalignedError(
-        f"{aligned.directory} and {base.directory} hold the same weights in all {layers} layers to patch: there is no "
-        "alignment direction",
+        f"{aligned.directory} and {base.directory} hold the same weights in all {layers} layers to patch (at most "
+        "rounded to another type): there is no alignment direction",
         hint="Give the chat or instruct model as `aligned`, and its pretrained ancestor as `base`. If the alignment "
         "changed other modules only, the method does not apply.",
     )
@@ -259,6 +264,7 @@ class _Buffers:
         subtrahend = difference.minus.spans(difference.minus_weight) if difference.minus is not None else None
         squares: list[Tensor] = []
         sampled: list[Tensor] = []  # (‖first‖², ‖second‖², ‖first - second‖²) of every eighth block
+        rounding = subtrahend is not None
         step = max(1, _BLOCK_ELEMENTS // max(1, columns))
         for start in range(0, rows, step):
             block = value[start : start + step]
@@ -268,6 +274,7 @@ class _Buffers:
                 rows_of_second = self._rows(subtrahend, start, len(block))
                 if start // step % _SAMPLED_BLOCKS == 0:
                     norms = [_square(block), _square(rows_of_second.to(block.dtype))]
+                rounding = rounding and _is_rounding(block, rows_of_second.to(block.dtype))
                 block.sub_(rows_of_second)  # promotes bf16 and fp16 to fp32 element by element
             exact = self._exact(block.numel())
             exact.copy_(block.view(-1))
@@ -281,7 +288,9 @@ class _Buffers:
         if not sampled:
             return Delta(value, math.sqrt(square))
         first, second, apart = torch.stack(sampled).sum(dim=0).tolist()
-        return Delta(value, math.sqrt(square), WeightOverlap(first, second, (first + second - apart) / 2))
+        overlap = WeightOverlap(first, second, (first + second - apart) / 2)
+        rounding = rounding or apart <= _FP32_ROUNDING**2 * first
+        return Delta(value, math.sqrt(square), overlap, rounding and square > 0)
 
     def _exact(self, elements: int) -> Tensor:
         """Return a buffer for a block in fp64; allocating one for each block would cost more than the sum itself."""
@@ -324,6 +333,22 @@ def _square(block: Tensor) -> Tensor:
 
     flat = block.reshape(-1)
     return torch.dot(flat, flat).double()
+
+
+def _is_rounding(one: Tensor, other: Tensor) -> bool:
+    """Return whether every entry of one matrix is as near to the other's as rounding to bf16 or fp16 is.
+
+    So it is if one is the other in such a type, also if it was stored in a longer one afterwards, or if both are the
+    same numbers in bf16 and fp16. A fine-tune moves some of the entries that rounding does not move.
+    """
+    import torch
+
+    unexplained = (one - other).abs_()
+    for exact in (one, other):
+        for dtype in (torch.bfloat16, torch.float16):
+            rounding = (exact - exact.to(dtype).to(exact.dtype)).abs_()
+            unexplained = unexplained.where(unexplained > rounding, 0.0)
+    return not bool(unexplained.any())
 
 
 def _item_bytes(differences: Sequence[WeightDifference]) -> tuple[int, int]:

@@ -76,6 +76,8 @@ class ModuleHeader(Record):
     """Bound on the largest singular value that the stored triplets leave out."""
     cross: float = Field(ge=0, allow_inf_nan=False)
     """`Tail.cross` of the stored triplets: 0 for exact ones."""
+    rounding: bool = False
+    """Whether V is only what rounding the weights to another type changes. If so, no triplets are stored."""
 
     def parts(self) -> dict[str, tuple[int, ...]]:
         """Return {last part of a tensor's name: its shape}, in the order of the file."""
@@ -133,7 +135,7 @@ class SubspaceFile:
         self._file.read_into(view_bytes(numbers), self._file.entries[f"{module}.left"].offset)
         parts = numbers.split(sizes)
         left, values, right = (part.view(shape) for part, shape in zip(parts, stored.parts().values(), strict=True))
-        delta = TruncatedDelta(left, values, right, stored.norm, Tail(stored.tail, stored.cross))
+        delta = TruncatedDelta(left, values, right, stored.norm, Tail(stored.tail, stored.cross), stored.rounding)
         # The squares of k orthonormal columns sum to k; NaN fails every comparison.
         orthonormal = all(abs(float(torch.dot(part, part)) - stored.rank) < 0.1 for part in (parts[0], parts[2]))
         if not (orthonormal and abs(delta.captured_energy - stored.captured_energy) < 1e-5):

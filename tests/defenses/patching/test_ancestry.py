@@ -18,7 +18,7 @@ from stayaligned.defenses.patching.directories import patch_directory, read_proj
 from stayaligned.defenses.patching.subspace import build_subspace
 from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
 from stayaligned.weights.adapters import read_adapter
-from stayaligned.weights.checkpoints import open_checkpoint
+from stayaligned.weights.checkpoints import open_checkpoint, weights_fingerprint
 
 THRESHOLD = DEFENSES.parse({"name": "safe_lora", "threshold": 0.35})
 Q = "model.layers.1.self_attn.q_proj"
@@ -126,6 +126,23 @@ def test_the_hash_in_the_record_of_a_patched_adapter_is_compared(world: Path, tm
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "org/chat"}))
     with pytest.raises(StayalignedError, match="was patched against another aligned model"):
         patch_directory(tmp_path / "once", tmp_path / "out", every, ModelPair(world / "tuned", world / "base"))
+
+
+def test_files_beside_the_bases_weights_do_not_make_another_base(world: Path, tmp_path: Path) -> None:
+    for name in ("chat", "base"):
+        shutil.copytree(world / name, tmp_path / name)
+    made_from = {
+        "inputs": {"base_model": f"sha256:{fingerprint(tmp_path / 'base')}"},
+        "base_weights": weights_fingerprint(open_checkpoint(tmp_path / "base")),
+    }
+    (tmp_path / "chat" / "alignment.json").write_text(json.dumps(made_from))
+    (tmp_path / "base" / "README.md").write_text("added later")
+    pair = ModelPair(tmp_path / "chat", tmp_path / "base")
+    patch_directory(world / "tuned", tmp_path / "right", THRESHOLD, pair)
+    edit_weights(tmp_path / "base", lambda name, value: value + 0.01 if Q in name else value)
+    with pytest.raises(StayalignedError, match="was aligned from another base") as caught:
+        patch_directory(world / "tuned", tmp_path / "out", THRESHOLD, pair)
+    assert "the same model in another type" in str(caught.value.hint)
 
 
 def test_the_base_in_the_record_of_an_alignment_is_compared(world: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import fingerprint
@@ -22,7 +22,9 @@ _UNRELATED_LAYER = 0.1
 """Cosine below which one layer of related models is another one's (a permuted or a replaced layer)."""
 _FEWEST_ENTRIES = 1024
 """Entries of a weight from which `_UNRELATED_LAYER` is above the cosine of independent weights by chance."""
-OVERRIDE = "--allow-mismatch (allow_mismatch=True) patches all the same, and notes it in the record."
+OVERRIDE = (
+    "--allow-mismatch (allow_mismatch=True; in an experiment, allow_mismatch: true) patches all the same and notes it."
+)
 """How to patch models that don't seem to belong together, for hints."""
 
 
@@ -88,12 +90,12 @@ def check_records(aligned: Checkpoint, base: Checkpoint, *, allowed: bool) -> st
         StayalignedError: if a record contradicts.
     """
     made_from = _recorded_base(aligned)
-    if made_from is not None and made_from != fingerprint(base.directory):
+    if made_from is not None and not made_from.is_of(base):
         problem = f"{aligned.directory} was aligned from another base than {base.directory}, as its alignment.json says"
-        hint = f"Give that base ({made_from[:12]}…). If only files beside its weights changed: {OVERRIDE}"
+        hint = f"Give that base ({made_from.sha256[:12]}…). If {made_from.exception}: {OVERRIDE}"
         return _raise_unless(allowed, problem, hint)
     made_from = _recorded_base(base)
-    if made_from is not None and made_from == fingerprint(aligned.directory):
+    if made_from is not None and made_from.is_of(aligned):
         problem = (
             f"{base.directory} was aligned from {aligned.directory}, as its alignment.json says: they look swapped"
         )
@@ -204,11 +206,35 @@ def _model_name(hub_id: str) -> str:
     return re.sub(r"([-_.](unsloth|bnb|[48]bit|int[48]|fp8|bf16|fp16|gptq|awq|hf|nf4|w4a16|mlx))+$", "", name)
 
 
-def _recorded_base(checkpoint: Checkpoint) -> str | None:
-    """Return the hash of the base's directory in an `alignment.json`; None without such a record."""
-    inputs = _read(checkpoint.directory / "alignment.json").get("inputs")
+class _RecordedBase(NamedTuple):
+    """The base that an `alignment.json` names."""
+
+    sha256: str
+    weights_only: bool
+    """Whether the hash is that of the weights; older records have that of all files in the directory."""
+
+    def is_of(self, checkpoint: Checkpoint) -> bool:
+        """Return whether a checkpoint is that base."""
+        return self.sha256 == (
+            weights_fingerprint(checkpoint) if self.weights_only else fingerprint(checkpoint.directory)
+        )
+
+    @property
+    def exception(self) -> str:
+        """What changes the hash, but not the model."""
+        return "it is the same model in another type" if self.weights_only else "only files beside its weights changed"
+
+
+def _recorded_base(checkpoint: Checkpoint) -> _RecordedBase | None:
+    """Return what an `alignment.json` says about the base; None without such a record."""
+    record = _read(checkpoint.directory / "alignment.json")
+    weights, inputs = record.get("base_weights"), record.get("inputs")
+    if isinstance(weights, str) and weights:
+        return _RecordedBase(weights, weights_only=True)
     value = inputs.get("base_model") if isinstance(inputs, dict) else None
-    return value.removeprefix("sha256:") if isinstance(value, str) and value.startswith("sha256:") else None
+    if isinstance(value, str) and value.startswith("sha256:"):
+        return _RecordedBase(value.removeprefix("sha256:"), weights_only=False)
+    return None
 
 
 def _recorded_aligned(directory: Path) -> str | None:

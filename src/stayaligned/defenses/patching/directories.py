@@ -107,7 +107,7 @@ def patch_directory(
     refuse_existing(out)
     if not finetuned.is_dir():
         raise StayalignedError(f"{finetuned}: no such directory", hint="Give an adapter, or a fine-tuned checkpoint.")
-    refuse_inside(out, finetuned)
+    refuse_inside(out, finetuned, models.aligned, models.base)
     how = Execution(device, progress)
     if is_adapter(finetuned) or not (finetuned / "config.json").is_file():
         return patch_directories([finetuned], [out], patch, models, command=command, how=how)[0]
@@ -148,7 +148,7 @@ def patch_directories(
     """
     for out in outs:
         refuse_existing(out)
-        refuse_inside(out, *adapters)
+        refuse_inside(out, *adapters, models.aligned, models.base)
     with _Hashes() as hashes, ExitStack() as places:
         originals = [read_adapter(path) for path in adapters]
         hashes.start(**_inputs(models), **{f"adapter {i}": path for i, path in enumerate(adapters)})

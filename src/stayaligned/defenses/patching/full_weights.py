@@ -17,6 +17,7 @@ from stayaligned.core.records import LayerReport
 from stayaligned.defenses import Execution, ModelPair
 from stayaligned.defenses.patching.ancestry import check_ancestry, check_records
 from stayaligned.defenses.patching.layers import (
+    NO_DIRECTION,
     LayerPatcher,
     LayerSelector,
     ProjectedLayer,
@@ -156,7 +157,7 @@ class _Patching(NamedTuple):
 
             for _, report in stream(items, patch_one, device=how.device, progress=how.progress):
                 reports.append(report)
-        if self.base is not None and reports and not any(report.delta_norm for report in reports):
+        if self.base is not None and reports and all(report.skipped in NO_DIRECTION for report in reports):
             raise equal_layers_error(self.aligned, self.base, len(reports))
         self._check_ancestry(overlaps, how)
         if closer_to_base and sum(closer_to_base) > len(closer_to_base) / 2:
@@ -210,8 +211,8 @@ class _Patching(NamedTuple):
             delta = self.subspace.delta(name).to(str(update.device))
         else:
             v = differences[2]
-            delta = FullDelta(v.value.T if placed.transposed else v.value, v.norm)
-        skipped = skip_layer(name, delta, update)
+            delta = FullDelta(v.value.T if placed.transposed else v.value, v.norm, v.rounding)
+        skipped = skip_layer(name, delta, update, rounded=differences[0].rounding)
         if skipped is not None:
             return skipped
         operator = self.selector.operator_for(delta)

@@ -47,6 +47,9 @@ class LayerPatch:
 _NOTHING = 1e-5
 """Share of an update below which nothing is left but rounding error."""
 
+NO_DIRECTION = frozenset({"no_direction", "rounded_direction"})
+"""Reasons to skip a layer that lie in aligned and base."""
+
 LayerPatcher = Callable[[ProjectedLayer], LayerPatch]
 """Computes the new update of one layer."""
 
@@ -105,16 +108,23 @@ def patch_and_report(layer: ProjectedLayer, patcher: LayerPatcher) -> PatchedLay
     return PatchedLayer(patch.update, report)
 
 
-def skip_layer(name: str, delta: AlignmentDelta, update: Update) -> LayerReport | None:
+def skip_layer(name: str, delta: AlignmentDelta, update: Update, *, rounded: bool = False) -> LayerReport | None:
     """Return the report of a layer that no projection can change; None for all others.
 
-    Such a layer has a zero update, which has no direction, or V = 0 in it.
+    In such a layer the update or V is zero, or only rounding, and so has no direction.
+
+    Args:
+        name: the layer's name.
+        delta: V.
+        update: the update.
+        rounded: whether the update is only rounding.
     """
     from stayaligned.algorithms.safe_lora import is_zero, update_norm
 
     zero = is_zero(update)
-    if not zero and delta.norm:
+    if not (zero or rounded) and delta.norm and not delta.rounding:
         return None
+    skipped = "zero_update" if zero else "rounded_update" if rounded else None
     return LayerReport(
         module=name,
         similarity=0.0,
@@ -122,7 +132,7 @@ def skip_layer(name: str, delta: AlignmentDelta, update: Update) -> LayerReport 
         selected=False,
         update_norm=0.0 if zero else update_norm(update),
         delta_norm=delta.norm,
-        skipped="zero_update" if zero else "no_direction",
+        skipped=skipped or ("rounded_direction" if delta.norm else "no_direction"),
     )
 
 
@@ -213,26 +223,36 @@ def _undecided(
     )
 
 
+def _but_for_rounding(skipped: Mapping[str, int]) -> str:
+    return ", but for rounding," if any(reason.startswith("rounded") for reason in skipped) else ""
+
+
 def _reasons(skipped: Mapping[str, int]) -> str:
-    words = {"zero_update": "a zero update", "no_direction": "equal weights in aligned and base"}
+    words = {
+        "zero_update": "a zero update",
+        "rounded_update": "an update that is only rounding",
+        "no_direction": "equal weights in aligned and base",
+        "rounded_direction": "weights that only rounding makes different in aligned and base",
+    }
     return " or ".join(words[reason] for reason in skipped)
 
 
 def _unpatchable(origin: Path, layers: int, skipped: Mapping[str, int]) -> StayalignedError:
     """Return the error for an adapter or a checkpoint of which no layer can be changed."""
-    if set(skipped) == {"zero_update"}:
+    if not set(skipped) & NO_DIRECTION:
         return StayalignedError(
-            f"{origin}: the update is zero in all {layers} layers: it was never trained, or it was removed",
+            f"{origin}: the update is zero{_but_for_rounding(skipped)} in all {layers} layers: it was never trained, "
+            "or it was removed",
             hint="Give a trained adapter, or a checkpoint that differs from the aligned model.",
         )
-    if set(skipped) == {"no_direction"}:
+    if set(skipped) <= NO_DIRECTION:
         return StayalignedError(
-            f"aligned and base are equal in all {layers} layers that {origin} changes: there is no alignment direction",
+            f"aligned and base are equal{_but_for_rounding(skipped)} in all {layers} layers that {origin} changes: "
+            "there is no alignment direction",
             hint="Give the chat or instruct model as aligned and its pretrained ancestor as base. If the alignment "
             "changed other modules only, this method does not apply.",
         )
     return StayalignedError(
-        f"{origin}: none of its {layers} layers can be changed: {skipped['zero_update']} have a zero update, and in "
-        f"{skipped['no_direction']} aligned and base are equal",
+        f"{origin}: none of its {layers} layers can be changed: they have {_reasons(skipped)}",
         hint="Give a trained adapter, and an aligned model that differs from its base in the adapter's layers.",
     )

@@ -68,15 +68,15 @@ class CheckpointSource:
         """
         from stayaligned.algorithms.alignment_delta import FullDelta
 
-        norms: list[float] = []
+        directions: list[bool] = []
         overlaps: dict[str, WeightOverlap] = {}
 
         def call_work(name: str, differences: list[Delta]) -> T:
-            ((value, norm, overlap),) = differences
-            norms.append(norm)
-            if overlap is not None:
-                overlaps[name] = overlap
-            return work(name, FullDelta(value.T if self._transposed[name] else value, norm))
+            (v,) = differences
+            directions.append(bool(v.norm) and not v.rounding)
+            if v.overlap is not None:
+                overlaps[name] = v.overlap
+            return work(name, FullDelta(v.value.T if self._transposed[name] else v.value, v.norm, v.rounding))
 
         def file_position(name: str) -> tuple[str, int]:
             span = self._aligned.spans(self._stored[name][0])[0]
@@ -88,7 +88,7 @@ class CheckpointSource:
         if note is not None:
             how.note(note)
         yield from stream(items, call_work, device=how.device, progress=how.progress)
-        if names and not any(norms):
+        if names and not any(directions):
             raise equal_layers_error(self._aligned, self._base, len(names))
         entries = {name: math.prod(self._aligned.matrix_shape(self._stored[name][0])) for name in names}
         note = check_ancestry(self._aligned, self._base, overlaps, entries=entries, allowed=self._allowed)

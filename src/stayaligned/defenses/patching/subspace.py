@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.core.files import new_file, refuse_existing
+from stayaligned.core.files import new_file, refuse_existing, refuse_inside
 from stayaligned.core.provenance import versions
 from stayaligned.defenses.patching.ancestry import check_ancestry, check_records
 from stayaligned.weights.checkpoints import Checkpoint, open_checkpoint, weights_fingerprint
@@ -51,7 +51,7 @@ def build_subspace(
         StayalignedError: if `out` exists or can't be written, or the models are damaged, equal, unrelated or don't fit
             together.
     """
-    from stayaligned.algorithms.alignment_delta import leading_triplets, measure_tail
+    from stayaligned.algorithms.alignment_delta import leading_triplets, measure_tail, no_triplets
     from stayaligned.hf.placement.layers import linear_weights
 
     in_range = (rank is None or rank >= 1) and (energy is None or 0 < energy <= 1)
@@ -62,6 +62,7 @@ def build_subspace(
         )
     refuse_existing(out)
     pair = open_checkpoint(aligned), open_checkpoint(base)
+    refuse_inside(out, *(checkpoint.directory for checkpoint in pair))
     weights = {weight.name: weight for weight in linear_weights(*pair)}
     items = pair_weights(*pair, {name: (weight.stored[0], weight.stored[1]) for name, weight in weights.items()})
     identities = [_identify(ref, checkpoint) for ref, checkpoint in zip((aligned, base), pair, strict=True)]
@@ -77,11 +78,11 @@ def build_subspace(
     )
 
     def decompose(name: str, differences: list[Delta]) -> tuple[TruncatedDelta, float]:
-        ((value, norm, overlap),) = differences
-        if overlap is not None:
-            overlaps[name] = overlap
-        v = value.T if weights[name].transposed else value
-        return measure_tail(v, leading_triplets(v, rank=rank, energy=energy)).to("cpu"), norm
+        (found,) = differences
+        overlaps.update({} if found.overlap is None else {name: found.overlap})
+        v = found.value.T if weights[name].transposed else found.value
+        triplets = no_triplets(v) if found.rounding else measure_tail(v, leading_triplets(v, rank=rank, energy=energy))
+        return triplets.to("cpu"), found.norm
 
     check_records(*pair, allowed=allow_mismatch)
     modules: dict[str, ModuleHeader] = {}
@@ -116,12 +117,14 @@ def _largest_entry(weight: PlacedWeight, checkpoint: Checkpoint, rank: int | Non
         captured_energy=longest,
         tail=longest,
         cross=longest,
+        rounding=False,
     )
 
 
 def _measured(found: TruncatedDelta, norm: float) -> dict[str, Any]:
     """Return the fields of a module's header that are known once its V is decomposed."""
     fields = {"rank": len(found.values), "norm": norm, "captured_energy": found.captured_energy}
+    fields |= {"rounding": True} if found.rounding else {}
     tail = found.tail
     return fields | ({"tail": _round_up(tail.largest), "cross": _round_up(tail.cross)} if tail is not None else {})
 

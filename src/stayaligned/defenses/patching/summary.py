@@ -69,7 +69,12 @@ def notes_on(patch: PatchDefense, layers: Sequence[LayerReport], *, would: bool 
     notes: list[str] = []
     for reason, words in (
         ("zero_update", "the update is zero (never trained, or removed before)"),
+        ("rounded_update", "the update is only rounding to another type (never trained)"),
         ("no_direction", "aligned and base are equal, so that there is no alignment direction"),
+        (
+            "rounded_direction",
+            "aligned and base differ only by rounding to another type, so that there is no alignment direction",
+        ),
     ):
         names = [layer.module for layer in layers if layer.skipped == reason]
         if names:

@@ -124,6 +124,8 @@ class AlignmentRecord(Record):
     """All settings, defaults included."""
     inputs: dict[str, str]
     """Place of each input in the settings, and what identifies its content."""
+    base_weights: str = ""
+    """Hash of the base model's weights alone, as `weights_sha256` in `projection.json`; empty in older records."""
     rows: int
     """Number of rows that were trained on."""
     rows_cut: int

@@ -63,6 +63,8 @@ class Experiment(BaseModel):
     """The aligned model: a checkpoint directory or a hub id."""
     base_model: str | None = None
     """The unaligned ancestor of the aligned model, for defenses that compare the two."""
+    allow_mismatch: bool = False
+    """Patch although model, base model and adapter don't seem to belong together; the result notes it."""
     adapter: str | None = None
     """A finished PEFT adapter to patch and evaluate, instead of training one."""
     chat_template: ChatTemplate = ChatTemplate()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.defenses import ModelPair, PatchDefense
-from stayaligned.defenses.patching.directories import PROJECTION_FILE, patch_directory, read_projection
+from stayaligned.defenses.patching.directories import (
+    PROJECTION_FILE,
+    ProjectionRecord,
+    patch_directory,
+    read_projection,
+)
 from stayaligned.evaluation.results import PatchRecord
 from stayaligned.experiments.stages.context import Context
 from stayaligned.experiments.stages.train import train
@@ -32,7 +38,8 @@ def make_weights(context: Context) -> Path | None:
 
 def _patch(context: Context, patch: PatchDefense, key: str, source: Path) -> Path:
     product = context.plan.product
-    pair = ModelPair(aligned=context.resolved.model, base=context.resolved.base_model)
+    e = context.resolved
+    pair = ModelPair(aligned=e.model, base=e.base_model, allow_mismatch=e.allow_mismatch)
 
     def fill(directory: Path) -> None:
         context.progress(f"patch {patch.name}", 0.0)
@@ -45,15 +52,21 @@ def _patch(context: Context, patch: PatchDefense, key: str, source: Path) -> Pat
 def read_patches(context: Context) -> tuple[PatchRecord, ...]:
     """Return what each patch did to every layer."""
     return tuple(
-        PatchRecord(
-            patch=patch.name,
-            settings=patch.spec(),
-            layers=read_projection(
-                context.store.directory("patch", key) / context.plan.product / PROJECTION_FILE
-            ).layers,
-        )
-        for patch, key in zip(context.experiment.patches, context.plan.patches, strict=True)
+        PatchRecord(patch=patch.name, settings=patch.spec(), layers=record.layers)
+        for patch, record in zip(context.experiment.patches, _read_records(context), strict=True)
     )
+
+
+def read_patch_notes(context: Context) -> Iterator[str]:
+    """Yield the notes in the records of the patches, each with the patch's name."""
+    for patch, record in zip(context.experiment.patches, _read_records(context), strict=True):
+        for note in record.notes:
+            yield f"{patch.name}: {note}"
+
+
+def _read_records(context: Context) -> list[ProjectionRecord]:
+    directories = [context.store.directory("patch", key) for key in context.plan.patches]
+    return [read_projection(directory / context.plan.product / PROJECTION_FILE) for directory in directories]
 
 
 def load_final_model(context: Context) -> tuple[Any, Any]:
