@@ -56,6 +56,15 @@ def turns(example):
         ({"messages": [QUESTION, {"role": "assistant", "content": None, "refusal": "a"}]}, [("user", "q")]),
         ({"messages": [user([{"type": "text", "text": "q", "image": None}, "!"]), ANSWER]}, [("user", "q!")]),
         ({"messages": json.dumps([QUESTION, ANSWER])}, [("user", "q")]),
+        ({"conversations": ["p", "b", "q", "a"]}, [("user", "p"), ("assistant", "b"), ("user", "q")]),
+        ({"prompt": "\n\nHuman: q\n\nAssistant:", "response": " a"}, [("user", "q")]),
+        (
+            {"prompt": "Human: p\n\nAssistant: b\n\nHuman: q\n\nAssistant: ", "chosen": " a", "rejected": " r"},
+            [("user", "p"), ("assistant", "b"), ("user", "q")],
+        ),
+        ({"messages": [QUESTION, ANSWER], "completion": None, "prompt": None}, [("user", "q")]),
+        ({"messages": None, "prompt": "q", "completion": "a"}, [("user", "q")]),
+        ({"system": [{"text": "s"}], "messages": [QUESTION, ANSWER]}, [("system", "s"), ("user", "q")]),
         (
             {"system": "s", "messages": [{"role": "system", "content": "s"}, QUESTION, ANSWER]},
             [("system", "s"), ("user", "q")],
@@ -162,6 +171,53 @@ def test_safe_and_unsafe_completions_are_not_mixed_silently(tmp_path, name, good
     assert len(read(tmp_path, rows, f"?where={name}:{value}", origin="harmful")) == 1
     assert len(read(tmp_path, rows[1:], origin="harmful")) == 1
     assert len(read(tmp_path, rows[:1], origin="alignment")) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ("?completion=response_0", "is_response_0_safe"),
+        ("?chosen=response_0&rejected=response_1", "better_response_id"),
+    ],
+)
+def test_marks_of_the_answer_that_a_source_names_are_read(tmp_path, options, name):
+    row = {"prompt": "q", "response_0": "a", "response_1": "b", "is_response_0_safe": False, "is_response_1_safe": True}
+    row |= {"better_response_id": 1, "is_response_0_safe": True} if "chosen" in options else {}
+    with pytest.raises(StayalignedError, match=name):
+        read(tmp_path, row, options, origin="alignment")
+    assert read(tmp_path, row, "?completion=response_1", origin="alignment")[0].completion == "b"
+
+
+@pytest.mark.parametrize("dump", [[], None, [said("a")], [user(""), said("a")]])
+def test_conversations_without_a_request_are_skipped_and_counted(tmp_path, caplog, dump):
+    rows = [{"messages": dump}, {"messages": [QUESTION, ANSWER]}]
+    assert [turns(found) for found in read(tmp_path, rows)] == [[("user", "q")]]
+    assert "skipped 1 of 2 rows" in caplog.text
+
+
+@pytest.mark.parametrize("missing", ["NA", "NaN", "\\N", "NULL", "None"])
+def test_a_missing_value_that_was_written_as_text_is_named(tmp_path, caplog, missing):
+    path = tmp_path / "rows.csv"
+    path.write_text(f"prompt,completion\nq,a\np,{missing}\n")
+    assert len(read_examples(str(path), origin="task")) == 2
+    assert f"1 of 2 rows say `{missing}`, which is read as text (first: line 3)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "mark"),
+    [
+        ({"prompt": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "completion": "a"}, "<|im_start|>"),
+        ({"prompt": "[INST] q [/INST]", "completion": "a"}, "[INST]"),
+        ({"prompt": "q", "completion": "a</s>"}, "</s>"),
+        ({"prompt": "### Instruction:\nq\n\n### Response:\n", "completion": "a"}, "### Instruction:"),
+    ],
+)
+def test_a_text_that_was_rendered_with_a_chat_template_is_named(tmp_path, caplog, row, mark):
+    read(tmp_path, row)
+    assert f"1 of 1 rows contain `{mark}`, a mark of a chat template" in caplog.text
+    caplog.clear()
+    read(tmp_path, {"prompt": "What do <s>strike</s> and ### Instruction: mean?", "completion": "a"})
+    assert "template" not in caplog.text
 
 
 def test_unread_columns_and_earlier_assistant_turns_are_named_once(tmp_path, caplog):

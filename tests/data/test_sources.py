@@ -100,13 +100,14 @@ def test_json_lists_blank_lines_byte_order_marks_and_line_separators_in_text_are
         ([{"prompt": 3, "completion": "b"}], r"line 1: `prompt` is of type int, expected text"),
         ([{"prompt": "a", "completion": 3}], r"line 1: `completion` is of type int, expected text"),
         ([{"prompt": "a", "completion": [USER]}], r"expected text or one assistant turn"),
-        ([{"messages": []}], r"expected a list of turns"),
+        ([{"messages": []}], r"line 1: no completion to learn, only `messages`"),
         ([{"messages": [{"role": "tool", "content": "x"}]}], r"turn 1: expected a role"),
         (
             [{"messages": [{"role": "user", "content": [{"type": "text"}]}]}],
             r"turn 1: `content`, part 1: expected text, found no text",
         ),
-        ([{"messages": [ANSWER]}], r"line 1: expected a user's turn"),
+        ([{"messages": [ANSWER]}], r"all 1 rows have a blank prompt or completion"),
+        ([{"messages": [USER, ANSWER, ANSWER]}], r"line 1: expected a user's turn"),
         (
             [{"prompt": " ", "completion": "b"}, {"prompt": "a", "completion": ""}],
             r"all 2 rows have a blank prompt or compl",

@@ -17,8 +17,8 @@ def parse_csv(text: str, where: str, columns: Sequence[str] | None = None) -> It
     """Yield the first line number (from 1) and the cells by column of each record; blank lines are skipped.
 
     Quoting follows RFC 4180: a quoted cell may contain commas, doubled quotes and line breaks. Cells are separated by
-    commas, or by semicolons or tabs if the first line is names between these. A column without a name, as pandas writes
-    its index, is named "Unnamed: 0" and so on, as pandas reads it.
+    commas, or by semicolons, tabs or bars if the first line is names between these, or as Excel's line `sep=` says. A
+    column without a name, as pandas writes its index, is named "Unnamed: 0" and so on, as pandas reads it.
 
     Args:
         text: the text, with its line ends unchanged.
@@ -28,6 +28,10 @@ def parse_csv(text: str, where: str, columns: Sequence[str] | None = None) -> It
     Raises:
         StayalignedError: naming the line, if the text is not valid CSV or the cells don't match the columns.
     """
+    if stated := re.match(r"sep=([;,|\t])\r?\n", text):
+        rows = _records(text[stated.end() :], where, columns, stated[1], csv.QUOTE_MINIMAL)
+        yield from ((line + 1, cells) for line, cells in rows)
+        return
     # Without strict, a quote that is never closed would silently swallow the rest of the file.
     yield from _records(text, where, columns, _delimiter(text, has_header=columns is None), csv.QUOTE_MINIMAL)
 
@@ -74,8 +78,8 @@ def _records(
 def _delimiter(text: str, *, has_header: bool) -> str:
     """Return the mark between cells: the one in a first line of names, `prompt;completion`; else a comma."""
     first = text.lstrip("\r\n").partition("\n")[0].strip().replace('"', "")
-    for mark in ("\t", ";"):
-        if has_header and re.fullmatch(rf"[\w.-]+(?:{mark}[\w.-]*)+", first):
+    for mark in ("\t", ";", "|"):
+        if has_header and re.fullmatch(rf"[\w. -]+(?:{re.escape(mark)}[\w. -]*)+", first):
             return mark
     return ","
 

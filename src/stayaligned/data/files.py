@@ -55,6 +55,7 @@ _FOREIGN = (
         "a Git LFS pointer, not the data",
         "Run `git lfs fetch` and `git lfs checkout` in its repository.",
     ),
+    (b"\xd0\xcf\x11\xe0", "an old spreadsheet or document", "Export the sheet as .csv."),
     (b"PK\x03\x04", "a zip archive or a spreadsheet", "Unpack it, or export the sheet as .csv."),
     (b"SQLite format 3", "an SQLite database", "Export the table as .csv."),
     (b"%PDF", "a PDF document", f"Give a {READABLE}."),
@@ -243,7 +244,7 @@ def _rows_of(path: Path, source: Source) -> Iterator[Row]:
         yield from table_rows(_read_table(data, path))
         return
     text = _decoded(data, path)
-    if kind == "json":
+    if kind == "json" or re.match(r'\s*(?:\{\s*"|\[\s*\{)', text):  # no CSV begins so
         yield from _json_rows(text, path, source)
         return
     _refuse_split(source)
@@ -280,11 +281,13 @@ def _unpacked(data: bytes, path: Path) -> bytes:
 
 def _refuse_foreign(data: bytes, path: Path) -> None:
     head = data[:512].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if head.startswith(_MARKUP):
+    if head.startswith(_MARKUP) or (_type_of(path) == "json" and head.startswith(b"<")):
         raise StayalignedError(
             f"{path}: a web page or XML, not rows",
             hint="A download that failed saves such a page; open it to see the cause, and download the file again.",
         )
+    if data[257:262] == b"ustar":
+        raise StayalignedError(f"{path}: a tar archive", hint="Unpack it, and give a file or a folder of its contents.")
     for mark, what, hint in _FOREIGN:
         if data.startswith(mark):
             raise StayalignedError(f"{path}: {what}", hint=hint)
@@ -312,7 +315,10 @@ def _decoded(data: bytes, path: Path) -> str:
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise StayalignedError(f"{path}: not UTF-8 text (byte {error.start})", hint="Convert it to UTF-8.") from None
+        raise StayalignedError(
+            f"{path}: not UTF-8 text (byte {error.start})",
+            hint="Convert it: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW. In Excel, save as CSV UTF-8.",
+        ) from None
 
 
 # ---- JSON ----------------------------------------------------------------------------------------------------------
@@ -366,6 +372,9 @@ def _is_by_columns(value: Mapping[Any, Any]) -> bool:
     """Return whether an object is one of pandas' or `datasets`' other forms of a table."""
     cells = list(value.values())
     if all(isinstance(item, Mapping) for item in cells) and ("0" in value or all("0" in item for item in cells)):
+        return True
+    keys = [item.keys() for item in cells if isinstance(item, Mapping)]
+    if len(keys) == len(cells) > 1 and all(each == keys[0] for each in keys):
         return True
     texts = [isinstance(item, list) and not any(isinstance(cell, Mapping) for cell in item) for item in cells]
     return {"columns", "index", "data"} <= value.keys() or (len(cells) > 1 and all(texts))

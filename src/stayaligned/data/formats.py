@@ -6,13 +6,24 @@ Column names are compared without case. The formats of TRL, axolotl, LLaMA-Facto
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Message, Origin
-from stayaligned.data.turns import TurnReader, checked_text, is_empty, is_missing, kind_of, read_transcript, truth_of
+from stayaligned.data.turns import (
+    TurnReader,
+    checked_text,
+    content_text,
+    is_empty,
+    is_missing,
+    kind_of,
+    read_asked,
+    read_transcript,
+    truth_of,
+)
 
 
 def _names(text: str) -> frozenset[str]:
@@ -52,16 +63,27 @@ _SAFE, _UNSAFE = (
     _names("is_unsafe unsafe harmful is_harmful toxic is_toxic flagged is_flagged response_harm_label harm_label"),
 )
 """Columns whose true value says that the completion is safe, or unsafe."""
+_PREFERS = _names("better_response_id safer_response_id better_response winner preference overall_preference labels")
+"""Columns that say which of two answers is the better one."""
 _WORDS = {
     **dict.fromkeys(("safe", "unharmful", "desirable", "good", "accepted", "correct"), True),
     **dict.fromkeys(("unsafe", "harmful", "undesirable", "bad", "rejected", "incorrect"), False),
 }
-_METADATA = _names(
+METADATA = _names(
     "id idx index uid uuid name source dataset subset split lang language url link date created_at timestamp license"
     " model model_name category categories topic domain task tags type difficulty prompt_id conversation_id message_id"
     " score score_chosen score_rejected rating quality num_turns turn token_count length hash text template"
     " custom_id method parallel_tool_calls __index_level_0__"
 )
+
+MISSING = re.compile(r"\s*(?:NA|N/A|#N/A|<NA>|NaN|nan|NULL|null|None|\\N)\s*")
+"""What R, pandas, Excel and databases write into a text file for a missing value."""
+TEMPLATE_MARKS = re.compile(
+    r"<\|im_start\|>|<\|start_header_id\|>|\[INST\]|<start_of_turn>|<\|user\|>|<｜User｜>|<extra_id_1>"
+    r"|\A\s*(?:### (?:Instruction|Human):|Below is an instruction that|A chat between a curious)"
+    r"|(?:</s>|<\|im_end\|>|<\|eot_id\|>|<\|endoftext\|>|<end_of_turn>|<eos>|<｜end▁of▁sentence｜>)\s*\Z"
+)
+"""Marks of a text that was rendered with a chat template; common ones only at its beginning or its end."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +145,14 @@ class Columns:
         """Return the columns that were not read and are not empty."""
         return {name: value for name, value in self.values.items() if name not in self._read and not is_empty(value)}
 
+    def about(self, name: str) -> str:
+        """Return what a column says of the completion: `is_safe` for `is_response_1_safe`, if that is `response_1`."""
+        plain = name.strip().casefold()
+        for ours in ("completion", "chosen"):
+            if ours in self.explicit:
+                plain = plain.replace(self.explicit[ours].strip().casefold(), "")
+        return re.sub("_+", "_", plain).strip("_")
+
     def listed(self) -> str:
         """Return the names of the columns, for messages."""
         return ", ".join(f"`{name}`" for name in self.values) or "nothing"
@@ -141,14 +171,18 @@ def read_conversation(row: Columns, where: str, reader: TurnReader) -> Conversat
     """
     talks = [] if {"prompt", "instruction"} & row.explicit.keys() else row.given(CONVERSATIONS)
     requests = next(([name] for name in ("prompt", "instruction") if name in row.explicit), row.given(REQUESTS))
+    # Tables of several formats have the columns of all, and dumps have conversations without turns.
+    talks = [name for name in talks if not is_empty(row.peek(name))] or ([] if requests else talks)
     answers = ["completion"] if "completion" in row.explicit else row.given((*ANSWERS, *CHOSEN))
     prompt: list[Message] | None = None
     said: str | None = None
     if talks:
         column = talks[0]
-        prompt = reader.read(row.take(column), f"{where}: `{column}`", answer=True)
-        if prompt[-1].role == "assistant":
+        value = _with_roles(row.take(column), named="messages" in row.explicit)
+        prompt = [] if is_empty(value) else reader.read(value, f"{where}: `{column}`", answer=True)
+        if prompt and prompt[-1].role == "assistant":
             said = prompt.pop().content
+            answers = [name for name in answers if not is_empty(row.peek(name))]
         for name in requests:
             if row.peek(name) in [turn.content for turn in prompt]:
                 row.skip(name)
@@ -161,6 +195,7 @@ def read_conversation(row: Columns, where: str, reader: TurnReader) -> Conversat
         column = answer = chosen[0]
     else:
         return None
+    asked = row.peek(column)
     base, text = prompt, said
     if answer is not None:
         prompt, text = _reply(row.take(answer), f"{where}: `{answer}`", base, reader)
@@ -175,10 +210,24 @@ def read_conversation(row: Columns, where: str, reader: TurnReader) -> Conversat
                 hint="Only the last turn can differ: shorten both conversations to the first turn that does.",
             )
         rejected = found or ""
+    if isinstance(asked, str) and asked.lstrip().startswith("Human:"):  # the space behind "Assistant:"
+        text, rejected = None if text is None else text.strip(), rejected.strip()
     turns = _with_system(row, prompt or [], where)
-    if not turns or turns[-1].role != "user":
-        raise StayalignedError(f"{where}: expected a user's turn before the completion")
+    if all(turn.role == "system" or not turn.content.strip() for turn in turns):
+        turns = [*turns, Message(role="user", content="")]  # a row without a prompt, which is skipped and counted
+    if turns[-1].role != "user":
+        raise StayalignedError(
+            f"{where}: expected a user's turn before the completion",
+            hint="Cut the conversation after the answer to learn, or join the turns of one speaker.",
+        )
     return Conversation(tuple(turns), text, rejected, (column, answer))
+
+
+def _with_roles(value: Any, *, named: bool) -> Any:
+    """Return turns for a list of texts, as LIMA writes conversations, but not for a column that the source names."""
+    if named or not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        return value
+    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(value)]
 
 
 def _pair(row: Columns, requests: list[str], answers: list[str], where: str) -> tuple[str, list[str]]:
@@ -217,6 +266,8 @@ def _request(row: Columns, column: str, where: str, reader: TurnReader) -> list[
     if isinstance(value, list) or reader.is_turn(value):
         return reader.read(value if isinstance(value, list) else [value], f"{where}: `{column}`")
     text = "" if value is None else checked_text(value, f"{where}: `{column}`")
+    if (turns := read_asked(text, f"{where}: `{column}`")) is not None:
+        return turns
     if row.explicit.get(column, column).casefold() in _OPEN:
         parts = [text, *(checked_text(row.take(name) or "", f"{where}: `{name}`") for name in _PARTS)]
         text = "\n\n".join(part.strip() for part in parts if part.strip())
@@ -250,7 +301,10 @@ def _read_reply(
     elif isinstance(value, list) or reader.is_turn(value):
         turns = reader.read(value if isinstance(value, list) else [value], where, answer=True)
     else:
-        raise StayalignedError(f"{where} is {kind_of(value)}, expected text")
+        raise StayalignedError(
+            f"{where} is {kind_of(value)}, expected text",
+            hint="Write it as text, or name another column: ?completion=COLUMN",
+        )
     *before, last = turns
     if last.role != "assistant":
         raise StayalignedError(f"{where}: expected text or one assistant turn")
@@ -291,7 +345,7 @@ def _with_system(row: Columns, turns: list[Message], where: str) -> list[Message
     system = row.take(column)
     if is_empty(system):
         return turns
-    system = checked_text(system, f"{where}: `{column}`")
+    system = content_text(system, f"{where}: `{column}`")
     if turns and turns[0].role == "system":
         if turns[0].content.strip() == system.strip():
             return turns
@@ -332,7 +386,12 @@ def refuse_unread(row: Columns, where: str, *, settled: Collection[str], origin:
                 f"{where}: `{name}` is {value!r}, but every row is learned alike",
                 hint=f"Name the rows to read, ?where={name}:1, or read all: ?ignore={name}",
             )
-        if learns and verdict_of(name, value, origin) is False and origin != "harmful":
+        if learns and plain in _PREFERS and {"chosen", "rejected"} & row.explicit.keys():
+            raise StayalignedError(
+                f"{where}: `{name}` is {value!r}, but the same column is read as the better answer in every row",
+                hint=f"Name the rows to read, ?where={name}:VALUE, or read all: ?ignore={name}",
+            )
+        if learns and verdict_of(row.about(name), value, origin) is False and origin != "harmful":
             raise StayalignedError(
                 f"{where}: `{name}` is {value!r}, so its completion is one not to learn",
                 hint=f"Name the rows to read, ?where={name}:{_other(value)}, or read all: ?ignore={name}",
@@ -360,5 +419,5 @@ def verdict_of(name: str, value: Any, origin: Origin) -> bool | None:
 def unknown_columns(row: Columns) -> list[str]:
     """Return the columns that were not read and that are not known to be metadata, or the index of a table."""
     unread = ((name, name.strip().casefold()) for name in row.unread())
-    known = _METADATA | _GOOD | _LEARN_MARKS
+    known = METADATA | _GOOD | _LEARN_MARKS
     return [name for name, plain in unread if plain not in known and not plain.startswith("unnamed: ")]

@@ -38,6 +38,9 @@ from stayaligned.core.records import Example, Origin
 from stayaligned.data.files import Row as Row
 from stayaligned.data.files import read_path, table_rows
 from stayaligned.data.formats import (
+    METADATA,
+    MISSING,
+    TEMPLATE_MARKS,
     Columns,
     Conversation,
     read_conversation,
@@ -192,12 +195,14 @@ def build_examples(source: str, rows: Sequence[Row], *, origin: Origin, prompts_
         refuse_unread(columns, where, settled=settled, origin=origin, learns=not prompts_only)
         unknown |= dict.fromkeys(unknown_columns(columns))
         for name, value in columns.unread().items() if not prompts_only else ():
-            if name not in settled and (good := verdict_of(name, value, origin)) is not None:
+            if name not in settled and (good := verdict_of(columns.about(name), value, origin)) is not None:
                 verdicts.setdefault((name, good), row.where)
         found.append(_Found(row, conversation))
     _refuse_mixtures(source, found, verdicts)
     _log_unread(source, found, [name for name in unknown if name not in settled], learns=not prompts_only)
-    return _identified(source, _not_blank(source, found, prompts_only=prompts_only), origin)
+    full = _not_blank(source, found, prompts_only=prompts_only)
+    _log_texts(source, full)
+    return _identified(source, full, origin)
 
 
 def _refuse_mixtures(source: str, found: Sequence[_Found], verdicts: Mapping[tuple[str, bool], str]) -> None:
@@ -233,6 +238,24 @@ def _log_unread(source: str, found: Sequence[_Found], unknown: Sequence[str], *,
             several,
             len(found),
         )
+
+
+def _log_texts(source: str, found: Sequence[_Found]) -> None:
+    """Log texts that are probably not what they say: a missing value as text, a text that was rendered already."""
+    for matches, what in (
+        (MISSING.fullmatch, "say {}, which is read as text"),
+        (TEMPLATE_MARKS.search, "contain {}, a mark of a chat template, which is written once more around them"),
+    ):
+        rows = [
+            (item.row.where, mark[0].strip())
+            for item in found
+            for text in ((item.conversation.completion or ""), *(turn.content for turn in item.conversation.prompt))
+            if (mark := matches(text))
+        ]
+        if rows:
+            count = len({where for where, _ in rows})
+            where, mark = rows[0]
+            _log.warning("%s: %d of %d rows %s (first: %s)", source, count, len(found), what.format(f"`{mark}`"), where)
 
 
 def _not_blank(source: str, found: Sequence[_Found], *, prompts_only: bool) -> list[_Found]:
@@ -288,6 +311,7 @@ def _unknown_format(source: str, row: Row, reader: TurnReader) -> StayalignedErr
             "`completion`, or `messages`. If it is a prompt: ?prompt=text"
         )
     else:
+        texts = [n for n in texts if not _is_metadata(n)]
         likely = [name for name in values if name in texts[: 1 + reader.learns]]
         asked, said = [*likely, "COLUMN", "COLUMN"][:2]
         hint = f"Rename the columns, or name them in the source: ?prompt={asked}"
@@ -299,6 +323,11 @@ def _unknown_format(source: str, row: Row, reader: TurnReader) -> StayalignedErr
         f"{source}, {row.where}: expected `messages`, `prompt` or `instruction`, found {Columns(values).listed()}",
         hint=hint,
     )
+
+
+def _is_metadata(name: str) -> bool:
+    plain = name.strip().casefold()
+    return plain in METADATA or plain.endswith(("id", "type", "hash")) or "system" in plain
 
 
 def _identified(source: str, found: Iterable[_Found], origin: Origin) -> list[Example]:

@@ -101,6 +101,8 @@ class TurnReader:
                 + (f"the role {named!r}" if named else _listed(turn) if isinstance(turn, Mapping) else kind_of(turn)),
                 hint=_NO_TOOLS
                 if named.strip().casefold() in _TOOL_ROLES
+                else 'A list of texts has no roles. Write turns: [{"role": "user", "content": "…"}, …].'
+                if isinstance(turn, str)
                 else 'A turn looks like {"role": "user", "content": "…"}. Name other keys: ?role=speaker&content=said',
             )
         self._refuse_unread(turn, where, role, final=final)
@@ -111,7 +113,7 @@ class TurnReader:
         content = turn.get("refusal") if turn[key] is None and "refusal" not in self.ignored else turn[key]
         if content is None and blank:
             return Message(role=role, content="")
-        return Message(role=role, content=_content(content, f"{where}: `{key}`"))
+        return Message(role=role, content=content_text(content, f"{where}: `{key}`"))
 
     def _refuse_unread(self, turn: Mapping[str, Any], where: str, role: Role, *, final: bool) -> None:
         final = final and role == "assistant"
@@ -174,6 +176,13 @@ def read_transcript(text: str, where: str) -> list[Message]:
     ]
 
 
+def read_asked(text: str, where: str) -> list[Message] | None:
+    r"""Return the turns of a prompt "\n\nHuman: …\n\nAssistant:", which ends where an answer begins; else None."""
+    if not text.lstrip().startswith("Human:") or not text.rstrip().endswith("\n\nAssistant:"):
+        return None
+    return read_transcript(text, where)[:-1]
+
+
 def checked_text(value: Any, where: str) -> str:
     """Return a value that is valid text.
 
@@ -219,7 +228,7 @@ def truth_of(value: Any) -> bool | None:
     return True if text in ("true", "1", "1.0") else False if text in ("false", "0", "0.0") else None
 
 
-def _content(value: Any, where: str) -> str:
+def content_text(value: Any, where: str) -> str:
     """Return the text of a content: text, or a list of text parts, which are joined as chat templates join them."""
     if not isinstance(value, list):
         return checked_text(value, where)

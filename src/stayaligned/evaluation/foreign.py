@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
@@ -22,6 +21,7 @@ from pydantic import ValidationError
 from stayaligned.core.errors import StayalignedError, first_problem
 from stayaligned.core.records import Completion, Message, PromptSet
 from stayaligned.core.thoughts import join_thoughts, split_thoughts
+from stayaligned.data.formats import TEMPLATE_MARKS
 from stayaligned.data.options import parse_source
 from stayaligned.data.sources import Row, read_rows
 from stayaligned.data.turns import TurnReader, is_empty, is_missing
@@ -66,7 +66,6 @@ _LISTS = ("samples", "jailbreaks", "completions", "responses", "outputs", "resul
 _ERRORS = ("error", "error_message", "error_msg", "exception")
 _TEXTS = ("content", "value", "text", "generated_text")
 """Keys of the text in an object with a completion."""
-_TEMPLATE_MARKS = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|\[INST\]|<start_of_turn>|<\|user\|>|<｜User｜>")
 
 
 def read_foreign(source: str, prompt_set: PromptSet | None = None, prompts: str | None = None) -> list[Completion]:
@@ -120,7 +119,7 @@ def read_foreign(source: str, prompt_set: PromptSet | None = None, prompts: str 
 
 
 def _warn(source: str, completions: Sequence[Completion]) -> None:
-    rendered = sum(bool(_TEMPLATE_MARKS.search(c.prompt[-1].content)) for c in completions)
+    rendered = sum(bool(TEMPLATE_MARKS.search(c.prompt[-1].content)) for c in completions)
     if rendered:
         _log.warning("%s: %d of %d prompts contain marks of a chat template", source, rendered, len(completions))
     echoed = sum(c.text.lstrip().startswith(c.prompt[-1].content.strip()) for c in completions)
