@@ -210,6 +210,7 @@ def test_train_resumes_the_last_complete_checkpoint(whole: tuple[Path, Trainer],
         ({"learning_rate": 5e-4}, "learning_rate=.* in the checkpoint, 0.0005 now"),
         ({"weight_decay": 0.1}, "weight_decay=0.0 in the checkpoint, 0.1 now"),
         ({"max_steps": 20}, "max_steps=10 in the checkpoint, 20 now"),
+        ({"max_steps": 9}, "max_steps=10 in the checkpoint, 9 now"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_an_error_that_lists_the_differences(

@@ -58,13 +58,13 @@ def sft(
         "gradient_checkpointing": None,
         **changes,
     }
-    collator = arguments.pop("data_collator", None)
+    collator, tokenizer = arguments.pop("data_collator", None), arguments.pop("tokenizer", byte_tokenizer())
     alignment = {"alignment_trainer" if callable(safe) else "alignment_dataset": safe}
     return with_lisa(SFTTrainer)(
         pico_model(),
         SFTConfig(**arguments),
         train_dataset=Dataset.from_list(users) if isinstance(users, list) else users,
-        processing_class=byte_tokenizer(),
+        processing_class=tokenizer,
         formatting_func=formatting_func,
         data_collator=collator,
         lisa=lisa,
@@ -358,3 +358,35 @@ def test_a_run_of_few_epochs_that_never_trains_on_the_users_rows_is_refused(tmp_
     trainer.args.num_train_epochs, trainer.args.max_steps = 1, 1
     with pytest.raises(StayalignedError, match="a run of 1 optimizer steps never trains"):
         trainer.train()
+
+
+KTO = [{"prompt": "q", "completion": "a", "label": good} for good in (True, True, False)]
+
+
+@pytest.mark.parametrize("safe", [KTO, IterableDataset.from_generator(lambda: iter(KTO[::-1]))])
+def test_alignment_rows_that_are_marked_as_bad_are_an_error(tmp_path: Path, safe: Any) -> None:
+    with pytest.raises(StayalignedError, match="`label` is False, so its answer is one not to learn"):
+        sft(tmp_path, prompted(), safe)
+    sft(tmp_path, prompted(), KTO[:2])
+
+
+def test_tool_calls_that_the_template_does_not_show_are_an_error(tmp_path: Path) -> None:
+    called = {**turn("assistant", ""), "tool_calls": [{"type": "function", "function": {"name": "look_up"}}]}
+    with pytest.raises(StayalignedError, match=r"does not show the tool calls of the alignment rows \(look_up\)"):
+        sft(tmp_path, prompted(), [{"messages": [turn("user", "q"), called]}] * 4)
+
+
+def test_labels_that_do_not_match_the_tokens_are_an_error(tmp_path: Path) -> None:
+    rows = [{"input_ids": [5, 6, 7, 1], "labels": [IGNORED, 7, 1]}] * 4
+    with pytest.raises(StayalignedError, match="has 4 tokens in `input_ids` and 3 in `labels`"):
+        sft(tmp_path, prompted(), rows)
+
+
+def test_tokens_that_the_embedding_lacks_are_an_error_before_training(tmp_path: Path) -> None:
+    padded, extended = byte_tokenizer(), byte_tokenizer()
+    padded.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(StayalignedError, match=r"train_dataset has the token 261, .* embedding has 261 rows"):
+        sft(tmp_path, prompted(), prompted(), tokenizer=padded)
+    extended.add_tokens(["<new>"])
+    with pytest.raises(StayalignedError, match="alignment_dataset has the token 261"):
+        sft(tmp_path, prompted(), prompted(answer="<new>"), tokenizer=extended)

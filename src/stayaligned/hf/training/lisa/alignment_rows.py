@@ -5,32 +5,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import random
 import sys
 import unicodedata
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Example
+from stayaligned.data.formats import verdict_of
 from stayaligned.data.sources import Row, build_examples
 from stayaligned.hf.features import IGNORED, encode_examples
 from stayaligned.hf.quiet import bars_off
 from stayaligned.hf.training.finetuning import build_dataset
+from stayaligned.hf.training.lisa.usable_rows import SAMPLE, first_row, iterate_rows, name_columns, require_usable
 from stayaligned.hf.training.row_lengths import report_row_lengths
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 _log = logging.getLogger(__name__)
-_SAMPLE = 64
-"""Number of rows that are inspected for what their tokens show and their labels mask."""
 _COMPARED = 16
 """Number of characters at the end of a message that the text of the tokens must contain."""
 
@@ -96,13 +91,13 @@ def prepare_alignment_dataset(trainer: Trainer, dataset: Any) -> Any:
                 "user's rows with transformers.Trainer or TRL's SFTTrainer.",
             )
         prepared = _encode(trainer, dataset)
-    _require_usable(trainer, prepared)
+    require_usable(trainer, prepared)
     return prepared
 
 
 def _encode(trainer: Any, dataset: Any) -> Any:
     """Encode Examples for transformers' Trainer; other rows are features already."""
-    if not isinstance(_first(dataset), Example):
+    if not isinstance(first_row(dataset), Example):
         return dataset
     if trainer.processing_class is None:
         raise StayalignedError(
@@ -117,7 +112,7 @@ def _encode(trainer: Any, dataset: Any) -> Any:
 
 def _prepare_by_trl(host: Any, dataset: Any) -> Any:
     prepared: Any
-    sample = _first(dataset)
+    sample = first_row(dataset)
     if host._is_vision_dataset or (isinstance(sample, Mapping) and {"image", "images"} & sample.keys()):
         whose = "user's" if host._is_vision_dataset else "alignment"
         raise StayalignedError(f"the {whose} rows have images, which is not supported", hint="Drop the image columns.")
@@ -142,7 +137,7 @@ def _prepare_by_trl(host: Any, dataset: Any) -> Any:
                 hint="Raise max_length, or pass shorter rows.",
             )
         if not host.args.packing:
-            found = report_row_lengths("alignment", len(rows), _iterate(prepared), host.args.max_length)
+            found = report_row_lengths("alignment", len(rows), iterate_rows(prepared), host.args.max_length)
             if not (found.left_out or host.args.shuffle_dataset):  # the same rows in the same order
                 _require_content(host, rows, prepared)
     return prepared
@@ -157,7 +152,7 @@ def _one_error(sample: Any) -> Generator[None]:
         raise
     except Exception as error:
         raise StayalignedError(
-            f"SFTTrainer can't prepare the alignment rows ({_columns(sample)}): {type(error).__name__}: {error}",
+            f"SFTTrainer can't prepare the alignment rows ({name_columns(sample)}): {type(error).__name__}: {error}",
             hint="Give them the form of the user's rows, or `prompt` and `completion`, each a list of messages.",
         ) from error
 
@@ -193,7 +188,7 @@ def _in_a_format_of_trl(host: Any, rows: Any) -> tuple[Any, Callable[[Any], Any]
     Rows with the columns of the user's rows go through the user's own formatting. Of conversations only the last answer
     is learned, unless `assistant_only_loss` or `completion_only_loss` says otherwise.
     """
-    sample, text = _first(rows), host.args.dataset_text_field
+    sample, text = first_row(rows), host.args.dataset_text_field
     if "input_ids" in sample:
         return rows, None
     formatting_func, failure = host._formatting_func, ""
@@ -201,9 +196,10 @@ def _in_a_format_of_trl(host: Any, rows: Any) -> tuple[Any, Callable[[Any], Any]
         fits, failure = _fits(formatting_func, sample)
         if fits:
             return rows, formatting_func
+    rows = _refuse_bad_answers(rows, sample)
     if _has_roles(sample.get("conversations")) and "messages" not in sample:
         rows = rows.rename_column("conversations", "messages")
-        sample = _first(rows)
+        sample = first_row(rows)
     if "messages" in sample:
         keeps_messages = host.args.assistant_only_loss or host.args.completion_only_loss is False
         return _answered(host, rows, split=not keeps_messages), None
@@ -214,18 +210,38 @@ def _in_a_format_of_trl(host: Any, rows: Any) -> tuple[Any, Callable[[Any], Any]
     if "text" in sample:
         return rows.rename_column("text", text), None
     hint = "Give its rows the user's columns, or `prompt` and `completion`, each a list of messages."
-    unread = f"with {_columns(sample)}, which SFTTrainer does not read{failure}"
+    unread = f"with {name_columns(sample)}, which SFTTrainer does not read{failure}"
     if not isinstance(rows, Sized):
         raise StayalignedError(f"alignment_dataset is a stream of rows {unread}", hint=hint)
     given = [
         Row(f"row {number}", {key: value for key, value in row.items() if value is not None})
-        for number, row in enumerate(_iterate(rows), start=1)
+        for number, row in enumerate(iterate_rows(rows), start=1)
     ]
     try:
         examples = build_examples("alignment_dataset", given, origin="alignment")
     except StayalignedError as error:
         raise StayalignedError(f"alignment_dataset has rows {unread}; {error.message}", hint=hint) from None
     return build_dataset(host._tokenizer, examples, kind="sft", max_length=sys.maxsize), None
+
+
+def _refuse_bad_answers(rows: Any, sample: Mapping[str, Any]) -> Any:
+    """Return the rows; raise if a column, such as KTO's `label`, says that an answer is not one to learn."""
+    marks = [name for name in sample if verdict_of(name, True, "alignment") is not None]
+    if marks and not isinstance(rows, Sized):
+        return rows.map(functools.partial(_require_good, marks=marks))
+    for number, row in enumerate(iterate_rows(rows) if marks else (), start=1):
+        _require_good(row, marks, f", row {number}")
+    return rows
+
+
+def _require_good(row: Mapping[str, Any], marks: Sequence[str], place: str = "") -> Mapping[str, Any]:
+    for name in marks:
+        if verdict_of(name, row[name], "alignment") is False:
+            raise StayalignedError(
+                f"alignment_dataset{place}: `{name}` is {row[name]!r}, so its answer is one not to learn",
+                hint=f"Keep the rows to learn, by dataset.filter(…), or drop the column `{name}`.",
+            )
+    return row
 
 
 class _Recorded(dict[str, Any]):
@@ -274,7 +290,7 @@ def _answered(host: Any, rows: Any, *, split: bool) -> Any:
     if isinstance(rows, Sized):
         if left_out := len(rows) - len(made):
             _log.warning("%d of %d alignment rows left out: their answers are blank", left_out, len(rows))
-        if split and (several := sum(_count_answers(row) > 1 for row in _iterate(rows))):
+        if split and (several := sum(_count_answers(row) > 1 for row in iterate_rows(rows))):
             _log.warning("%d of %d alignment rows have several answers; the last is learned", several, len(rows))
         if not len(made):
             raise StayalignedError("every answer of alignment_dataset is blank", hint="Check its columns.")
@@ -328,7 +344,7 @@ def _tokenize(host: Any, rows: Any, formatting_func: Callable[[Any], Any] | None
     # TRL decides once, from the user's first row, whether prompts are masked. The alignment rows may differ.
     chosen: bool = host.completion_only_loss
     if host.args.completion_only_loss is None:
-        sample = _first(rows)
+        sample = first_row(rows)
         host.completion_only_loss = {"prompt", "completion"} <= set(sample) or "completion_mask" in sample
     try:
         return host._prepare_dataset(
@@ -347,13 +363,19 @@ def _require_content(host: Any, rows: Any, prepared: Any) -> None:
         StayalignedError: if no row of the sample has its request, or no row its answer, in its tokens.
     """
     shown: dict[str, list[bool]] = {"request": [], "answer": []}
-    for row, made in islice(zip(_iterate(rows), _iterate(prepared), strict=False), _SAMPLE):
+    for row, made in islice(zip(iterate_rows(rows), iterate_rows(prepared), strict=False), SAMPLE):
         if not (_has_roles(row.get("prompt")) and _has_roles(row.get("completion"))):
             return
         text = _bare(host._tokenizer.decode(made["input_ids"]))
         for name, turn in (("request", row["prompt"][-1]), ("answer", row["completion"][-1])):
             content = _bare(str(turn.get("content") or ""))
             shown[name].append(content[-_COMPARED:] in text)
+            called = [str((call.get("function") or call).get("name")) for call in turn.get("tool_calls") or ()]
+            if not all(_bare(function) in text for function in called):
+                raise StayalignedError(
+                    f"the chat template does not show the tool calls of the alignment rows ({', '.join(called)})",
+                    hint="Use a chat template with tool calls, or drop these rows.",
+                )
     for name, found in shown.items():
         if found and not any(found):
             raise StayalignedError(
@@ -365,112 +387,3 @@ def _require_content(host: Any, rows: Any, prepared: Any) -> None:
 def _bare(text: str) -> str:
     """Return a text without what a tokenizer may normalize."""
     return "".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-# ---- what every trainer needs --------------------------------------------------------------------------------------
-
-
-def _require_usable(trainer: Trainer, prepared: Any) -> None:
-    """Check that the rows suffice for a batch, have labels, and pass the trainer's collator as the user's do."""
-    user: Any = trainer.train_dataset
-    batch = trainer.args.per_device_train_batch_size * max(trainer.args.world_size, 1)
-    if isinstance(prepared, Sized) and len(prepared) < batch:
-        packed = " after packing" if getattr(trainer.args, "packing", False) else ""
-        raise StayalignedError(
-            f"alignment_dataset has {len(prepared)} rows{packed}, fewer than a batch of {batch}, so a batch would "
-            "repeat rows",
-            hint="Pass more alignment rows, or lower per_device_train_batch_size.",
-        )
-    sample, user_sample = _first(prepared), _first(user)
-    if isinstance(sample, Mapping) and isinstance(user_sample, Mapping):
-        needed = {"input_ids", "labels"} & user_sample.keys()
-        if missing := sorted(needed - sample.keys()):
-            raise StayalignedError(
-                f"the alignment rows lack {' and '.join(missing)}, which the user's rows have; "
-                f"they have {', '.join(sorted(map(str, sample)))}",
-                hint="Prepare both datasets in the same way: features for transformers.Trainer, text for SFTTrainer.",
-            )
-    for name, rows in (("train_dataset", user), ("alignment_dataset", prepared)):
-        if isinstance(rows, Sized) and not any(_has_label(rows[i]) for i in range(len(rows))):  # pyright: ignore
-            raise StayalignedError(
-                f"every label of {name} is masked ({IGNORED}), so there is nothing to learn",
-                hint="Set `labels` to the completions' tokens, or raise the length at which rows are cut.",
-            )
-    rows, learned, tokens = _count_collated(trainer, prepared, user_sample)
-    if tokens and not learned:
-        raise StayalignedError(
-            "the data collator masks every label of the alignment rows, so there is nothing to learn",
-            hint="Prepare the alignment rows like the user's: with the same chat template and response marks.",
-        )
-    if tokens and learned >= tokens - rows:  # a collator may mask one padding token that ends a row
-        _log.warning(
-            "every token of the alignment rows is learned, those of the prompts too: their `labels` mask nothing. "
-            "Pass `prompt` and `completion` (SFTTrainer), or labels of %d for the prompts' tokens",
-            IGNORED,
-        )
-
-
-def _count_collated(trainer: Any, rows: Any, user_sample: Any) -> tuple[int, int, int]:
-    """Collate a sample of the alignment rows as the trainer will; return its numbers of rows, labels and tokens.
-
-    Raises:
-        StayalignedError: if the collator can't read the rows, such as one that needs a column which they lack.
-    """
-    sampled = list(islice(_iterate(rows), min(_SAMPLE, len(rows) if isinstance(rows, Sized) else 1)))
-    collate, batch = trainer.data_collator, trainer.args.per_device_train_batch_size
-    if trainer.args.remove_unused_columns:
-        collate = trainer._get_collator_with_removed_columns(collate)
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            batches = [
-                collate([dict(row) if isinstance(row, Mapping) else row for row in sampled[start : start + batch]])
-                for start in range(0, len(sampled), batch)
-            ]
-    except Exception as error:
-        only = sorted(set(user_sample) - set(sampled[0])) if isinstance(user_sample, Mapping) else []
-        lacking = f"; the user's rows also have {', '.join(map(str, only))}" if only else ""
-        raise StayalignedError(
-            f"the data collator can't read the alignment rows ({_columns(sampled[0])}{lacking}): "
-            f"{type(error).__name__}: {error}",
-            hint="Give the alignment rows the columns that the collator reads.",
-        ) from error
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-    learned = tokens = 0
-    for made in batches:
-        labels = made.get("labels") if isinstance(made, Mapping) else None
-        if isinstance(labels, Tensor) and isinstance(mask := made.get("attention_mask"), Tensor):
-            learned, tokens = learned + int((labels != IGNORED).sum()), tokens + int(mask.sum())
-    return len(sampled), learned, tokens
-
-
-def _iterate(rows: Any) -> Iterator[Any]:
-    return (rows[i] for i in range(len(rows))) if isinstance(rows, Sized) else iter(rows)  # pyright: ignore
-
-
-def _first(rows: Any) -> Any:
-    """Return the first row; None if the rows are missing or have no index.
-
-    Raises:
-        StayalignedError: if a stream is empty.
-    """
-    if rows is None or (isinstance(rows, Sized) and len(rows) == 0):
-        return None
-    row = next(_iterate(rows), None)
-    if row is None:
-        raise StayalignedError("a stream of rows is empty", hint="Check its source and filters.")
-    return row
-
-
-def _columns(row: Any) -> str:
-    return f"columns {', '.join(map(str, row))}" if isinstance(row, Mapping) else f"of type {type(row).__name__}"
-
-
-def _has_label(row: Any) -> bool:
-    """Return whether a row has an unmasked label, or no `labels`, which the collator then creates."""
-    if not isinstance(row, Mapping) or "labels" not in row:
-        return True
-    labels = row["labels"]
-    return any(label != IGNORED for label in (labels.tolist() if isinstance(labels, Tensor) else labels))

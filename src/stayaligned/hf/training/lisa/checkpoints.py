@@ -26,6 +26,7 @@ _COMPARED = (
 )
 """Settings of the host that must be equal, in addition to Lisa's own; the host would ignore a change of some."""
 _CAUSES = {
+    "total_steps": ("max_steps", "num_train_epochs"),
     "proximal_from_step": ("proximal_warmup_ratio", "max_steps", "num_train_epochs"),
     "rho_schedule": ("max_steps", "num_train_epochs"),
     "finish": ("max_steps", "num_train_epochs"),

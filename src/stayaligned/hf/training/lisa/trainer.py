@@ -350,6 +350,7 @@ class BiStateMixin(_Host):
         """Return what must be equal for a resumed run to be the same run."""
         return {
             **self._lisa.fingerprint(self._total_steps()),
+            "total_steps": self._total_steps(),
             **({} if self._alignment_loss is None else {"alignment_loss": self._alignment_loss.name}),
             "user_rows": self._rows.count(Phase.FINETUNING),
             "user_rows_digest": self._digests[Phase.FINETUNING],
