@@ -88,6 +88,7 @@ HIDDEN = {
         "{% set m = messages[-1] %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>" + END,
         "leaves out the user's turn",
     ),
+    "another case": (loop(TURN + "{{ m['content'] | upper }}<|end|>"), "changes the user's turn"),
     "no answers": (
         loop("{% if m['role'] != 'assistant' %}" + TURN + "{{ m['content'] }}{% endif %}<|end|>"),
         "does not show the answer",
@@ -379,3 +380,15 @@ def test_settings_replace_those_before_and_a_saved_tokenizer_has_its_own_templat
         assert AutoTokenizer.from_pretrained(tmp_path / str(len(given))).chat_template == given
         default = bound["default"] if isinstance(bound, dict) else bound
         assert unbound(default) == own
+
+
+@pytest.mark.parametrize("change", ["replace('\n', ' ')", "wordwrap(20)", "indent(4)"])
+def test_a_template_that_changes_the_space_inside_a_turn_is_named_once(change: str, caplog: Any) -> None:
+    code = "def flarn(zorb):\n    return zorb + zorb + zorb"
+    tokenizer = tokenizer_of(loop(f"{TURN}{{{{ m['content'] | {change} }}}}<|end|>"), "<|end|>")
+    for answer in (code, f"{code}\n"):
+        encode_example(tokenizer, example("QUESTION", answer=answer), 1000)
+    assert caplog.text.count("changes the space or the line breaks inside a turn") == 1
+    caplog.clear()
+    encode_example(tokenizer_of(SHOWN["trimmed"], "<|end|>"), example("QUESTION", answer=f" {code}\n"), 1000)
+    assert not caplog.text

@@ -123,6 +123,11 @@ def join_thoughts(thoughts: str | None, answer: str | None) -> str:
     return f"<think>\n{thoughts.strip()}\n</think>\n\n{answer}"
 
 
+def without_end(text: str) -> str:
+    """Return a text without the special tokens at its end, which some servers leave there."""
+    return _TOKENS_AFTER.sub("", text)
+
+
 def opened_thoughts(prompt: str) -> str:
     """Return the opening mark, with the space behind it, at which a rendered prompt ends; empty if it ends in none."""
     found = _OPENED_AT_END.search(prompt)

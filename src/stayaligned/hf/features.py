@@ -19,6 +19,7 @@ from stayaligned.hf.rendering import (
     render_answer,
     render_prompt,
     tail_of_answers,
+    warn_if_space_differs,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example, max_len
     """
     rendered = render_answer(tokenizer, example.prompt, example.completion)
     learned = _learned_text(rendered, example.completion, f"row {example.id!r}")
+    warn_if_space_differs(tokenizer, split_thoughts(example.completion).answer or example.completion, learned)
     prompt_ids = _tokens(tokenizer, rendered.asked)
     whole_ids = _tokens(tokenizer, rendered.asked + learned)
     if whole_ids[: len(prompt_ids)] == prompt_ids:
@@ -256,7 +258,9 @@ def _learned_text(rendered: RenderedAnswer, answer: str, where: str) -> str:
             raise StayalignedError(
                 f"{where}: the chat template changes or leaves out a part of the answer, "
                 f"{part.strip()[:60]!r}, which would not be learned",
-                hint="Remove thoughts from the rows, or use a template that keeps them.",
+                hint="Remove thoughts from the rows, or use a template that keeps them."
+                if own.thoughts
+                else "Use a template that writes answers as they are: some cut long ones, or write other characters.",
             )
     return learned
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -43,6 +44,7 @@ _SWITCH = re.compile(r"/(?:no_?think|think)\b")
 """Words with which a system or user turn switches thoughts on or off; some templates take them out."""
 _READS_THOUGHTS = re.compile(r"\b(?:reasoning_content|thinking|reasoning)\b")
 """Keys of a turn under which transformers passes an answer's thoughts to a template."""
+_log = logging.getLogger(__name__)
 _DIRECTIVES = "aAbBcdefFgGHIjmMnpPrRsStTuUVwWxXyYzZhCklD"
 
 
@@ -118,7 +120,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message])
     _probe(tokenizer, template, tuple(message.role for message in prompt))
     turns = [{"role": message.role, "content": message.content} for message in prompt]
     text = _apply(tokenizer, template, turns, add_generation_prompt=True)
-    _require_shown(prompt, text)
+    _require_shown(tokenizer, prompt, text)
     return text
 
 
@@ -127,7 +129,7 @@ def render_answer(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message],
     template = bind_template(tokenizer)
     tail = _probe(tokenizer, template, tuple(message.role for message in prompt))
     told = _with_answer(tokenizer, template, prompt, answer)
-    _require_shown(prompt, told)
+    _require_shown(tokenizer, prompt, told)
     return RenderedAnswer(render_prompt(tokenizer, prompt), told, tail if told.endswith(tail) else "")
 
 
@@ -176,6 +178,20 @@ def is_shown(content: str, text: str) -> bool:
         return True
     as_json = (json.dumps(content.strip(), ensure_ascii=ascii)[1:-1] for ascii in (False, True))
     return _squeezed(content) in _squeezed(text) or any(each in text for each in as_json)
+
+
+def warn_if_space_differs(tokenizer: PreTrainedTokenizerBase, content: str, text: str) -> None:
+    """Log once for a tokenizer that its template changes the space inside a turn, such as the lines of code."""
+    found = _BINDINGS.setdefault(tokenizer, {})
+    plain = _SWITCH.sub("", content).strip()
+    if plain in _SWITCH.sub("", text) or content.strip() in text or ("", "space") in found or not plain:
+        return
+    if _squeezed(content) in _squeezed(text):
+        found["", "space"] = ""
+        _log.warning(
+            "the chat template of %s changes the space or the line breaks inside a turn (first: %r)",
+            *(tokenizer.name_or_path or "the tokenizer", content.strip()[:60]),
+        )
 
 
 # ---- settings in front of a template ---------------------------------------------------------------------------------
@@ -354,10 +370,15 @@ def _probe_once(tokenizer: PreTrainedTokenizerBase, template: str, roles: tuple[
     name = tokenizer.name_or_path or "the tokenizer"
     for role, marker in zip(roles, markers, strict=True):
         if marker not in asked or marker not in told:
+            if marker not in asked and marker.casefold() in asked.casefold():
+                raise StayalignedError(
+                    f"the chat template of {name} changes the {role}'s turn: {marker!r} is not in {asked[-60:]!r}",
+                    hint="Use a template that writes turns as they are.",
+                )
             raise StayalignedError(
                 f"the chat template of {name} leaves out the {role}'s turn: a model would be asked without it "
                 f"({asked[-60:]!r})",
-                hint=_HINTS[role],
+                hint=_HINTS["assistant" if role == "user" and "assistant" in roles else role],
             )
     place = told.rfind(_ANSWER)
     if place < 0 or place < max((told.rfind(marker) for marker in markers), default=-1):
@@ -380,7 +401,7 @@ _HINTS = {
 }
 
 
-def _require_shown(prompt: Sequence[Message], text: str) -> None:
+def _require_shown(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], text: str) -> None:
     """Check that a rendered text contains the content of every turn; of an earlier answer, without its thoughts."""
     for message in prompt:
         content = message.content
@@ -390,9 +411,10 @@ def _require_shown(prompt: Sequence[Message], text: str) -> None:
             raise StayalignedError(
                 f"the chat template changes or leaves out a part of a {message.role}'s turn, which begins with "
                 f"{content.strip()[:60]!r}",
-                hint="Some templates cut what they take for thoughts or control words out of a turn: change the "
-                "prompt, or the template.",
+                hint="Some templates cut long turns, write other characters (upper case, HTML), or take out what looks "
+                "like thoughts or control words: change the prompt, or the template.",
             )
+        warn_if_space_differs(tokenizer, content, text)
 
 
 def _squeezed(text: str) -> str:
@@ -416,5 +438,8 @@ def _apply(
         kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
         raise StayalignedError(
             f"the chat template rejects a conversation of the turns {roles}: {kind}{reason}",
-            hint="Many templates have no system turn, or need user and assistant alternating: change the prompts.",
+            hint="The template is wrong, or needs a variable that it does not get: set that in chat_template.arguments "
+            "or use another template, `chat_template.file`."
+            if kind
+            else "Many templates have no system turn, or need user and assistant alternating: change the prompts.",
         ) from None

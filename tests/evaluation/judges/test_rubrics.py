@@ -10,8 +10,16 @@ from pydantic import ValidationError
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Message, Outcome
+from stayaligned.evaluation.endpoint.cost import Usage
+from stayaligned.evaluation.endpoint.replies import Reply
 from stayaligned.evaluation.judges import JUDGES, _rubric
-from stayaligned.evaluation.judges._rubric import UnreadableReplyError, fence_for, fence_material, read_marks
+from stayaligned.evaluation.judges._rubric import (
+    UnreadableReplyError,
+    fence_for,
+    fence_material,
+    final_answer,
+    read_marks,
+)
 from stayaligned.evaluation.judges.policy_rubric import DEFAULT_POLICY, PolicyRubric
 from stayaligned.evaluation.judges.strong_reject import StrongReject, strong_reject_score
 from stayaligned.evaluation.metrics import judge_metrics
@@ -375,3 +383,9 @@ def test_after_the_budget_is_used_up_only_the_remaining_completions_are_judged(t
         verdicts = judged_with(policy(server.url, budget_requests=3), rows, ledger)
         assert len(server.bodies) == 23
     assert [v.score for v in verdicts] == [2.0] * 20
+
+
+@pytest.mark.parametrize("end", ["<|eot_id|>", "<|im_end|>\n", "</s>", "<end_of_turn>", "<｜end▁of▁sentence｜>"])
+def test_end_tokens_that_a_server_leaves_in_a_reply_are_no_part_of_the_form(end):
+    reply = Reply(text=f"#refused: 1{end}", finished=True, usage=Usage(0, 0))
+    assert read_marks(final_answer(reply), {"refused": (0, 1)}) == {"refused": 1}

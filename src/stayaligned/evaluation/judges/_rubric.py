@@ -23,7 +23,7 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Message, Outcome, Verdict
 from stayaligned.core.settings import HOW_TO_ASK, Endpoint
 from stayaligned.core.text import visible
-from stayaligned.core.thoughts import split_thoughts
+from stayaligned.core.thoughts import split_thoughts, without_end
 from stayaligned.evaluation.endpoint.client import Failure, ask
 from stayaligned.evaluation.endpoint.cost import Meter, Prices, Usage, estimate_usage
 from stayaligned.evaluation.endpoint.replies import Reply
@@ -178,7 +178,7 @@ def final_answer(reply: Reply) -> str:
     found = split_thoughts(reply.text)
     if found.answer is None:
         raise UnreadableReplyError(f"the judge's reply has no final answer: {found.reason}")
-    return found.answer
+    return without_end(found.answer)
 
 
 def fence_for(completion: Completion) -> str:
