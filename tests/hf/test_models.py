@@ -313,3 +313,22 @@ def test_an_adapter_of_a_diverged_training_is_an_error(checkpoint, adapter, valu
     save_file(weights, adapter / WEIGHTS)
     with pytest.raises(StayalignedError, match=f"{first} holds NaN or infinity"):
         load_finetuned(checkpoint, adapter)
+
+
+def test_a_model_of_a_diverged_training_is_an_error(tmp_path):
+    model = pico_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(StayalignedError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+        load_finetuned(tmp_path, None)
+
+
+def test_a_quantized_model_whose_package_is_missing_says_what_to_do(tmp_path):
+    model = write_pico_checkpoint(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StayalignedError, match="can't load the model") as caught:
+        load_model(model)
+    assert "bf16" in str(caught.value.hint)

@@ -111,7 +111,14 @@ def load_finetuned(
         StayalignedError: if either is missing, or the adapter does not fit the model.
     """
     model = load_model(ref, dtype=dtype, adapter=adapter)
-    return _move_to_accelerator(model if adapter is None else _with_adapter(model, adapter, trainable))
+    finetuned = _move_to_accelerator(model if adapter is None else _with_adapter(model, adapter, trainable))
+    for name, weight in finetuned.named_parameters():
+        if weight.is_floating_point() and weight.dtype.itemsize > 1 and not all_finite(weight.detach()):
+            raise StayalignedError(
+                f"{ref}: {name} holds NaN or infinity",
+                hint="Train or download the model again: training diverged, or the file is damaged.",
+            )
+    return finetuned
 
 
 def merge_adapter(ref: str | Path, adapter: Path) -> PreTrainedModel:
@@ -424,6 +431,8 @@ def _load_pretrained(loader: Any, ref: str | Path, what: str, **options: Any) ->
         text = str(error)
         if "trust_remote_code" in text:
             hint = "It needs code from its own repository, which stayaligned does not run; use another architecture."
+        elif isinstance(error, ImportError):
+            hint = "Install what the message names, or give the same model in bf16, fp16 or fp32."
         elif local:
             hint = f"The directory must contain {_PARTS[what]}."
         elif HF_HUB_OFFLINE:

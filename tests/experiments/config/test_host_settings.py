@@ -97,6 +97,15 @@ def test_every_wrong_value_in_a_configuration_is_reported_with_its_place() -> No
         assert expected in str(error.value)
 
 
-def test_a_run_of_no_epochs_is_refused() -> None:
-    with pytest.raises(ValueError, match="num_train_epochs: 0 trains nothing"):
-        Alignment.model_validate({"base_model": "b", "data": "d", "training": {"num_train_epochs": 0}})
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"training": {"num_train_epochs": 0}}, "num_train_epochs: 0 trains nothing"),
+        ({"training": {"num_train_epochs": -1, "max_steps": -1}}, "num_train_epochs: -1 trains nothing"),
+        ({"training": {"max_steps": 0}}, "max_steps: 0 trains nothing"),
+        ({"lora": {"alora_invocation_tokens": [4]}}, "alora_invocation_tokens: such a LoRA can't be merged"),
+    ],
+)
+def test_an_alignment_that_trains_nothing_or_can_not_be_merged_is_refused(settings: Any, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        Alignment.model_validate({"base_model": "b", "data": "d", **settings})

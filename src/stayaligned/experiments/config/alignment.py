@@ -106,7 +106,11 @@ class Alignment(BaseModel):
     _check_host_settings = field_validator("lora", "training")(check_host_settings)
 
     @model_validator(mode="after")
-    def _full_weights_need_a_rate(self) -> Alignment:
+    def _check_training(self) -> Alignment:
+        if self.training.get("max_steps") == 0:
+            raise ValueError("training.max_steps: 0 trains nothing; -1 leaves the length to num_train_epochs")
+        if self.lora and self.lora.get("alora_invocation_tokens"):
+            raise ValueError("lora.alora_invocation_tokens: such a LoRA can't be merged into the model; remove it")
         if self.lora is None and "learning_rate" not in self.training:
             raise ValueError(
                 f"training.learning_rate: required with `lora: null`: the default, {_PAPER_LEARNING_RATE:g}, is for a "

@@ -191,8 +191,10 @@ def _read_settings(field: str, given: Mapping[str, Any], host: Host, problems: l
                 yield key, read_setting(host, key, value)
             except ValueError as error:
                 problems.append(f"{field}.{key}: {error}")
-    if field == "training" and not given.get("max_steps") and given.get("num_train_epochs") == 0:
-        problems.append("training.num_train_epochs: 0 trains nothing")
+    epochs, steps = given.get("num_train_epochs"), given.get("max_steps")
+    by_epochs = field == "training" and not (isinstance(steps, int) and steps > 0)
+    if by_epochs and isinstance(epochs, int | float) and epochs <= 0:
+        problems.append(f"training.num_train_epochs: {epochs:g} trains nothing")
 
 
 def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
