@@ -17,8 +17,9 @@ from stayaligned.core.records import Message
 from stayaligned.core.text import markdown, one_line, percent, visible
 from stayaligned.evaluation.results import Sample
 from stayaligned.report import build_report, terminal_table, write_report
-from stayaligned.report.figures import harm_against_accuracy
+from stayaligned.report.figures import harm_against_accuracy, layer_map
 from stayaligned.report.texts import csv_cell
+from stayaligned.report.values import ModuleEffect, PatchSummary
 
 HOSTILE = (
     "</script><img src=x onerror=alert(1)>",
@@ -339,3 +340,19 @@ def test_on_a_narrow_terminal_the_table_keeps_every_number(grid_results, width):
 def test_negative_zero_and_none_are_formatted_well():
     assert (percent(-0.0001), percent(None), percent(-0.25, signed=True)) == ("0.0", "n/a", "−25.0")
     assert percent(0.0, signed=True) == "+0.0"
+
+
+def test_the_map_of_a_patch_of_hundreds_of_layers_is_compact(make_result) -> None:
+    modules = [
+        ModuleEffect(f"model.layers.{layer}.mlp.{kind}", (7 * layer + kind) % 11 / 10, 0.5, layer % 4, 3)
+        for layer in range(30)
+        for kind in range(7)
+    ]
+    summary = PatchSummary("safe_lora", {}, tuple(modules))
+    (arm,) = build_report([make_result("Safe LoRA", 0)], title="t").arms
+    picture = layer_map(arm, summary, "similarity", "map")
+    assert len(picture) < 40_000  # every cell and every dot as an element of its own took 106 kB
+    squares = sum(path.count("z") for path in re.findall(r' d="([^"]*)"', picture))
+    assert squares >= len(modules)
+    dots = re.findall(r' d="([^"]*)"[^>]*stroke-linecap: round', picture)
+    assert sum(path.count("M") for path in dots) >= sum(module.n_selected > 0 for module in modules)

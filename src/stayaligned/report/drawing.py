@@ -85,12 +85,21 @@ def svg(figure: Figure, name: str, description: str) -> str:
     used = list(dict.fromkeys(re.findall(r'(?:url\(#|href="#)([^")]+)', text)))
     text = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{used.index(m[1])}"' if m[1] in used else "", text)
     text = re.sub(r'(url\(#|href="#)([^")]+)', lambda m: f"{m[1]}{name}-{used.index(m[2])}", text)
+    text = re.sub(
+        r'(?<= )(d|x|y)="[^"]*"', lambda m: re.sub(r"\d+\.\d{3,}", _round_number, " ".join(m[0].split())), text
+    )
+    text = re.sub(r">\s+<", "><", text)
     for stand_in, color in _PAGE_COLORS.items():
         text = text.replace(stand_in, color)
     width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()  # pyright: ignore[reportOptionalMemberAccess]
     head = f'<svg viewBox="0 0 {width} {height}" width="{float(width):g}" height="{float(height):g}" role="img" '
     body = text[text.index(">", text.index("<svg")) + 1 :]
     return f'{head}aria-label="{attribute(description)}">{body}'.rstrip()
+
+
+def _round_number(found: re.Match[str]) -> str:
+    """Write a coordinate with a hundredth of a pixel."""
+    return f"{float(found[0]):.2f}".rstrip("0").rstrip(".")
 
 
 def standalone(text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -134,6 +134,7 @@ def layer_map(arm: Arm, patch: PatchSummary, quantity: str, name: str) -> str:
     """
     import numpy
     from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm
 
     kinds, columns, cells = module_grid(patch.modules)
@@ -148,10 +149,10 @@ def layer_map(arm: Arm, patch: PatchSummary, quantity: str, name: str) -> str:
         axes = figure.add_subplot()
         edges = numpy.linspace(low, high, 11)
         colors = colormaps["cividis"].resampled(10)
-        image = axes.pcolormesh(
-            numpy.ma.masked_invalid(grid), cmap=colors, norm=BoundaryNorm(edges, 10), edgecolors=PAPER, linewidth=0.8
-        )
-        axes.invert_yaxis()
+        norm = BoundaryNorm(edges, 10)
+        painted = numpy.asarray(colors(norm(numpy.nan_to_num(grid))))
+        _paint_cells(axes, cells, painted)
+        axes.set(xlim=(0, len(columns)), ylim=(len(kinds), 0))
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_yticks([i + 0.5 for i in range(len(kinds))], [one_line(kind, 22) for kind in kinds], fontsize=9)
@@ -160,8 +161,10 @@ def layer_map(arm: Arm, patch: PatchSummary, quantity: str, name: str) -> str:
         axes.set_xticks([i + 0.5 for i in ticks], [columns[i] for i in ticks], fontsize=9)
         axes.set_xlabel("layer")
         axes.set_title(f"{quantity}, 0 = {_ZERO_MEANS[quantity]}", fontsize=10)
-        _mark_selected(axes, cells, numpy.asarray(colors(BoundaryNorm(edges, 10)(numpy.nan_to_num(grid)))))
-        bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, ticks=[low, (low + high) / 2, high])
+        _mark_selected(axes, cells, painted)
+        bar = figure.colorbar(
+            ScalarMappable(norm, colors), ax=axes, fraction=0.04, pad=0.02, ticks=[low, (low + high) / 2, high]
+        )
         bar.ax.tick_params(length=0, labelsize=9)
         bar.ax.set_yticklabels([f"{tick:g}" for tick in (low, round((low + high) / 2, 2), round(high, 2))])
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
@@ -176,17 +179,38 @@ def layer_map(arm: Arm, patch: PatchSummary, quantity: str, name: str) -> str:
 _ZERO_MEANS = {"similarity": "orthogonal update", "shrinkage": "update removed"}
 
 
+def _paint_cells(axes: Axes, cells: Iterable[tuple[int, int]], colors: Any) -> None:
+    """Draw a square for each cell, all squares of one color as one path: a model has hundreds of cells."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    squares: dict[tuple[float, ...], list[Path]] = {}
+    for row, column in cells:
+        corners = [(column, row), (column + 1, row), (column + 1, row + 1), (column, row + 1), (column, row)]
+        squares.setdefault(tuple(colors[row][column]), []).append(Path(corners, closed=True))
+    for color, paths in squares.items():
+        axes.add_patch(PathPatch(Path.make_compound_path(*paths), facecolor=color, edgecolor=PAPER, linewidth=0.8))
+
+
 def _mark_selected(axes: Axes, cells: Mapping[tuple[int, int], Sequence[ModuleEffect]], colors: Any) -> None:
     """Draw a dot in each changed cell, with the share of seeds (and modules) that changed as its area."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    dots: dict[tuple[str, float], list[tuple[float, float]]] = {}
     for (row, column), effects in cells.items():
         part = sum(e.n_selected for e in effects) / sum(e.n_seeds for e in effects)
         if part:
             red, green, blue = (float(channel) for channel in colors[row][column][:3])
             light = 0.3 * red + 0.59 * green + 0.11 * blue > 0.5
             size = 4.5 * part**0.5
-            axes.plot(
-                column + 0.5, row + 0.5, marker="o", markersize=size, color="black" if light else "white", linewidth=0
-            )
+            dots.setdefault(("black" if light else "white", size), []).append((column + 0.5, row + 0.5))
+    for (color, size), places in dots.items():  # a short line with round ends is a dot
+        ends = Path(
+            [(x + shift, y) for x, y in places for shift in (0, 0.002)], [Path.MOVETO, Path.LINETO] * len(places)
+        )
+        ends.should_simplify = False
+        axes.add_patch(PathPatch(ends, edgecolor=color, facecolor="none", linewidth=size, capstyle="round"))
 
 
 def module_grid(

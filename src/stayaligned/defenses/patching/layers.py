@@ -169,11 +169,14 @@ def select_layers(selector: LayerSelector, reports: Sequence[LayerReport], model
     _refuse_deletion(selector, [candidates[name] for name in chosen], origin)
     undecided = _undecided(selector, candidates, chosen)
     if undecided and not models.allow_undecided:
+        bounds = [candidates[name].similarity_bounds or (0.0, 0.0) for name in undecided]
         raise StayalignedError(
             f"{models.subspace} holds too little of V to tell which layers of {origin} to change: "
-            f"{len(undecided)} of {len(candidates)} are undecided: {list_names(sorted(undecided), 5)}",
-            hint="Give --aligned and --base instead of the file, build it with a larger --rank or --energy, change "
-            "every layer (--all), or accept the file's approximate similarities (--allow-undecided).",
+            f"{len(undecided)} of {len(candidates)} are undecided, their similarities known only to within "
+            f"{max(high - low for low, high in bounds):.2g}: {list_names(sorted(undecided), 5)}",
+            hint="Give --aligned and --base instead of the file, which decide every layer. A file with a larger --rank "
+            "or --energy decides more of them (with --energy 1 all, at more than the size of V), --all needs no "
+            "decision, and --allow-undecided accepts the file's approximate similarities.",
         )
     return Selected(chosen, undecided)
 
