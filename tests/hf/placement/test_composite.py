@@ -12,6 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
+from stayaligned.core.errors import StayalignedError
+from stayaligned.defenses import DEFENSES, ModelPair
+from stayaligned.defenses.patching.directories import patch_directory
 from stayaligned.defenses.patching.subspace import build_subspace
 from stayaligned.hf.models import load_finetuned
 from stayaligned.hf.placement.layers import PlacedLayer, place_adapter
@@ -222,6 +225,24 @@ def test_the_base_may_be_the_text_model_alone(composite: Composite, tmp_path: Pa
     both, one = (place_adapter(read_adapter(adapter), aligned, each) for each in (base, alone))
     for x, y in zip(both, one, strict=True):
         assert torch.equal(rows_of(base, x.base), rows_of(alone, y.base))
+
+
+def test_whole_models_with_and_without_images_are_one_error_that_names_both(
+    composite: Composite, tmp_path: Path
+) -> None:
+    aligned, base, _ = composite("mistral3")
+    whole = AutoModelForMultimodalLM.from_pretrained(base.directory)
+    text = AutoModelForCausalLM.from_config(whole.config.get_text_config())
+    text.model.load_state_dict(whole.model.language_model.state_dict())
+    text.save_pretrained(tmp_path / "text")
+    every, alone = DEFENSES.parse({"name": "safe_lora", "all_layers": True}), tmp_path / "text"
+    named = r"aligned is a Mistral3\w+, but .*text a \w+ without all of its layers"
+    with pytest.raises(StayalignedError, match=named):
+        build_subspace(aligned.directory, alone, tmp_path / "file", rank=1)
+    for finetuned, other in ((base.directory, alone), (alone, base.directory)):
+        with pytest.raises(StayalignedError, match=named):
+            patch_directory(finetuned, tmp_path / "out", every, ModelPair(aligned.directory, other))
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)

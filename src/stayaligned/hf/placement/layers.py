@@ -112,7 +112,19 @@ def linear_weights(*checkpoints: Checkpoint) -> list[PlacedWeight]:
     first = meta_model(checkpoints[0])
     models = [first, *(_model_like(first, checkpoint) for checkpoint in checkpoints[1:])]
     maps = dict(_linear_parameters(models[0]))
-    found = [StoredWeights(c, model).find(maps) for c, model in zip(checkpoints, models, strict=True)]
+    found: list[dict[str, tuple[Weight, ...]]] = []
+    for checkpoint, model in zip(checkpoints, models, strict=True):
+        try:
+            found.append(StoredWeights(checkpoint, model).find(maps))
+        except StayalignedError as error:
+            if type(model) is type(first):
+                raise
+            raise StayalignedError(
+                f"{checkpoints[0].directory} is a {type(first).__name__}, but {checkpoint.directory} a "
+                f"{type(model).__name__} without all of its layers",
+                hint="Give checkpoints with the same parts (all with images, or the text model of each). An adapter "
+                "of the text model can be patched with such a pair.",
+            ) from error
     placed: dict[Weight, PlacedWeight] = {}
     for parameter, transposed in maps.items():
         for expert, stored in enumerate(zip(*(each[parameter] for each in found), strict=True)):
