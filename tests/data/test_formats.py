@@ -113,6 +113,7 @@ REFUSED = (
     ]
     + [
         ({"messages": [user("q", train=True), ANSWER]}, "train"),
+        ({"messages": [json.dumps(QUESTION), json.dumps(ANSWER)]}, "expected a role"),
         ({"messages": [QUESTION, {"role": "tool", "content": "r"}, ANSWER]}, "'tool'"),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "observation", "value": "r"}]}, "'observation'"),
         ({"messages": [user([{"type": "input_audio"}]), ANSWER]}, "input_audio"),

@@ -273,6 +273,8 @@ def test_rows_are_read_in_whatever_case_and_form_their_turns_are_written(row: di
         {"response": {"text": SAID, "finish_reason": "max_tokens"}},
         {"response": SAID, "finish_reasons": ["length"]},
         {"response": SAID, "done_reason": "length"},
+        {"response": SAID, "truncated": "True"},
+        {"response": SAID, "finished": "false"},
         {"response": SAID, "finish_reason": "MAX_TOKENS"},
         {"outputs": [{"text": SAID, "finish_reason": "length"}]},
     ],
@@ -292,6 +294,8 @@ def test_a_completion_that_was_cut_is_read_as_cut_wherever_that_is_said(row: dic
         {"messages": [{"role": "user", "content": [{"type": "text", "text": ASKED, "image": "x"}]}, TURNS[1]]},
         {"response": SAID, "contexts": ["a page"]},
         {"prompt": " ", "response": SAID},
+        {"prompt": [TURNS[0], {"role": "assistant", "content": "Sure"}], "response": SAID},
+        {"prompt": json.dumps([TURNS[0], {"role": "assistant", "content": "Sure"}]), "response": SAID},
     ],
     ids=lambda row: json.dumps(row)[:50],
 )

@@ -227,6 +227,8 @@ def _with_roles(value: Any, *, named: bool) -> Any:
     """Return turns for a list of texts, as LIMA writes conversations, but not for a column that the source names."""
     if named or not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         return value
+    if any(text.lstrip().startswith("{") for text in value):  # turns as text
+        return value
     return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(value)]
 
 

@@ -24,7 +24,7 @@ from stayaligned.core.thoughts import join_thoughts, split_thoughts
 from stayaligned.data.formats import TEMPLATE_MARKS
 from stayaligned.data.options import parse_source
 from stayaligned.data.sources import Row, read_rows
-from stayaligned.data.turns import TurnReader, is_empty, is_missing
+from stayaligned.data.turns import TurnReader, is_empty, is_missing, truth_of
 from stayaligned.evaluation.endpoint.cost import Usage
 from stayaligned.evaluation.endpoint.replies import (
     FilteredError,
@@ -263,7 +263,12 @@ def _prompt(
             hint=f"Name its column: FILE?prompt=COLUMN&completion=COLUMN.{batch}",
         )
     value = values[name] if value is None and name is not None else value
-    turns, _ = _turns(value, f"{where}: `{name}`", reader)
+    turns, last = _turns(value, f"{where}: `{name or 'arguments'}`", reader)
+    if last is not None and name not in _TURNS:
+        raise StayalignedError(
+            f"{where}: `{name or 'arguments'}` ends with the beginning of the completion, which no judge would see",
+            hint="Write it into the completion.",
+        )
     if name == "instruction" and isinstance(values.get("input"), str) and values["input"].strip():
         turns = [Message(role="user", content=f"{turns[0].content}\n\n{values['input']}")]
     system = next((values[n] for n in _SYSTEM if isinstance(values.get(n), str) and values[n].strip()), None)
@@ -351,7 +356,7 @@ def _completion(
         )
     text = max((text for text, _ in texts.values()), key=len)  # one may be without the thoughts
     thoughts = next((v for n in _THOUGHTS if isinstance(v := values.get(n), str) and v.strip()), "")
-    cut = _is_cut(values, where) or values.get("finished") is False or values.get("truncated") is True
+    cut = _is_cut(values, where) or truth_of(values.get("finished")) is False or truth_of(values.get("truncated"))
     return join_thoughts(thoughts, text), all(finished for _, finished in texts.values()) and not cut
 
 
