@@ -154,13 +154,13 @@ def test_a_plug_in_that_raises_is_named_with_its_line_after_the_traceback(
     load_plugin(tmp_path / "mine.py", REGISTRIES)
     registry = next(r for r in REGISTRIES if "zorbraiser" in r._plugins)
     component: Any = registry._plugins.pop("zorbraiser")
-    monkeypatch.setattr("stayaligned.cli.app", lambda: component().judge([]))
+    monkeypatch.setattr("stayaligned.cli.app", lambda **_: component().judge([]))
     code, shown = command()
     assert (code, "Traceback" in shown) == (2, True)
     assert shown.splitlines()[-1].startswith(
         f"error: plug-in {tmp_path / 'mine.py'}, line 6, in judge: raised IndexError"
     )
-    monkeypatch.setattr("stayaligned.cli.app", lambda: {}["zorb"])
+    monkeypatch.setattr("stayaligned.cli.app", lambda **_: {}["zorb"])
     with pytest.raises(KeyError):
         main()
 
@@ -180,7 +180,7 @@ def test_a_name_that_a_component_or_python_has_is_refused(
 def test_an_interrupted_command_says_how_to_go_on(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted() -> None:
+    def interrupted(**_: object) -> None:
         sys.exit(130)
 
     monkeypatch.setattr("sys.argv", ["stayaligned", name])
@@ -189,3 +189,21 @@ def test_an_interrupted_command_says_how_to_go_on(
     with pytest.raises(SystemExit, match="130"):
         main()
     assert ("Completed work is stored" in capsys.readouterr().err) == (name == "run")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["evaluate", "-h"]])
+def test_help_that_nobody_reads_to_its_end_is_no_failure(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr("sys.argv", ["stayaligned", *arguments])
+    monkeypatch.setattr("sys.stdout", os.fdopen(writing, "w", encoding="utf-8"))
+    monkeypatch.setattr("sys.stderr", sys.stderr)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+
+
+def test_the_help_of_evaluate_speaks_of_no_training(command: Callable[..., tuple[int, str]]) -> None:
+    code, shown = command("evaluate", "-h")
+    assert (code, "Usage: stayaligned evaluate" in shown) == (0, True)
+    assert "train" not in shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,35 @@ def test_a_template_shows_the_request_and_the_answer_in_the_form_it_wants(templa
         assert "type" not in text
         assert learned(tokenizer, row).strip('"').startswith("ANSWER")
         assert learned(tokenizer, row).endswith("<|end|>")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        loop(TURN + "{{ m['content'] }}<|end|>", end=""),
+        loop("<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n", end=""),
+        loop("### {{ m['role'] }}:\n{{ m['content'] }}<|end|>\n\n", end=""),
+        loop(
+            loop("{% if m['role'] == 'user' %}Q: {% else %}\nA: {% endif %}{{ m['content'] }}<|end|>", end=""),
+            end="",
+        ),
+    ],
+    ids=["a token", "ChatML", "Markdown", "question and answer"],
+)
+def test_a_template_whose_role_header_would_be_a_part_of_the_answer_names_the_line_to_add(template: str) -> None:
+    tokenizer = tokenizer_of(template, "<|im_start|>", "<|im_end|>")
+    with pytest.raises(StayalignedError, match="ignores `add_generation_prompt`") as caught:
+        encode_prompt(tokenizer, example("hello").prompt)
+    (line,) = re.findall(r"\{% if add_generation_prompt.*endif %\}", caught.value.hint or "")
+    tokenizer.chat_template = template + line
+    assert learned(tokenizer, example("hello")).strip().startswith("ANSWER")
+
+
+def test_a_template_without_a_header_of_answers_needs_no_generation_prompt() -> None:
+    body = (
+        "{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}<|end|>{% endif %}"
+    )
+    assert learned(tokenizer_of(loop(body, end="")), example("hello")) == " ANSWER<|end|>"
 
 
 @pytest.mark.parametrize(("template", "message"), HIDDEN.values(), ids=HIDDEN)

@@ -11,7 +11,10 @@ from stayaligned.hf.models import load_finetuned, load_model
 from stayaligned.hf.templates import TEMPLATE_FILE, refuse_other_template, write_template
 from stayaligned.testing import byte_tokenizer, write_pico_adapter, write_pico_checkpoint
 
-OTHER = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
+OTHER = (
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
 
 
 def other():

@@ -118,11 +118,13 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     escape_unencodable()
     try:
-        app()
+        app(prog_name="stayaligned")  # also as `python -m stayaligned`, for the shell's completion
     except StayalignedError as error:
         _print_error(f"error: {error.message}", *([f"hint: {error.hint}"] if error.hint else []))
         sys.exit(EXIT_BAD_INPUT)
     except SystemExit as ended:
+        if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # the help's reader has gone, which is no failure
+            sys.exit(0)
         if ended.code == EXIT_INTERRUPTED:
             resumes = any(name in sys.argv[1:2] for name in _RESUMING)
             stored = "Completed work is stored: rerun the same command to continue."

@@ -7,16 +7,29 @@ from typing import Annotated, Any
 
 import typer
 
-from stayaligned.cli.options import Judges, Out, Overrides, Plugins, component_specs, field_options, load_plugins
+from stayaligned.cli.options import Judges, Out, Plugins, component_specs, field_options, load_plugins
 from stayaligned.cli.output import run_and_show
 from stayaligned.core.errors import StayalignedError
 from stayaligned.experiments.config.experiment import Experiment
 
+_TEXTS = {
+    "adapter": "A finished PEFT adapter of the model, to evaluate with it.",
+    "task": "Task that the model was made for; `finetune_accuracy` is measured on its test split.",
+    "skills": "Another task that the model should still do; `skills_kept` is measured on its test split.",
+    "seed": "Seed of the testbed that `testbed:` references mean.",
+}
+_FIELDS = ("adapter", "harmful_prompts", "benign_prompts", "task", "skills", "limit", "label", "seed")
 
-@field_options(Experiment, "adapter", "harmful_prompts", "benign_prompts", "task", "skills", "limit", "label", "seed")
+
+@field_options(Experiment, *_FIELDS, texts=_TEXTS)
 def evaluate(
     model: Annotated[str, typer.Argument(help="A checkpoint directory or hub id.", show_default=False)],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Further settings as key=value, with dots: generation.max_new_tokens=256 other_template=true"
+        ),
+    ] = None,
     *,
     out_dir: Out,
     judges: Judges = None,

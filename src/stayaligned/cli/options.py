@@ -7,7 +7,7 @@ import inspect
 import itertools
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -37,7 +37,11 @@ CommandT = TypeVar("CommandT", bound=Callable[..., None])
 
 
 def field_options(
-    model: type[BaseModel], *names: str, optional: bool = False, **settings: Any
+    model: type[BaseModel],
+    *names: str,
+    optional: bool = False,
+    texts: Mapping[str, str] | None = None,
+    **settings: Any,
 ) -> Callable[[CommandT], CommandT]:
     """Replace the `**` parameter of a command by one option for each named field of `model`.
 
@@ -48,9 +52,10 @@ def field_options(
         model: the settings class.
         names: its fields; all fields if none are named.
         optional: whether every option may be omitted, and is then None instead of the field's default.
+        texts: the help of fields whose docstring does not fit the command.
         settings: further arguments of `typer.Option`, for every option.
     """
-    docs = field_docs(model)
+    docs = {**field_docs(model), **(texts or {})}
 
     def decorate(command: CommandT) -> CommandT:
         signature = inspect.signature(command, eval_str=True)

@@ -99,9 +99,10 @@ def side_text(decision: Decision, role: str) -> str:
 
 def _line(c: Criterion) -> str:
     before = "" if c.kind == "ceiling" else f"baseline {percent(c.baseline)} %, "
+    seeds = f"{c.n_seeds} seed{'s' if c.n_seeds > 1 else ''}"
     return (
         f"{c.name} = {c.limit:g}: {before}candidate {percent(c.candidate)} %, interval {interval_text(c)}; "
-        f"{c.n_prompts} prompts, {c.n_seeds} seeds, {c.interval}; one-sided p-value of a fail {_p(c.p_fail)}"
+        f"{c.n_prompts} prompts, {seeds}, {c.interval}; one-sided p-value of a fail {_p(c.p_fail)}"
     )
 
 

@@ -18,6 +18,7 @@ from stayaligned.core.errors import StayalignedError, nearest
 from stayaligned.core.records import HarnessValue
 from stayaligned.core.settings import LmEval
 from stayaligned.core.thoughts import closes_thoughts
+from stayaligned.hf.features import with_known_padding
 
 _FEWSHOT_SEED = 1234
 """lm-eval's own default."""
@@ -174,6 +175,7 @@ def _model(model: Any, tokenizer: Any, batch_size: int, progress: Callable[[floa
     make: Any = Quiet  # its constructor is typed by a decorator that hides the arguments
     closing = (index for index, token in tokenizer.added_tokens_decoder.items() if closes_thoughts(str(token)))
     # lm-eval removes what a completion has before this token, so that thoughts are not scored.
+    tokenizer = with_known_padding(tokenizer, model)
     return make(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, think_end_token=next(closing, None))
 
 

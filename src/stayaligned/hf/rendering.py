@@ -386,6 +386,14 @@ def _probe_once(tokenizer: PreTrainedTokenizerBase, template: str, roles: tuple[
             f"the chat template of {name} does not show the answer after the request",
             hint="Its turns must be rendered from `role` and `content`, the answer last.",
         )
+    header = told[len(asked) : place] if told.startswith(asked) else ""
+    if header.strip() and asked == _apply(tokenizer, template, turns, add_generation_prompt=False):
+        raise StayalignedError(
+            f"the chat template of {name} ignores `add_generation_prompt`: the model would learn and write "
+            f"{header!r} as a part of its answers",
+            hint="Set `chat_template.file` to a copy of the template that ends with "
+            f"{{% if add_generation_prompt %}}{{{{ {header!r} }}}}{{% endif %}}.",
+        )
     if "{'type'" in asked or '{"type"' in asked:
         raise StayalignedError(
             f"the chat template of {name} writes a turn's content as a list",

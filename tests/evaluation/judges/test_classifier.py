@@ -206,24 +206,30 @@ def test_a_model_that_is_not_a_trained_classifier_is_an_error(tmp_path):
         judged(Classifier(model=str(tmp_path / "nowhere")), answers(1))
 
 
-def test_a_decoder_classifier_without_a_padding_token_reads_its_last_token(tmp_path):
+@pytest.mark.parametrize("pad", [None, "[PAD]", "<|user|>"], ids=["none", "not in the embedding", "another"])
+@pytest.mark.parametrize("own", [None, -1, 0])
+def test_a_decoder_classifier_reads_its_last_token_whatever_the_padding(tmp_path, pad, own):
     import torch
     from transformers import AutoModelForSequenceClassification
 
     from stayaligned.testing import pico_config
 
     torch.manual_seed(0)
-    config = pico_config("llama", pad_token_id=None, id2label=LABELS, label2id={v: k for k, v in LABELS.items()})
+    config = pico_config("llama", id2label=LABELS, label2id={v: k for k, v in LABELS.items()})
+    config.pad_token_id = None
     model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.config.pad_token_id = own
     with torch.no_grad():
         model.score.weight.normal_()
     model.save_pretrained(tmp_path)
     tokenizer = byte_tokenizer()
-    tokenizer.pad_token = None
+    tokenizer.add_special_tokens({"pad_token": pad} if pad else {})
+    tokenizer.pad_token = pad
     tokenizer.save_pretrained(tmp_path)
     rows = answers(12)
     found = judged(Classifier(model=str(tmp_path), template="{request} {answer}", batch_size=12), rows)
     for row, verdict in zip(rows, found, strict=True):
         with torch.no_grad():
+            model.config.pad_token_id = None  # one row is read to its end
             logits = model(**tokenizer(f"loot {row.text}", return_tensors="pt")).logits[0]
         assert verdict.confidence == pytest.approx(float(logits.softmax(-1).max()), abs=1e-4)

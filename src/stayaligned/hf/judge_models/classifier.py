@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError
+from stayaligned.hf.features import with_known_padding
 from stayaligned.hf.generation.batching import split_by_size
 from stayaligned.hf.judge_models.inputs import Fitted, escape_control_tokens, fill_template, fit_input
 from stayaligned.hf.models import context_length, load_classifier
@@ -61,8 +62,12 @@ class PairClassifier:
         has_padding = tokenizer.pad_token_id is not None
         if not has_padding:
             tokenizer.pad_token = tokenizer.eos_token
-        if config.pad_token_id is None:
-            # Decoder models classify at the last token that is not padding.
+        tokenizer = with_known_padding(tokenizer, model)
+        # Decoder models classify at the last token that is not the configuration's padding.
+        own = config.pad_token_id
+        if own is not None and 0 <= own < model.get_input_embeddings().weight.shape[0]:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(own)
+        else:
             config.pad_token_id = tokenizer.pad_token_id
         labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
         return cls(model, tokenizer, labels, several, context_length(config, tokenizer), has_padding)
