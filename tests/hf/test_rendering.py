@@ -133,10 +133,7 @@ def test_a_template_shows_the_request_and_the_answer_in_the_form_it_wants(templa
         loop(TURN + "{{ m['content'] }}<|end|>", end=""),
         loop("<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n", end=""),
         loop("### {{ m['role'] }}:\n{{ m['content'] }}<|end|>\n\n", end=""),
-        loop(
-            loop("{% if m['role'] == 'user' %}Q: {% else %}\nA: {% endif %}{{ m['content'] }}<|end|>", end=""),
-            end="",
-        ),
+        loop("{% if m['role'] == 'user' %}Q: {% else %}\nA: {% endif %}{{ m['content'] }}<|end|>", end=""),
     ],
     ids=["a token", "ChatML", "Markdown", "question and answer"],
 )

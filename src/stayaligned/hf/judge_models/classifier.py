@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.hf.features import with_known_padding
@@ -64,8 +64,8 @@ class PairClassifier:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer = with_known_padding(tokenizer, model)
         # Decoder models classify at the last token that is not the configuration's padding.
-        own = config.pad_token_id
-        if own is not None and 0 <= own < model.get_input_embeddings().weight.shape[0]:
+        own, embedding = config.pad_token_id, cast(Any, model.get_input_embeddings())
+        if own is not None and 0 <= own < embedding.weight.shape[0]:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(own)
         else:
             config.pad_token_id = tokenizer.pad_token_id
