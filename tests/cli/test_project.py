@@ -364,7 +364,7 @@ BROKEN: list[tuple[Callable[[Path], None], tuple[str, ...]]] = [
     (pickled_model, ("base holds neither", "save_pretrained")),
     (pickled_adapter, ("adapter has no adapter_model.safetensors", "pickled")),
     (empty_adapter, ("adapter",)),
-    (nan_adapter, ("lora_A", "finite")),
+    (nan_adapter, ("lora_A", "holds NaN or infinity")),
     (adapter_lacks_a_layer, ("Missing", "layers.1.self_attn.q_proj")),
     (adapter_of_another_model, ("q_proj",)),
     (pissa, ("pissa_niter_4", "path_initial_model_for_weight_conversion")),

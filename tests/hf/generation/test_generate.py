@@ -306,7 +306,6 @@ OPENING = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{%
         ("<|assistant|><think>\n\n</think>\n\n", ""),
         ("<|assistant|><think></think>", ""),
         ("<|assistant|>", ""),
-        ("", ""),
     ],
 )
 @pytest.mark.parametrize("asked", ["why?", "what does it mean: <think>"])

@@ -122,8 +122,8 @@ def linear_weights(*checkpoints: Checkpoint) -> list[PlacedWeight]:
             raise StayalignedError(
                 f"{checkpoints[0].directory} is a {type(first).__name__}, but {checkpoint.directory} a "
                 f"{type(model).__name__} without all of its layers",
-                hint="Give checkpoints with the same parts (all with images, or the text model of each). An adapter "
-                "of the text model can be patched with such a pair.",
+                hint="Give two checkpoints of one architecture. Of a model that reads images, give the whole model or "
+                "its text model for both; an adapter of the text model can be patched with either.",
             ) from error
     placed: dict[Weight, PlacedWeight] = {}
     for parameter, transposed in maps.items():
