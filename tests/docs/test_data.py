@@ -1,4 +1,4 @@
-"""The page about data: every row in it is read as the page says, by the source beside it."""
+"""Every example row of docs/data.md is read by the source in the same table row, as the page says."""
 
 import json
 import re

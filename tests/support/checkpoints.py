@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from stayaligned.hf.placement.layers import place_adapter
-from stayaligned.testing import write_pico_checkpoint
+from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
 from stayaligned.weights.adapters import Adapter, LoraLayer
 from stayaligned.weights.checkpoints import Checkpoint, Weight, open_checkpoint
 
@@ -78,3 +78,13 @@ def pair(tmp_path: Path, aligned_shards: int = 1, base_shards: int = 1) -> tuple
         Checkpoint(write(tmp_path / "aligned", weights(0), aligned_shards)),
         Checkpoint(write(tmp_path / "base", weights(1), base_shards)),
     )
+
+
+def write_family(root: Path, **adapter: Any) -> Path:
+    """Write `chat`, its `base`, its fine-tune `tuned`, an `adapter` on chat, and `unrelated`, of another seed."""
+    write_pico_checkpoint(root / "chat", seed=0)
+    write_pico_checkpoint(root / "base", seed=1, ancestor=0)
+    write_pico_checkpoint(root / "tuned", seed=3, ancestor=0)
+    write_pico_checkpoint(root / "unrelated", seed=7)
+    write_pico_adapter(root / "adapter", root / "chat", **adapter)
+    return root

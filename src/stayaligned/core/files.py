@@ -181,7 +181,7 @@ def copyable_files(directory: Path, wanted: Callable[[str], bool]) -> tuple[list
     """Return the wanted files of a foreign directory that may be copied into an output, and notes about the others.
 
     A link could put a private file into an output that is then published. So a link is followed only within the
-    directory, and from a snapshot of the hub's cache into the `blobs` beside it, where huggingface_hub puts the files.
+    directory, and from a snapshot of the hub's cache into that cache's `blobs`, where huggingface_hub stores the files.
 
     Args:
         directory: the directory; its subdirectories are left out.

@@ -16,9 +16,9 @@ from stayaligned.defenses import DEFENSES, ModelPair
 from stayaligned.defenses.patching.ancestry import check_trained_on
 from stayaligned.defenses.patching.directories import patch_directory, read_projection
 from stayaligned.defenses.patching.subspace import build_subspace
-from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
 from stayaligned.weights.adapters import read_adapter
 from stayaligned.weights.checkpoints import open_checkpoint, weights_fingerprint
+from support.checkpoints import write_family
 
 THRESHOLD = DEFENSES.parse({"name": "safe_lora", "threshold": 0.35})
 Q = "model.layers.1.self_attn.q_proj"
@@ -27,13 +27,7 @@ Q = "model.layers.1.self_attn.q_proj"
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`base`, `chat`, an `adapter` on chat, the fine-tune `tuned`, and `unrelated`, a model of another seed."""
-    root = tmp_path_factory.mktemp("world")
-    write_pico_checkpoint(root / "chat", seed=0)
-    write_pico_checkpoint(root / "base", seed=1, ancestor=0)
-    write_pico_checkpoint(root / "unrelated", seed=7)
-    write_pico_checkpoint(root / "tuned", seed=3, ancestor=0)
-    write_pico_adapter(root / "adapter", root / "chat")
-    return root
+    return write_family(tmp_path_factory.mktemp("world"))
 
 
 def edit_weights(directory: Path, change: Any) -> None:

@@ -14,18 +14,14 @@ from stayaligned.defenses import DEFENSES, ModelPair
 from stayaligned.defenses.patching.directories import patch_directory
 from stayaligned.defenses.patching.subspace import build_subspace
 from stayaligned.defenses.safe_lora import apply_safe_lora
-from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
+from support.checkpoints import write_family
 
 Log = pytest.LogCaptureFixture
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    write_pico_checkpoint(root / "chat", seed=0)
-    write_pico_checkpoint(root / "base", seed=1, ancestor=0)
-    write_pico_checkpoint(root / "unrelated", seed=7)
-    write_pico_adapter(root / "adapter", root / "chat")
+    root = write_family(tmp_path_factory.mktemp("world"))
     build_subspace(root / "chat", root / "base", root / "file", rank=2)
     return root
 

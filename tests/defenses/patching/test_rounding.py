@@ -12,8 +12,9 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.defenses import DEFENSES, ModelPair
 from stayaligned.defenses.patching.directories import patch_directory, read_projection
 from stayaligned.defenses.patching.subspace import build_subspace
-from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
+from stayaligned.testing import write_pico_checkpoint
 from stayaligned.weights.subspace_file import SubspaceFile
+from support.checkpoints import write_family
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 EVERY = DEFENSES.parse({"name": "safe_lora", "all_layers": True})
@@ -64,11 +65,7 @@ def edit(directory: Path, change: Change, where: str = LAYER) -> None:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`chat`; `base`, whose second layer is that of chat; an `adapter` on all linears; and the fine-tune `tuned`."""
-    root = tmp_path_factory.mktemp("world")
-    write_pico_checkpoint(root / "chat", seed=0)
-    write_pico_checkpoint(root / "base", seed=1, ancestor=0)
-    write_pico_checkpoint(root / "tuned", seed=3, ancestor=0)
-    write_pico_adapter(root / "adapter", root / "chat", target_modules="all-linear")
+    root = write_family(tmp_path_factory.mktemp("world"), target_modules="all-linear")
     chat, base = (load_file(root / name / "model.safetensors") for name in ("chat", "base"))
     kept = {name: chat[name] if LAYER in name else weight for name, weight in base.items()}
     save_file(kept, root / "base" / "model.safetensors", metadata={"format": "pt"})

@@ -10,17 +10,13 @@ from stayaligned.defenses import DEFENSES, ModelPair
 from stayaligned.defenses.patching.directories import patch_directory, read_projection
 from stayaligned.defenses.patching.subspace import build_subspace
 from stayaligned.report.scan import threshold_outcomes
-from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
 from stayaligned.weights.adapters import read_adapter
+from support.checkpoints import write_family
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    write_pico_checkpoint(root / "chat", seed=0)
-    write_pico_checkpoint(root / "base", seed=1, ancestor=0)
-    write_pico_checkpoint(root / "tuned", seed=3, ancestor=0)
-    write_pico_adapter(root / "adapter", root / "chat", target_modules="all-linear")
+    root = write_family(tmp_path_factory.mktemp("world"), target_modules="all-linear")
     for rank in (2, 16, 24):
         build_subspace(root / "chat", root / "base", root / f"k{rank}", rank=rank)
     return root
