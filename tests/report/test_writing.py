@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from stayaligned.cli.console import _SafeConsole
-from stayaligned.core.records import Message
+from stayaligned.core.records import LayerReport, Message, Outcome
 from stayaligned.core.text import markdown, one_line, percent, visible
-from stayaligned.evaluation.results import Sample
+from stayaligned.evaluation.results import Evidence, PatchRecord, Sample
 from stayaligned.report import build_report, terminal_table, write_report
-from stayaligned.report.figures import harm_against_accuracy, layer_map
+from stayaligned.report.figures import harm_against_accuracy
+from stayaligned.report.layers import layer_table
 from stayaligned.report.texts import csv_cell
 from stayaligned.report.values import ModuleEffect, PatchSummary
 
@@ -290,13 +291,18 @@ def test_names_in_any_script_are_drawn(make_result, tmp_path):
     assert len(page) < 200_000
 
 
-def test_every_arm_has_a_mark_and_a_name_in_the_plot(grid_results, make_result):
-    picture = harm_against_accuracy(build_report(grid_results, title="t", reference="SFT attacked"))
-    names = re.findall(r"<text[^>]*>(?:◆ )?([^<]+)</text>", picture)
-    arms = list(dict.fromkeys(result.arm for result in grid_results))
-    assert [name for name in names if name in arms] == arms
+@pytest.mark.parametrize("size", ["wide", "narrow"])
+def test_every_arm_but_the_controls_has_a_name_in_the_plot(grid_results, size):
+    report = build_report(grid_results, title="t", reference="SFT attacked")
+    names = " ".join(re.findall(r"<text[^>]*>([^<]+)</text>", harm_against_accuracy(report, size)))
+    assert {arm.name for arm in report.arms if arm.name in names} == {a.name for a in report.arms if not a.control}
+
+
+def test_marks_that_touch_share_a_label_that_counts_the_rest(make_result):
     crowd = build_report([make_result(f"arm {i}", 1, 0.5, 0.5) for i in range(40)], title="t")
-    assert all(f"arm {i}<" in harm_against_accuracy(crowd) for i in range(40))
+    names = re.findall(r"<text[^>]*>([^<]+)</text>", harm_against_accuracy(crowd))
+    assert [name for name in names if "arm " in name] == [f"arm {i}" for i in range(8)]
+    assert "and 32 more" in names
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------------
@@ -342,17 +348,62 @@ def test_negative_zero_and_none_are_formatted_well():
     assert percent(0.0, signed=True) == "+0.0"
 
 
-def test_the_map_of_a_patch_of_hundreds_of_layers_is_compact(make_result) -> None:
+@pytest.mark.parametrize("layers", [30, 80])
+def test_the_tables_of_a_patch_have_a_cell_for_every_module(layers) -> None:
     modules = [
-        ModuleEffect(f"model.layers.{layer}.mlp.{kind}", (7 * layer + kind) % 11 / 10, 0.5, layer % 4, 3)
-        for layer in range(30)
-        for kind in range(7)
+        ModuleEffect(f"model.layers.{layer}.mlp.{kind}", (7 * layer + i) % 11 / 10, 0.5, layer % 4, 3)
+        for layer in range(layers)
+        for i, kind in enumerate(("gate", "up", "down"))
     ]
-    summary = PatchSummary("safe_lora", {}, tuple(modules))
-    (arm,) = build_report([make_result("Safe LoRA", 0)], title="t").arms
-    picture = layer_map(arm, summary, "similarity", "map")
-    assert len(picture) < 40_000  # every cell and every dot as an element of its own took 106 kB
-    squares = sum(path.count("z") for path in re.findall(r' d="([^"]*)"', picture))
-    assert squares >= len(modules)
-    dots = re.findall(r' d="([^"]*)"[^>]*stroke-linecap: round', picture)
-    assert sum(path.count("M") for path in dots) >= sum(module.n_selected > 0 for module in modules)
+    table = layer_table(PatchSummary("safe_lora", {}, tuple(modules)), "similarity")
+    assert table.columns == tuple(str(layer) for layer in range(layers))
+    assert [kind for kind, _ in table.rows] == ["mlp.gate", "mlp.up", "mlp.down"]
+    cells = [cell for _, row in table.rows for cell in row]
+    assert sorted(cell.text for cell in cells) == sorted(f"{100 * module.similarity:.0f}" for module in modules)
+    assert sum(cell.css != "" for cell in cells) == sum(module.n_selected > 0 for module in modules)
+    assert sum("part" in cell.css for cell in cells) == sum(0 < module.n_selected < 3 for module in modules)
+
+
+def test_a_page_of_twelve_patched_arms_with_every_completion_stays_below_a_megabyte(grid_results, tmp_path):
+    """210 modules in each patch, and 700 completions with two judges in each run."""
+    layers = [
+        LayerReport(
+            module=f"model.layers.{layer}.{kind}", similarity=layer / 30, shrinkage=0.5, selected=True, update_norm=1.0
+        )
+        for layer in range(30)
+        for kind in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    ]
+    patch = PatchRecord(patch="safe_lora", layers=tuple(layers))
+    patched = [result for result in grid_results if result.arm in ("Aligned", "SFT attacked", "Lisa", "Safe LoRA")]
+    results = [result for result in patched if result.arm != "Safe LoRA"]
+    results += [
+        result.model_copy(update={"arm": f"Patch {i}", "id": f"{i}-{result.seed}", "patches": (patch,)})
+        for result in patched[-3:]
+        for i in range(12)
+    ]
+    outcomes = (Outcome.HARM, Outcome.REFUSE, Outcome.REFUSE, Outcome.OTHER, None)
+    rows = [
+        Evidence(
+            prompt_set=("harmful", "benign", "task")[i % 3],
+            id=f"{i * 7919:016x}",
+            prompt=f"{i:016x}",
+            category=f"kind {i % 13}",
+            outcomes={} if i % 3 == 2 else {"classifier": outcomes[i % 5], "keyword": outcomes[i % 4]},
+            score=float(i % 2) if i % 3 == 2 else None,
+            degenerate=i % 50 == 0,
+        )
+        for i in range(700)
+    ]
+    page = written(results, tmp_path, reference="SFT attacked", evidence={r.id: rows for r in results})["report.html"]
+    assert len(page.encode()) < 1_000_000
+    assert f"each of the {700 * len(results)} completions" in page
+
+
+def test_experts_share_a_row_and_a_layer_without_a_module_has_no_cell() -> None:
+    modules = [ModuleEffect(f"layers.1.experts.{i}.up", i / 100, 1.0, 0, 1) for i in range(100)]
+    table = layer_table(PatchSummary("p", {}, (*modules, ModuleEffect("head", -0.5, 1.0, 1, 1))), "similarity")
+    assert table.columns == ("1", "none")
+    assert [(kind, [cell and cell.text for cell in cells]) for kind, cells in table.rows] == [
+        ("experts.*.up", ["50", None]),
+        ("head", [None, "−50"]),
+    ]

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from stayaligned.core.text import one_line, percent
 from stayaligned.report.drawing import BLUE, GRAY, INK, ORANGE, PAPER, drawing, share_axis, svg
 from stayaligned.report.texts import join_names
 from stayaligned.report.training import BY_PHASE, SEPARATE
-from stayaligned.report.values import Arm, Estimate, ModuleEffect, PatchSummary, Points, Report, Training
+from stayaligned.report.values import Arm, Estimate, Points, Report, Training
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # ---- harm against accuracy -----------------------------------------------------------------------------------------
 
 Point = tuple[float, float]
 
-_MARKERS = (*"os^vPX<>p*h8", (4, 1, 0), (3, 1, 0))
-"""One shape for each arm, in the order of the legend; repeated where there are more arms."""
+_SIZES = {"wide": (600, 440, 24), "narrow": (350, 370, 18)}
+"""Width and height in pixels, and characters of a line of a name, for a screen and for a phone."""
+_NEAR = 14
+"""Distance in pixels below which marks touch and share a label."""
+_MOST_NAMES = 8
+"""Names in one label; further names are counted."""
+
+
+class _Box(NamedTuple):
+    """A rectangle in pixels, with y upwards."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +49,8 @@ class _Mark:
     gain: Estimate
     mean: Point
     """Mean harm and mean accuracy."""
-    shape: str | tuple[int, int, int]
-
-    @property
-    def color(self) -> str:
-        """Blue on the front, gray for controls and for arms that are not comparable."""
-        return BLUE if self.arm.on_front else INK if self.arm.comparable and not self.arm.control else GRAY
-
-    @property
-    def name(self) -> str:
-        """The arm's name in the legend, with ◆ on the front."""
-        return f"{'◆ ' if self.arm.on_front else ''}{one_line(self.arm.name, 26)}"
+    style: tuple[str, str, bool]
+    """Shape, color, and whether the mark is filled."""
 
     @property
     def seeds(self) -> list[Point]:
@@ -62,21 +68,17 @@ class _Mark:
         return across + upright
 
 
-def harm_against_accuracy(report: Report) -> str | None:
-    """Plot mean harm against mean accuracy of every arm, with intervals and faint single seeds.
+def harm_against_accuracy(report: Report, size: Literal["wide", "narrow"] = "wide") -> str | None:
+    """Plot mean harm against mean accuracy of every arm, with single seeds, and intervals of the arms that compete.
 
-    Returns None if no arm has both metrics. Names are in a legend: arms often share a corner of the plot, where names
-    beside the marks would cover each other.
+    Controls are marked and not named: they crowd the corner of the undefended arm. Returns None if no arm has both
+    metrics.
     """
-    found = [(arm, arm.estimates.get("harmful_score"), arm.estimates.get("finetune_accuracy")) for arm in report.arms]
-    marks = [
-        _Mark(arm, harm, gain, (harm.mean, gain.mean), _MARKERS[index % len(_MARKERS)])
-        for index, (arm, harm, gain) in enumerate(found)
-        if harm is not None and gain is not None and harm.mean is not None and gain.mean is not None
-    ]
+    marks = _marks(report)
     if not marks:
         return None
-    with drawing(820, max(460, 80 + 19 * len(marks))) as figure:
+    width, height, characters = _SIZES[size]
+    with drawing(width, height) as figure:
         axes = figure.add_subplot()
         share_axis(axes, "x")
         share_axis(axes, "y")
@@ -84,158 +86,106 @@ def harm_against_accuracy(report: Report) -> str | None:
         axes.tick_params(length=0)
         axes.set_xlabel("harmful score (lower is better)")
         axes.set_ylabel("fine-tune accuracy (higher is better)")
-        axes.set_title("↖ better: less harm, more accuracy", color=BLUE)
+        axes.set_title("↖ better", color=BLUE)
         for mark in marks:
-            _draw_mark(axes, mark, ORANGE if mark.arm.name == report.reference else mark.color)
-        legend = axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=11, borderaxespad=0)
-        for text, mark in zip(legend.get_texts(), marks, strict=True):
-            text.set_fontweight("bold" if mark.arm.on_front else "normal")
+            _draw_mark(axes, mark)
+        _draw_names(figure, axes, marks, characters)
         described = "; ".join(
             f"{one_line(m.arm.name, 40)} harm {percent(m.mean[0])} %, accuracy {percent(m.mean[1])} %"
             for m in marks[:20]
         )
-        return svg(figure, "front", f"Harmful score against fine-tune accuracy, mean over seeds: {described}.")
+        return svg(figure, f"front-{size}", f"Harmful score against fine-tune accuracy, mean over seeds: {described}.")
 
 
-def _draw_mark(axes: Axes, mark: _Mark, color: str) -> None:
+def _marks(report: Report) -> list[_Mark]:
+    found = [(arm, arm.estimates.get("harmful_score"), arm.estimates.get("finetune_accuracy")) for arm in report.arms]
+    return [
+        _Mark(arm, harm, gain, (harm.mean, gain.mean), _style(arm, report.reference))
+        for arm, harm, gain in found
+        if harm is not None and gain is not None and harm.mean is not None and gain.mean is not None
+    ]
+
+
+def _style(arm: Arm, reference: str | None) -> tuple[str, str, bool]:
+    if arm.name == reference:
+        return "s", INK, True
+    if arm.control:
+        return "x", GRAY, False
+    return ("o", BLUE, True) if arm.comparable else ("o", INK, False)
+
+
+def _draw_mark(axes: Axes, mark: _Mark) -> None:
+    shape, color, filled = mark.style
     for x, y in mark.seeds:
-        axes.plot([mark.mean[0], x], [mark.mean[1], y], color=color, alpha=0.25, linewidth=0.7)
-        axes.plot([x], [y], marker="o", markersize=3.5, color=color, alpha=0.4, markeredgewidth=0)
-    for (x0, y0), (x1, y1) in mark.intervals:
-        axes.plot([x0, x1], [y0, y1], color=color, alpha=0.55, linewidth=1.1)
+        axes.plot([mark.mean[0], x], [mark.mean[1], y], color=color, alpha=0.2, linewidth=0.7)
+        axes.plot([x], [y], marker="o", markersize=3, color=color, alpha=0.35, markeredgewidth=0)
+    for (x0, y0), (x1, y1) in [] if mark.arm.control else mark.intervals:
+        axes.plot([x0, x1], [y0, y1], color=color, alpha=0.45, linewidth=1)
     axes.plot(
         [mark.mean[0]],
         [mark.mean[1]],
-        marker=mark.shape,
-        markersize=9,
-        markerfacecolor=color if mark.arm.comparable else PAPER,
+        marker=shape,
+        markersize=6 if mark.arm.control else 8,
+        markerfacecolor=color if filled else PAPER,
         markeredgecolor=color,
-        markeredgewidth=1.4,
+        markeredgewidth=1.5,
         linestyle="none",
-        zorder=3,
+        zorder=3 if mark.arm.control else 4,
         clip_on=False,
-        label=mark.name,
     )
 
 
-# ---- layers --------------------------------------------------------------------------------------------------------
-
-_MOST_ROWS = 24
-
-
-def layer_map(arm: Arm, patch: PatchSummary, quantity: str, name: str) -> str:
-    """Draw one cell per module, with kinds of module as rows and layers as columns; dots mark changed modules.
-
-    Args:
-        arm: The arm of the patch.
-        patch: The patch.
-        quantity: `similarity` or `shrinkage`.
-        name: Prefix of the identifiers in this figure, unique within the page.
-    """
-    import numpy
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import BoundaryNorm
-
-    kinds, columns, cells = module_grid(patch.modules)
-    values = [getattr(effect, quantity) for effects in cells.values() for effect in effects]
-    low = min(0.0, -1.0 if min(values) < 0 else 0.0)
-    high = max(1.0, *values)
-    grid = numpy.full((len(kinds), len(columns)), numpy.nan)
-    for (row, column), effects in cells.items():
-        grid[row, column] = fmean(getattr(effect, quantity) for effect in effects)
-    wide = len(columns) > 16
-    with drawing(760 if wide else 370, 74 + 17 * max(4, len(kinds))) as figure:
-        axes = figure.add_subplot()
-        edges = numpy.linspace(low, high, 11)
-        colors = colormaps["cividis"].resampled(10)
-        norm = BoundaryNorm(edges, 10)
-        painted = numpy.asarray(colors(norm(numpy.nan_to_num(grid))))
-        _paint_cells(axes, cells, painted)
-        axes.set(xlim=(0, len(columns)), ylim=(len(kinds), 0))
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        axes.set_yticks([i + 0.5 for i in range(len(kinds))], [one_line(kind, 22) for kind in kinds], fontsize=9)
-        every = max(1, -(-len(columns) // 16))
-        ticks = range(0, len(columns), every)
-        axes.set_xticks([i + 0.5 for i in ticks], [columns[i] for i in ticks], fontsize=9)
-        axes.set_xlabel("layer")
-        axes.set_title(f"{quantity}, 0 = {_ZERO_MEANS[quantity]}", fontsize=10)
-        _mark_selected(axes, cells, painted)
-        bar = figure.colorbar(
-            ScalarMappable(norm, colors), ax=axes, fraction=0.04, pad=0.02, ticks=[low, (low + high) / 2, high]
-        )
-        bar.ax.tick_params(length=0, labelsize=9)
-        bar.ax.set_yticklabels([f"{tick:g}" for tick in (low, round((low + high) / 2, 2), round(high, 2))])
-        bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-        return svg(
-            figure,
-            name,
-            f"{quantity} of {len(patch.modules)} modules under {one_line(patch.patch)} in {one_line(arm.name)}: "
-            f"mean {fmean(values):.2f}, from {min(values):.2f} to {max(values):.2f}. The table below has every value.",
-        )
+def _draw_names(figure: Figure, axes: Axes, marks: Sequence[_Mark], characters: int) -> None:
+    """Write the names of the marks, one label for marks that touch, where each covers the least of what is there."""
+    figure.draw_without_rendering()  # fixes the layout, and with it the pixels of a point
+    at: dict[str, Point] = {mark.arm.name: tuple(axes.transData.transform(mark.mean)) for mark in marks}
+    taken = [_Box(x - 6, y - 6, x + 6, y + 6) for x, y in at.values()]
+    room = _Box(*axes.get_window_extent().extents)
+    for group in _touching([mark for mark in marks if not mark.arm.control], at):
+        x, y = (fmean(at[mark.arm.name][axis] for mark in group) for axis in (0, 1))
+        names = [line for m in group[:_MOST_NAMES] for line in textwrap.wrap(one_line(m.arm.name, 60), characters)]
+        if len(group) > _MOST_NAMES:
+            names.append(f"and {len(group) - _MOST_NAMES} more")
+        label = axes.annotate("\n".join(names), (x, y), xycoords="figure pixels", fontsize=11, linespacing=1.15)
+        size = label.get_window_extent()
+        box, away = _best_place(size.width, size.height, (x, y), taken, room)
+        taken.append(box)
+        label.set_position((box.x0, box.y0))
+        if away:
+            nearest = (min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1))
+            axes.annotate("", (x, y), nearest, "figure pixels", "figure pixels", arrowprops=_LEADER)
 
 
-_ZERO_MEANS = {"similarity": "orthogonal update", "shrinkage": "update removed"}
+_LEADER = {"arrowstyle": "-", "color": GRAY, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 5}
 
 
-def _paint_cells(axes: Axes, cells: Iterable[tuple[int, int]], colors: Any) -> None:
-    """Draw a square for each cell, all squares of one color as one path: a model has hundreds of cells."""
-    from matplotlib.patches import PathPatch
-    from matplotlib.path import Path
-
-    squares: dict[tuple[float, ...], list[Path]] = {}
-    for row, column in cells:
-        corners = [(column, row), (column + 1, row), (column + 1, row + 1), (column, row + 1), (column, row)]
-        squares.setdefault(tuple(colors[row][column]), []).append(Path(corners, closed=True))
-    for color, paths in squares.items():
-        axes.add_patch(PathPatch(Path.make_compound_path(*paths), facecolor=color, edgecolor=PAPER, linewidth=0.8))
+def _touching(marks: Sequence[_Mark], at: Mapping[str, Point]) -> list[list[_Mark]]:
+    """Group marks that touch each other."""
+    groups: list[list[_Mark]] = []
+    for mark in marks:
+        near = [g for g in groups if any(math.dist(at[mark.arm.name], at[m.arm.name]) < _NEAR for m in g)]
+        groups = [g for g in groups if g not in near] + [[m for g in near for m in g] + [mark]]
+    return groups
 
 
-def _mark_selected(axes: Axes, cells: Mapping[tuple[int, int], Sequence[ModuleEffect]], colors: Any) -> None:
-    """Draw a dot in each changed cell, with the share of seeds (and modules) that changed as its area."""
-    from matplotlib.patches import PathPatch
-    from matplotlib.path import Path
-
-    dots: dict[tuple[str, float], list[tuple[float, float]]] = {}
-    for (row, column), effects in cells.items():
-        part = sum(e.n_selected for e in effects) / sum(e.n_seeds for e in effects)
-        if part:
-            red, green, blue = (float(channel) for channel in colors[row][column][:3])
-            light = 0.3 * red + 0.59 * green + 0.11 * blue > 0.5
-            size = 4.5 * part**0.5
-            dots.setdefault(("black" if light else "white", size), []).append((column + 0.5, row + 0.5))
-    for (color, size), places in dots.items():  # a short line with round ends is a dot
-        ends = Path(
-            [(x + shift, y) for x, y in places for shift in (0, 0.002)], [Path.MOVETO, Path.LINETO] * len(places)
-        )
-        ends.should_simplify = False
-        axes.add_patch(PathPatch(ends, edgecolor=color, facecolor="none", linewidth=size, capstyle="round"))
+def _best_place(width: float, height: float, at: Point, taken: Sequence[_Box], room: _Box) -> tuple[_Box, bool]:
+    """Return the box beside a point that covers the least of what is taken, and whether it is far from the point."""
+    places: list[tuple[float, _Box, bool]] = []
+    for distance in (9, 18, 30, 45, 65, 90, 120):
+        for dx, dy in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1)):
+            x = at[0] + dx * distance - (0.0, 0.5, 1.0)[1 - dx] * width
+            y = at[1] + dy * distance - (0.0, 0.5, 1.0)[1 - dy] * height
+            box = _Box(x, y, x + width, y + height)
+            covered = sum(_common_area(box, other) for other in taken)
+            outside = width * height - _common_area(box, room)
+            places.append((100 * outside + 10 * covered + distance, box, distance > 9))
+    _, box, away = min(places, key=lambda place: place[0])
+    return box, away
 
 
-def module_grid(
-    modules: Sequence[ModuleEffect],
-) -> tuple[list[str], list[str], dict[tuple[int, int], list[ModuleEffect]]]:
-    """Return kinds, layers, and the modules at each (kind, layer).
-
-    The first number in a module's name is its layer; the part after it is its kind. If there are too many kinds for a
-    figure (for example with experts), further numbers are replaced by `*` and a cell is the mean of its modules.
-    """
-    found = [(*_kind_and_layer(effect.module), effect) for effect in modules]
-    if len({kind for kind, _, _ in found}) > _MOST_ROWS:
-        found = [(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", kind), layer, effect) for kind, layer, effect in found]
-    kinds = list(dict.fromkeys(kind for kind, _, _ in found))
-    layers = sorted({layer for _, layer, _ in found}, key=lambda layer: (layer == "", len(layer), layer))
-    cells: dict[tuple[int, int], list[ModuleEffect]] = {}
-    for kind, layer, effect in found:
-        cells.setdefault((kinds.index(kind), layers.index(layer)), []).append(effect)
-    return kinds, [layer or "none" for layer in layers], cells
-
-
-def _kind_and_layer(module: str) -> tuple[str, str]:
-    parts = module.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-    return (module, "") if at is None else (".".join(parts[at + 1 :]) or module, parts[at])
+def _common_area(a: _Box, b: _Box) -> float:
+    width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+    return max(0.0, width) * max(0.0, height)
 
 
 # ---- training ------------------------------------------------------------------------------------------------------

@@ -2,7 +2,19 @@
 // The table of all completions shows one page of rows at a time. Cells are set as text, never as markup.
 const held = document.getElementById("every-answer");
 if (held) {
-  const { columns, rows } = JSON.parse(held.textContent);
+  const { alphabet, columns, prompts, runs } = JSON.parse(held.textContent);
+  // A column is null, [values, one character per row], or the plain list of its values (see report/completions.py).
+  const unpack = (column, n) => {
+    if (column === null) return Array(n).fill(null);
+    const packed = column.length === 2 && Array.isArray(column[0]);
+    return packed ? Array.from(column[1], (code) => column[0][alphabet.indexOf(code)]) : column;
+  };
+  const asked = prompts.map(([ids, ...others]) => [ids, ...others.map((column) => unpack(column, ids.length))]);
+  const rows = runs.flatMap((run) => {
+    const [ids, sets, categories] = asked[run.prompts];
+    const cells = run.cells.map((column) => unpack(column, ids.length));
+    return ids.map((id, i) => [id, run.arm, run.seed, sets[i], categories[i], ...cells.map((column) => column[i])]);
+  });
   const size = 100;
   const place = document.getElementById("every-answer-table");
   const make = (name, parent, text) => {
