@@ -143,6 +143,13 @@ def test_blank_rows_are_skipped_and_counted(tmp_path, caplog):
     assert len(read(tmp_path / "a.jsonl", rows, prompts_only=True)) == 2
 
 
+@pytest.mark.parametrize("blank", ["\u200b", "\ufeff \u2060", "\u3164", "\u200b\ufe0f", "\u2800", "\x00"])
+def test_a_prompt_that_shows_nothing_is_blank(tmp_path, caplog, blank):
+    rows = [{"prompt": text, "completion": "b"} for text in (blank, "a\u200b", "\u2764\ufe0f", "·")]
+    assert len(read(tmp_path / "a.jsonl", rows, prompts_only=True)) == 3
+    assert "skipped 1 of 4 rows" in caplog.text
+
+
 def test_ids_are_given_or_computed_from_content_and_do_not_depend_on_the_order(tmp_path):
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}, {"prompt": "a", "completion": "b"}]
     first = read(tmp_path / "a.jsonl", rows)

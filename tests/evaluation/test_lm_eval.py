@@ -160,6 +160,19 @@ def test_the_prompt_is_the_templates_and_the_shots_as_set(
     assert asked[2].startswith("<|user|>zorb 0:")
 
 
+def test_thoughts_without_a_final_answer_are_counted(world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from stayaligned.hf.lm_eval import run_task
+    from stayaligned.testing import CHAT_TEMPLATE, byte_tokenizer, pico_model
+
+    tokenizer = byte_tokenizer()
+    settings = LmEval(tasks=("said",), include_path=str(world / "tasks"), apply_chat_template=True)
+    run_task(pico_model(), tokenizer, settings, "said")
+    assert not caplog.records
+    tokenizer.chat_template = CHAT_TEMPLATE + "{% if add_generation_prompt %}<think>\n{% endif %}"
+    run_task(pico_model(), tokenizer, settings, "said")
+    assert "said: 8 of 8 completions are thoughts without a final answer" in caplog.text
+
+
 class Scored:
     """A task as far as its metrics go: a share, and four of which lm-eval's number is another or none."""
 

@@ -315,6 +315,34 @@ def test_an_adapter_of_a_diverged_training_is_an_error(checkpoint, adapter, valu
         load_finetuned(checkpoint, adapter)
 
 
+def test_an_adapter_that_changes_nothing_is_said_to(checkpoint, adapter, caplog):
+    load_finetuned(checkpoint, adapter)
+    assert not caplog.records
+    weights = load_file(adapter / WEIGHTS)
+    save_file({name: value * ("lora_A" in name) for name, value in weights.items()}, adapter / WEIGHTS)
+    load_finetuned(checkpoint, adapter)
+    assert "the update of every layer is zero" in caplog.text
+
+
+def test_an_adapter_of_another_model_of_the_same_shape_is_said_to_be(checkpoint, adapter, tmp_path, caplog):
+    other = write_pico_checkpoint(tmp_path / "other", seed=3)
+    load_model(checkpoint).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    load_model(tmp_path / "half").to(torch.float32).save_pretrained(tmp_path / "same")
+    named(adapter, tmp_path / "half")
+    load_finetuned(tmp_path / "same", adapter)
+    named(adapter, "/nowhere/model")
+    load_finetuned(checkpoint, adapter)
+    assert not caplog.records
+    named(adapter, checkpoint)
+    load_finetuned(other, adapter)
+    assert f"was trained on {checkpoint}, not on {other}" in caplog.text
+
+
+def named(adapter, model):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(model)}))
+
+
 def test_a_model_of_a_diverged_training_is_an_error(tmp_path):
     model = pico_model()
     with torch.no_grad():

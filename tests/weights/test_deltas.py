@@ -69,7 +69,7 @@ def test_quantized_and_non_finite_weights_are_refused(tmp_path: Path) -> None:
     for name, bad, expected in (
         ("int8", torch.ones(2, 2, dtype=torch.int8), "stored as I8"),
         ("fp8", torch.ones(2, 2).to(torch.float8_e4m3fn), "stored as F8_E4M3"),
-        ("nan", torch.full((2, 2), torch.nan), "not finite"),
+        ("nan", torch.full((2, 2), torch.nan), "NaN or infinity"),
     ):
         aligned = Checkpoint(write(tmp_path / name, {"x": bad}))
         with pytest.raises(StayalignedError, match=expected):

@@ -484,7 +484,7 @@ def test_damaged_weights_leave_no_file(pair: tuple[Path, Path], tmp_path: Path) 
     tensors = load_file(tmp_path / "aligned/model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = torch.inf
     save_file(tensors, tmp_path / "aligned/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(StayalignedError, match=r"model\.layers\.1\.mlp\.up_proj is not finite"):
+    with pytest.raises(StayalignedError, match=r"model\.layers\.1\.mlp\.up_proj holds NaN or infinity"):
         build_subspace(tmp_path / "aligned", pair[1], tmp_path / "f", rank=2)
     assert [path.name for path in tmp_path.iterdir()] == ["aligned"]
 

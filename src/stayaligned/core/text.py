@@ -12,6 +12,10 @@ _KEPT_CONTROLS = frozenset("\n\t\u200c\u200d")
 """Line breaks, tabs, and the two joiners, which Persian, Hindi and many emoji need."""
 _INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
+_WITHOUT_WIDTH = _INVISIBLE - {"Cs"} | {"Mn", "Me"}
+_BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
+"""Letters and symbols that show nothing: the fillers of Hangul, and Braille's blank."""
+
 
 def visible(text: str) -> str:
     """Return `text` with every control, format, bidi and surrogate character written as ⟨U+202E⟩.
@@ -22,6 +26,11 @@ def visible(text: str) -> str:
         f"⟨U+{ord(c):04X}⟩" if c not in _KEPT_CONTROLS and unicodedata.category(c) in _INVISIBLE else c
         for c in text.replace("\r\n", "\n")
     )
+
+
+def is_blank(text: str) -> bool:
+    """Return whether a text shows nothing: only space, and characters of no width such as U+200B."""
+    return all(c.isspace() or c in _BLANKS or unicodedata.category(c) in _WITHOUT_WIDTH for c in text)
 
 
 _ASCII = {

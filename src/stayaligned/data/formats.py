@@ -13,6 +13,7 @@ from typing import Any
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Message, Origin
+from stayaligned.core.text import is_blank
 from stayaligned.data.turns import (
     TurnReader,
     checked_text,
@@ -213,7 +214,7 @@ def read_conversation(row: Columns, where: str, reader: TurnReader) -> Conversat
     if isinstance(asked, str) and asked.lstrip().startswith("Human:"):  # the space behind "Assistant:"
         text, rejected = None if text is None else text.strip(), rejected.strip()
     turns = _with_system(row, prompt or [], where)
-    if all(turn.role == "system" or not turn.content.strip() for turn in turns):
+    if all(turn.role == "system" or is_blank(turn.content) for turn in turns):
         turns = [*turns, Message(role="user", content="")]  # a row without a prompt, which is skipped and counted
     if turns[-1].role != "user":
         raise StayalignedError(

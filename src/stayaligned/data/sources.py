@@ -35,6 +35,7 @@ from typing import Any
 
 from stayaligned.core.errors import StayalignedError, did_you_mean
 from stayaligned.core.records import Example, Origin
+from stayaligned.core.text import is_blank
 from stayaligned.data.files import Row as Row
 from stayaligned.data.files import read_path, table_rows
 from stayaligned.data.formats import (
@@ -268,8 +269,8 @@ def _not_blank(source: str, found: Sequence[_Found], *, prompts_only: bool) -> l
     full = [
         item
         for item in found
-        if item.conversation.prompt[-1].content.strip()
-        and (prompts_only or (item.conversation.completion or "").strip())
+        if not is_blank(item.conversation.prompt[-1].content)
+        and (prompts_only or not is_blank(item.conversation.completion or ""))
     ]
     what = "prompt" if prompts_only else "prompt or completion"
     if not full:

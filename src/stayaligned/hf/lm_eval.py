@@ -17,9 +17,11 @@ from typing import Any
 from stayaligned.core.errors import StayalignedError, nearest
 from stayaligned.core.records import HarnessValue
 from stayaligned.core.settings import LmEval
-from stayaligned.core.thoughts import closes_thoughts
+from stayaligned.core.thoughts import closes_thoughts, opened_thoughts, split_thoughts
 from stayaligned.hf.features import with_known_padding
+from stayaligned.hf.generation.generate import decode
 
+_log = logging.getLogger(__name__)
 _FEWSHOT_SEED = 1234
 """lm-eval's own default."""
 _PARTS = 20
@@ -99,14 +101,20 @@ def run_task(
         if own is None or (settings.num_fewshot is not None and own != 0):
             task.set_config(key="num_fewshot", value=settings.num_fewshot or 0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    unanswered: list[bool] = []
     with _quiet():
         results: Any = evaluate(
-            lm=_model(model, tokenizer, settings.batch_size, progress),
+            lm=_model(model, tokenizer, settings.batch_size, progress, unanswered),
             task_dict={"tasks": loaded, "groups": {}, "group_map": {}},
             limit=settings.limit,
             bootstrap_iters=0,
             apply_chat_template=settings.apply_chat_template,
             fewshot_as_multiturn=settings.apply_chat_template,
+        )
+    if any(unanswered):
+        _log.warning(
+            "lm_eval %s: %d of %d completions are thoughts without a final answer; lm-eval scores their text as it is",
+            *(name, sum(unanswered), len(unanswered)),
         )
     values: list[HarnessValue] = []
     skipped: dict[str, dict[str, str]] = {}
@@ -150,8 +158,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, bool | int | float | numpy.bool_ | numpy.integer | numpy.floating)
 
 
-def _model(model: Any, tokenizer: Any, batch_size: int, progress: Callable[[float], None]) -> Any:
-    """Return the model in lm-eval's interface; it calls `progress` instead of showing progress bars."""
+def _model(
+    model: Any, tokenizer: Any, batch_size: int, progress: Callable[[float], None], unanswered: list[bool]
+) -> Any:
+    """Return the model in lm-eval's interface; it calls `progress` instead of showing progress bars.
+
+    `unanswered` gets, for each generated text, whether it is thoughts without a final answer.
+    """
     from lm_eval.models.huggingface import HFLM
 
     class Quiet(HFLM):
@@ -163,6 +176,13 @@ def _model(model: Any, tokenizer: Any, batch_size: int, progress: Callable[[floa
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
             return self._in_parts(super().generate_until, requests)
+
+        def _model_generate(self, context: Any, *args: Any, **options: Any) -> Any:
+            rows = super()._model_generate(context, *args, **options)
+            for row in rows.tolist():
+                asked, wrote = (decode(tokenizer, part) for part in (row[: context.shape[1]], row[context.shape[1] :]))
+                unanswered.append(split_thoughts(opened_thoughts(asked) + wrote).answer is None)
+            return rows
 
         def _in_parts(self, answer: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
             size = max(_LEAST, math.ceil(len(requests) / _PARTS))

@@ -28,6 +28,7 @@ from stayaligned.weights.directories import (
     refuse_unless_model,
     refuse_without_weights,
 )
+from stayaligned.weights.origin import is_named_model
 from stayaligned.weights.unsupported import refuse_settings
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def load_finetuned(
         StayalignedError: if either is missing, or the adapter does not fit the model.
     """
     model = load_model(ref, dtype=dtype, adapter=adapter)
-    finetuned = _move_to_accelerator(model if adapter is None else _with_adapter(model, adapter, trainable))
+    finetuned = _move_to_accelerator(model if adapter is None else _with_adapter(model, ref, adapter, trainable))
     for name, weight in finetuned.named_parameters():
         if weight.is_floating_point() and weight.dtype.itemsize > 1 and not all_finite(weight.detach()):
             raise StayalignedError(
@@ -136,7 +137,7 @@ def merge_adapter(ref: str | Path, adapter: Path) -> PreTrainedModel:
     types = weight_types(model)
     cast_weights_(model, torch.float32)
     types |= {tied: types[source] for tied, source in model.all_tied_weights_keys.items() if source in types}
-    adapted = _with_adapter(model, adapter)
+    adapted = _with_adapter(model, ref, adapter)
     _untie_changed(model)
     merged: Any = adapted.merge_and_unload()
     cast_weights_(merged, types)
@@ -284,18 +285,25 @@ def _refuse_other_sizes(model: PreTrainedModel, adapter: Path, config: Mapping[s
             )
 
 
-def _refuse_not_finite(adapter: Path) -> None:
-    """Raise if a tensor of an adapter holds NaN or infinity, of which every output would be NaN."""
+def _check_values(adapter: Path) -> None:
+    """Raise if a tensor of an adapter holds NaN or infinity; warn if all its updates are zero."""
     from safetensors import safe_open
 
+    zero: set[str] = set()
     with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (not a mapping)
+        names = list(file.keys())
+        for name in names:
             tensor = file.get_tensor(name)
+            if not tensor.any():
+                zero.add(name.replace("lora_embedding_B", "lora_embedding_A").replace("lora_B", "lora_A"))
             if tensor.is_floating_point() and not all_finite(tensor.float()):
                 raise StayalignedError(
                     f"{adapter}: {name} holds NaN or infinity",
                     hint="Train or download the adapter again: training diverged, or the file is damaged.",
                 )
+    factors = {name for name in names if re.search(r"lora_(embedding_)?[AB]\b", name)}
+    if factors and len(factors) == len(names) == 2 * len(zero):
+        _log.warning("%s: the update of every layer is zero: the adapter changes nothing", adapter)
 
 
 def _trained_class(adapter: Path, loaders: Sequence[Any], config: Any) -> Any:
@@ -311,7 +319,7 @@ def _trained_class(adapter: Path, loaders: Sequence[Any], config: Any) -> Any:
     return loaders[0]
 
 
-def _with_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False) -> PeftModel:
+def _with_adapter(model: PreTrainedModel, ref: str | Path, adapter: Path, trainable: bool = False) -> PeftModel:
     from dataclasses import fields
 
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model_state_dict
@@ -326,9 +334,11 @@ def _with_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False
             hint=did_you_mean(config["peft_type"], sorted(PEFT_TYPE_TO_CONFIG_MAPPING), "types"),
         )
     refuse_settings(adapter, config, known=[field.name for field in fields(kind)])
+    if is_named_model(str(config.get("base_model_name_or_path") or ref), str(ref), Path(ref).expanduser()) is False:
+        _log.warning("%s was trained on %s, not on %s", adapter, config["base_model_name_or_path"], ref)
     refuse_slow_patterns(adapter, config, [name for name, _ in model.named_modules()])
     _refuse_other_sizes(model, adapter, config)
-    _refuse_not_finite(adapter)
+    _check_values(adapter)
     hint = "Use the model that the adapter was trained on."
     try:
         with warnings.catch_warnings():

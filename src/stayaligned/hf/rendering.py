@@ -21,7 +21,7 @@ from stayaligned.core.errors import StayalignedError, nearest
 from stayaligned.core.files import read_text
 from stayaligned.core.records import Message
 from stayaligned.core.settings import ChatTemplate
-from stayaligned.core.thoughts import split_thoughts
+from stayaligned.core.thoughts import is_mark, split_thoughts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +44,8 @@ _SWITCH = re.compile(r"/(?:no_?think|think)\b")
 """Words with which a system or user turn switches thoughts on or off; some templates take them out."""
 _READS_THOUGHTS = re.compile(r"\b(?:reasoning_content|thinking|reasoning)\b")
 """Keys of a turn under which transformers passes an answer's thoughts to a template."""
+_MARK_OF_TURN = re.compile(r"<[^<>\s]{1,60}>|\[[^\[\]\s]{1,20}\]|(?m:^#{2,} *\w+:?|^\w{2,20}:)")
+"""Marks of a turn's beginning or end: tokens in brackets, headings, and names with a colon."""
 _log = logging.getLogger(__name__)
 _DIRECTIVES = "aAbBcdefFgGHIjmMnpPrRsStTuUVwWxXyYzZhCklD"
 
@@ -121,6 +123,8 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message])
     turns = [{"role": message.role, "content": message.content} for message in prompt]
     text = _apply(tokenizer, template, turns, add_generation_prompt=True)
     _require_shown(tokenizer, prompt, text)
+    for message in prompt:
+        _warn_if_mark_inside(tokenizer, template, message.content)
     return text
 
 
@@ -130,6 +134,7 @@ def render_answer(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message],
     tail = _probe(tokenizer, template, tuple(message.role for message in prompt))
     told = _with_answer(tokenizer, template, prompt, answer)
     _require_shown(tokenizer, prompt, told)
+    _warn_if_mark_inside(tokenizer, template, answer)
     return RenderedAnswer(render_prompt(tokenizer, prompt), told, tail if told.endswith(tail) else "")
 
 
@@ -423,6 +428,37 @@ def _require_shown(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]
                 "like thoughts or control words: change the prompt, or the template.",
             )
         warn_if_space_differs(tokenizer, content, text)
+
+
+def _warn_if_mark_inside(tokenizer: PreTrainedTokenizerBase, template: str, content: str) -> None:
+    """Log once for a tokenizer that a turn holds what its template writes around turns, such as `<|im_end|>`."""
+    found = _BINDINGS.setdefault(tokenizer, {})
+    if ("", "mark") in found:
+        return
+    if (template, "marks") not in found:
+        found[template, "marks"] = "\n".join(_marks_between(tokenizer, template))
+    lines = {line.strip() for line in content.splitlines()}
+    for mark in filter(None, found[template, "marks"].split("\n")):
+        if mark in content if mark[0] in "<[" else any(line.startswith(mark) for line in lines):
+            found["", "mark"] = mark
+            _log.warning(
+                "the chat template of %s writes %r between turns, which also occurs inside a turn: the model may read "
+                "that turn as several (first: %r)",
+                *(tokenizer.name_or_path or "the tokenizer", mark, content.strip()[:60]),
+            )
+            return
+
+
+def _marks_between(tokenizer: PreTrainedTokenizerBase, template: str) -> list[str]:
+    """Return what a template writes between a request, its answer and the next request, but for marks of thoughts."""
+    request, answer = _MARKERS["user"], _ANSWER
+    turns = [{"role": role, "content": f"{text}0z"} for role, text in (("user", request), ("assistant", answer))]
+    for more in ([{"role": "user", "content": f"{request}1z"}], []):
+        with suppress(StayalignedError):
+            told = _apply(tokenizer, template, [*turns, *more], add_generation_prompt=bool(more))
+            between = told.partition(f"{request}0z")[2].replace(f"{answer}0z", "\n").replace(f"{request}1z", "\n")
+            return [mark for mark in dict.fromkeys(_MARK_OF_TURN.findall(between)) if not is_mark(mark)]
+    return []
 
 
 def _squeezed(text: str) -> str:

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.weights.checkpoints import REDOWNLOAD, Checkpoint, Span, Weight
+from stayaligned.weights.checkpoints import Checkpoint, Span, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -284,7 +284,10 @@ class _Buffers:
         square = float(torch.stack(squares).sum()) if squares else 0.0
         if not math.isfinite(square):
             directories = [str(c.directory) for c in (difference.checkpoint, difference.minus) if c is not None]
-            raise StayalignedError(f"{label} is not finite in {' or '.join(directories)}", hint=REDOWNLOAD)
+            raise StayalignedError(
+                f"{label} holds NaN or infinity in {' or '.join(directories)}",
+                hint="Train or download the model again: training diverged, or the file is damaged.",
+            )
         if not sampled:
             return Delta(value, math.sqrt(square))
         first, second, apart = torch.stack(sampled).sum(dim=0).tolist()

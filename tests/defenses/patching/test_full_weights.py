@@ -17,6 +17,7 @@ from stayaligned.defenses.patching.subspace import build_subspace
 from stayaligned.testing import write_pico_checkpoint
 from stayaligned.weights.checkpoints import open_checkpoint
 
+Q = "model.layers.0.self_attn.q_proj.weight"
 ALL = {"name": "safe_lora", "all_layers": True}
 SPECS: dict[str, dict[str, Any]] = {
     "scaled_gram": ALL,
@@ -152,6 +153,21 @@ def test_a_checkpoint_of_another_shape_is_refused_without_output(world: Path, tm
         patch_directory(other, tmp_path / "out", DEFENSES.parse(ALL), ModelPair(world / "aligned", world / "base"))
     assert "fine-tuned" in caught.value.message
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight", Q])
+def test_a_diverged_model_is_refused_without_output_wherever_it_is_not_finite(
+    world: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(world / "tuned", tmp_path / "tuned")
+    shard = tmp_path / "tuned" / "model.safetensors"
+    tensors = load_file(shard)
+    tensors[name].view(-1)[-1] = torch.nan
+    save_file(tensors, shard, metadata={"format": "pt"})
+    models = ModelPair(world / "aligned", world / "base")
+    with pytest.raises(StayalignedError, match="NaN or infinity"):
+        patch_directory(tmp_path / "tuned", tmp_path / "out", DEFENSES.parse(ALL), models)
+    assert [path.name for path in tmp_path.iterdir()] == ["tuned"]
 
 
 def test_identical_aligned_and_base_are_refused_without_output(world: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +10,9 @@ from typing import Any, NamedTuple
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import fingerprint
 from stayaligned.weights.adapters import Adapter
-from stayaligned.weights.checkpoints import Checkpoint, is_hub_id, weights_fingerprint
+from stayaligned.weights.checkpoints import Checkpoint, weights_fingerprint
 from stayaligned.weights.deltas import WeightOverlap
+from stayaligned.weights.origin import is_named_model
 from stayaligned.weights.unsupported import list_names
 
 _UNRELATED = 0.25
@@ -108,8 +108,8 @@ def check_trained_on(
 ) -> str | None:
     """Raise if an adapter is known to have been trained on another model than the aligned one.
 
-    Compared are the weights of the model that `adapter_config.json` names, if it is a local directory, else the names,
-    if both are hub ids; and the hash of the aligned model in the `projection.json` of an adapter that was patched.
+    Compared are the model that `adapter_config.json` names (see `is_named_model`), and the hash of the aligned model in
+    the `projection.json` of an adapter that was patched.
 
     Args:
         adapter: the adapter.
@@ -134,61 +134,20 @@ def check_trained_on(
     named = adapter.config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         return "not checked whether the adapter was trained on the aligned model: the adapter names no model"
-    if Path(named).is_dir():
-        return _compare_weights(adapter, named, aligned, base, allowed)
-    given, given_base = (ref.partition("@")[0] for ref in refs)
-    if named == given_base:
-        return _raise_unless(allowed, *_swapped(adapter, named))
-    if is_hub_id(named) and is_hub_id(given) and not Path(given).is_dir():
-        if named == given:
-            return None
-        if _model_name(named) != _model_name(given):
-            problem = f"{adapter.directory} was trained on {named}, not on {given}"
-            return _raise_unless(allowed, problem, f"Give the model that the adapter was trained on. {OVERRIDE}")
-    return f"not checked whether the adapter was trained on the aligned model: it names {named}, not a local directory"
-
-
-def _compare_weights(adapter: Adapter, named: str, aligned: Checkpoint, base: Checkpoint, allowed: bool) -> str | None:
-    if Path(named).resolve() == aligned.directory.resolve():
+    is_aligned = is_named_model(named, refs[0], aligned.directory)
+    if is_aligned:
         return None
-    if Path(named).resolve() == base.directory.resolve():
+    if is_named_model(named, refs[1], base.directory):
         return _raise_unless(allowed, *_swapped(adapter, named))
-    unchecked = (
-        f"not checked whether the adapter was trained on the aligned model: it names {named}, whose weights can't be "
-        "compared (quantized, or no longer there)"
-    )
-    try:
-        checkpoint = Checkpoint(Path(named))
-        if checkpoint.config().get("quantization_config"):
-            return unchecked
-        found = weights_fingerprint(checkpoint)
-    except StayalignedError:
-        return unchecked
-    if found == weights_fingerprint(aligned):
-        return None
-    if found == weights_fingerprint(base):
-        return _raise_unless(allowed, *_swapped(adapter, named))
-    if _equal_in_another_type(checkpoint, aligned):
-        return None
-    problem = f"{adapter.directory} was trained on {named}, whose stored weights are not those of {aligned.directory}"
+    if is_aligned is None:
+        return (
+            f"not checked whether the adapter was trained on the aligned model: it names {named}, whose weights can't "
+            "be compared (not a local directory, or quantized)"
+        )
+    problem = f"{adapter.directory} was trained on {named}, not on {refs[0]}"
     return _raise_unless(
         allowed, problem, f"Give the model that the adapter was trained on as aligned, and its own base. {OVERRIDE}"
     )
-
-
-def _equal_in_another_type(one: Checkpoint, other: Checkpoint) -> bool:
-    """Return whether one checkpoint is the other, stored in another type (bf16 of fp32)."""
-    import torch
-
-    if set(one) != set(other):
-        return False
-    for name in one:
-        x, y = one[name], other[name]
-        if x.dtype == y.dtype and not torch.equal(x, y):
-            return False
-        if not (torch.equal(x.to(y.dtype), y) or torch.equal(y.to(x.dtype), x)):
-            return False
-    return True
 
 
 def _swapped(adapter: Adapter, named: str) -> tuple[str, str]:
@@ -198,12 +157,6 @@ def _swapped(adapter: Adapter, named: str) -> tuple[str, str]:
         "aligned and base look swapped",
         f"Set aligned to {named} and base to its unaligned ancestor. {OVERRIDE}",
     )
-
-
-def _model_name(hub_id: str) -> str:
-    """Return the name without its owner and the marks of a quantized or converted copy."""
-    name = hub_id.rpartition("/")[2].lower().removeprefix("meta-")
-    return re.sub(r"([-_.](unsloth|bnb|[48]bit|int[48]|fp8|bf16|fp16|gptq|awq|hf|nf4|w4a16|mlx))+$", "", name)
 
 
 class _RecordedBase(NamedTuple):

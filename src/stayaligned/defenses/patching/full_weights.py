@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from stayaligned.defenses.patching.layers import (
     select_layers,
     skip_layer,
 )
+from stayaligned.weights.adapters import all_finite
 from stayaligned.weights.checkpoints import Checkpoint, Weight, open_checkpoint
 from stayaligned.weights.deltas import (
     Delta,
@@ -87,6 +88,7 @@ def patch_weights(
         )
     patching = _Patching(selector, patcher, layers, models, aligned, finetuned, base, subspace)
     items = patching.items()  # raises before gigabytes are copied if the checkpoints don't fit together
+    _refuse_not_finite(finetuned, {block.name for weight in placed for block in weight.stored[1]})
     _copy_files(finetuned, out)
     if selector.lowest is None and models.subspace is None:  # each layer is selected by its own similarity
         reports = patching.run(items, None, out, how)
@@ -105,6 +107,17 @@ def _open_subspace(path: Path, aligned: Checkpoint) -> SubspaceFile:
     file = SubspaceFile(path)
     file.refuse_other_model(aligned)
     return file
+
+
+def _refuse_not_finite(checkpoint: Checkpoint, placed: Set[str]) -> None:
+    """Raise if a tensor that is copied as it is holds NaN or infinity; the others are checked when they are patched."""
+    for name in checkpoint.keys() - placed:
+        tensor = checkpoint[name]
+        if tensor.is_floating_point() and not all_finite(tensor.float()):
+            raise StayalignedError(
+                f"{checkpoint.directory}: {name} holds NaN or infinity",
+                hint="Train or download the model again: training diverged, or the file is damaged.",
+            )
 
 
 def _copy_files(checkpoint: Checkpoint, out: Path) -> None:

@@ -430,10 +430,10 @@ def _cut_at_end(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], end_i
     """Return the text before the first end token."""
     end = next((place for place, token in enumerate(tokens) if token in end_ids), None)
     own = list(tokens[:end])
-    return Generated(_decode(tokenizer, own), finished=end is not None, tokens=tuple(own))
+    return Generated(decode(tokenizer, own), finished=end is not None, tokens=tuple(own))
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
     """Return the text of tokens with the marks of thoughts, which are special tokens in some vocabularies."""
     special = _special_tokens(tokenizer)
     if not any(is_mark(special[token]) for token in set(tokens) & special.keys()):
