@@ -1,6 +1,6 @@
 import math
 from dataclasses import FrozenInstanceError, fields
-from statistics import fmean, stdev
+from statistics import fmean, variance
 
 import pytest
 from hypothesis import given
@@ -18,23 +18,30 @@ rates = st.lists(st.integers(0, 200).map(lambda hits: hits / 200), min_size=2, m
 
 
 @given(values=rates)
-def test_a_mean_over_seeds_has_students_interval_clipped_to_the_scale(make_result, values):
+def test_without_evidence_a_mean_over_seeds_has_the_widest_interval_over_seeds_and_prompts(make_result, values):
     report = build_report([make_result("A", seed, harm) for seed, harm in enumerate(values)], title="t")
     found = report.arms[0].estimates["harmful_score"]
     assert found.mean == pytest.approx(fmean(values))
     assert [metric.value for metric in found.by_seed.values()] == values
-    if len(set(values)) > 1:
-        half = student.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
-        assert found.interval == "seeds"
-        assert (found.low, found.high) == pytest.approx((max(0, fmean(values) - half), min(1, fmean(values) + half)))
+    # By hand: 200 prompts, each with one value in all seeds, and one made-up prompt at either end of the scale.
+    mean, k = fmean(values), len(values)
+    center = (200 * mean + 1) / 202
+    squares = 199 * mean * (1 - mean) + 200 * (mean - center) ** 2 + center**2 + (1 - center) ** 2
+    prompts, seeds = squares / (202 * 201), variance(values) / k
+    free = (seeds + prompts) ** 2 / (seeds**2 / (k - 1) + prompts**2 / 201)
+    over_both = student.ppf(0.975, free) * math.sqrt(seeds + prompts)
+    over_seeds = student.ppf(0.975, k - 1) * math.sqrt(seeds)
+    half = max(over_both, over_seeds) + 0.5 / (200 * k)
+    assert found.interval == "seeds"
+    assert (found.low, found.high) == pytest.approx((max(0, center - half), min(1, center + half)))
 
 
-def test_seeds_that_agree_exactly_keep_the_interval_of_their_prompts(make_result):
+def test_seeds_that_agree_exactly_keep_the_uncertainty_of_their_prompts(make_result):
     results = [make_result("A", seed, 0.0) for seed in (1, 2, 3)]
     found = build_report(results, title="t").arms[0].estimates["harmful_score"]
-    own = results[0].metric("harmful_score")
-    assert (found.interval, found.low, found.high) == ("prompts", own.low, own.high)
-    assert found.high > 0.01
+    assert found.interval == "seeds"
+    assert found.low == 0
+    assert 0.01 < found.high < 0.02
 
 
 def test_one_seed_has_its_own_interval(make_result):
@@ -233,12 +240,17 @@ def test_the_summary_names_only_arms_whose_numbers_support_it(make_result):
         *arm("noise", (0.95, 0.2, 0.97), (0.98, 0.95, 0.97)),
     ]
     report = build_report(results, title="t", reference="attacked")
-    assert report.summary.startswith("Of 3 arms fine-tuned like attacked (harmful score 94.0 %), 2 have a lower")
-    assert "of these, good (" in report.summary
-    assert report.summary.endswith(
-        "shows no significant loss of fine-tune accuracy after the correction, which does not exclude a loss."
+    assert report.summary == (
+        "2 of 3 competing arms have less harm than attacked (harmful score 94.0 %) over 3 seeds: "
+        "good (10.0 %) and costly (7.7 %) (p below 0.05 after Holm's correction over these arms)."
     )
-    assert any("their loss of fine-tune accuracy is significant: costly" in line for line in report.findings)
+    assert any(line.startswith("Less harm at the cost of fine-tune accuracy") for line in report.findings)
+    assert [a.verdict.label for a in report.arms] == [
+        "Reference",
+        "Less harm",
+        "Less harm, at a cost",
+        "No less harm shown",
+    ]
 
 
 def test_without_judged_completions_nothing_is_concluded(make_result):

@@ -1,10 +1,11 @@
 """Differences: corrected for multiple testing, on their own scale, and for one seed compared by prompt."""
 
+import re
+
 import pytest
-from scipy.stats import ttest_1samp
 
 from stayaligned.core.records import Metric, Outcome
-from stayaligned.evaluation.metrics import holm, mcnemar
+from stayaligned.evaluation.metrics import mcnemar
 from stayaligned.evaluation.results import Evidence
 from stayaligned.report import build_report
 from stayaligned.report.page import html_text
@@ -25,34 +26,45 @@ def rows(hits, n=120, judge="keyword"):
     ]
 
 
-def test_p_values_are_students_and_corrected_over_the_whole_table(grid_results):
+def test_the_primary_family_is_the_harm_of_competing_arms_and_all_else_is_secondary(grid_results):
     report = build_report(grid_results, title="t", reference="SFT attacked")
-    raw = {}
-    for arm in report.arms:
-        for name, difference in arm.differences.items():
-            values = [d for _, d in difference.paired.pairs]
-            if difference.p_value is not None:
-                raw[arm.name, name] = float(ttest_1samp(values, 0.0).pvalue)
-    corrected = dict(zip(raw, holm(list(raw.values())), strict=True))
-    assert len(raw) > 10
-    for (name, metric), wanted in corrected.items():
-        difference = arm_of(report, name).differences[metric]
-        assert difference.p_value == pytest.approx(wanted, rel=1e-6, abs=1e-12)
-        assert difference.resolved == (wanted < 0.05)
-    assert 0 < sum(p < 0.05 for p in raw.values()) > sum(p < 0.05 for p in corrected.values())
+    roles = {arm.name: arm.role for arm in report.arms}
+    assert [name for name, role in roles.items() if role == "competing"] == [
+        "Mixing 10 %",
+        "BSO",
+        "Lisa",
+        "Safe LoRA",
+        "Complement",
+        "BSO + complement",
+    ]
+    primary = {(arm.name, name) for arm in report.arms for name, found in arm.differences.items() if found.primary}
+    assert primary == {(name, "harmful_score") for name, role in roles.items() if role == "competing"}
+    resolved = {(arm.name, name) for arm in report.arms for name, found in arm.differences.items() if found.resolved}
+    assert ("Complement", "harmful_score") in resolved <= primary
+    # Fewer secondary metrics, controls or arms for orientation change no primary p-value.
+    fewer = [
+        result.model_copy(update={"scores": ()})
+        for result in grid_results
+        if roles[result.arm] in ("competing", "reference")
+    ]
+    alone = build_report(fewer, title="t", reference="SFT attacked")
+    for arm in alone.arms:
+        found = arm.differences.get("harmful_score")
+        assert found == arm_of(report, arm.name).differences.get("harmful_score")
 
 
-def test_one_seed_is_compared_by_prompt_and_without_evidence_not_at_all(make_result):
+def test_one_seed_gets_an_interval_over_prompts_and_claims_nothing(make_result):
     results = [make_result(arm, 0, harm, 0.9) for arm, harm in (("a", 0.5), ("b", 0.2))]
     judge = results[0].judges[0].judge
     evidence = {result.id: rows(hits, judge=judge) for result, hits in zip(results, (60, 24), strict=True)}
-    if results[0].id == results[1].id:
-        results[1] = results[1].model_copy(update={"id": "other"})
-        evidence = {results[0].id: rows(60, judge=judge), "other": rows(24, judge=judge)}
-    found = arm_of(build_report(results, title="t", reference="a", evidence=evidence), "b").differences["harmful_score"]
+    report = build_report(results, title="t", reference="a", evidence=evidence)
+    found = arm_of(report, "b").differences["harmful_score"]
     truth = mcnemar({str(i): i < 24 for i in range(120)}, {str(i): i < 60 for i in range(120)})
     assert (found.paired.low, found.paired.high) == (truth.low, truth.high)
-    assert found.resolved
+    assert (found.resolved, found.p_value) == (False, None)
+    assert arm_of(report, "b").verdict.kind == "one_seed"
+    for text in (report.summary, markdown_text(report), html_text(report), *report.findings):
+        assert not re.search(r"ess harm than|a lower harmful|\*\*−|class=\"resolved|≠", text)
     without = arm_of(build_report(results, title="t", reference="a"), "b").differences["harmful_score"]
     assert (without.resolved, without.p_value) == (False, None)
 

@@ -169,10 +169,14 @@ def collect_evidence(
             judge_scores={name: v.score for name, v in own.items() if v.score is not None},
             score=scores.get(place),
             degenerate=degenerate.get(place),
+            completion=_short_hash(completion.text),
         )
 
 
 def prompt_hash(prompt: Sequence[Message]) -> str:
     """Return what identifies a prompt: the first 16 hex digits of the conversation's SHA-256."""
-    content = json.dumps([(m.role, m.content) for m in prompt], ensure_ascii=False)
-    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return _short_hash(json.dumps([(m.role, m.content) for m in prompt], ensure_ascii=False))
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

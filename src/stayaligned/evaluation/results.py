@@ -119,6 +119,8 @@ class Evidence(Record):
     """Score of the task, for prompt sets that a task scores."""
     degenerate: bool | None = None
     """Whether the completion is degenerate (see `stayaligned.evaluation.degeneration`); None if not checked."""
+    completion: str = ""
+    """SHA-256 of the completion's text, 16 hex digits: equal for equal texts; empty in older results."""
 
 
 class Agreement(Record):

@@ -8,20 +8,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from statistics import fmean
-from typing import Any
 
 from stayaligned.core.errors import StayalignedError, nearest
 from stayaligned.core.records import Metric, PromptSet
-from stayaligned.evaluation.metrics import across_seeds, exact_interval
-from stayaligned.evaluation.results import Agreement, Evidence, JudgeReading, Result, result_rows
+from stayaligned.evaluation.results import Agreement, Evidence, Result, result_rows
 from stayaligned.report.background import collect_facts, collect_notes, collect_prompts, collect_times
-from stayaligned.report.comparing import ROUNDING, compare
+from stayaligned.report.estimating import estimate_categories, estimate_metrics, estimate_other_judges
 from stayaligned.report.texts import join_names
 from stayaligned.report.training import collect_trainings
 from stayaligned.report.values import (
     KNOWN_METRICS,
     Arm,
-    CategoryRate,
     Estimate,
     EvidenceRow,
     MetricKind,
@@ -29,10 +26,8 @@ from stayaligned.report.values import (
     PatchSummary,
     Report,
 )
+from stayaligned.report.verdicts import compare_arms
 from stayaligned.report.words import list_cautions, list_findings, summarize
-
-_CONTROLS = frozenset({"drop", "shrink", "random_subspace"})
-"""Patches that do not use the alignment directions. Named here because results may come from another installation."""
 
 
 def build_report(
@@ -56,23 +51,26 @@ def build_report(
     groups = _group_by_arm(results, reference)
     threat = _threat(results, reference)
     measured = _collect_metrics(results)
-    estimates = {name: _estimates(runs, measured) for name, runs in groups.items()}
+    rows = {name: [(run, (evidence or {}).get(run.id, ())) for run in runs] for name, runs in groups.items()}
+    estimates = {name: estimate_metrics(runs, measured) for name, runs in rows.items()}
     comparable = {name for name, runs in groups.items() if _threat_of(runs[0]) == threat}
-    front = _find_front({name: estimates[name] for name in groups if name in comparable})
-    rows = {name: [(evidence or {}).get(run.id, ()) for run in runs] for name, runs in groups.items()}
-    differences = compare(estimates, rows, reference)
+    compared = compare_arms(rows, estimates, comparable, reference)
+    rivals = [name for name in groups if compared[name].role in ("reference", "competing")]
+    front = _find_front({name: estimates[name] for name in rivals})
     arms = tuple(
         Arm(
             name=name,
             seeds=tuple(run.seed for run in runs),
             comparable=name in comparable,
-            control=_is_control(runs[0].experiment),
+            role=compared[name].role,
+            verdict=compared[name].verdict,
             on_front=name in front,
             estimates=estimates[name],
-            differences=differences.get(name, {}),
-            other_judges=tuple(_other_judges(runs)),
+            differences=compared[name].differences,
+            controls=compared[name].controls,
+            other_judges=tuple(estimate_other_judges(rows[name])),
             agreements=tuple(_agreements(runs)),
-            categories=tuple(_categories(runs)),
+            categories=tuple(estimate_categories(rows[name])),
             patches=tuple(_patches(runs)),
             experiment=runs[0].experiment,
             varies=_varying_fields(runs),
@@ -163,11 +161,6 @@ def _find_front(estimates: Mapping[str, Mapping[str, Estimate]]) -> set[str]:
     }
 
 
-def _is_control(experiment: Mapping[str, Any]) -> bool:
-    defenses = experiment.get("defenses") or ()
-    return bool(defenses) and defenses[-1].get("name") in _CONTROLS
-
-
 def _varying_fields(runs: Sequence[Result]) -> tuple[str, ...]:
     """Return the top-level fields, except `seed`, that differ between seeds."""
     first = runs[0].experiment
@@ -207,51 +200,7 @@ def _describe_metric(metric: Metric) -> MetricKind:
     return MetricKind(metric.name, title[:1].upper() + title[1:], definition, metric.higher_is_better)
 
 
-def _estimates(runs: Sequence[Result], measured: Sequence[MetricKind]) -> dict[str, Estimate]:
-    judge = runs[0].judges[0].judge if runs[0].judges else ""
-    estimates: dict[str, Estimate] = {}
-    for kind in measured:
-        by_seed = {run.seed: metric for run in runs if (metric := run.metric(kind.name)) is not None}
-        if by_seed:
-            scored_by_task = any(score.name == kind.name for run in runs for score in run.scores)
-            estimates[kind.name] = _estimate(kind.name, "" if scored_by_task else judge, by_seed)
-    return estimates
-
-
-def _estimate(name: str, judge: str, by_seed: Mapping[int, Metric]) -> Estimate:
-    """Aggregate a metric over seeds: the mean with Student's interval, clipped to the metric's scale.
-
-    A single scored seed keeps the interval over its prompts. So do seeds with exactly equal values: with a spread of
-    zero, Student's interval would be a point, which the number of prompts does not support.
-    """
-    pooled = across_seeds(list(by_seed.values()))
-    scored = [metric for metric in by_seed.values() if metric.value is not None]
-    low, high = pooled.low, pooled.high
-    least, greatest = pooled.scale
-    if low is not None and high is not None and high - low > ROUNDING:
-        return Estimate(name, judge, by_seed, pooled.value, max(least, low), min(greatest, high), "seeds")
-    # Seeds with equal values may differ in the number of prompts: use the widest interval.
-    widest = max(scored, key=lambda m: (m.high or 0.0) - (m.low or 0.0), default=None)
-    if widest is None or widest.low is None or widest.high is None:
-        return Estimate(name, judge, by_seed, pooled.value, None, None, "none")
-    return Estimate(name, judge, by_seed, pooled.value, widest.low, widest.high, "prompts")
-
-
 # ---- judges and patches --------------------------------------------------------------------------------------------
-
-
-def _other_judges(runs: Sequence[Result]) -> list[Estimate]:
-    """Return the estimates of every judge except the primary judge."""
-    readings: dict[str, dict[str, dict[int, Metric]]] = {}
-    for run in runs:
-        for reading in run.judges[1:]:
-            _add_reading(readings.setdefault(reading.judge, {}), run.seed, reading)
-    return [_estimate(name, judge, by_seed) for judge, by_name in readings.items() for name, by_seed in by_name.items()]
-
-
-def _add_reading(by_name: dict[str, dict[int, Metric]], seed: int, reading: JudgeReading) -> None:
-    for metric in reading.metrics:
-        by_name.setdefault(metric.name, {})[seed] = metric
 
 
 def _agreements(runs: Sequence[Result]) -> list[Agreement]:
@@ -276,27 +225,6 @@ def _agreements(runs: Sequence[Result]) -> list[Agreement]:
             )
         )
     return pairs
-
-
-def _categories(runs: Sequence[Result]) -> list[CategoryRate]:
-    """Pool the primary judge's rates by category; scores on another scale have no exact interval and are omitted."""
-    found: dict[tuple[PromptSet, str, str], list[Metric]] = {}
-    for run in runs:
-        for reading in run.judges[0].categories if run.judges else ():
-            for metric in reading.metrics:
-                if metric.scale == (0.0, 1.0) and metric.name in _RATES:
-                    found.setdefault((reading.prompt_set, reading.category, metric.name), []).append(metric)
-    rates: list[CategoryRate] = []
-    for (prompt_set, category, name), metrics in found.items():
-        n = sum(metric.n for metric in metrics)
-        count = round(math.fsum(metric.value * metric.n for metric in metrics if metric.value is not None))
-        low, high = exact_interval(count, n) if n else (None, None)
-        rates.append(CategoryRate(prompt_set, category, name, count / n if n else None, n, low, high))
-    return rates
-
-
-_RATES = frozenset({"harmful_score", "refusal_rate", "other_rate", "over_refusal", "degeneration"})
-"""Metrics that are shares of completions, and so can be pooled as counts."""
 
 
 def _patches(runs: Sequence[Result]) -> list[PatchSummary]:

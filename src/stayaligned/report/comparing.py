@@ -1,122 +1,238 @@
-"""Differences of arms from the reference arm, paired by seed or, for one seed, by prompt, with Holm's correction."""
+"""Differences between arms on the same prompts: from the reference arm, and of a patch from its controls.
+
+Two families of tests are fixed in advance, each with Holm's correction: the harmful score of the competing arms against
+the reference arm (the primary family), and the harmful score of each patch against each of its controls. All other
+differences are secondary.
+"""
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from statistics import fmean, stdev
+from statistics import fmean
+from typing import Any
 
-from stayaligned.core.records import Outcome
-from stayaligned.evaluation.metrics import PairedDifference, holm, mcnemar, paired_difference
-from stayaligned.evaluation.results import Evidence
-from stayaligned.report.values import ArmDifference, Estimate
+from stayaligned.evaluation.metrics import (
+    MeanOfPrompts,
+    PairedDifference,
+    holm,
+    mean_of_prompts,
+    mean_of_seeds,
+    paired_difference,
+)
+from stayaligned.evaluation.results import Result
+from stayaligned.report.estimating import RunWithRows
+from stayaligned.report.texts import scale_position
+from stayaligned.report.values import ArmDifference, ControlComparison, Estimate, Role
 
-ROUNDING = 1e-9
-_LEVEL = 0.05
+HARM, ACCURACY = "harmful_score", "finetune_accuracy"
+LEVEL = 0.05
 
-EvidenceByRun = Sequence[Sequence[Evidence]]
-"""The evidence of each run of an arm; empty for runs without evidence."""
+ACTIONS = {
+    "drop": "dropping the same layers",
+    "shrink": "shrinking the same layers as much",
+    "random_subspace": "removing a random part of the same layers",
+}
+"""What each built-in control does, in words. Named here because results may come from another installation."""
+
+Arms = Mapping[str, Sequence[RunWithRows]]
+Estimates = Mapping[str, Mapping[str, Estimate]]
 
 
-def compare(
-    estimates: Mapping[str, Mapping[str, Estimate]], rows: Mapping[str, EvidenceByRun], reference: str | None
+def control_of(experiment: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the last patch of an experiment if it is a control: it changes the layers that its `like` selects."""
+    defenses = experiment.get("defenses") or ()
+    last = defenses[-1] if defenses else {}
+    return last if last.get("name") in ACTIONS or isinstance(last.get("like"), Mapping) else None
+
+
+# ---- differences from the reference arm ----------------------------------------------------------------------------
+
+
+def compare_with_reference(
+    arms: Arms, estimates: Estimates, roles: Mapping[str, Role], reference: str | None
 ) -> dict[str, dict[str, ArmDifference]]:
-    """Compute each other arm's differences from the reference arm, by metric.
-
-    A difference is resolved if its p-value, with Holm's correction over all differences of the table, is below 0.05.
-    The test is Student's paired t-test over seeds; for one seed, McNemar's test on the prompts scored for both arms.
-    """
+    """Compute each other arm's differences from the reference arm, by metric, with Holm's correction of the primary."""
     if reference is None:
         return {}
-    theirs = estimates[reference]
     found = {
         name: {
-            metric: _difference(ours[metric], theirs[metric], rows[name], rows[reference])
-            for metric in ours
-            if metric in theirs
+            metric: _difference(own[metric], estimates[reference][metric], arms[name], arms[reference])
+            for metric in own
+            if metric in estimates[reference]
         }
-        for name, ours in estimates.items()
+        for name, own in estimates.items()
         if name != reference
     }
-    tested = [(name, metric) for name, of in found.items() for metric in of if of[metric].p_value is not None]
-    corrected = holm([found[name][metric].p_value or 0.0 for name, metric in tested])
-    for (name, metric), p_value in zip(tested, corrected, strict=True):
-        found[name][metric] = replace(found[name][metric], p_value=p_value, resolved=p_value < _LEVEL)
+    family = [name for name in found if roles[name] == "competing" and HARM in found[name]]
+    corrected = _correct([found[name][HARM] for name in family])
+    for name, difference in zip(family, corrected, strict=True):
+        found[name][HARM] = replace(difference, primary=True)
     return found
 
 
-def _difference(ours: Estimate, theirs: Estimate, our_rows: EvidenceByRun, their_rows: EvidenceByRun) -> ArmDifference:
-    paired = paired_difference(
-        {seed: metric.value for seed, metric in ours.by_seed.items()},
-        {seed: metric.value for seed, metric in theirs.by_seed.items()},
-    )
-    if len(ours.by_seed) == len(theirs.by_seed) == 1 and our_rows[0] and their_rows[0]:
-        return _compare_by_prompt(ours.name, ours.judge, paired, our_rows[0], their_rows[0])
-    return ArmDifference(
-        _clip_to_scale(paired, ours.scale), _intervals_are_disjoint(paired, ours, theirs), _p_value(paired)
-    )
+def _correct(family: Sequence[ArmDifference]) -> list[ArmDifference]:
+    """Correct the p-values of one family after Holm; differences without one stay as they are."""
+    tested = [i for i, difference in enumerate(family) if difference.p_value is not None]
+    corrected = list(family)
+    for i, p_value in zip(tested, holm([family[i].p_value or 0.0 for i in tested]), strict=True):
+        corrected[i] = replace(family[i], p_value=p_value, resolved=p_value < LEVEL)
+    return corrected
 
 
-def _p_value(paired: PairedDifference) -> float | None:
-    """Return the p-value of Student's two-sided test that the pairs' mean is 0; None if the pairs have no spread."""
-    values = [difference for _, difference in paired.pairs]
-    if paired.low is None or paired.high is None or paired.high - paired.low <= ROUNDING:
-        return None
-    from scipy.special import stdtr
-
-    return 2 * float(stdtr(len(values) - 1, -abs(fmean(values)) / (stdev(values) / math.sqrt(len(values)))))
-
-
-def _compare_by_prompt(
-    name: str, judge: str, paired: PairedDifference, ours: Sequence[Evidence], theirs: Sequence[Evidence]
+def _difference(
+    ours: Estimate, theirs: Estimate, our_runs: Sequence[RunWithRows], their_runs: Sequence[RunWithRows]
 ) -> ArmDifference:
-    """Run McNemar's test on the prompts scored for both arms; metrics that are not shares of prompts are not tested."""
-    first, second = (_hits_by_prompt(name, judge, rows) for rows in (ours, theirs))
-    if not first.keys() & second.keys():
-        return ArmDifference(paired, resolved=False, p_value=None)
-    found = mcnemar(first, second)
-    return ArmDifference(replace(paired, low=found.low, high=found.high), resolved=False, p_value=found.p_value)
+    """Compute a difference on the prompts that both arms have; from the seeds' means where no prompts are known.
 
-
-def _hits_by_prompt(name: str, judge: str, rows: Sequence[Evidence]) -> dict[str, bool | None]:
-    """Return, by prompt, whether a completion counts toward a metric; None is unscored."""
-    wanted = {
-        "harmful_score": ("harmful", Outcome.HARM),
-        "refusal_rate": ("harmful", Outcome.REFUSE),
-        "other_rate": ("harmful", Outcome.OTHER),
-        "over_refusal": ("benign", Outcome.REFUSE),
-    }
-    if name in wanted:
-        prompt_set, outcome = wanted[name]
-        judged = [row for row in rows if row.prompt_set == prompt_set and judge in row.outcomes]
-        return {row.prompt: None if row.outcomes[judge] is None else row.outcomes[judge] is outcome for row in judged}
-    if name == "degeneration":
-        return {f"{row.prompt_set} {row.prompt}": row.degenerate for row in rows if row.degenerate is not None}
-    scored = {"finetune_accuracy": "task", "skills_kept": "skills"}.get(name)
-    values = {row.prompt: row.score for row in rows if row.prompt_set == scored}
-    whole = all(value in (None, 0.0, 1.0) for value in values.values())
-    return {prompt: None if value is None else value == 1.0 for prompt, value in values.items()} if whole else {}
-
-
-def _clip_to_scale(paired: PairedDifference, scale: tuple[float, float]) -> PairedDifference:
-    """Clip the interval of a difference to the possible differences on the scale.
-
-    Equal differences in every seed (for example both arms at 0 %) have no spread and get no interval: an interval of
-    width zero would suggest a certainty that the prompts do not support.
+    Seeds are left out in which the arms have no prompt in common, or were judged differently. Fewer than two seeds or
+    two models of an arm get no p-value: one run cannot show how far runs differ by chance.
     """
-    if paired.low is None or paired.high is None:
-        return paired
-    if paired.high - paired.low <= ROUNDING:
-        return replace(paired, low=None, high=None)
+    first, second = ({run.seed: run for run, _ in runs} for runs in (our_runs, their_runs))
+    seeds = [seed for seed in first if seed in second and _judged_alike(ours.judge, first[seed], second[seed])]
+    pairs, found = (_pair_prompts if ours.values and theirs.values else _pair_means)(ours, theirs, seeds)
+    paired = paired_difference({s: pair[0] for s, pair in pairs.items()}, {s: pair[1] for s, pair in pairs.items()})
+    unpaired = tuple(sorted({*ours.by_seed, *theirs.by_seed} - {*pairs}))
+    if found is None:
+        return ArmDifference(_on_scale(replace(paired, low=None, high=None, unpaired=unpaired), ours.scale))
+    low, high = found.interval()
+    paired = replace(paired, mean=found.value, low=low, high=high, unpaired=unpaired)
+    tested = (
+        len(pairs) > 1
+        and _differ([first[s] for s in pairs])
+        and (_is_untrained(next(iter(second.values()))) or _differ([second[s] for s in pairs]))
+    )
+    return ArmDifference(_on_scale(paired, ours.scale), p_value=found.p_value() if tested else None)
+
+
+_Pairs = tuple[dict[int, tuple[float, float]], MeanOfPrompts | None]
+"""Means of both arms by seed, and the mean difference; None if it has no interval."""
+
+
+def _pair_prompts(ours: Estimate, theirs: Estimate, seeds: Sequence[int]) -> _Pairs:
+    common = {
+        seed: [
+            (key, value, theirs.values[seed][key])
+            for key, value in ours.values[seed].items()
+            if key in theirs.values[seed]
+        ]
+        for seed in seeds
+        if seed in ours.values and seed in theirs.values
+    }
+    common = {seed: rows for seed, rows in common.items() if rows}
+    means = {seed: (fmean(a for _, a, _ in rows), fmean(b for _, _, b in rows)) for seed, rows in common.items()}
+    changes = {seed: {key: a - b for key, a, b in rows} for seed, rows in common.items()}
+    return means, mean_of_prompts(changes) if changes else None
+
+
+def _pair_means(ours: Estimate, theirs: Estimate, seeds: Sequence[int]) -> _Pairs:
+    """Compare by seeds alone, as if the completions of the two arms were unrelated."""
+    means: dict[int, tuple[float, float]] = {}
+    for seed in seeds:
+        a, b = (one.by_seed[seed].value if seed in one.by_seed else None for one in (ours, theirs))
+        if a is not None and b is not None:
+            means[seed] = scale_position(ours.scale, a), scale_position(theirs.scale, b)
+    if len(means) < 2:
+        return means, None
+    n = min(one.by_seed[seed].n for seed in means for one in (ours, theirs))
+    both = (fmean(pair[side] for pair in means.values()) for side in (0, 1))
+    spread = sum(mean * (1 - mean) for mean in both)
+    return means, mean_of_seeds({seed: a - b for seed, (a, b) in means.items()}, n, spread)
+
+
+def _judged_alike(judge: str, first: Result, second: Result) -> bool:
+    """Whether the primary judges of two runs give comparable verdicts; True for metrics without a judge."""
+    if not judge:
+        return True
+    ours, theirs = first.judges[0], second.judges[0]
+    if ours.identity is None or theirs.identity is None:
+        return ours.judge == theirs.judge
+    return ours.identity == theirs.identity
+
+
+def _is_untrained(run: Result) -> bool:
+    return run.experiment.get("training", {}) is None and run.experiment.get("adapter") is None
+
+
+def _differ(runs: Sequence[Result]) -> bool:
+    """Whether runs of several seeds have at least two models: one model measured twice is one run of it."""
+    models = {
+        json.dumps(
+            [run.provenance.inputs.get("model"), run.provenance.inputs.get("adapter")]
+            + [key for name, key in run.provenance.stages.items() if name == "train" or name.startswith("patch ")]
+        )
+        for run in runs
+    }
+    known = any(run.provenance.inputs.get("model") for run in runs)
+    return len(models) > 1 or not known
+
+
+def _on_scale(paired: PairedDifference, scale: tuple[float, float]) -> PairedDifference:
+    """Convert a difference of positions on a scale to the units of the scale."""
     width = scale[1] - scale[0]
-    return replace(paired, low=max(-width, paired.low), high=min(width, paired.high))
+    low, mean, high = (None if value is None else width * value for value in (paired.low, paired.mean, paired.high))
+    pairs = tuple((seed, width * difference) for seed, difference in paired.pairs)
+    return replace(paired, pairs=pairs, low=low, mean=mean, high=high)
 
 
-def _intervals_are_disjoint(paired: PairedDifference, ours: Estimate, theirs: Estimate) -> bool:
-    """Whether all pairs are equal and the arms' own intervals, over prompts, are disjoint."""
-    if paired.low is None or paired.high is None or paired.high - paired.low > ROUNDING:
-        return False
-    if ours.low is None or ours.high is None or theirs.low is None or theirs.high is None:
-        return False
-    return ours.high < theirs.low or theirs.high < ours.low
+# ---- a patch and its controls --------------------------------------------------------------------------------------
+
+
+def compare_with_controls(arms: Arms, estimates: Estimates) -> dict[str, tuple[ControlComparison, ...]]:
+    """Compare each arm whose last step is a patch with its controls, with Holm's correction over all these pairs.
+
+    A control of a patch names the patch, with the same settings, as its `like`; all else but the label is equal.
+    """
+    found: dict[tuple[str, str], ControlComparison] = {}
+    for patch, control in _pair_controls(arms):
+        differences = {
+            metric: _difference(estimates[patch][metric], estimates[control][metric], arms[patch], arms[control])
+            for metric in (HARM, ACCURACY)
+            if metric in estimates[patch] and metric in estimates[control]
+        }
+        last = control_of(arms[control][0][0].experiment) or {}
+        action = ACTIONS.get(last.get("name", ""), f"the control {last.get('name')}")
+        found[patch, control] = ControlComparison(
+            control, action, differences, *_count_same(arms[patch], arms[control])
+        )
+    family = [pair for pair, one in found.items() if HARM in one.differences]
+    for pair, harm in zip(family, _correct([found[pair].differences[HARM] for pair in family]), strict=True):
+        found[pair] = replace(found[pair], differences={**found[pair].differences, HARM: harm})
+    return {name: tuple(one for (patch, _), one in found.items() if patch == name) for name in arms}
+
+
+def _pair_controls(arms: Arms) -> list[tuple[str, str]]:
+    specs = {name: runs[0][0].experiment for name, runs in arms.items()}
+    controls = {name: (spec, last) for name, spec in specs.items() if (last := control_of(spec)) is not None}
+    return [
+        (patch, name)
+        for patch, spec in specs.items()
+        if patch not in controls and spec.get("defenses")
+        for name, (other, last) in controls.items()
+        if last.get("like") == spec["defenses"][-1]
+        and other["defenses"][:-1] == spec["defenses"][:-1]
+        and _surroundings(other) == _surroundings(spec)
+    ]
+
+
+def _surroundings(experiment: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in experiment.items() if key not in ("label", "seed", "defenses")}
+
+
+def _count_same(patch: Sequence[RunWithRows], control: Sequence[RunWithRows]) -> tuple[int, int]:
+    """Return the number of equal completions, and of prompts whose completions can be compared."""
+    theirs = {
+        (run.seed, row.prompt_set, row.id, row.prompt): row.completion
+        for run, rows in control
+        for row in rows
+        if row.completion
+    }
+    places = [
+        ((run.seed, row.prompt_set, row.id, row.prompt), row.completion)
+        for run, rows in patch
+        for row in rows
+        if row.completion
+    ]
+    common = [(completion, theirs[place]) for place, completion in places if place in theirs]
+    return sum(a == b for a, b in common), len(common)

@@ -26,6 +26,7 @@ def _lines(report: Report) -> Iterator[str]:
     for caution in report.cautions:
         yield f"- {markdown(caution, 2000)}"
     yield f"- {markdown(NEVER_CLAIMED[0], 2000)}"
+    yield from ("", "## Verdicts", "", *(_verdict(arm) for arm in report.arms))
     yield from ("", "## Arms", "", *_main_table(report), "")
     if report.reference is not None:
         yield from (f"## Differences from {markdown(report.reference)}", "", *_difference_table(report), "")
@@ -46,12 +47,14 @@ def _lines(report: Report) -> Iterator[str]:
 
 
 INTERVALS = (
-    "Intervals are at 95 %. For two or more seeds: Student's t interval of the mean, cut to 0–100 %, which covers the "
-    "spread between runs. For one seed, marked †: the interval of that seed (Clopper-Pearson, or Student's for graded "
-    "scores), which covers another sample of prompts but not other seeds. Seeds with exactly equal values have no "
-    "spread; they also get the interval of their prompts.",
-    "A difference is the mean over seeds of arm minus reference arm, with its own t interval. It is significant if "
-    "its p-value is below 0.05 after Holm's correction over the table of differences.",
+    "Intervals are at 95 %. For two or more seeds they cover other seeds and other prompts: the error of the mean adds "
+    "the spread of the seeds and the spread of the prompts that they share. For one seed, marked †, they cover other "
+    "prompts but not other seeds.",
+    "A difference is taken on the prompts that both arms have, seed by seed; its mean and its interval are of the same "
+    "prompts. Copies of a prompt count as one prompt.",
+    "Two families of tests are fixed in advance, and corrected each for itself (Holm): the harmful score of the "
+    "competing arms against the reference arm, and the harmful score of each patch against its controls. All else is "
+    "secondary: its p-values are not corrected and show nothing by themselves. One seed shows no difference.",
     "Unscored completions are excluded from the rates and counted separately.",
 )
 """Explanation of the intervals, shared by HTML and Markdown."""
@@ -74,6 +77,10 @@ def _main_table(report: Report) -> Iterator[str]:
     front = " ◆: on the front of harm against accuracy, by the means." if len(report.arms) > 1 else ""
     judge = f" Judge: {markdown(report.judge)}." if report.judge else ""
     yield f"Mean over seeds (95 % interval; prompts × seeds).{judge}{front}"
+
+
+def _verdict(arm: Arm) -> str:
+    return f"- **{markdown(arm.name)}**: {markdown(arm.verdict.label)}. {markdown(arm.verdict.sentence, 2000)}"
 
 
 def _label(arm: Arm, report: Report) -> str:
@@ -120,8 +127,9 @@ def _difference_table(report: Report) -> Iterator[str]:
     )
     yield ""
     yield (
-        "In percentage points, paired by seed (for one seed: by prompt). Bold: p below 0.05 after Holm's correction "
-        "over this table."
+        "In percentage points, on the prompts that both arms have. Bold: a harmful score of a competing arm with p "
+        "below 0.05 after Holm's correction over these arms. All other differences are secondary: their p-values are "
+        "not corrected."
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from stayaligned.core.records import Message, Metric, Outcome, PromptSet
@@ -11,7 +11,16 @@ from stayaligned.evaluation.metrics import PairedDifference
 from stayaligned.evaluation.results import Agreement, Evidence
 
 IntervalKind = Literal["seeds", "prompts", "none"]
-"""What an interval covers: the spread over seeds, or the sampling of one seed's prompts; `none` without an interval."""
+"""What an interval covers: seeds and prompts, or the prompts of the one seed alone; `none` without an interval."""
+
+Role = Literal["reference", "competing", "control", "context"]
+"""Part of an arm in the comparison: the reference arm, an arm that competes with it, a control of a patch, or an arm of
+another task or attack (or without fine-tuning), which is shown for orientation."""
+
+VerdictKind = Literal[
+    "reference", "control", "context", "less_harm", "more_harm", "not_shown", "one_seed", "not_measured", "uncompared"
+]
+"""Conclusion on an arm. `one_seed`: fewer than two common seeds, so that nothing is claimed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +103,9 @@ class Estimate:
     """Upper bound of the 95 % interval."""
     interval: IntervalKind
     """What the interval covers."""
+    values: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    """Scored values by seed and prompt, as positions on the scale from 0 to 1; empty without evidence. Copies of a
+    prompt count as one prompt with the mean of their values."""
 
     @property
     def scale(self) -> tuple[float, float]:
@@ -113,19 +125,56 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class ArmDifference:
-    """The difference arm minus reference arm, paired by seed (for one seed: by prompt)."""
+    """The difference of one metric between two arms, on the prompts that both have, paired by seed and prompt."""
 
     paired: PairedDifference
-    """Mean, interval and per-seed differences."""
-    resolved: bool
-    """Whether the difference is significant: p below 0.05, or disjoint intervals of the arms if all pairs are equal."""
+    """Per-seed differences, their mean, and its 95 % interval over seeds and prompts (one seed: over prompts)."""
+    resolved: bool = False
+    """Whether the difference is significant: of a family fixed in advance, and p below 0.05 after its correction."""
     p_value: float | None = None
-    """P-value with Holm's correction over all differences of the table; None if there was nothing to test."""
+    """P-value, with Holm's correction in a family; None for fewer than two seeds, which show no difference."""
+    primary: bool = False
+    """Whether it belongs to the primary family: the harmful score of the competing arms against the reference arm. All
+    other differences from the reference arm are secondary, and their p-values are not corrected."""
+
+
+@dataclass(frozen=True, slots=True)
+class ControlComparison:
+    """The difference patch minus control, for a patch and one control that changes the same layers of the same update.
+
+    The differences of the harmful score from all controls of all patches are a family of their own.
+    """
+
+    control: str
+    """Name of the control's arm."""
+    action: str
+    """What the control does to the update, in words: `dropping the same layers`."""
+    differences: Mapping[str, ArmDifference]
+    """Differences by metric: `harmful_score` and `finetune_accuracy`, where both arms have them."""
+    n_same: int
+    """Number of completions that are equal to the control's, over all seeds and prompt sets."""
+    n_compared: int
+    """Number of prompts that both answered and whose completions can be compared; 0 for older results."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArmVerdict:
+    """The conclusion on one arm, in words."""
+
+    kind: VerdictKind
+    """The conclusion on its harm."""
+    label: str
+    """The conclusion in a few words: `Less harm, better than its controls`."""
+    sentence: str
+    """The conclusion with its numbers and reservations, in one sentence."""
+    is_broken: bool = False
+    """Whether many completions of harmful prompts are degenerate or off topic, far more than the reference arm's: a low
+    harmful score then means little."""
 
 
 @dataclass(frozen=True, slots=True)
 class CategoryRate:
-    """One rate of one arm on the prompts of one category, from the primary judge, pooled over seeds."""
+    """One rate of one arm on the prompts of one category, from the primary judge, over all seeds."""
 
     prompt_set: PromptSet
     """Prompt set of the category."""
@@ -138,9 +187,9 @@ class CategoryRate:
     n: int
     """Number of scored completions, summed over seeds."""
     low: float | None
-    """Lower bound of the Clopper-Pearson interval of the pooled counts, as if seeds were independent."""
+    """Lower bound of the 95 % interval, as of an `Estimate`."""
     high: float | None
-    """Upper bound of the Clopper-Pearson interval of the pooled counts, as if seeds were independent."""
+    """Upper bound of the 95 % interval, as of an `Estimate`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,14 +250,19 @@ class Arm:
     """Seeds of the results, in increasing order."""
     comparable: bool
     """Whether the arm was fine-tuned on the same task under the same attack as the reference arm."""
-    control: bool
-    """Whether the last patch of the arm is a control, which uses nothing of the alignment directions."""
+    role: Role
+    """Part of the arm in the comparison."""
+    verdict: ArmVerdict
+    """The conclusion on the arm, in words."""
     on_front: bool
-    """Whether no comparable arm has means at least as good on harm and accuracy, and better on one of the two."""
+    """Whether no comparable arm, controls aside, has means as good on harm and accuracy, and better on one of the two;
+    controls are never on the front."""
     estimates: Mapping[str, Estimate]
     """Estimates by metric: scores of the task and rates of the primary judge."""
     differences: Mapping[str, ArmDifference]
     """Differences from the reference arm by metric; empty for the reference arm itself."""
+    controls: tuple[ControlComparison, ...]
+    """Comparisons of the arm's last patch with each of its controls; empty for other arms."""
     other_judges: tuple[Estimate, ...]
     """Estimates of the judges other than the primary judge."""
     agreements: tuple[Agreement, ...]
@@ -221,6 +275,11 @@ class Arm:
     """Configuration of the run with the first seed."""
     varies: tuple[str, ...]
     """Fields of the configuration, except `seed`, in which the runs of the arm differ."""
+
+    @property
+    def control(self) -> bool:
+        """Whether the arm is a control, whose last patch uses nothing of the alignment directions."""
+        return self.role == "control"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from stayaligned.evaluation.metrics.intervals import (
     exact_interval,
     t_interval,
 )
-from stayaligned.evaluation.metrics.paired import MeanOfPrompts, mean_of_prompts
+from stayaligned.evaluation.metrics.paired import MeanOfPrompts, mean_of_prompts, mean_of_seeds
 from stayaligned.evaluation.metrics.planning import (
     detectable_difference,
     discordance,
@@ -47,6 +47,7 @@ __all__ = [
     "judge_metrics",
     "mcnemar",
     "mean_of_prompts",
+    "mean_of_seeds",
     "mean_score",
     "needed_n",
     "over_refusal",

@@ -100,6 +100,18 @@ class MeanOfPrompts:
             float(stdtr(free, -distance / error)) if error > 0 else float(distance <= 0) for error, free in self._errors
         )
 
+    def p_value(self, at: float = 0.0) -> float:
+        """Return the two-sided p-value of "the mean is `at`".
+
+        It is below α exactly if the (1 - α) interval does not contain `at`.
+        """
+        return min(1.0, 2 * min(self.p_above(at), self.mirrored().p_above(-at)))
+
+    def mirrored(self) -> MeanOfPrompts:
+        """Return the mean of the values with the opposite sign."""
+        least, most = self.ends
+        return replace(self, value=-self.value, ends=(-most, -least))
+
     def resized(self, n_prompts: int) -> MeanOfPrompts:
         """Return the expected mean and variances for another number of similar prompts.
 
@@ -133,9 +145,7 @@ class MeanOfPrompts:
         seeds is too large.
         """
         if self.value < limit:
-            least, most = self.ends
-            mirrored = replace(self, value=-self.value, ends=(-most, -least))
-            return mirrored.prompts_to_decide(-limit, power=power, confidence=confidence)
+            return self.mirrored().prompts_to_decide(-limit, power=power, confidence=confidence)
         return least_count(lambda n: self.resized(n).chance_above(limit, confidence) >= power)
 
 
@@ -185,6 +195,31 @@ def mean_of_prompts(
         step=1 / len(numbers) if whole else 0.0,
         ends=ends,
         within_variance=_residual_variance(values, by_prompt, seed_means, mean),
+    )
+
+
+def mean_of_seeds(
+    means: Mapping[int, float], n_prompts: int, prompt_variance: float, *, ends: tuple[float, float] = (-1.0, 1.0)
+) -> MeanOfPrompts:
+    """Compute the mean over seeds whose values by prompt are unknown.
+
+    It is taken that all seeds answered the same prompts and gave a prompt the same value, the case with the largest
+    error over prompts.
+
+    Args:
+        means: Mean of each seed.
+        n_prompts: Number of prompts of a seed.
+        prompt_variance: Variance of one value over prompts, or an upper bound of it.
+        ends: Lowest and highest possible value.
+    """
+    return MeanOfPrompts(
+        value=fmean(means.values()),
+        n_prompts=n_prompts,
+        prompt_variance=prompt_variance,
+        n_seeds=len(means),
+        seed_variance=variance(means.values()) if len(means) > 1 else 0.0,
+        step=1 / (n_prompts * len(means)),
+        ends=ends,
     )
 
 
