@@ -9,6 +9,7 @@ from typing import Any
 import pandas
 import pytest
 
+from report.conftest import simple_result
 from stayaligned import load_results
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Metric
@@ -17,6 +18,8 @@ from stayaligned.evaluation.results import (
     RESULT_COLUMNS,
     JudgeIdentity,
     JudgeReading,
+    StoredResult,
+    distinguish_arms,
     read_result,
     read_results,
     result_rows,
@@ -106,6 +109,50 @@ def test_equal_arms_of_two_directories_are_distinguished_by_directory(tmp_path: 
         write(tmp_path / name, "tuned", 0, 0.5)
     rows = load_results(tmp_path / "before", str(tmp_path / "after"))
     assert {row["arm"] for row in rows} == {"before: tuned", "after: tuned"}
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "arms"),
+    [
+        ({0: 0.1, 1: 0.2}, {1: 0.3, 2: 0.4}, {"A/out: tuned": {0, 1}, "B/out: tuned": {1, 2}}),
+        ({0: 0.1, 1: 0.2}, {2: 0.3}, {"tuned": {0, 1, 2}}),
+        ({0: 0.1}, {0: 0.1}, {"A/out: tuned": {0}, "B/out: tuned": {0}}),
+    ],
+    ids=["a shared seed", "disjoint seeds", "one seed each"],
+)
+def test_the_seeds_of_an_arm_stay_together(tmp_path: Path, one: dict, two: dict, arms: dict) -> None:
+    for name, seeds in (("A", one), ("B", two)):
+        for seed, harm in seeds.items():
+            write(tmp_path / name / "out", "tuned", seed, harm)
+    rows = load_results(tmp_path / "A" / "out", tmp_path / "B" / "out")
+    found: dict[str, set[int]] = {}
+    for row in rows:
+        found.setdefault(row["arm"], set()).add(row["seed"])
+    assert found == arms
+
+
+@pytest.mark.parametrize(
+    ("change", "merged"),
+    [
+        ({}, True),
+        ({"training": {"max_steps": 60}}, False),
+        ({"defenses": [{"name": "lisa", "rho": 2.0}]}, False),
+        ({"attack": {"poison_ratio": 0.2}}, False),
+        ({"model": "other"}, False),
+        ({"training": None, "adapter": "b"}, True),
+        ({"training": None, "judges": [{"name": "keyword"}]}, False),
+    ],
+    ids=["seed", "steps", "defense", "attack", "model", "adapter evaluated", "judge"],
+)
+def test_arms_of_one_name_and_other_settings_are_not_merged(change: dict, merged: bool) -> None:
+    base = {"model": "m", "training": change.get("training", {}) and {"max_steps": 50}, "seed": 0}
+    specs = [{**base, "adapter": "a"}, {**base, "adapter": "a", "seed": 1, **change}]
+    stored = [
+        StoredResult(Path(name), Path(name), simple_result("tuned", seed, experiment=spec))
+        for seed, (name, spec) in enumerate(zip("AB", specs, strict=True))
+    ]
+    arms = {one.result.arm for one in distinguish_arms(stored)}
+    assert arms == ({"tuned"} if merged else {"A: tuned", "B: tuned"})
 
 
 def test_nothing_to_load_is_one_error(tmp_path: Path) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -296,16 +295,48 @@ def output_root(directory: Path) -> Path:
 
 
 def distinguish_arms(stored: Sequence[StoredResult]) -> list[StoredResult]:
-    """Prefix arm and id with the directory's name where two directories hold the same arm and seed."""
-    counts = Counter((one.result.arm, one.result.seed) for one in stored)
+    """Prefix arm and id with the output directory where several directories hold different arms of one name.
+
+    Arms of one name are one arm only if they have different seeds and equal settings (evaluations may differ in the
+    model and the adapter that they evaluate). All seeds of an arm are renamed alike.
+    """
+    by_root: dict[str, dict[Path, list[Result]]] = {}
+    for one in stored:
+        by_root.setdefault(one.result.arm, {}).setdefault(one.root.resolve(), []).append(one.result)
+    names = _short_paths({root for roots in by_root.values() for root in roots})
 
     def renamed(one: StoredResult) -> StoredResult:
-        if counts[one.result.arm, one.result.seed] == 1:
+        if _is_one_arm(by_root[one.result.arm].values()):
             return one
-        names = {"arm": f"{one.root.name}: {one.result.arm}", "id": f"{one.root.name}-{one.result.id}"}
-        return StoredResult(one.directory, one.root, one.result.model_copy(update=names))
+        name = names[one.root.resolve()]
+        update = {"arm": f"{name}: {one.result.arm}", "id": f"{name}-{one.result.id}"}
+        return StoredResult(one.directory, one.root, one.result.model_copy(update=update))
 
     return [renamed(one) for one in stored]
+
+
+def _is_one_arm(roots: Collection[Sequence[Result]]) -> bool:
+    """Whether the results of one arm's name in several directories differ in their seeds, and only in these."""
+    if len(roots) == 1:
+        return True
+    results = [result for found in roots for result in found]
+    return len({result.seed for result in results}) == len(results) and all(
+        _settings(result) == _settings(results[0]) for result in results
+    )
+
+
+def _settings(result: Result) -> dict[str, Any]:
+    evaluated = ("model", "adapter") if result.experiment.get("training", {}) is None else ()
+    return {key: value for key, value in result.experiment.items() if key not in ("seed", *evaluated)}
+
+
+def _short_paths(paths: Collection[Path]) -> dict[Path, str]:
+    """Return the last part of each path, with as many parts before it as distinguish all paths."""
+    for n in range(1, max((len(path.parts) for path in paths), default=1) + 1):
+        short = {path: "/".join(path.parts[-n:]) for path in paths}
+        if len({*short.values()}) == len(short):
+            return short
+    return {path: str(path) for path in paths}
 
 
 def find_results(directories: Sequence[Path]) -> list[Result]:
