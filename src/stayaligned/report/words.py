@@ -174,10 +174,9 @@ def _compare(reference: Arm, judged: Sequence[Arm]) -> str:
         start = f"{len(lower)} of {of} {_verb(lower, 'has', 'have')} less harm than {harm} over {seeds} seeds: "
         start += join_names((f"{one_line(a.name, 40)} ({percent(_mean(a, 'harmful_score'))} %)" for a in lower), 12)
     else:
-        start = f"None of {of} is shown to have less harm than {harm} over {seeds} seeds; {lowest}"
+        start = f"0 of {of} are shown to have less harm than {harm} over {seeds} seeds; {lowest}"
     if broken:
-        names = join_names((a.name for a in broken), 12)
-        start += f"; {names} {_verb(broken, 'has', 'have')} less harm because the model is broken"
+        start += f"; not counted, because the model is broken: {join_names((a.name for a in broken), 12)}"
     return f"{start} (p below 0.05 after Holm's correction over these arms)."
 
 
