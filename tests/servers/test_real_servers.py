@@ -46,7 +46,8 @@ def test_completions_are_read_with_their_end(server: str) -> None:
     found = dict(complete_over_endpoint(settings, EXAMPLES, "benign", max_tokens=24))
     again = dict(complete_over_endpoint(settings, EXAMPLES[:2], "benign", max_tokens=3))
     assert len(found) == len(EXAMPLES)
-    if server == "vllm":  # llama.cpp's kernels for the 4-bit file give other texts
+    # In float32 "The" has a probability of 0.152 and "L" of 0.140; llama.cpp rounds activations, and writes French.
+    if server == "vllm":
         assert "Paris" in found[0].text
         assert found[0].finished
     assert [again[number].finished for number in (0, 1)] == [False, False]
