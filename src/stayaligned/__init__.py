@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from stayaligned.defenses.safe_lora import SafeLora as SafeLora
     from stayaligned.defenses.safe_lora import apply_safe_lora as apply_safe_lora
     from stayaligned.evaluation.judges import Judge as Judge
-    from stayaligned.evaluation.results import load_results as load_results
+    from stayaligned.evaluation.rows import load_results as load_results
     from stayaligned.experiments.align import align as align
     from stayaligned.experiments.config.alignment import Alignment as Alignment
     from stayaligned.experiments.config.experiment import Experiment as Experiment
@@ -70,7 +70,7 @@ _NAMES = {
     "stayaligned.defenses.patching.directories": ("patch_directory",),
     "stayaligned.defenses.safe_lora": ("SafeLora", "apply_safe_lora"),
     "stayaligned.evaluation.judges": ("Judge",),
-    "stayaligned.evaluation.results": ("load_results",),
+    "stayaligned.evaluation.rows": ("load_results",),
     "stayaligned.experiments.align": ("align",),
     "stayaligned.experiments.config.alignment": ("Alignment",),
     "stayaligned.experiments.config.experiment": ("Experiment", "load_experiment"),

@@ -14,16 +14,13 @@ from stayaligned import load_results
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Metric
 from stayaligned.evaluation.results import (
-    METRIC_ORDER,
-    RESULT_COLUMNS,
     JudgeIdentity,
     JudgeReading,
     StoredResult,
-    distinguish_arms,
     read_result,
     read_results,
-    result_rows,
 )
+from stayaligned.evaluation.rows import METRIC_ORDER, RESULT_COLUMNS, distinguish_arms, result_rows
 from stayaligned.report import build_report, write_report
 from stayaligned.report.values import KNOWN_METRICS
 from support.runs import evidence, outcomes, write_run

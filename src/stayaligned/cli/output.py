@@ -63,7 +63,8 @@ def print_report(
     Raises:
         StayalignedError: if a result or its evidence is missing or was edited, or `reference` is not an arm.
     """
-    from stayaligned.evaluation.results import INDEX_FILE, distinguish_arms, read_index, read_results
+    from stayaligned.evaluation.results import INDEX_FILE, read_index, read_results
+    from stayaligned.evaluation.rows import distinguish_arms
     from stayaligned.report import build_report, terminal_table, write_report
 
     index: Mapping[str, Any] = {}

@@ -11,7 +11,8 @@ from statistics import fmean
 
 from stayaligned.core.errors import StayalignedError, nearest
 from stayaligned.core.records import Metric, PromptSet
-from stayaligned.evaluation.results import Agreement, Evidence, Result, result_rows
+from stayaligned.evaluation.results import Agreement, Evidence, Result
+from stayaligned.evaluation.rows import result_rows
 from stayaligned.report.background import collect_facts, collect_notes, collect_prompts, collect_times
 from stayaligned.report.estimating import estimate_categories, estimate_metrics, estimate_other_judges
 from stayaligned.report.texts import join_names

@@ -7,7 +7,7 @@ import io
 from typing import TYPE_CHECKING
 
 from stayaligned.core.text import one_line, percent
-from stayaligned.evaluation.results import RESULT_COLUMNS
+from stayaligned.evaluation.rows import RESULT_COLUMNS
 from stayaligned.report.texts import csv_cell, unscored_count
 from stayaligned.report.values import Arm, Estimate, Report
 
