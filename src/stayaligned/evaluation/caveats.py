@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -40,6 +41,21 @@ def note_overlaps(
                 yield f"{len(equal)} {of} also occur in the {data} data{more}"
             elif near:
                 yield f"{len(near)} {of} are near duplicates of the {data} data ({measure})"
+
+
+_OVERLAP = re.compile(
+    r"(\d+) of (\d+ \w+ prompts) (?:also occur in|are near duplicates of) (the [^;(]* data)"
+    r"(?:; (\d+) more are near duplicates)?(?: \(.*\))?"
+)
+
+
+def shorten_note(note: str) -> str:
+    """Return the short form of a note for a list that merges the notes of many runs: overlaps of both kinds are one."""
+    found = _OVERLAP.fullmatch(note)
+    if found is None:
+        return note
+    equal_or_near = int(found[1]) + int(found[4] or 0)
+    return f"{equal_or_near} of {found[2]} overlap {found[3]} (the same text, or {_NEAR:.0%} of its word triples)"
 
 
 def note_repetitions(completions: Sequence[Completion]) -> Iterable[str]:

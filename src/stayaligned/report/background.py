@@ -2,24 +2,56 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import get_args
 
 from stayaligned.core.records import Message, PromptSet
 from stayaligned.core.thoughts import split_thoughts
+from stayaligned.evaluation.caveats import shorten_note
 from stayaligned.evaluation.results import Result, Sample
 from stayaligned.report.texts import join_names
 from stayaligned.report.values import ArmCompletion, ComparedPrompt, Fact, StageTime
 
 
 def collect_notes(results: Sequence[Result]) -> tuple[tuple[str, str], ...]:
-    """Collect every note once, with the results that have it."""
-    owners: dict[str, list[Result]] = {}
-    for result in results:
-        for note in dict.fromkeys(result.notes):
-            owners.setdefault(note, []).append(result)
-    return tuple((note, _describe_owners(found, results)) for note, found in owners.items())
+    """Collect every kind of note once, with the results that have it; those of the most results first.
+
+    Notes that differ only in their counts are one: `10 to 17 of 200 task prompts overlap the training data`.
+    """
+    counts: dict[tuple[str, ...], dict[str, list[int]]] = {}
+    owners: dict[tuple[str, ...], dict[int, Result]] = {}
+    for i, result in enumerate(results):
+        for note in dict.fromkeys(map(shorten_note, result.notes)):
+            words = tuple(_COUNT.split(note))
+            counts.setdefault(words, {})[note] = [int(count) for count in _COUNT.findall(note)]
+            owners.setdefault(words, {})[i] = result
+    merged = [(_fill(words, list(found.values())), list(owners[words].values())) for words, found in counts.items()]
+    merged.sort(key=lambda item: -len(item[1]))
+    return tuple((note, _count_owners(found, results)) for note, found in merged)
+
+
+_COUNT = re.compile(r"(?<![\w.,=/:⟨+-])\d{1,9}(?![\w%/⟩+-]|[.,:]\d)")
+"""A count in a note; no part of a name, a setting, a version, a date or a percentage."""
+
+
+def _fill(words: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
+    """Join the words of notes with the range of the counts between them."""
+    parts = [words[0]]
+    for found, word in zip(zip(*counts, strict=True), words[1:], strict=True):
+        parts += [f"{min(found)}" if min(found) == max(found) else f"{min(found)} to {max(found)}", word]
+    return "".join(parts)
+
+
+def _count_owners(found: Sequence[Result], everything: Sequence[Result]) -> str:
+    """Describe a subset of the results by names if these are few, otherwise by their number; empty for all."""
+    described = _describe_owners(found, everything)
+    return described if len(described) <= _LONGEST_OWNERS else f"{len(found)} of {len(everything)} runs"
+
+
+_LONGEST_OWNERS = 60
+"""Characters of the names of results beyond which a note gives their number."""
 
 
 def collect_prompts(groups: Mapping[str, Sequence[Result]]) -> tuple[ComparedPrompt, ...]:
