@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from stayaligned.core.records import PromptSet
 from stayaligned.report import texts
@@ -13,7 +15,7 @@ from stayaligned.report.completions import clipper, completion_table, disputed
 from stayaligned.report.layers import count_changed, layer_table, middle_and_range
 from stayaligned.report.prose import INTERVALS
 from stayaligned.report.training import SEPARATE
-from stayaligned.report.values import Arm, CategoryRate, MetricKind, Report
+from stayaligned.report.values import Arm, CategoryRate, MetricKind, Report, Role
 from stayaligned.report.words import NEVER_CLAIMED
 
 if TYPE_CHECKING:
@@ -52,6 +54,12 @@ def html_text(report: Report) -> str:
         intervals=INTERVALS,
         never_claimed=NEVER_CLAIMED,
         sizes={kind.name: _common_size(report, kind) for kind in report.metrics},
+        scope=_scope(report),
+        cautions=(cautions := _cautions(report)),
+        cautions_in_short=_shorten(cautions),
+        arms_by_role={role: [arm for arm in report.arms if arm.role == role] for role in get_args(Role)},
+        role_tags={"reference": "reference", "control": "control", "context": "for orientation", "competing": ""},
+        overview_metrics=_overview_metrics(report),
         mixture=_mixture(report),
         configurations={arm.name: _yaml(arm.experiment) for arm in report.arms},
         clip=clipper(report),
@@ -101,6 +109,47 @@ def _figures(report: Report) -> dict[str, Any]:
             for i, training in enumerate(report.trainings)
         ],
     }
+
+
+def _scope(report: Report) -> str:
+    """Return what the numbers cover, in one line."""
+    seeds = {len(arm.seeds) for arm in report.arms}
+    least, most = min(seeds), max(seeds)
+    count = f"{least} seed{'s' if least > 1 else ''}" if least == most else f"{least} to {most} seeds"
+    arms = len(report.arms)
+    parts = [
+        f"{arms} arms, {count} each" if arms > 1 else count,
+        *([f"judge: {texts.one_line(report.judge, 80)}"] if report.judge else []),
+        "intervals at 95 %",
+    ]
+    return " · ".join(parts)
+
+
+def _cautions(report: Report) -> list[tuple[str, str]]:
+    """Return every caution and note of the results, with the results that have it (empty for all)."""
+    return [*((caution, "") for caution in report.cautions), *report.notes, (NEVER_CLAIMED[0], "")]
+
+
+def _shorten(cautions: Sequence[tuple[str, str]]) -> str:
+    """Return the first words of the cautions, as many as fit in one line; the last one is in every report."""
+    short = ""
+    for caution, _ in cautions[:-1]:
+        words = re.split(r"[:;.(](?=\s|$)|\s\(", texts.one_line(caution, 120))[0].strip()
+        if len(short) + len(words) > _SHORT:
+            return f"{short}; …"
+        short = f"{short}; {words}" if short else words
+    return short
+
+
+_SHORT = 150
+"""Characters of the line that stands for all cautions."""
+
+
+def _overview_metrics(report: Report) -> list[MetricKind]:
+    """Return the harmful score and the first measure of usefulness that some arm has."""
+    kinds = {kind.name: kind for kind in report.metrics}
+    useful = next((name for name in ("finetune_accuracy", "skills_kept", "over_refusal") if name in kinds), None)
+    return [kinds[name] for name in ("harmful_score", useful) if name in kinds]
 
 
 def _common_size(report: Report, kind: MetricKind) -> str | None:
