@@ -96,6 +96,70 @@ def test_the_page_never_scrolls_sideways(page):
     assert page.evaluate("document.documentElement.scrollWidth") == page.viewport_size["width"]
 
 
+def test_no_word_is_cut_unless_it_is_longer_than_a_column(page):
+    """A word on two lines is cut; completions, code and words that are too long for a column may be."""
+    cut = page.evaluate(
+        """() => {
+          const walker = document.createTreeWalker(document.querySelector('main'), NodeFilter.SHOW_TEXT);
+          const cut = [];
+          while (walker.nextNode()) {
+            const node = walker.currentNode;
+            if (node.parentElement.closest('.said, pre, code, .hidden, script, svg')) continue;
+            const words = Array.from(node.textContent.matchAll(/\\S+/g)).filter(word => word[0].length <= 18);
+            for (const part of words.flatMap(word => Array.from(word[0].matchAll(/[^-–/]+/g),
+                                                              found => [word.index + found.index, found[0]]))) {
+              const range = document.createRange();
+              range.setStart(node, part[0]);
+              range.setEnd(node, part[0] + part[1].length);
+              const tops = new Set(Array.from(range.getClientRects(), box => Math.round(box.top)));
+              if (tops.size > 1) cut.push(part[1]);
+            }
+          }
+          return cut;
+        }"""
+    )
+    assert cut == []
+
+
+def test_nothing_is_clipped_at_the_edge_of_the_window(page):
+    """Only what a reader can scroll may be wider than the window; the main table is not, on a screen."""
+    clipped = page.evaluate(
+        """() => Array.from(document.querySelectorAll('main *'))
+          .filter(e => !e.closest('.scroll, .hidden, pre, .said, script, details:not([open])') && e.offsetParent)
+          .filter(e => e.getBoundingClientRect().right > innerWidth + 1 || e.scrollWidth > e.clientWidth + 1
+                       && getComputedStyle(e).overflowX === 'hidden' && !e.closest('.mix'))
+          .map(e => e.outerHTML.slice(0, 80))"""
+    )
+    assert clipped == []
+    region = page.get_by_role("region", name="Table of arms")
+    if page.viewport_size["width"] > 1000:
+        assert region.evaluate("e => e.scrollWidth <= e.clientWidth")
+
+
+@pytest.mark.parametrize(("n_arms", "named"), [(1, "#arms"), (2, ".sides"), (13, ".overview .plot .wide svg")])
+def test_the_first_screen_has_the_answer(browser, grid_results, tmp_path, n_arms, named):
+    """At 1400 by 900 pixels: the sentence, the comparison with a verdict on each arm, and the cautions in one line."""
+    arms = list(dict.fromkeys(result.arm for result in grid_results))
+    arms = arms if n_arms > 2 else ["SFT attacked", "Lisa"][:n_arms]
+    results = [result for result in grid_results if result.arm in arms]
+    write_report(build_report(results, title="Grid", reference="SFT attacked"), tmp_path)
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    page.goto((tmp_path / "report.html").as_uri())
+    bottoms = {
+        selector: page.locator(selector).first.evaluate("element => element.getBoundingClientRect().bottom")
+        for selector in ("h1", ".answer", ".cautions", named)
+    }
+    shown = page.locator(".overview table:visible tbody tr").all_inner_texts()
+    plots = page.locator(".plot .wide svg").count()
+    page.close()
+    assert {selector: bottom for selector, bottom in bottoms.items() if not 0 < bottom <= 900} == {}
+    assert plots == (n_arms > 2)  # one or two arms have no scatter plot
+    if n_arms > 2:
+        controls = {"Drop", "Shrink", "Random"}
+        assert {row.split("\t")[0].strip() for row in shown} == set(arms) - controls  # those are one line below
+        assert all(len(row.split("\t")) == 4 and row.split("\t")[3].strip() for row in shown)
+
+
 def test_names_in_the_plot_do_not_cover_each_other(page):
     overlaps = page.evaluate(
         """() => {
@@ -150,7 +214,7 @@ def test_text_has_enough_contrast(page):
           const of = selector => contrast(light(getComputedStyle(document.querySelector(selector)).color), paper);
           const own = selector => { const s = getComputedStyle(document.querySelector(selector));
             return contrast(light(s.color), light(s.backgroundColor)); };
-          return Math.min(of('body'), of('caption'), of('.range'), of('tr.front th'), of('tr.reference th'), of('a'),
+          return Math.min(of('body'), of('caption'), of('.range'), of('.soft'), of('tr.context td'), of('.shown'),
             own('.mix .refuse'), own('.mix .harm'), own('.mix .other'));
         }"""
     )

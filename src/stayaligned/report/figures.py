@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Point = tuple[float, float]
 
-_SIZES = {"wide": (600, 440, 24), "narrow": (350, 370, 18)}
+_SIZES = {"wide": (560, 430, 24), "narrow": (350, 370, 18)}
 """Width and height in pixels, and characters of a line of a name, for a screen and for a phone."""
 _NEAR = 14
 """Distance in pixels below which marks touch and share a label."""

@@ -16,6 +16,7 @@ from stayaligned.report.layers import count_changed, layer_table, middle_and_ran
 from stayaligned.report.prose import INTERVALS
 from stayaligned.report.training import SEPARATE
 from stayaligned.report.values import Arm, CategoryRate, MetricKind, Report, Role
+from stayaligned.report.verdicts import is_deletion
 from stayaligned.report.words import NEVER_CLAIMED
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def html_text(report: Report) -> str:
         cautions_in_short=_shorten(cautions),
         arms_by_role={role: [arm for arm in report.arms if arm.role == role] for role in get_args(Role)},
         role_tags={"reference": "reference", "control": "control", "context": "for orientation", "competing": ""},
+        is_shown=_is_shown,
         overview_metrics=_overview_metrics(report),
         mixture=_mixture(report),
         configurations={arm.name: _yaml(arm.experiment) for arm in report.arms},
@@ -145,11 +147,24 @@ _SHORT = 150
 """Characters of the line that stands for all cautions."""
 
 
-def _overview_metrics(report: Report) -> list[MetricKind]:
-    """Return the harmful score and the first measure of usefulness that some arm has."""
+_OVERVIEW = {
+    "finetune_accuracy": "Accuracy",
+    "skills_kept": "Skills",
+    "over_refusal": "Over-refusal",
+}
+"""Measures of usefulness for the overview, the best first, with short titles."""
+
+
+def _overview_metrics(report: Report) -> list[tuple[MetricKind, str]]:
+    """Return the harmful score and the first measure of usefulness that some arm has, with short titles."""
     kinds = {kind.name: kind for kind in report.metrics}
-    useful = next((name for name in ("finetune_accuracy", "skills_kept", "over_refusal") if name in kinds), None)
-    return [kinds[name] for name in ("harmful_score", useful) if name in kinds]
+    useful = [(name, short) for name, short in _OVERVIEW.items() if name in kinds]
+    return [(kinds[name], short) for name, short in (("harmful_score", "Harm"), *useful[:1]) if name in kinds]
+
+
+def _is_shown(arm: Arm) -> bool:
+    """Whether to highlight the arm: less harm is shown, of a model that works, and better than by deletion."""
+    return arm.verdict.kind == "less_harm" and not arm.verdict.is_broken and not is_deletion(arm.controls)
 
 
 def _common_size(report: Report, kind: MetricKind) -> str | None:

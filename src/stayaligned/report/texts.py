@@ -15,6 +15,15 @@ def csv_cell(text: str) -> str:
     return f"'{shown}" if shown.lstrip()[:1] in tuple("=+-@＝＋－＠") or shown[:1] in ("\t", "\n") else shown
 
 
+def has_long_word(text: str) -> bool:
+    """Whether a word is so long that a column of a table must break it."""
+    return any(len(word) > _LONG_WORD for word in text.split())
+
+
+_LONG_WORD = 18
+"""Characters of a word that fit in a column on a phone."""
+
+
 def attribute(text: str) -> str:
     """Escape `text` for an attribute or a text of an SVG."""
     return html.escape(one_line(text), quote=True)
