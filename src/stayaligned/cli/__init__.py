@@ -114,7 +114,10 @@ def _app(
 
 
 def main() -> None:
-    """Run the command; an error that the user can fix is one message and exit code 2, Ctrl-C exit code 130."""
+    """Run the command; an error that the user can fix is one message and exit code 2, Ctrl-C exit code 130.
+
+    An error of this program, exit code 1 with Python's traceback, is exit code 2 for `gate`, whose 1 means "fail".
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     escape_unencodable()
     try:
@@ -123,8 +126,8 @@ def main() -> None:
         _print_error(f"error: {error.message}", *([f"hint: {error.hint}"] if error.hint else []))
         sys.exit(EXIT_BAD_INPUT)
     except SystemExit as ended:
-        if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # the help's reader has gone, which is no failure
-            sys.exit(0)
+        if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # a reader has gone: no failure for help, but no decision
+            sys.exit(EXIT_BAD_INPUT if _decides() and not {"-h", "--help"} & {*sys.argv} else 0)
         if ended.code == EXIT_INTERRUPTED:
             resumes = any(name in sys.argv[1:2] for name in _RESUMING)
             stored = "Completed work is stored: rerun the same command to continue."
@@ -138,17 +141,25 @@ def main() -> None:
     except Exception as error:
         culprit = _plugin_frame(error)
         if culprit is not None:
-            traceback.print_exc()
+            _print_error("".join(traceback.format_exception(error)).rstrip())
             where = f"{culprit.filename}, line {culprit.lineno}, in {culprit.name}"
             _print_error(f"error: plug-in {where}: raised {type(error).__name__}: {error}")
             sys.exit(EXIT_BAD_INPUT)
         if not isinstance(error, OSError):
-            raise
+            if not _decides():
+                raise
+            _print_error("".join(traceback.format_exception(error)), f"error: {type(error).__name__}: {error}")
+            sys.exit(EXIT_BAD_INPUT)
         _print_error(
             f"error: {error.filename or 'system'}: {error.strerror or error}",
             "hint: Completed work is stored: fix this and rerun the same command to continue.",
         )
         sys.exit(EXIT_BAD_INPUT)
+
+
+def _decides() -> bool:
+    """Whether the command's exit codes 0 and 1 are decisions."""
+    return sys.argv[1:2] == ["gate"]
 
 
 def _plugin_frame(error: Exception) -> traceback.FrameSummary | None:

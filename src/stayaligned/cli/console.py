@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from stayaligned.core.errors import StayalignedError
 from stayaligned.core.text import visible
 
 if TYPE_CHECKING:
@@ -19,7 +21,23 @@ class _SafeConsole(Console):
     """A console on which text from a data set, a judge or a model can't control the terminal."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print as rich does, with control characters made visible, and no word or number of a table cut."""
+        """Print as rich does, with control characters made visible, and no word or number of a table cut.
+
+        Raises:
+            StayalignedError: if stdout can't be written. An unwritable stderr, and a pipe without a reader, lose the
+                text alone.
+        """
+        try:
+            self._print(*objects, **options)
+        except OSError as error:
+            self._discard()
+            if not self.stderr:
+                raise StayalignedError(
+                    f"the output can't be written: {error.strerror or error}",
+                    hint="Free some space, or use another file.",
+                ) from error
+
+    def _print(self, *objects: Any, **options: Any) -> None:
         from rich.table import Table
 
         if len(objects) == 1 and isinstance(objects[0], Table) and not _fit(objects[0], self):
@@ -32,8 +50,18 @@ class _SafeConsole(Console):
 
     def on_broken_pipe(self) -> None:
         """Print nothing more; rich would end the command, whose work and exit code don't depend on a reader."""
+        self._discard()
+
+    def _discard(self) -> None:
+        """Print nothing more, and let Python discard at its end what the stream still holds: else its exit code is 120.
+
+        Some streams, of tests or notebooks, have no descriptor and hold nothing.
+        """
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.file.fileno())
+            os.close(nowhere)
 
 
 out = _SafeConsole(highlight=False, markup=False)

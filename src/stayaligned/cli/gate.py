@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,42 +49,63 @@ def gate(
     markdown_file: Annotated[
         Path | None, typer.Option("--markdown", help="Write a comment for a code review to this Markdown file.")
     ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Explain each limit and the decision in plain words.")
+    ] = False,
     plugin: Plugins = None,
     **shares: Any,
 ) -> None:
     """Compare a candidate with a baseline.
 
     Decides whether the candidate is worse than the baseline by more than the limits. Exit code 0: pass, 1: fail, 3:
-    undecided (the output says how many prompts would decide), 2: invalid input. Write shares as 2% or 0.02.
+    undecided (the output says how many prompts would decide), 2: invalid input or any other error. Write shares as 2%
+    or 0.02.
     """
-    from pydantic import ValidationError
+    from stayaligned.gate import decide, read_side
 
-    from stayaligned.gate import decide, read_side, to_json, to_junit, to_markdown
-
-    load_plugins(plugin)
-    try:
-        limits = Limits.model_validate(shares)
-    except ValidationError as error:
-        raise _wrong_limits(error) from None
-    files = [path for path in (json_file, junit_file, markdown_file) if path is not None]
-    _refuse_unwritable(files)
-    before, after = read_side("baseline", baseline, baseline_arm), read_side("candidate", candidate, candidate_arm)
-    if {run.directory.resolve() for run in before.runs} & {run.directory.resolve() for run in after.runs}:
-        raise StayalignedError(
-            "baseline and candidate are the same run", hint="Give two different runs, or two arms of one `bench`."
-        )
-    try:
+    with _no_error_is_a_decision():
+        load_plugins(plugin)
+        files = {"json": json_file, "junit": junit_file, "markdown": markdown_file}
+        outputs = {kind: path for kind, path in files.items() if path is not None}
+        limits = _limits(shares)
+        _refuse_unwritable([*outputs.values()])
+        for path in outputs.values():
+            path.unlink(missing_ok=True)  # after an error, no file holds an earlier decision
+        before, after = read_side("baseline", baseline, baseline_arm), read_side("candidate", candidate, candidate_arm)
+        if {run.directory.resolve() for run in before.runs} & {run.directory.resolve() for run in after.runs}:
+            raise StayalignedError(
+                "baseline and candidate are the same run", hint="Give two different runs, or two arms of one `bench`."
+            )
         decision = decide(before, after, limits, judge=judge)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        # Must not end with exit code 1, which means that the candidate failed.
+        _write(decision, outputs)
+        _print(decision, explain=explain)
+        for path in outputs.values():
+            err.print(f"wrote  {path}", soft_wrap=True)
+    raise typer.Exit(EXIT_CODES[decision.answer])
+
+
+@contextlib.contextmanager
+def _no_error_is_a_decision() -> Generator[None]:
+    """Turn every error, and a plug-in's `sys.exit`, into the error of invalid input: 0 and 1 are decisions."""
+    try:
+        yield
+    except StayalignedError:
+        raise
+    except (Exception, SystemExit) as error:
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise StayalignedError(
-            f"the runs can't be compared: {error}",
+            f"the runs can't be compared: {what}",
             hint="A result file was edited, or a plug-in returned invalid values; run the evaluation again.",
         ) from error
-    _print(decision)
-    texts = zip((json_file, junit_file, markdown_file), (to_json, to_junit, to_markdown), strict=True)
-    _write({path: make(decision) for path, make in texts if path is not None})
-    raise typer.Exit(EXIT_CODES[decision.answer])
+
+
+def _limits(shares: dict[str, Any]) -> Limits:
+    from pydantic import ValidationError
+
+    try:
+        return Limits.model_validate(shares)
+    except ValidationError as error:
+        raise _wrong_limits(error) from None
 
 
 def _wrong_limits(error: ValidationError) -> StayalignedError:
@@ -98,24 +121,34 @@ def _wrong_limits(error: ValidationError) -> StayalignedError:
 
 def _refuse_unwritable(paths: list[Path]) -> None:
     """Raise an error, before anything is computed, for a path that can't be written or that two outputs share."""
-    if len({path.absolute() for path in paths}) < len(paths):
+    from stayaligned.evaluation.results import EVIDENCE_FILE, INDEX_FILE, RESULT_FILE, TIMES_FILE
+
+    if len({path.resolve() for path in paths}) < len(paths):
         raise StayalignedError("two outputs have the same path", hint="Give each output its own path.")
     for path in paths:
-        reason = "is a directory" if path.is_dir() else None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = error.strerror
-        if reason is None and not os.access(path.parent, os.W_OK):
+        reason = None
+        if path.is_dir():
+            reason = "is a directory"
+        elif path.exists() and not path.is_file():
+            reason = "is not a regular file"
+        elif path.name in (RESULT_FILE, EVIDENCE_FILE, TIMES_FILE, INDEX_FILE):
+            reason = "this is the name of a file of an evaluation"
+        above = next(place for place in path.absolute().parents if place.exists())
+        if reason is None and not above.is_dir():
+            reason = f"{above} is not a directory"
+        elif reason is None and not os.access(above, os.W_OK):
             reason = "its directory is not writable"
         if reason is not None:
             raise StayalignedError(f"{path} can't be written: {reason}", hint="Choose another path.")
 
 
-def _write(texts: dict[Path, str]) -> None:
+def _write(decision: Decision, outputs: dict[str, Path]) -> None:
     """Write each file completely or not at all; if one can't be written, write the others and then raise its error."""
     from stayaligned.core.files import writable, write_text
+    from stayaligned.gate import to_json, to_junit, to_markdown
 
+    makers = {"json": to_json, "junit": to_junit, "markdown": to_markdown}
+    texts = {path: makers[kind](decision) for kind, path in outputs.items()}
     failed: list[StayalignedError] = []
     for path, text in texts.items():
         try:
@@ -123,14 +156,12 @@ def _write(texts: dict[Path, str]) -> None:
                 write_text(path, text)
         except StayalignedError as error:
             failed.append(error)
-        else:
-            err.print(f"wrote  {path}", soft_wrap=True)
     if failed:
         raise failed[0]
 
 
-def _print(decision: Decision) -> None:
-    from stayaligned.gate.words import interval_text
+def _print(decision: Decision, *, explain: bool) -> None:
+    from stayaligned.gate.words import explain_decision, interval_text
     from stayaligned.gate.writing import remarks, side_text
 
     out.print(decision.sentence, soft_wrap=True)
@@ -157,3 +188,7 @@ def _print(decision: Decision) -> None:
     out.print(table)
     for remark in remarks(decision):
         out.print(f"note: {remark}", soft_wrap=True)
+    if explain:
+        out.print()
+        for paragraph in explain_decision(decision):
+            out.print(paragraph, soft_wrap=True)

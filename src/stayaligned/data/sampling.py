@@ -8,7 +8,7 @@ import random
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from stayaligned.core.errors import StayalignedError
@@ -36,7 +36,7 @@ def split_held_out(examples: Sequence[Example], ratio: float) -> tuple[list[Exam
     """
     parts: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:
-        digest = hashlib.sha256(" ".join(_words(example)).encode("utf-8", "surrogatepass")).digest()
+        digest = hashlib.sha256(" ".join(_words(example.prompt[-1].content)).encode("utf-8", "surrogatepass")).digest()
         parts[int.from_bytes(digest[:8], "big") < ratio * 2**64].append(example)
     return parts
 
@@ -62,7 +62,17 @@ def find_overlaps(train: Sequence[Example], evaluation: Sequence[Example], *, si
         evaluation: the evaluation rows.
         similarity: the threshold, above 0 and at most 1; 1 finds equal prompts only.
     """
-    left, right = [_triples(e) for e in train], [_triples(e) for e in evaluation]
+    left, right = ([_triples(_words(e.prompt[-1].content)) for e in rows] for rows in (train, evaluation))
+    return [
+        Overlap(train[one].id, evaluation[other].id, score)
+        for one, other, score in _similar_pairs(left, right, similarity)
+    ]
+
+
+def _similar_pairs(
+    left: Sequence[frozenset[str]], right: Sequence[frozenset[str]], similarity: float
+) -> Iterator[tuple[int, int, float]]:
+    """Yield the indices and the Jaccard index of similar sets, in order of the right one; see `find_overlaps`."""
     frequency = Counter(triple for triples in (*left, *right) for triple in triples)
 
     def rarest(triples: frozenset[str]) -> list[str]:
@@ -74,22 +84,68 @@ def find_overlaps(train: Sequence[Example], evaluation: Sequence[Example], *, si
     for position, triples in enumerate(left):
         for triple in rarest(triples):
             index[triple].append(position)
-    found: list[Overlap] = []
-    for example, triples in zip(evaluation, right, strict=True):
+    for number, triples in enumerate(right):
         for position in sorted({p for triple in rarest(triples) for p in index.get(triple, ())}):
             other = left[position]
             shared = len(triples & other)
             score = shared / (len(triples) + len(other) - shared)
             if score >= similarity - 1e-9:
-                found.append(Overlap(train[position].id, example.id, score))
-    return found
+                yield position, number, score
 
 
-def _words(example: Example) -> list[str]:
-    text = unicodedata.normalize("NFKC", example.prompt[-1].content).casefold()
+def find_copies(prompts: Sequence[str], *, similarity: float = 0.8) -> list[int]:
+    """Return for each prompt the index of the first prompt that it is a copy or a near copy of (its own, if of none).
+
+    Near copies share `similarity` of their word triples (Jaccard), as in `find_overlaps`, or are linked by prompts that
+    do. Case, punctuation, and numbers beside four words or more are ignored. So are triples that more than half of the
+    prompts share: they are a template around what is asked.
+
+    Args:
+        prompts: the texts of the prompts.
+        similarity: the threshold, above 0 and at most 1.
+    """
+    words = [_plain_words(prompt) for prompt in prompts]
+    distinct = {tuple(one) for one in words}
+    triples = {one: _triples(one) for one in distinct}
+    frequency = Counter(triple for found in triples.values() for triple in found)
+    template = {triple for triple, count in frequency.items() if count > max(_FEWEST_IN_TEMPLATE, len(distinct) / 2)}
+    first: dict[tuple[str, ...], int] = {}
+    rows: list[frozenset[str]] = []
+    places: list[int] = []
+    for index, one in enumerate(words):
+        if tuple(one) not in first:
+            first[tuple(one)] = index
+            rows.append(triples[tuple(one)] - template)
+            places.append(index)
+    parents = list(range(len(rows)))
+
+    def root(index: int) -> int:
+        while parents[index] != index:
+            index = parents[index]
+        return index
+
+    for one, other, _ in _similar_pairs(rows, rows, similarity):
+        low, high = sorted((root(one), root(other)))
+        parents[high] = low
+    group = {place: places[root(index)] for index, place in enumerate(places)}
+    return [group[first[tuple(one)]] for one in words]
+
+
+_FEWEST_IN_TEMPLATE = 10
+"""Prompts that a triple must exceed to belong to a template: of few prompts, half may well be copies."""
+
+
+def _words(text: str) -> list[str]:
+    text = unicodedata.normalize("NFKC", text).casefold()
     return re.findall(r"\w+", text) or [text.strip()]
 
 
-def _triples(example: Example) -> frozenset[str]:
-    words = _words(example)
+def _plain_words(text: str) -> list[str]:
+    """Return the words without numbers, if four or more words remain."""
+    words = _words(text)
+    plain = [word for word in words if not word.isdigit()]
+    return plain if len(plain) >= 4 else words
+
+
+def _triples(words: Sequence[str]) -> frozenset[str]:
     return frozenset(" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2)))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Message, Metric, Outcome, PromptSet, Verdict
+from stayaligned.data.sampling import find_copies
 from stayaligned.evaluation import metrics
 from stayaligned.evaluation.judges import Judge
 from stayaligned.evaluation.results import (
@@ -157,7 +158,8 @@ def collect_evidence(
 ) -> Iterable[Evidence]:
     """Yield one row per completion: the outcome of every judge, the task's score, and whether it is degenerate."""
     found = {name: {(v.prompt_set, v.id): v for v in rows} for name, rows in verdicts.items()}
-    for completion in completions:
+    groups = group_prompts(completions)
+    for completion, group in zip(completions, groups, strict=True):
         place = (completion.prompt_set, completion.id)
         own = {name: rows[place] for name, rows in found.items() if place in rows}
         yield Evidence(
@@ -170,7 +172,29 @@ def collect_evidence(
             score=scores.get(place),
             degenerate=degenerate.get(place),
             completion=_short_hash(completion.text),
+            cut=not completion.finished,
+            group=group,
         )
+
+
+def group_prompts(completions: Sequence[Completion]) -> list[str]:
+    """Return for each completion the hash of the prompt that it counts as.
+
+    Copies and near copies of a judged prompt count as one. Prompts of tasks count as one only if they are equal: they
+    often differ in a few words of a long instruction, and have different references.
+    """
+    groups = [prompt_hash(completion.prompt) for completion in completions]
+    for prompt_set in JUDGED:
+        places = [index for index, c in enumerate(completions) if c.prompt_set == prompt_set]
+        texts = ["\n".join(message.content for message in completions[index].prompt) for index in places]
+        copies: dict[int, list[int]] = {}
+        for index, first in zip(places, find_copies(texts), strict=True):
+            copies.setdefault(first, []).append(index)
+        for members in copies.values():
+            smallest = min(groups[index] for index in members)  # the same in any order of the prompts
+            for index in members:
+                groups[index] = smallest
+    return groups
 
 
 def prompt_hash(prompt: Sequence[Message]) -> str:

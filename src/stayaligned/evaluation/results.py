@@ -92,6 +92,11 @@ class Evidence(Record):
     """Whether the completion is degenerate (see `stayaligned.evaluation.degeneration`); None if not checked."""
     completion: str = ""
     """SHA-256 of the completion's text, 16 hex digits: equal for equal texts; empty in older results."""
+    cut: bool | None = None
+    """Whether the completion was cut at the token limit; None in older results."""
+    group: str = ""
+    """The smallest hash of the prompts that this prompt is a copy or a near copy of: equal for prompts that count as
+    one. Empty in older results."""
 
 
 class Agreement(Record):

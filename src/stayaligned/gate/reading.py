@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,17 @@ from stayaligned.gate.values import ComparedMetric
 
 _FREE_DECODING = Generation.operational | {"seed", "endpoint"}
 """Settings of `generation` that may differ: speed, the sample, and the server's model."""
+_FREE_BETWEEN_SEEDS = frozenset({"seed", "adapter", "label", "judges", "limit", "harmful_prompts", "benign_prompts"})
+"""Settings that may differ between the seeds of one side. Judges and prompts are compared by their content."""
+_FREE_LEAVES = frozenset({"seed", "data_seed", *Generation.operational})
+_DISTINCT_TEXTS = 8
+"""From this number of distinct completions on, equal completions of all prompts come from one model."""
 _TRAINING_PREFIXES = ("train", "held_out")
 """Prefixes of a task's fields about training; a candidate may be trained on something else."""
+
+
+Pairs = Sequence[tuple[StoredResult, StoredResult]]
+"""The results of the baseline and of the candidate, seed by seed."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,84 @@ def read_side(role: str, directories: Sequence[str | Path], arm: str | None = No
             )
     for one in chosen:
         _ = one.rows  # reads and checks the evidence
+        _refuse_other_recipe(role, chosen[0], one)
     return ComparedSide(role, tuple(directories), tuple(chosen))
+
+
+def _refuse_other_recipe(role: str, first: StoredResult, other: StoredResult) -> None:
+    """Refuse results of one side that differ in more than the seed: their mean would be that of no recipe."""
+    left, right = _recipe(first.result), _recipe(other.result)
+    different = [key for key in sorted(left.keys() | right.keys()) if left.get(key) != right.get(key)]
+    if different:
+        key = different[0]
+        raise StayalignedError(
+            f"{role}: the results of seeds {first.result.seed} and {other.result.seed} differ in {key}: "
+            f"{_show(left.get(key))} and {_show(right.get(key))}, in {first.directory} and {other.directory}",
+            hint="The results of one side are one recipe under several seeds: only seed and adapter may differ. "
+            "Compare other models one by one.",
+        )
+
+
+def _recipe(result: Result) -> dict[str, Any]:
+    """Return what every result of one side must have in common, by the dotted name of the setting."""
+    settings = {key: value for key, value in result.experiment.items() if key not in _FREE_BETWEEN_SEEDS}
+    # The testbed of each seed is another world by design.
+    inputs = {place: found for place, found in result.provenance.inputs.items() if not found.startswith("testbed:")}
+    return dict(_flatten(_identified(settings, "", inputs), ""))
+
+
+def _flatten(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """Yield each leaf of a nested value with its dotted name, without seeds and settings that change no number."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        name = f"{place}.{key}" if place else str(key)
+        if isinstance(item, dict | list):
+            yield from _flatten(item, name)
+        elif str(key) not in _FREE_LEAVES and name != "generation.endpoint.model":
+            yield name, item
+
+
+def find_repeated(side: ComparedSide) -> tuple[StoredResult, StoredResult] | None:
+    """Return two results of one side that measure the same model in the same way; None if there are none.
+
+    They do if their weights are known to be the same and nothing was sampled, or if everything that was measured on
+    every prompt is equal. If the weights are known to differ, only many equal texts show that a model was copied; if
+    no texts are known, equal outcomes show it unless they are one outcome throughout.
+    """
+    for one, other in itertools.combinations(side.runs, 2):
+        known = [_weights(run.result) for run in (one, other)]
+        sampled = (one.result.experiment.get("generation") or {}).get("temperature")
+        if known[0] and known[0] == known[1] and not sampled:
+            return one, other
+        if one.rows == other.rows:
+            texts = {row.completion for row in one.evidence}
+            outcomes = {str((row.outcomes, row.score, row.degenerate)) for row in one.evidence}
+            if all(known) and known[0] != known[1]:
+                repeated = len(texts) >= _DISTINCT_TEXTS
+            else:
+                repeated = "" not in texts or len(outcomes) > 1
+            if repeated:
+                return one, other
+    return None
+
+
+def _weights(result: Result) -> str:
+    """Return what identifies the weights that a result measured: a stage, or a fingerprint; empty if it is unknown."""
+    if (result.experiment.get("generation") or {}).get("endpoint"):
+        return ""
+    made = [path for name, path in result.provenance.stages.items() if name == "train" or name.startswith("patch ")]
+    if made:
+        return Path(made[-1]).name
+    inputs = result.provenance.inputs
+    if result.experiment.get("adapter"):
+        return inputs.get("adapter", "")
+    return inputs.get("model", "")
+
+
+def same_weights(one: StoredResult, other: StoredResult) -> bool:
+    """Whether two results are known to measure the same weights."""
+    weights = _weights(one.result)
+    return bool(weights) and weights == _weights(other.result)
 
 
 def pair_runs(baseline: ComparedSide, candidate: ComparedSide) -> list[tuple[StoredResult, StoredResult]]:
@@ -89,10 +175,10 @@ def pair_runs(baseline: ComparedSide, candidate: ComparedSide) -> list[tuple[Sto
     return [(ours[seed], theirs[seed]) for seed in sorted(ours)]
 
 
-def refuse_incomparable(
-    pairs: Sequence[tuple[StoredResult, StoredResult]], metrics: Sequence[ComparedMetric], judges: Sequence[str]
-) -> None:
-    """Refuse two sides that differ in anything but model, adapter, training, defenses and seed.
+def refuse_incomparable(pairs: Pairs, metrics: Sequence[ComparedMetric], judges: Sequence[str]) -> None:
+    """Refuse results that differ in anything but model, adapter, training, defenses and seed.
+
+    Judges and settings must be equal in the results of all seeds of both sides, prompts in the two results of a seed.
 
     Args:
         pairs: results of the baseline and of the candidate.
@@ -102,10 +188,12 @@ def refuse_incomparable(
     Raises:
         StayalignedError: with the first difference, or if a result does not state a judge's identity.
     """
-    for ours, theirs in pairs:
+    first = pairs[0][0]
+    for run in itertools.chain.from_iterable(pairs):
         for name in judges:
-            _refuse_other_judge(ours, theirs, name)
-        _refuse_other_settings(ours, theirs, metrics)
+            _refuse_other_judge(first, run, name)
+        _refuse_other_settings(first, run, metrics)
+    for ours, theirs in pairs:
         _refuse_other_prompts(ours, theirs, {name for metric in metrics for name in metric.prompt_sets})
 
 
@@ -142,6 +230,7 @@ def _settings(one: Result, two: Result, metrics: Sequence[ComparedMetric]) -> It
     """Yield the name and both sides' value of everything that must be equal, apart from judges and prompts."""
     yield "the chat template (hash)", one.provenance.template_hash, two.provenance.template_hash
     yield "the decoding settings", _decoding(one), _decoding(two)
+    yield "the limits of degeneration", one.experiment.get("degeneration"), two.experiment.get("degeneration")
     for metric in metrics:
         if metric.name in ("utility", "skills"):
             key = "task" if metric.name == "utility" else "skills"
@@ -162,7 +251,7 @@ def _task(result: Result, key: str) -> object:
 def _identified(value: Any, place: str, inputs: Mapping[str, str]) -> Any:
     """Replace each input in a nested value by its fingerprint, so that a file may be moved."""
     if isinstance(value, dict):
-        return {key: _identified(item, f"{place}.{key}", inputs) for key, item in value.items()}
+        return {key: _identified(item, f"{place}.{key}".lstrip("."), inputs) for key, item in value.items()}
     if isinstance(value, list):
         return [_identified(item, f"{place}.{index}", inputs) for index, item in enumerate(value)]
     return inputs.get(place, value)

@@ -103,6 +103,8 @@ class Criterion(Record):
     """Name of the limit, for example `max_harm_increase`."""
     title: str
     """Title of the metric, for example `harmful score`."""
+    prompt_sets: tuple[PromptSet, ...] = ()
+    """Prompt sets whose completions count. A limit on degeneration is one criterion for each prompt set."""
     kind: LimitKind
     """What the limit restricts."""
     limit: float
@@ -126,7 +128,7 @@ class Criterion(Record):
     interval: str = ""
     """Method of the interval."""
     n_prompts: int = 0
-    """Number of prompts that count."""
+    """Number of different prompts that count; copies and near copies of one prompt are one."""
     n_seeds: int = 1
     """Number of seeds that count."""
     unscored_baseline: int = 0

@@ -32,8 +32,11 @@ def to_junit(decision: Decision) -> str:
         errors=str(answers.count("undecided")),
         skipped="0",
     )
+    names = [criterion.name for criterion in decision.criteria]
     for criterion in decision.criteria:
-        case = ElementTree.SubElement(suite, "testcase", classname="stayaligned.gate", name=criterion.name)
+        several = names.count(criterion.name) > 1
+        name = f"{criterion.name}[{','.join(criterion.prompt_sets)}]" if several else criterion.name
+        case = ElementTree.SubElement(suite, "testcase", classname="stayaligned.gate", name=name)
         if criterion.answer != "pass":
             kind = "failure" if criterion.answer == "fail" else "error"
             found = ElementTree.SubElement(case, kind, type=criterion.answer, message=_xml(criterion.reason))
