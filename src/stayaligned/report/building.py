@@ -22,6 +22,7 @@ from stayaligned.report.values import (
     Arm,
     Estimate,
     EvidenceRow,
+    GateAnswer,
     MetricKind,
     ModuleEffect,
     PatchSummary,
@@ -37,6 +38,7 @@ def build_report(
     title: str,
     reference: str | None = None,
     evidence: Mapping[str, Sequence[Evidence]] | None = None,
+    gate: GateAnswer | None = None,
 ) -> Report:
     """Compare the arms in `results`, each aggregated over its seeds.
 
@@ -45,6 +47,7 @@ def build_report(
         title: Heading of the report.
         reference: Name of the arm that the others are compared with, seed by seed.
         evidence: Evidence rows by the id of their result; results may lack evidence.
+        gate: The release gate's answer on two arms, which the report quotes.
 
     Raises:
         StayalignedError: If there are no results, `reference` is not an arm, or an arm has a seed twice.
@@ -100,6 +103,7 @@ def build_report(
             for row in (evidence or {}).get(run.id, ())
         ),
         rows=tuple(result_rows(results)),
+        gate=gate,
     )
 
 

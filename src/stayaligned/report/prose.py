@@ -20,6 +20,8 @@ def _lines(report: Report) -> Iterator[str]:
     yield from ("", markdown(report.summary, 2000), "")
     for finding in report.findings:
         yield f"- {markdown(finding, 2000)}"
+    if report.gate is not None:
+        yield f"- **Gate: {report.gate.answer}**, {markdown(report.gate.limit)}. {markdown(report.gate.sentence, 2000)}"
     yield from ("", "## Limitations of the numbers", "")
     for note, owners in report.notes:
         yield f"- **{markdown(note, 500)}**{f' ({markdown(owners, 500)})' if owners else ''}"

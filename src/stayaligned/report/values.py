@@ -325,6 +325,18 @@ class StageTime:
 
 
 @dataclass(frozen=True, slots=True)
+class GateAnswer:
+    """What the release gate says about two arms, the reference arm as the baseline."""
+
+    answer: str
+    """`pass`, `fail` or `undecided`; `not comparable` where the gate refuses the comparison."""
+    limit: str
+    """The limit that was checked, in words."""
+    sentence: str
+    """The reason, in one sentence."""
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A comparison of arms, ready to be written. Build it with `build_report`."""
 
@@ -353,3 +365,5 @@ class Report:
     """The evidence that was given, in the order of arms, seeds and prompts."""
     rows: tuple[dict[str, object], ...]
     """Every measured value: the rows of `results.csv` (see `stayaligned.load_results`)."""
+    gate: GateAnswer | None = None
+    """The gate's answer on a report of two arms; None for other reports, or if it was not asked."""
