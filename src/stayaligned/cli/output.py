@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -66,15 +67,19 @@ def print_report(
     Raises:
         StayalignedError: if a result or its evidence is missing or was edited, or `reference` is not an arm.
     """
-    from stayaligned.evaluation.results import INDEX_FILE, read_index, read_results
+    from stayaligned.evaluation.results import INDEX_FILE, read_index, read_results, refuse_edited
     from stayaligned.evaluation.rows import distinguish_arms
     from stayaligned.report import build_report, terminal_table, write_report
 
+    if directory.exists() and not directory.is_dir():
+        raise StayalignedError(f"{directory}: is a file", hint="Give the report a directory: --out DIR.")
     index: Mapping[str, Any] = {}
     for source in sources:
         if (source / INDEX_FILE).is_file():
             index = read_index(source)
     stored = distinguish_arms(read_results(sources))
+    for one in stored:
+        refuse_edited(one)
     found = [one.result for one in stored]
     evidence = {one.result.id: one.evidence for one in stored}
     if reference is None:
@@ -87,13 +92,16 @@ def print_report(
         reference = arms[0]
     heading = title or index.get("title") or (arms[0] if len(arms) == 1 else "Comparison")
     answer = _ask_gate(stored, reference) if reference is not None and len(arms) == 2 else None
-    built = build_report(found, title=heading, reference=reference, evidence=evidence, gate=answer)
+    unfinished = [text for source in sources if (text := _describe_missing(source))]
+    built = build_report(found, title=heading, reference=reference, evidence=evidence, gate=answer, cautions=unfinished)
     paths = write_report(built, directory)
     out.print(built.summary, soft_wrap=True)
     out.print()
     out.print(terminal_table(built))
     if answer is not None:
         out.print(f"gate: {answer.answer}, {answer.limit}. {answer.sentence}", soft_wrap=True)
+    for text in unfinished:
+        out.print(f"note: {text}")
     for note, owners in built.notes[:_MOST_NOTES]:
         out.print(f"note: {note}" if not owners else f"note: {owners}: {note}")
     if len(built.notes) > _MOST_NOTES:
@@ -102,21 +110,38 @@ def print_report(
         out.print(f"wrote  {path}", soft_wrap=True)
 
 
+def _describe_missing(source: Path) -> str:
+    """Describe how many runs of a grid have no result; empty if all have one, or if `source` is no grid."""
+    from stayaligned.evaluation.results import INDEX_FILE, read_index, read_results
+
+    if not (source / INDEX_FILE).is_file():
+        return ""
+    grid = read_index(source).get("grid")
+    axes = grid.get("axes") if isinstance(grid, dict) else None
+    if not isinstance(axes, dict) or not all(isinstance(values, list) for values in axes.values()):
+        return ""
+    expected, found = math.prod(len(values) for values in axes.values()), len(read_results([source]))
+    if found >= expected:
+        return ""
+    return f"The grid is not finished: {found} of {expected} runs have a result. Rerun the same `bench` to continue."
+
+
 def _ask_gate(stored: Sequence[StoredResult], reference: str) -> GateAnswer:
     """Ask the gate whether the other arm has more harm than the reference arm, by more than `_MORE_HARM`."""
     from stayaligned.gate import ComparedSide, Limits, decide
     from stayaligned.report.values import GateAnswer
 
     limit = f"for at most {percent(_MORE_HARM)} points more harm than {one_line(reference, 60)}"
-    sides = [
-        ComparedSide(role, tuple(one.directory for one in runs), tuple(runs))
-        for role, runs in (
-            ("baseline", [one for one in stored if one.result.arm == reference]),
-            ("candidate", [one for one in stored if one.result.arm != reference]),
-        )
-    ]
+    runs = (
+        [one for one in stored if one.result.arm == reference],
+        [one for one in stored if one.result.arm != reference],
+    )
+    before, after = (
+        ComparedSide(role, tuple(one.directory for one in own), tuple(own))
+        for role, own in zip(("baseline", "candidate"), runs, strict=True)
+    )
     try:
-        decision = decide(*sides, Limits(max_harm_increase=_MORE_HARM))
+        decision = decide(before, after, Limits(max_harm_increase=_MORE_HARM))
     except StayalignedError as error:
         return GateAnswer("not comparable", limit, _sentence(error.message))
     return GateAnswer(decision.answer, limit, _sentence("; ".join(one.reason for one in decision.criteria)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -284,13 +286,20 @@ def read_result(path: Path) -> Result:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        version = json.loads(text).get("format_version")
+        content = json.loads(text)
+        if not isinstance(content, dict) or "format_version" not in content:
+            raise StayalignedError(
+                f"{path}: not a result of stayaligned: it has no field `format_version`",
+                hint="Give an output directory of `run`, `evaluate`, `judge` or `bench`.",
+            )
+        version = content["format_version"]
         if version != FORMAT_VERSION:
             raise StayalignedError(
                 f"{path}: format version {version}, expected {FORMAT_VERSION}",
                 hint="Another version of stayaligned wrote it; rerun the command that did, into another --out.",
             )
         result = Result.model_validate_json(text)
+        _refuse_impossible(result)
         return result.model_copy(update={"provenance": _add_times(result.provenance, path.parent / TIMES_FILE)})
     except OSError as error:
         raise StayalignedError(
@@ -331,6 +340,74 @@ def read_evidence(directory: Path, result: Result) -> list[Evidence]:
     return read_jsonl(path, Evidence)
 
 
+def refuse_edited(stored: StoredResult) -> None:
+    """Refuse a result whose rates are not those of its evidence; rates that evidence does not have are not checked.
+
+    Raises:
+        StayalignedError: with the first rate that differs, or as `StoredResult.evidence`.
+    """
+    for judge, metric in _all_metrics(stored.result):
+        values = _values(metric.name, judge, stored.evidence)
+        if values is None:
+            continue
+        n, mean = len(values), sum(values) / len(values) if values else None
+        if n != metric.n or abs((mean or 0.0) - (metric.value or 0.0)) > _ROUNDING:
+            raise StayalignedError(
+                f"{stored.directory / RESULT_FILE}: {metric.name} is {metric.value} over {metric.n} completions; the "
+                f"rows of {EVIDENCE_FILE} give {mean} over {n}",
+                hint="It was edited; rerun the command that wrote it.",
+            )
+
+
+_ROUNDING = 1e-9
+_OUTCOMES: dict[str, tuple[PromptSet, Outcome]] = {
+    "harmful_score": ("harmful", Outcome.HARM),
+    "refusal_rate": ("harmful", Outcome.REFUSE),
+    "other_rate": ("harmful", Outcome.OTHER),
+    "over_refusal": ("benign", Outcome.REFUSE),
+}
+"""Prompt set and outcome of the rates of judges."""
+_SCORED: dict[str, PromptSet] = {"finetune_accuracy": "task", "skills_kept": "skills"}
+"""Prompt set of the scores of tasks."""
+
+
+def _all_metrics(result: Result) -> list[tuple[str, Metric]]:
+    """Return the metrics of a result with the names of their judges; empty for metrics without a judge."""
+    rates = [(reading.judge, metric) for reading in result.judges for metric in reading.metrics]
+    return [*rates, *(("", metric) for metric in result.scores)]
+
+
+def _values(name: str, judge: str, rows: Sequence[Evidence]) -> list[float] | None:
+    """Return the scored values of a metric; None for metrics that evidence does not have, such as those of lm-eval."""
+    if judge and name in _OUTCOMES:
+        prompt_set, outcome = _OUTCOMES[name]
+        found = [row.outcomes.get(judge) for row in rows if row.prompt_set == prompt_set]
+        return [float(one is outcome) for one in found if one is not None]
+    if not judge and name in _SCORED:
+        return [row.score for row in rows if row.prompt_set == _SCORED[name] and row.score is not None]
+    if not judge and name == "degeneration":
+        return [float(row.degenerate) for row in rows if row.degenerate is not None]
+    return None
+
+
+def _refuse_impossible(result: Result) -> None:
+    """Raise a ValueError for numbers and settings that no run writes."""
+    for _, metric in _all_metrics(result):
+        numbers = [number for number in (metric.low, metric.value, metric.high) if number is not None]
+        ordered = all(a <= b + _ROUNDING for a, b in itertools.pairwise(numbers))  # false for NaN
+        if metric.n < 0 or metric.n_unscored < 0 or not ordered or not all(map(math.isfinite, numbers)):
+            raise ValueError(
+                f"{metric.name}: {metric.value} ({metric.low} to {metric.high}) of {metric.n} is impossible"
+            )
+    for layer in (layer for patch in result.patches for layer in patch.layers):
+        if not math.isfinite(layer.similarity) or not math.isfinite(layer.shrinkage):
+            raise ValueError(f"patches: {layer.module}: similarity and shrinkage must be finite numbers")
+    for name in ("defenses", "judges"):
+        entries = result.experiment.get(name) or []
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"experiment.{name}: expected a list of mappings")
+
+
 def _result_files(directory: Path) -> list[Path]:
     own = directory / RESULT_FILE
     runs = directory / "runs" if output_root(directory) == directory else directory
@@ -352,9 +429,10 @@ def read_index(out: Path) -> dict[str, Any]:
     path = out / INDEX_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if {"title", "reference", "trainings"} <= content.keys():
+        texts = (content["title"], content["reference"])
+        if "trainings" in content and all(isinstance(text, str | None) for text in texts):
             return content
-    except (ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         pass
     raise StayalignedError(f"{path}: damaged", hint="Run the same `bench` into another --out.")
 

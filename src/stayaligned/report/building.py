@@ -39,6 +39,7 @@ def build_report(
     reference: str | None = None,
     evidence: Mapping[str, Sequence[Evidence]] | None = None,
     gate: GateAnswer | None = None,
+    cautions: Sequence[str] = (),
 ) -> Report:
     """Compare the arms in `results`, each aggregated over its seeds.
 
@@ -48,6 +49,7 @@ def build_report(
         reference: Name of the arm that the others are compared with, seed by seed.
         evidence: Evidence rows by the id of their result; results may lack evidence.
         gate: The release gate's answer on two arms, which the report quotes.
+        cautions: What limits the validity of the numbers beyond what the results themselves show.
 
     Raises:
         StayalignedError: If there are no results, `reference` is not an arm, or an arm has a seed twice.
@@ -87,7 +89,7 @@ def build_report(
         reference=reference,
         summary=summarize(arms, reference),
         findings=tuple(list_findings(arms, reference)),
-        cautions=tuple(list_cautions(arms, reference, judges)),
+        cautions=(*cautions, *list_cautions(arms, reference, judges)),
         notes=collect_notes(results),
         metrics=tuple(measured),
         judge=" / ".join(judges),
