@@ -21,6 +21,7 @@ from stayaligned.report.figures import harm_against_accuracy
 from stayaligned.report.layers import layer_table
 from stayaligned.report.texts import csv_cell
 from stayaligned.report.values import ModuleEffect, PatchSummary
+from stayaligned.report.verdicts import is_shown
 
 HOSTILE = (
     "</script><img src=x onerror=alert(1)>",
@@ -200,6 +201,34 @@ def test_hostile_text_is_inert_in_markdown(hostile):
     assert all(len({row.count("|") for row in table.splitlines()}) == 1 for table in tables)
     for character in "\x00\x07\u202e\u2066":
         assert character not in text
+
+
+def test_hostile_text_is_inert_in_latex(hostile):
+    text = hostile["report.tex"]
+    rows = re.findall(r"^.* \\\\$", text, flags=re.MULTILINE)
+    assert len(rows) == 1 + len(HOSTILE)
+    assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {2}  # harm and accuracy
+    plain = re.sub(r"\\[\\&%$#_{}]", "", text)  # without what is escaped
+    assert plain.count("{") == plain.count("}")
+    assert not re.search(r"[#_^~|<>\"]", plain)
+    assert set(re.findall(r"\\([a-z]+)", plain)) <= {
+        *("begin", "end", "usepackage", "centering", "caption", "label", "toprule", "midrule", "bottomrule"),
+        *("scriptsize", "uparrow", "downarrow", "langle", "rangle"),
+        *("textbackslash", "textasciitilde", "textasciicircum", "textless", "textgreater", "textbar"),
+    }
+    assert not any(row.lstrip().startswith(("[", "*")) for row in rows)
+
+
+def test_the_latex_table_has_the_numbers_of_the_report(grid, grid_results):
+    report = build_report(grid_results, title="t", reference="SFT attacked")
+    for arm in report.arms:
+        row = next(
+            line for line in grid["report.tex"].splitlines() if line.startswith(arm.name.replace("%", "\\%") + " ")
+        )
+        harm = arm.estimates["harmful_score"]
+        interval = f"[{100 * harm.low:.1f}, {100 * harm.high:.1f}]"
+        assert f"{percent(harm.mean)}" in row and interval in row
+        assert ("\\textbf" in row) == is_shown(arm)
 
 
 def test_hostile_text_is_neither_a_formula_nor_a_control_character_in_csv(hostile):

@@ -35,7 +35,7 @@ def report(
 ) -> None:
     """Write a report of finished runs.
 
-    Writes report.html, report.md and results.csv, and prints the table.
+    Writes report.html, report.md, report.tex and results.csv, and prints the table.
     """
     if out_dir is None and len(directories) > 1:
         raise StayalignedError("several directories are given, but no place for their report", hint="Give --out DIR.")

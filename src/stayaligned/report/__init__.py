@@ -1,4 +1,4 @@
-"""Reports of results: one self-contained HTML page, Markdown, CSV, and a terminal table.
+"""Reports of results: one self-contained HTML page, Markdown, LaTeX, CSV, and a terminal table.
 
     report = build_report(find_results([directory]), title="Comparison", reference="SFT attacked")
     write_report(report, directory)

@@ -16,7 +16,7 @@ from stayaligned.report.layers import count_changed, layer_table, middle_and_ran
 from stayaligned.report.prose import INTERVALS
 from stayaligned.report.training import SEPARATE
 from stayaligned.report.values import Arm, CategoryRate, MetricKind, Report, Role
-from stayaligned.report.verdicts import is_deletion
+from stayaligned.report.verdicts import is_shown
 from stayaligned.report.words import NEVER_CLAIMED
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def html_text(report: Report) -> str:
         cautions_in_short=_shorten(cautions),
         arms_by_role={role: [arm for arm in report.arms if arm.role == role] for role in get_args(Role)},
         role_tags={"reference": "reference", "control": "control", "context": "for orientation", "competing": ""},
-        is_shown=_is_shown,
+        is_shown=is_shown,
         overview_metrics=_overview_metrics(report),
         mixture=_mixture(report),
         configurations={arm.name: _yaml(arm.experiment) for arm in report.arms},
@@ -160,11 +160,6 @@ def _overview_metrics(report: Report) -> list[tuple[MetricKind, str]]:
     kinds = {kind.name: kind for kind in report.metrics}
     useful = [(name, short) for name, short in _OVERVIEW.items() if name in kinds]
     return [(kinds[name], short) for name, short in (("harmful_score", "Harm"), *useful[:1]) if name in kinds]
-
-
-def _is_shown(arm: Arm) -> bool:
-    """Whether to highlight the arm: less harm is shown, of a model that works, and better than by deletion."""
-    return arm.verdict.kind == "less_harm" and not arm.verdict.is_broken and not is_deletion(arm.controls)
 
 
 def _common_size(report: Report, kind: MetricKind) -> str | None:
