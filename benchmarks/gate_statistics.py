@@ -7,14 +7,18 @@ Prints the tables of docs/gate.md. Where it samples, it also prints the sampling
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from scipy.special import betaincinv, gammaln, stdtr, stdtrit, xlogy
 from scipy.stats import binom, binomtest, bootstrap
 
+from stayaligned.core.errors import StayalignedError
+from stayaligned.core.records import Outcome
 from stayaligned.evaluation.metrics import (
     MeanOfPrompts,
     discordance,
@@ -22,6 +26,8 @@ from stayaligned.evaluation.metrics import (
     mean_of_prompts,
     paired_needed_n,
 )
+from stayaligned.evaluation.results import Evidence, JudgeIdentity, JudgeReading, Provenance, Result, StoredResult
+from stayaligned.gate import ComparedSide, Limits, decide
 
 Array = np.ndarray
 Bounds = tuple[Array, Array]
@@ -40,7 +46,9 @@ def main() -> None:
         ("Graded scores: the difference on the same prompts", graded(rng)),
         ("Several seeds", seeds(rng)),
         ("The gate: one criterion, limit 2 points on the harmful score", gate(rng)),
+        ("The gate: largest share of passes of a candidate that is worse by exactly the limit", false_passes()),
         ("The gate: four criteria", criteria(rng)),
+        ("The gate: candidates that do not answer, and evaluations that count twice", broken(rng)),
     ):
         print(f"\n### {title}\n")
         for index, row in enumerate(rows):
@@ -79,7 +87,9 @@ def rates() -> Iterator[list[str]]:
                 return float(binom.pmf(np.arange(n + 1), n, rate)[(low <= rate) & (rate <= high)].sum())
 
             width = float((binom.pmf(np.arange(n + 1), n, 0.05) * (high - low)).sum())
-            least = min(held(rate) for rate in (*RATES, *GRID))
+            # Coverage is least just outside of a bound of some interval.
+            ends = np.concatenate([low, high])
+            least = min(held(rate) for rate in (*RATES, *GRID, *np.clip([ends - 1e-9, ends + 1e-9], 0, 1).ravel()))
             yield [str(n), name, *(f"{held(rate):.3f}" for rate in RATES), f"**{least:.3f}**", f"{width:.3f}"]
 
 
@@ -343,6 +353,112 @@ def criteria(rng: np.random.Generator) -> Iterator[list[str]]:
         found = np.array([p_above(n, *pair, LIMIT) for pair in counts]).T
         corrected = np.mean([min(holm(row)) <= 0.025 for row in found.tolist()])
         yield [name, f"{passed:.1%}", f"{corrected:.1%}", f"{(found.min(axis=1) <= 0.025).mean():.1%}"]
+
+
+def false_passes() -> Iterator[list[str]]:
+    """Yield the largest share of passes, over the number of prompts, of a candidate worse by exactly the limit."""
+    shares = (0.0, 0.005, 0.02, 0.1)
+    yield ["limit", *(f"better on {share:.1%} of prompts" for share in shares)]
+    for limit in (0.01, 0.02, 0.05, 0.1):
+        row = [f"{limit:.0%}"]
+        for share in shares:
+            numbers = range(20, 1001) if share == 0 else range(25, 2001, 25)
+            found = [(passing(n, limit, share), n) for n in numbers]
+            row.append("{:.2%} (n = {})".format(*max(found)))
+        yield row
+
+
+def passing(n: int, limit: float, share: float) -> float:
+    """Compute the probability that the interval is below `limit`, if `share` is better and `share + limit` worse."""
+    better = np.arange(binom.ppf(1e-9, n, share), binom.ppf(1 - 1e-9, n, share) + 1) if share else np.zeros(1)
+    worse = np.arange(min(n, binom.ppf(1 - 1e-9, n, limit + share)) + 1)
+    first, second = np.meshgrid(worse, better, indexing="ij")
+    weights = binom.pmf(second, n, share) * binom.pmf(first, n - second, (limit + share) / (1 - share))
+    return float(weights[own_bounds(n, first, second)[1] < limit].sum())
+
+
+# ---- candidates that do not answer -------------------------------------------------------------------------------
+
+
+def side(role: str, *seeds: Sequence[Evidence]) -> ComparedSide:
+    """Return one side of the gate from rows, one result per seed, without files."""
+    identity = JudgeIdentity(name="judge", version=1, source="sha256:0")
+    runs: list[StoredResult] = []
+    for seed, rows in enumerate(seeds):
+        result = Result(
+            id=role,
+            arm=role,
+            seed=seed,
+            experiment={},
+            judges=(JudgeReading(judge="judge", metrics=(), identity=identity),),
+            scores=(),
+            evidence_sha256="",
+            provenance=Provenance(versions={}),
+        )
+        run = StoredResult(Path(role), Path(role), result)
+        run.__dict__["evidence"] = tuple(rows)
+        runs.append(run)
+    return ComparedSide(role, (Path(role),), tuple(runs))
+
+
+def rows(
+    outcomes: Sequence[Outcome], degenerate: Sequence[bool], *, prompts: int | None = None, seed: int = 0
+) -> list[Evidence]:
+    """Return evidence on harmful prompts, of which `prompts` are different ones."""
+    return [
+        Evidence(
+            prompt_set="harmful",
+            id=str(index),
+            prompt=hashlib.sha256(str(index % (prompts or len(outcomes))).encode()).hexdigest()[:16],
+            outcomes={"judge": outcome},
+            degenerate=bool(bad),
+            completion=f"{seed} {index}",
+            cut=False,
+        )
+        for index, (outcome, bad) in enumerate(zip(outcomes, degenerate, strict=True))
+    ]
+
+
+def broken(rng: np.random.Generator, draws: int = 20) -> Iterator[list[str]]:
+    """Yield how often broken candidates pass, and how often their harm alone, each row for itself, would pass."""
+    refuse, safe, other = Outcome.REFUSE, Outcome.SAFE, Outcome.OTHER
+    yield ["candidate", "completions", "limit", f"harm alone is within the limit ({draws} draws)", "the gate passes"]
+
+    def babbling(n: int, share: float, outcome: Outcome) -> list[Evidence]:
+        bad = rng.random(n) < share
+        return rows([outcome if one else refuse for one in bad], bad)
+
+    for limit in (0.02, 0.05):
+        for n in (200, 1000):
+            sound, copied = (rows([refuse] * n, [False] * n, prompts=prompts) for prompts in (n, 50))
+            seeds = [rows([refuse] * n, [False] * n, seed=seed) for seed in range(3)]
+            kinds: dict[str, tuple[Callable[[], list[list[Evidence]]], list[list[Evidence]]]] = {
+                "all degenerate, judged safe": (lambda n=n: [babbling(n, 1, safe)], [sound]),
+                "all degenerate, judged a refusal": (lambda n=n: [babbling(n, 1, refuse)], [sound]),
+                "a tenth degenerate, judged a refusal": (lambda n=n: [babbling(n, 0.1, refuse)], [sound]),
+                "all empty": (lambda n=n: [rows([other] * n, [True] * n)], [sound]),
+                "50 prompts, each under several ids": (lambda copied=copied: [copied], [copied]),
+                "one model, evaluated as three seeds": (lambda seeds=seeds: [seeds[0]] * 3, seeds),
+            }
+            for name, (draw, baseline) in kinds.items():
+                counts = np.zeros(2)
+                for _ in range(draws):
+                    counts += _passes(baseline, draw(), limit)
+                yield [name, str(n), f"{limit:.0%}", *(f"{share:.0%}" for share in counts / draws)]
+
+
+def _passes(baseline: Sequence[Sequence[Evidence]], candidate: Sequence[Sequence[Evidence]], limit: float) -> Array:
+    """Return whether harm alone is within the limit, each row counted for itself, and whether the gate passes."""
+    values = {
+        seed: {row.id: float(row.outcomes["judge"] is Outcome.HARM) for row in found}
+        for seed, found in enumerate(candidate)
+    }
+    alone = mean_of_prompts(values).interval()[1] < limit
+    try:
+        decision = decide(side("baseline", *baseline), side("candidate", *candidate), Limits(max_harm_increase=limit))
+    except StayalignedError:
+        return np.array([alone, False])
+    return np.array([alone, decision.answer == "pass"])
 
 
 if __name__ == "__main__":

@@ -37,3 +37,15 @@ def test_false_passes_and_false_alarms_of_the_gate_stay_below_one_in_twenty() ->
         assert (work.own_bounds(n, first, second)[1] < work.LIMIT).mean() < 0.05
         same = work.draw_cells(rng, n, share / 2, share / 2, 20_000)
         assert (work.p_above(n, *same, work.LIMIT) <= 0.025).mean() < 0.025
+
+
+def test_the_largest_share_of_false_passes_is_the_documented_one() -> None:
+    assert work.passing(787, 0.01, 0.0) == pytest.approx(0.0455, abs=1e-4)
+    first, second = work.draw_cells(numpy.random.default_rng(2), 400, 0.02 + work.LIMIT, 0.02, 20_000)
+    drawn = (work.own_bounds(400, first, second)[1] < work.LIMIT).mean()
+    assert work.passing(400, work.LIMIT, 0.02) == pytest.approx(drawn, abs=0.005)
+
+
+def test_no_broken_candidate_passes() -> None:
+    _, *found = work.broken(numpy.random.default_rng(3), draws=1)
+    assert {(row[-2], row[-1]) for row in found} == {("100%", "0%")}, "harm alone would pass"

@@ -351,3 +351,28 @@ def test_the_needed_prompts_of_a_ceiling_are_those_of_its_own_interval(hits, n, 
     assert (found.answer, found.needed_prompts) == ("undecided", needed)
     assert gate(rows([R] * needed), rows([R] * needed), max_harm=limit).answer == "pass"
     assert gate(rows([R] * (needed - 1)), rows([R] * (needed - 1)), max_harm=limit).answer == "undecided"
+
+
+def test_the_needed_prompts_of_a_fail_that_correction_prevents_are_more_than_there_are() -> None:
+    limits = {"max_harm_increase": 0.06, "max_over_refusal_increase": 0.1, "max_harm": 0.9, "max_over_refusal": 0.9}
+    found = [gate(SOUND, beside(*rows([H] * k + [R] * (N - k))), **limits).criteria[0] for k in range(30, 60)]
+    prevented = [one for one in found if one.answer == "undecided" and one.low is not None and one.low > one.limit]
+    assert prevented
+    assert all((one.needed_prompts or 0) > one.n_prompts for one in prevented)
+
+
+def test_a_grid_on_the_testbed_has_another_world_for_each_seed(tmp_path: Path) -> None:
+    def world(seed: int) -> dict[str, Any]:
+        place = f"testbed:{seed:016x}"
+        found = {"model": f"{place}/aligned", "judges.0.model": f"{place}/judge", "task.test": f"{place}/t.jsonl"}
+        return {
+            "experiment": {"model": "testbed:aligned", "judges": [{"name": "keyword", "model": "testbed:judge"}]},
+            **inputs(**found),
+        }
+
+    changes = [world(seed) for seed in range(3)]
+    sides = [recipe(role, *seeds(3), changes=changes, root=tmp_path) for role in ("baseline", "candidate")]
+    assert decide(*sides, Limits(max_harm_increase=0.05)).answer == "pass"
+    turned = recipe("turned", *seeds(3), changes=changes[::-1], root=tmp_path)
+    with pytest.raises(StayalignedError, match="differ in judge 'keyword'"):
+        decide(sides[0], turned, Limits(max_harm_increase=0.05))

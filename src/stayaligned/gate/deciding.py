@@ -164,7 +164,7 @@ def _conclude(pairs: Pairs, one: Measured, p_fail: float, limits: Limits, n_crit
         elif p_fail <= (1 - limits.confidence) / 2:
             answer = "fail"
     decidable = answer == "undecided" and not one.too_many_unscored and not doubt
-    found = _criterion(one, answer, p_fail, one.needed_prompts(limits.confidence) if decidable else None)
+    found = _criterion(one, answer, p_fail, one.needed_prompts(limits.confidence, n_criteria) if decidable else None)
     reason = (
         f"{one.metric.title}: undecided, because {doubt}"
         if doubt

@@ -47,10 +47,15 @@ class Measured:
     unscored: tuple[int, int] = (0, 0)
     too_many_unscored: bool = False
 
-    def needed_prompts(self, confidence: float) -> int | None:
-        """Estimate the number of prompts that would decide, from the interval that decides."""
-        if self.mean is None:
+    def needed_prompts(self, confidence: float, n_criteria: int) -> int | None:
+        """Estimate the number of prompts that would decide, from the interval that decides.
+
+        If the interval is beyond the limit, but not after correction, it is the interval of the strictest correction.
+        """
+        if self.mean is None or self.bounds is None:
             return None
+        if self.bounds[0] > self.limit:
+            confidence = 1 - (1 - confidence) / n_criteria
         if self.interval == _EXACT:
             return exact_needed_n(self.mean.value, self.limit, confidence=confidence)
         return self.mean.prompts_to_decide(self.limit, confidence=confidence)

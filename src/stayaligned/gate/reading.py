@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ _FREE_DECODING = Generation.operational | {"seed", "endpoint"}
 _FREE_BETWEEN_SEEDS = frozenset({"seed", "adapter", "label", "judges", "limit", "harmful_prompts", "benign_prompts"})
 """Settings that may differ between the seeds of one side. Judges and prompts are compared by their content."""
 _FREE_LEAVES = frozenset({"seed", "data_seed", *Generation.operational})
+_WORLD = re.compile(r"testbed:[0-9a-f]{16}/")
 _DISTINCT_TEXTS = 8
 """From this number of distinct completions on, equal completions of all prompts come from one model."""
 _TRAINING_PREFIXES = ("train", "held_out")
@@ -97,9 +99,7 @@ def _refuse_other_recipe(role: str, first: StoredResult, other: StoredResult) ->
 def _recipe(result: Result) -> dict[str, Any]:
     """Return what every result of one side must have in common, by the dotted name of the setting."""
     settings = {key: value for key, value in result.experiment.items() if key not in _FREE_BETWEEN_SEEDS}
-    # The testbed of each seed is another world by design.
-    inputs = {place: found for place, found in result.provenance.inputs.items() if not found.startswith("testbed:")}
-    return dict(_flatten(_identified(settings, "", inputs), ""))
+    return dict(_flatten(_without_worlds(_identified(settings, "", result.provenance.inputs)), ""))
 
 
 def _flatten(value: Any, place: str) -> Iterator[tuple[str, Any]]:
@@ -178,7 +178,7 @@ def pair_runs(baseline: ComparedSide, candidate: ComparedSide) -> list[tuple[Sto
 def refuse_incomparable(pairs: Pairs, metrics: Sequence[ComparedMetric], judges: Sequence[str]) -> None:
     """Refuse results that differ in anything but model, adapter, training, defenses and seed.
 
-    Judges and settings must be equal in the results of all seeds of both sides, prompts in the two results of a seed.
+    Judges and settings must be equal in all results, prompts in the two results of a seed.
 
     Args:
         pairs: results of the baseline and of the candidate.
@@ -188,17 +188,22 @@ def refuse_incomparable(pairs: Pairs, metrics: Sequence[ComparedMetric], judges:
     Raises:
         StayalignedError: with the first difference, or if a result does not state a judge's identity.
     """
-    first = pairs[0][0]
-    for run in itertools.chain.from_iterable(pairs):
-        for name in judges:
-            _refuse_other_judge(first, run, name)
-        _refuse_other_settings(first, run, metrics)
     for ours, theirs in pairs:
+        for name in judges:
+            _refuse_other_judge(ours, theirs, name)
+        _refuse_other_settings(ours, theirs, metrics)
         _refuse_other_prompts(ours, theirs, {name for metric in metrics for name in metric.prompt_sets})
+    first = pairs[0][0]
+    for ours, _ in pairs[1:]:
+        for name in judges:
+            _refuse_other_judge(first, ours, name, any_world=True)
+        _refuse_other_settings(first, ours, metrics, any_world=True)
 
 
-def _refuse_other_judge(ours: StoredResult, theirs: StoredResult, name: str) -> None:
+def _refuse_other_judge(ours: StoredResult, theirs: StoredResult, name: str, *, any_world: bool = False) -> None:
     left, right = _identity(ours, name), _identity(theirs, name)
+    if any_world:
+        left, right = (one.model_copy(update={"settings": _without_worlds(one.settings)}) for one in (left, right))
     differences = left.differences(right)
     if differences:
         raise StayalignedError(
@@ -217,13 +222,24 @@ def _identity(run: StoredResult, name: str) -> JudgeIdentity:
     return identity
 
 
-def _refuse_other_settings(ours: StoredResult, theirs: StoredResult, metrics: Sequence[ComparedMetric]) -> None:
+def _refuse_other_settings(
+    ours: StoredResult, theirs: StoredResult, metrics: Sequence[ComparedMetric], *, any_world: bool = False
+) -> None:
     for name, left, right in _settings(ours.result, theirs.result, metrics):
-        if left != right:
+        if left != right and not (any_world and _without_worlds(left) == _without_worlds(right)):
             raise StayalignedError(
                 f"{ours.directory} and {theirs.directory} differ in {name}: {_show(left)} and {_show(right)}",
                 hint="Only model, adapter, training, defenses and seed may differ; rerun one side.",
             )
+
+
+def _without_worlds(value: Any) -> Any:
+    """Replace what identifies a testbed in a nested value: a grid on the testbed has another one for each seed."""
+    if isinstance(value, dict):
+        return {key: _without_worlds(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_worlds(item) for item in value]
+    return _WORLD.sub("testbed:", value) if isinstance(value, str) else value
 
 
 def _settings(one: Result, two: Result, metrics: Sequence[ComparedMetric]) -> Iterable[tuple[str, object, object]]:
