@@ -190,7 +190,7 @@ def test_marks_of_the_answer_that_a_source_names_are_read(tmp_path, options, nam
 
 
 @pytest.mark.parametrize("dump", [[], None, [said("a")], [user(""), said("a")]])
-def test_conversations_without_a_request_are_skipped_and_counted(tmp_path, caplog, dump):
+def test_conversations_without_a_askedare_skipped_and_counted(tmp_path, caplog, dump):
     rows = [{"messages": dump}, {"messages": [QUESTION, ANSWER]}]
     assert [turns(found) for found in read(tmp_path, rows)] == [[("user", "q")]]
     assert "skipped 1 of 2 rows" in caplog.text
@@ -205,12 +205,90 @@ def test_a_missing_value_that_was_written_as_text_is_named(tmp_path, caplog, mis
 
 
 @pytest.mark.parametrize(
+    "write", [json.dumps, str, lambda turns: json.dumps(turns, indent=1)], ids=["json", "repr", "lines"]
+)
+def test_turns_that_a_table_holds_as_text_are_read_as_turns(tmp_path, write):
+    for row in (
+        {"messages": write([QUESTION, ANSWER])},
+        {"prompt": write([QUESTION]), "completion": write([ANSWER])},
+        {"prompt": "q", "completion": write(ANSWER)},
+        {"prompt": "q", "chosen": write([QUESTION, ANSWER]), "rejected": write([QUESTION, said("r")])},
+        {"chosen": write([QUESTION, ANSWER]), "rejected": write([QUESTION, said("r")])},
+    ):
+        (found,) = read(tmp_path, row)
+        assert (turns(found), found.completion) == ([("user", "q")], "a")
+        assert found.rejected == ("r" if "rejected" in row else "")
+    assert turns(read(tmp_path, {"prompt": write([user("s"), ANSWER, QUESTION])}, prompts_only=True)[0])[-1] == (
+        "user",
+        "q",
+    )
+    answer = write([{"role": "baker", "content": "bread"}])  # JSON that is asked for
+    assert read(tmp_path, {"prompt": "q", "completion": answer})[0].completion == answer
+    with pytest.raises(StayalignedError, match="looks like turns"):  # numpy writes no comma between them
+        read(tmp_path, {"prompt": "q", "completion": write([QUESTION, ANSWER]).replace("},", "}")})
+
+
+def test_turns_by_their_keys_are_read_as_turns(tmp_path):
+    row = {"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}}
+    (found,) = read(tmp_path, row)
+    assert (turns(found), found.completion) == ([("user", "q")], "a")
+    for rows in ([{"prompt": QUESTION, "completion": ANSWER}], [{"prompt": ["q"], "completion": ["a"]}] * 2):
+        found = read(tmp_path, rows)[0]
+        assert (turns(found), found.completion) == ([("user", "q")], "a")
+
+
+@pytest.mark.parametrize("name", ["text", "content", "question", "system_message", "chat_template_kwargs"])
+def test_a_text_beside_the_askedis_read_repeated_or_refused(tmp_path, name):
+    row = {"instruction": "Sum up.", "output": "a", "system": "s"}
+    with pytest.raises(StayalignedError, match=name):
+        read(tmp_path, {**row, name: "The text"})
+    repeated = {"system_message": "s", "chat_template_kwargs": {"enable_thinking": False}}.get(name, "Sum up. a")
+    assert turns(read(tmp_path, {**row, name: repeated})[0]) == [("system", "s"), ("user", "Sum up.")]
+    if name in ("text", "content"):
+        (found,) = read(tmp_path, {**row, name: "The text"}, f"?input={name}")
+        assert turns(found)[-1] == ("user", "Sum up.\n\nThe text")
+
+
+def test_keys_of_turns_that_are_not_read_are_refused_or_named(tmp_path, caplog):
+    for key in ("context", "documents", "rejected"):
+        with pytest.raises(StayalignedError, match=key):
+            read(tmp_path, {"messages": [user("q", **{key: "c"}), ANSWER]})
+    read(tmp_path, {"messages": [user("q", id=1, mood="m"), ANSWER]})
+    assert "keys of turns that are not read: mood\n" in caplog.text
+
+
+def test_prompts_that_a_column_calls_safe_and_unsafe_are_named(tmp_path, caplog):
+    rows = [{"prompt": "p", "label": "safe"}, {"prompt": "q", "label": "unsafe"}]
+    assert len(read(tmp_path, rows, prompts_only=True)) == 2
+    assert "line 1 and line 2 differ in `label`; name the rows to read: ?where=label:VALUE" in caplog.text
+    caplog.clear()
+    assert len(read(tmp_path, rows, "?where=label:safe", prompts_only=True)) == 1
+    assert "label" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"url": "/v1/chat/completions", "body": {"messages": [QUESTION]}},
+        {"url": "/v1/responses", "body": {"input": "q", "model": "m"}},
+        {"url": "/v1/completions", "body": {"prompt": "q"}},
+        {"params": {"messages": [QUESTION]}},
+    ],
+    ids=["chat", "responses", "completions", "anthropic"],
+)
+def test_the_requests_of_a_batch_are_prompts(tmp_path, asked):
+    (found,) = read(tmp_path, {"custom_id": "1", **asked}, prompts_only=True)
+    assert turns(found) == [("user", "q")]
+
+
+@pytest.mark.parametrize(
     ("row", "mark"),
     [
         ({"prompt": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "completion": "a"}, "<|im_start|>"),
         ({"prompt": "[INST] q [/INST]", "completion": "a"}, "[INST]"),
         ({"prompt": "q", "completion": "a</s>"}, "</s>"),
         ({"prompt": "### Instruction:\nq\n\n### Response:\n", "completion": "a"}, "### Instruction:"),
+        ({"prompt": "USER: q ASSISTANT:", "completion": "a"}, "USER: q ASSISTANT:"),
     ],
 )
 def test_a_text_that_was_rendered_with_a_chat_template_is_named(tmp_path, caplog, row, mark):

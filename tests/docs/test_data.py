@@ -37,7 +37,9 @@ def test_a_row_to_learn_from_is_read_with_every_part_of_its_meaning(tmp_path, ro
     assert found.prompt[-1].role == "user"
     assert found.completion == "A"
     # The page's texts for the system, earlier turns, the context and the request are single capital letters.
-    assert sorted(set(re.findall(r"\b[A-Z]\b", said))) == sorted(set(re.findall(r'"([A-Z])"', row)) - {"A"})
+    assert sorted(set(re.findall(r"\b[A-Z]\b", said))) == sorted(
+        set(re.findall(r'["\'' "]([A-Z])[\"'" "]", row)) - {"A"}
+    )
 
 
 @pytest.mark.parametrize(("row", "source"), PREFERRED)

@@ -371,6 +371,8 @@ def _list_in(value: Any, path: Path, source: Source) -> list[Any] | None:
 def _is_by_columns(value: Mapping[Any, Any]) -> bool:
     """Return whether an object is one of pandas' or `datasets`' other forms of a table."""
     cells = list(value.values())
+    if any(isinstance(item, Mapping) and item.keys() & {"role", "from"} for item in cells):  # a row with turns
+        return False
     if all(isinstance(item, Mapping) for item in cells) and ("0" in value or all("0" in item for item in cells)):
         return True
     keys = [item.keys() for item in cells if isinstance(item, Mapping)]

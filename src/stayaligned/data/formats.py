@@ -21,6 +21,7 @@ from stayaligned.data.turns import (
     is_empty,
     is_missing,
     kind_of,
+    parsed,
     read_asked,
     read_transcript,
     truth_of,
@@ -36,7 +37,10 @@ REQUESTS = ("prompt", "instruction", "question", "query", "goal", "input")
 ANSWERS = ("completion", "output", "response", "answer", "generation")
 CHOSEN = ("chosen", "chosen_response", "preferred_output")
 REJECTED = ("rejected", "rejected_response", "non_preferred_output")
-SYSTEMS = ("system", "system_prompt")
+SYSTEMS = (
+    *("system", "system_prompt", "system_message", "system_instruction", "systeminstruction", "systemprompt"),
+    *("systemmessage", "sys_prompt"),
+)
 ROW_COLUMNS = frozenset({*CONVERSATIONS, *REQUESTS, *ANSWERS, *CHOSEN, *REJECTED})
 """Columns of which every row has at least one."""
 
@@ -47,16 +51,18 @@ _PARTS = ("input", "context")
 _OPEN = frozenset({"instruction", "question", "query"})
 """Request columns that `_PARTS` follow; a prompt is complete by itself."""
 
+_RENDERED = ("prompt", "instruction", "question", "query", "text", "content")
+"""Columns beside the request that often repeat it, also together with the answer, as `text` of Alpaca does."""
 _CHANGES_PROMPT = _names(
     "tools functions tool_choice images image image_url audio audios video videos documents document passage article"
-    " paragraph background choices options history input context contextstring systeminstruction system_instruction"
-    " few_shot examples persona"
-)
+    " paragraph background choices options history input context contextstring few_shot examples persona"
+    " chat_template_kwargs"
+) | {*SYSTEMS, *_RENDERED}
 _CHANGES_ANSWER = _names(
     "tool_calls function_call reasoning reasoning_content thinking thoughts cot chain_of_thought thinking_trajectories"
     " reward rewards"
 )
-_LEARN_MARKS = _names("weight sample_weight train training trainable loss_mask")
+_LEARN_MARKS = _names("weight weights sample_weight train training trainable loss_mask assistant_masks completion_mask")
 _GOOD = _names("label kto_tag accepted is_accepted preferred is_preferred correct is_correct")
 """Columns whose true value says that the completion is one to learn, and whose false value that it is not."""
 _SAFE, _UNSAFE = (
@@ -82,9 +88,14 @@ MISSING = re.compile(r"\s*(?:NA|N/A|#N/A|<NA>|NaN|nan|NULL|null|None|\\N)\s*")
 TEMPLATE_MARKS = re.compile(
     r"<\|im_start\|>|<\|start_header_id\|>|\[INST\]|<start_of_turn>|<\|user\|>|<｜User｜>|<extra_id_1>"
     r"|\A\s*(?:### (?:Instruction|Human):|Below is an instruction that|A chat between a curious)"
+    r"|(?:\n|\A(?:Human|USER|User): (?s:.*)\s)(?:Assistant|ASSISTANT|### Response|### Assistant):\s*\Z"
     r"|(?:</s>|<\|im_end\|>|<\|eot_id\|>|<\|endoftext\|>|<end_of_turn>|<eos>|<｜end▁of▁sentence｜>)\s*\Z"
 )
 """Marks of a text that was rendered with a chat template; common ones only at its beginning or its end."""
+MEDIA_MARKS = re.compile(
+    r"^<(?:image|video|audio)>|<\|(?:image|image_pad|audio|video_pad)\|>|<image_placeholder>", re.MULTILINE
+)
+"""Placeholders of an image, a video or a sound that is not in the row."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +122,11 @@ class Columns:
         self.values = dict(values)
         self.explicit = explicit or {}
         self._read: set[str] = set()
-        for name in ("input", "body"):  # the request object of an OpenAI preference, and of an OpenAI batch
+        for name in ("input", "body", "params"):  # the request of an OpenAI preference, and of a batch
             inner = self.values.get(name)
-            if isinstance(inner, Mapping) and "messages" in inner:
+            if isinstance(inner, Mapping) and inner.keys() & {"messages", "prompt", "input"}:
                 del self.values[name]
-                self.values |= {str(key): value for key, value in inner.items()}
+                self.values |= {{"instructions": "system"}.get(key, str(key)): value for key, value in inner.items()}
         self._names: dict[str, str] = {}
         for name in self.values:
             plain = name.strip().casefold()
@@ -184,8 +195,8 @@ def read_conversation(row: Columns, where: str, reader: TurnReader) -> Conversat
         if prompt and prompt[-1].role == "assistant":
             said = prompt.pop().content
             answers = [name for name in answers if not is_empty(row.peek(name))]
-        for name in requests:
-            if row.peek(name) in [turn.content for turn in prompt]:
+        for name in (*requests, *_RENDERED):
+            if name not in requests or row.peek(name) in [turn.content for turn in prompt]:
                 row.skip(name)
         answer = _one_answer(row, None, answers, where, reader)
     elif requests:
@@ -214,6 +225,7 @@ def read_conversation(row: Columns, where: str, reader: TurnReader) -> Conversat
     if isinstance(asked, str) and asked.lstrip().startswith("Human:"):  # the space behind "Assistant:"
         text, rejected = None if text is None else text.strip(), rejected.strip()
     turns = _with_system(row, prompt or [], where)
+    _skip_repeated(row, turns)
     if all(turn.role == "system" or is_blank(turn.content) for turn in turns):
         turns = [*turns, Message(role="user", content="")]  # a row without a prompt, which is skipped and counted
     if turns[-1].role != "user":
@@ -265,7 +277,7 @@ def _ambiguous(where: str, first: str, second: str) -> StayalignedError:
 
 
 def _request(row: Columns, column: str, where: str, reader: TurnReader) -> list[Message]:
-    value = row.take(column)
+    value = _one_text(reader.written(row.take(column), f"{where}: `{column}`"), f"{where}: `{column}`")
     if isinstance(value, list) or reader.is_turn(value):
         return reader.read(value if isinstance(value, list) else [value], f"{where}: `{column}`")
     text = "" if value is None else checked_text(value, f"{where}: `{column}`")
@@ -295,6 +307,7 @@ def _reply(
 def _read_reply(
     value: Any, where: str, prompt: list[Message] | None, reader: TurnReader
 ) -> tuple[list[Message] | None, str | None]:
+    value = _one_text(reader.written(value, where), where)
     if value is None:
         return prompt, None
     if isinstance(value, str):
@@ -324,6 +337,19 @@ def _read_reply(
     )
 
 
+def _one_text(value: Any, where: str) -> Any:
+    """Return the text of a list of one text; any other value unchanged."""
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+        return value
+    if len(value) > 1:
+        raise StayalignedError(
+            f"{where}: {len(value)} texts, expected one",
+            hint="Write each into a row of its own; of a preference, write the better text into `chosen` and the other "
+            'into `rejected`; turns look like [{"role": "user", "content": "…"}, …].',
+        )
+    return value[0]
+
+
 def _plain(turns: Sequence[Message] | None) -> list[tuple[str, str]]:
     return [(turn.role, turn.content.strip()) for turn in turns or ()]
 
@@ -334,6 +360,7 @@ def _history(row: Columns, where: str, reader: TurnReader) -> list[Message]:
     if is_empty(value):
         return []
     row.skip("history")
+    value = parsed(value) or value if isinstance(value, str) else value
     if isinstance(value, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value):
         value = [turn for asked, said in value for turn in ({"role": "user", "content": asked}, _said(said))]
     return reader.read(value, f"{where}: `history`")
@@ -348,12 +375,24 @@ def _with_system(row: Columns, turns: list[Message], where: str) -> list[Message
     system = row.take(column)
     if is_empty(system):
         return turns
+    for name in SYSTEMS:
+        if row.peek(name) == system:
+            row.skip(name)
     system = content_text(system, f"{where}: `{column}`")
     if turns and turns[0].role == "system":
         if turns[0].content.strip() == system.strip():
             return turns
         raise StayalignedError(f"{where}: both a `{column}` column and a system turn", hint="Remove one of the two.")
     return [Message(role="system", content=system), *turns]
+
+
+def _skip_repeated(row: Columns, turns: Sequence[Message]) -> None:
+    """Count columns as read that hold only text of the turns, or the last one together with the answer."""
+    asked = next((turn.content.strip() for turn in reversed(turns) if turn.role == "user"), "")
+    for name in _RENDERED:
+        text = row.peek(name)
+        if isinstance(text, str) and asked and (asked in text or any(text.strip() in turn.content for turn in turns)):
+            row.skip(name)
 
 
 # ---- columns that are not read -------------------------------------------------------------------------------------
@@ -374,12 +413,12 @@ def refuse_unread(row: Columns, where: str, *, settled: Collection[str], origin:
     """
     for name, value in row.unread().items():
         plain = name.strip().casefold()
-        if name in settled:
+        if name in settled or (plain in _SWITCHED and _is_switch(value)):
             continue
         if plain in _CHANGES_PROMPT or (learns and plain in _CHANGES_ANSWER):
-            way = (
-                "To let it follow an instruction: ?instruction=COLUMN. Or remove it" if plain in _PARTS else "Remove it"
-            )
+            way = "Remove it"
+            if plain in (*_PARTS, *_RENDERED):
+                way = f"To let it follow an instruction: ?instruction=COLUMN&input={name}. Or remove it"
             raise StayalignedError(
                 f"{where}: `{name}` changes the meaning of the row and is not read",
                 hint=f"{way}, or read the rows as if it were absent: ?ignore={name}",
@@ -399,6 +438,16 @@ def refuse_unread(row: Columns, where: str, *, settled: Collection[str], origin:
                 f"{where}: `{name}` is {value!r}, so its completion is one not to learn",
                 hint=f"Name the rows to read, ?where={name}:{_other(value)}, or read all: ?ignore={name}",
             )
+
+
+_SWITCHED = _names("reasoning thinking chat_template_kwargs")
+
+
+def _is_switch(value: Any) -> bool:
+    """Return whether a value only switches thoughts on or off, and says nothing itself."""
+    if isinstance(value, Mapping):
+        return all(isinstance(item, bool) or is_empty(item) for item in value.values())
+    return isinstance(value, bool) or str(value).strip().casefold() in ("on", "off", "true", "false", "yes", "no")
 
 
 def _other(value: Any) -> str:

@@ -39,6 +39,7 @@ from stayaligned.core.text import is_blank
 from stayaligned.data.files import Row as Row
 from stayaligned.data.files import read_path, table_rows
 from stayaligned.data.formats import (
+    MEDIA_MARKS,
     METADATA,
     MISSING,
     TEMPLATE_MARKS,
@@ -195,12 +196,14 @@ def build_examples(source: str, rows: Sequence[Row], *, origin: Origin, prompts_
             columns.skip(name)
         refuse_unread(columns, where, settled=settled, origin=origin, learns=not prompts_only)
         unknown |= dict.fromkeys(unknown_columns(columns))
-        for name, value in columns.unread().items() if not prompts_only else ():
+        for name, value in columns.unread().items():
             if name not in settled and (good := verdict_of(columns.about(name), value, origin)) is not None:
                 verdicts.setdefault((name, good), row.where)
         found.append(_Found(row, conversation))
-    _refuse_mixtures(source, found, verdicts)
-    _log_unread(source, found, [name for name in unknown if name not in settled], learns=not prompts_only)
+    _refuse_mixtures(source, found, {} if prompts_only else verdicts)
+    if prompts_only:
+        _log_mixtures(source, verdicts)
+    _log_unread(source, found, [name for name in unknown if name not in settled], reader)
     full = _not_blank(source, found, prompts_only=prompts_only)
     _log_texts(source, full)
     return _identified(source, full, origin)
@@ -228,11 +231,22 @@ def _refuse_mixtures(source: str, found: Sequence[_Found], verdicts: Mapping[tup
             )
 
 
-def _log_unread(source: str, found: Sequence[_Found], unknown: Sequence[str], *, learns: bool) -> None:
-    if unknown:
-        _log.warning("%s: columns that are not read: %s", source, ", ".join(unknown))
+def _log_mixtures(source: str, verdicts: Mapping[tuple[str, bool], str]) -> None:
+    """Log columns by which some prompts, or their answers, are good ones and others bad ones."""
+    for name, good in verdicts:
+        if good and (name, False) in verdicts:
+            _log.warning(
+                "%s: all rows are asked alike, but %s and %s differ in `%s`; name the rows to read: ?where=%s:VALUE",
+                *(source, verdicts[name, True], verdicts[name, False], name, name),
+            )
+
+
+def _log_unread(source: str, found: Sequence[_Found], unknown: Sequence[str], reader: TurnReader) -> None:
+    for what, names in (("columns", unknown), ("keys of turns", reader.unread)):
+        if names:
+            _log.warning("%s: %s that are not read: %s", source, what, ", ".join(names))
     several = sum(any(turn.role == "assistant" for turn in item.conversation.prompt) for item in found)
-    if several and learns:
+    if several and reader.learns:
         _log.warning(
             "%s: %d of %d conversations have several assistant turns; the last one is learned, the others are context",
             source,
@@ -245,10 +259,11 @@ def _log_texts(source: str, found: Sequence[_Found]) -> None:
     """Log texts that are probably not what they say: a missing value as text, a text that was rendered already."""
     for matches, what in (
         (MISSING.fullmatch, "say {}, which is read as text"),
+        (MEDIA_MARKS.search, "contain {}, which stands for a part that is not read"),
         (TEMPLATE_MARKS.search, "contain {}, a mark of a chat template, which is written once more around them"),
     ):
         rows = [
-            (item.row.where, mark[0].strip())
+            (item.row.where, mark[0].strip()[-40:])
             for item in found
             for text in ((item.conversation.completion or ""), *(turn.content for turn in item.conversation.prompt))
             if (mark := matches(text))

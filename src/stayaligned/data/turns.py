@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ _ROLES: dict[str, Role] = {
     "chatgpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
     "chatbot": "assistant",
     "bard": "assistant",
     "bing": "assistant",
@@ -50,7 +52,15 @@ _TOOL_KEYS = ("tool_calls", "function_call", "tools", "functions")
 _MEDIA_KEYS = ("images", "image", "image_url", "audio", "audios", "video", "videos", "files", "attachments")
 _THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thoughts")
 _LEARN_KEYS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "train_detail", "training_detail")
+_CONTEXT_KEYS = ("context", "documents", "document", "passage", "history", "rejected", "chosen")
+_PLAIN_KEYS = frozenset(
+    ("id", "name", "index", "idx", "turn", "turn_id", "turn_identifier", "message_id", "end_turn", "recipient", "model")
+)
+"""Keys of a turn that do not change what it says."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_WRITTEN_TURNS = re.compile(r"\s*\[?\s*\{\s*['\"](?:role|from|content|value)['\"]\s*:")
+_WRITTEN_ROLE = re.compile(r"['\"](?:role|from)['\"]\s*:\s*['\"](?:system|user|assistant|human|gpt)['\"]")
+"""Marks of turns that a table holds as text."""
 _NO_TOOLS = "Tool calls are not supported: remove such conversations."
 
 
@@ -66,6 +76,8 @@ class TurnReader:
     """Keys that are read as if they were absent."""
     learns: bool = True
     """Whether the last assistant turn is learned, so that marks of what to learn are checked."""
+    unread: dict[str, None] = field(default_factory=dict)
+    """Collects the keys of turns that were not read and that may change what a turn says."""
 
     def is_turn(self, value: Any) -> bool:
         """Return whether a value looks like one turn."""
@@ -81,16 +93,43 @@ class TurnReader:
             StayalignedError: if the value is something else, a turn's role is unknown, or a turn has a part that can't
                 be represented: tool calls, images, thoughts beside the answer, or marks to learn other turns.
         """
-        if isinstance(value, str) and value.lstrip().startswith("[{"):
-            value = _from_json(value)
+        value = self.written(value, where)
         if not isinstance(value, list) or not value:
             hint = 'Write it as JSON: [{"role": "user", "content": "…"}, …].' if isinstance(value, str) else None
-            raise StayalignedError(f"{where}: expected a list of turns, found {kind_of(value)}", hint=hint)
+            raise StayalignedError(f"{where}: expected a list of turns, found {_type_of(value)}", hint=hint)
         last = len(value) - 1
         return [
             self._turn(turn, f"{where}, turn {index + 1}", final=answer and index == last, blank=index >= last - 1)
             for index, turn in enumerate(value)
         ]
+
+    def written(self, value: Any, where: str) -> Any:
+        """Return the turns that a cell holds as text (JSON, or Python's form) or by their keys; else the value itself.
+
+        Raises:
+            StayalignedError: if a text looks like turns but can't be parsed.
+        """
+        if isinstance(value, Mapping) and isinstance(roles := value.get(self._key(value, self.role, _ROLE_KEYS)), list):
+            lists = {key: item for key, item in value.items() if isinstance(item, list) and len(item) == len(roles)}
+            return [dict(zip(lists, turn, strict=True)) for turn in zip(*lists.values(), strict=True)]
+        names = _ROLE_KEYS if self.role is None else (self.role,)
+        if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+            return value
+        if not any(f'"{name}"' in value or f"'{name}'" in value for name in names):
+            return value
+        found = parsed(value)
+        turns = found if isinstance(found, list) else [found]
+        if turns and all(self.is_turn(turn) and self._key(turn, self.content, _CONTENT_KEYS) for turn in turns):
+            known = {
+                str(turn[key]).strip().casefold() for turn in turns if (key := self._key(turn, self.role, _ROLE_KEYS))
+            }
+            return found if known <= {*_ROLES, *_TOOL_ROLES} else value
+        if found is None and _WRITTEN_TURNS.match(value) and _WRITTEN_ROLE.search(value):
+            raise StayalignedError(
+                f"{where}: looks like turns, but is invalid JSON: {value.strip()[:60]!r}",
+                hint='Write it as JSON: [{"role": "user", "content": "…"}, …].',
+            )
+        return value
 
     def _turn(self, turn: Any, where: str, *, final: bool, blank: bool) -> Message:
         role = self.role_of(turn)
@@ -98,7 +137,7 @@ class TurnReader:
             named = str(turn[key]) if self.is_turn(turn) and (key := self._key(turn, self.role, _ROLE_KEYS)) else ""
             raise StayalignedError(
                 f"{where}: expected a role (system, user or assistant) and content, found "
-                + (f"the role {named!r}" if named else _listed(turn) if isinstance(turn, Mapping) else kind_of(turn)),
+                + (f"the role {named!r}" if named else _listed(turn) if isinstance(turn, Mapping) else _type_of(turn)),
                 hint=_NO_TOOLS
                 if named.strip().casefold() in _TOOL_ROLES
                 else 'A list of texts has no roles. Write turns: [{"role": "user", "content": "…"}, …].'
@@ -130,6 +169,11 @@ class TurnReader:
             raise StayalignedError(
                 f"{where}: `{key}` changes the meaning and is not read", hint=f"Only text is read. {way.format(key)}"
             )
+        for key in given(_CONTEXT_KEYS):
+            raise StayalignedError(
+                f"{where}: `{key}` changes the meaning and is not read",
+                hint=f"Write it into the text. {way.format(key)}",
+            )
         for key in given(_THOUGHT_KEYS) if final else ():
             raise StayalignedError(
                 f"{where}: the thoughts in `{key}` are not read",
@@ -142,6 +186,18 @@ class TurnReader:
                     f"{where}: `{key}` is {turn[key]!r}, but the last assistant turn is learned and no other",
                     hint=f"Cut such conversations after the turn to learn. {way.format(key)}",
                 )
+
+        read = {
+            *_ROLE_KEYS,
+            *_CONTENT_KEYS,
+            *_THOUGHT_KEYS,
+            *_LEARN_KEYS,
+            *_PLAIN_KEYS,
+            self.role,
+            self.content,
+            "refusal",
+        }
+        self.unread.update(dict.fromkeys(key for key in given([*turn]) if key not in read))
 
     def role_of(self, turn: Any) -> Role | None:
         """Return the role of a turn; None if it has none that is known."""
@@ -198,9 +254,23 @@ def checked_text(value: Any, where: str) -> str:
     return value
 
 
+def parsed(text: str) -> Any:
+    """Return the value of JSON, or of Python's literals as pandas writes lists into CSV; None for any other text."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return None
+
+
 def kind_of(value: Any) -> str:
     """Return what a value is, for messages."""
     return "missing" if is_missing(value) else f"of type {type(value).__name__}"
+
+
+def _type_of(value: Any) -> str:
+    return "nothing" if is_missing(value) else f"a {type(value).__name__}"
 
 
 def is_missing(value: Any) -> bool:
@@ -230,6 +300,8 @@ def truth_of(value: Any) -> bool | None:
 
 def content_text(value: Any, where: str) -> str:
     """Return the text of a content: text, or a list of text parts, which are joined as chat templates join them."""
+    if isinstance(value, Mapping):
+        value = value["parts"] if isinstance(value.get("parts"), list) else [value]
     if not isinstance(value, list):
         return checked_text(value, where)
     texts: list[str] = []
@@ -239,7 +311,7 @@ def content_text(value: Any, where: str) -> str:
             texts.append(checked_text(part, place))
             continue
         if not isinstance(part, Mapping):
-            raise StayalignedError(f"{place}: expected text, found {kind_of(part)}")
+            raise StayalignedError(f"{place}: expected text, found {_type_of(part)}")
         kind = part.get("type", "text")
         if kind not in _TEXT_PARTS:
             raise StayalignedError(f"{place}: a part of the type {kind!r}", hint="Only text is read: remove such rows.")
@@ -250,13 +322,6 @@ def content_text(value: Any, where: str) -> str:
             raise StayalignedError(f"{place}: expected text, found {found}", hint="Only text is read.")
         texts.append(checked_text(part["text"], place))
     return "".join(texts)
-
-
-def _from_json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
 
 
 def _listed(values: Mapping[str, Any]) -> str:

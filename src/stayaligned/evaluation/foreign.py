@@ -303,10 +303,10 @@ def _lm_eval_prompt(values: Mapping[str, Any], where: str) -> object:
 def _turns(value: object, where: str, reader: TurnReader) -> tuple[list[Message], dict[str, Any] | None]:
     """Return the turns of a prompt, and apart from them a last turn that is the assistant's, as it is written."""
     if isinstance(value, str):
-        written = _json_turns(value, reader)
-        if written is None:
-            return [Message(role="user", content=value)], None
-        value = written
+        written: Any = reader.written(value, where)
+        if isinstance(written, str):
+            return [Message(role="user", content=written)], None
+        value = written if isinstance(written, list) else [written]
     if not isinstance(value, list) or not value:
         raise StayalignedError(
             f"{where}: expected a text or a list of turns, found {'nothing' if not value else type(value).__name__}",
@@ -316,15 +316,6 @@ def _turns(value: object, where: str, reader: TurnReader) -> tuple[list[Message]
     if reader.role_of(last) != "assistant":
         return reader.read(value, where), None
     return reader.read(before, where) if before else [], last
-
-
-def _json_turns(text: str, reader: TurnReader) -> list[Any] | None:
-    """Return the turns that a cell of CSV holds as JSON; None if the text is something else."""
-    try:
-        found = json.loads(text) if text.lstrip().startswith("[{") else None
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, list) and all(reader.is_turn(turn) for turn in found) else None
 
 
 def _completion(
@@ -348,7 +339,9 @@ def _completion(
             f"{where}: no completion; the columns are {', '.join(f'`{n}`' for n in values)}",
             hint="Name its column: FILE?completion=COLUMN.",
         )
-    texts = {name: _text(value, f"{where}: {name}") for name, value in found.items()}
+    texts = {
+        name: _text(reader.written(value, f"{where}: {name}"), f"{where}: {name}") for name, value in found.items()
+    }
     if len({split_thoughts(text).answer for text, _ in texts.values()}) > 1:
         raise StayalignedError(
             f"{where}: several possible completions: {', '.join(found)} differ",
