@@ -20,6 +20,7 @@ from stayaligned.evaluation.endpoint.replies import (
     Reply,
     ReportedError,
     UnreadableBodyError,
+    end_of,
     read_reply,
 )
 from stayaligned.evaluation.judges.strong_reject import StrongReject
@@ -129,6 +130,48 @@ def test_a_filtered_completion_is_not_the_models(reason: str) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("reason", "meaning"),
+    [
+        *[(word, "ended") for word in ("FINISH_REASON_STOP", "endTurn", "stop_str")],
+        *[(word, "cut") for word in ("max_tokens_reached", "MAX-TOKENS", "maxTokens", "output_limit")],
+        *[(word, "filtered") for word in ("content-filter", "contentFilter", "IMAGE_SAFETY", "FINISH_REASON_SAFETY")],
+        *[(word, "filtered") for word in ("content_filter: PROHIBITED_CONTENT", "moderation", "blocked_by_policy")],
+        *[(word, "broken") for word in ("server_error", "request_cancelled", "load", "rate_limited")],
+        *[(word, "") for word in ("tool_use", "pause_turn", "language", "function_call")],
+    ],
+)
+def test_a_reason_of_another_spelling_has_the_meaning_of_its_words(reason: str, meaning: str) -> None:
+    assert end_of({"finish_reason": reason})[1] == meaning
+    if meaning not in ("", "ended"):  # a gateway says `stop`, its provider more
+        assert end_of({"finish_reason": "stop", "native_finish_reason": reason})[1] == meaning
+    assert end_of({"finish_reason": "length", "native_finish_reason": reason})[1] == "cut"
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        {"content_filter_results": {"custom_blocklists": [{"filtered": True, "id": "x"}]}},
+        {"content_filter_results": {"custom_blocklists": {"filtered": False, "details": [{"filtered": True}]}}},
+        {"content_filter_result": {"hate": {"filtered": True}}},
+    ],
+)
+def test_a_filter_of_azure_is_found_wherever_it_stands(results: dict[str, Any]) -> None:
+    with pytest.raises(FilteredError):
+        read(body("I", choice=results))
+
+
+@pytest.mark.parametrize("usage", [None, {"completion_tokens": 0}, {"completion_tokens": 9}])
+def test_a_completion_cut_without_a_text_was_cut_in_hidden_thoughts(usage: Any) -> None:
+    found = read(body("", "length", usage))
+    assert (found.text, found.finished, bool(found.thoughts)) == ("", False, True)
+
+
+def test_a_message_without_content_is_no_empty_completion() -> None:
+    message = {"index": 0, "message": {"role": "assistant"}, "finish_reason": "stop"}
+    assert "missing" in read({"choices": [message], "usage": {"completion_tokens": 0}}).withheld
+
+
 def test_a_models_refusal_is_its_completion() -> None:
     assert read(body(None, refusal="no")).text == "no"
     assert read(body([{"type": "refusal", "refusal": "no"}])).text == "no"
@@ -148,8 +191,15 @@ def test_a_models_refusal_is_its_completion() -> None:
         stream(delta(role="assistant"), delta(content="ye"), delta(content="s"), delta("stop"), {"choices": []}),
         stream(body("yes")),
         stream(delta(content="yes"), delta("stop"), done=False).replace(b"\n", b"\r\n"),
+        b": keep-alive\n\n: keep-alive\n\n" + json.dumps(body("yes")).encode(),
+        b"data: " + json.dumps(body("yes"), indent=1).encode().replace(b"\n", b"\ndata: ") + b"\n\n",
+        stream(delta(content="yes"), delta("stop")).replace(b"\n\n", b"\n"),
+        json.dumps(body([None, {"type": "text", "text": "yes"}])).encode(),
     ],
-    ids=["BOM", "space", "UTF-16", "numbers", "digits", "twice", "null error", "stream", "one event", "no DONE"],
+    ids=[
+        *("BOM", "space", "UTF-16", "numbers", "digits", "twice", "null error", "stream", "one event", "no DONE"),
+        *("comments", "lines of an event", "an event a line", "a null part"),
+    ],
 )
 def test_bodies_with_oddities_that_do_not_touch_the_completion_are_read(content: bytes) -> None:
     found = read(content)
@@ -199,12 +249,26 @@ def test_what_is_not_one_chat_completion_is_unreadable(content: bytes) -> None:
         ({"error": "out of memory"}, 500),
         ({"object": "error", "message": "too long", "code": 400}, 400),
         (body("", None, choice={"error": {"message": "x", "code": 502}}), 502),
+        ({"error": "Unexpected endpoint or method. (POST /v1/v1/chat/completions)"}, 404),
+        ({"error": "model 'x' not found, try pulling it first"}, 404),
+        ({"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}, 503),
+        ({"type": "error", "error": {"type": "authentication_error", "message": "x"}}, 401),
+        ({"error": {"code": "1301", "type": None, "message": "unsafe content"}}, 400),
+        ({"success": False, "errors": [{"code": 7, "message": "x"}]}, 500),
     ],
 )
 def test_an_error_in_a_body_of_success_is_an_error(error: dict[str, Any], status: int) -> None:
     with pytest.raises(ReportedError) as caught:
         read(error)
     assert caught.value.status == status
+
+
+def test_what_a_body_without_choices_says_is_quoted() -> None:
+    for key in ("detail", "message"):
+        with pytest.raises(UnreadableBodyError, match="it says 'Model not loaded'"):
+            read({"status": "x", key: "Model not loaded"})
+    with pytest.raises(ReportedError):
+        read(b'[{"error": {"code": 503, "message": "x"}}]')
 
 
 # ---- judges ----------------------------------------------------------------------------------------------------------

@@ -7,36 +7,56 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from stayaligned.evaluation.endpoint.cost import Usage
 
 _FINISH_REASONS = {
-    "ended": "stop eos eos_token stop_token stop_sequence stop_sequences end_turn end complete completed finished done",
+    "ended": "stop stop_str eos eos_token stop_token stop_sequence stop_sequences end_turn end complete completed "
+    "finished done",
     "cut": "length max_length max_tokens max_new_tokens max_output_tokens max_completion_tokens model_length "
     "token_limit model_context_window_exceeded context_length_exceeded",
     "filtered": "content_filter content_filtered filtered safety refusal sensitive blocked blocklist "
-    "prohibited_content recitation spii guardrail_intervened",
+    "prohibited_content recitation spii guardrail_intervened moderation",
     "broken": "error abort aborted cancelled canceled timeout network_error insufficient_system_resource "
-    "malformed_function_call",
+    "malformed_function_call incomplete load unload",
 }
 """Values of `finish_reason` of OpenAI, vLLM, SGLang, TGI, Mistral, DeepSeek, Zhipu, Anthropic and Google."""
 _FINISH_FIELDS = ("finish_reason", "stop_reason", "done_reason", "finishReason", "finish_reasons")
 _MEANINGS = {word: meaning for meaning, words in _FINISH_REASONS.items() for word in words.split()}
+_PARTS_OF_REASONS = (
+    ("filtered", re.compile(r"filter|safety|prohibited|blocked|sensitive|moderation")),
+    ("broken", re.compile(r"error|abort|cancel|timeout|rate_limit")),
+    ("cut", re.compile(r"max_|length|limit")),
+)
+"""Parts of reasons that are not in the list above."""
 _ERROR_CODES = {
-    "invalid_api_key": 401,
-    "model_not_found": 404,
-    "rate_limit_exceeded": 429,
-    "insufficient_quota": 429,
-    "content_filter": 400,
-    "context_length_exceeded": 400,
-    "invalid_request_error": 400,
+    code: status
+    for status, codes in {
+        400: "content_filter context_length_exceeded invalid_request_error invalid_argument data_inspection_failed "
+        "badrequesterror 1301",
+        401: "invalid_api_key invalidapikey authentication_error unauthenticated",
+        402: "insufficient_credits",
+        403: "permission_error permission_denied",
+        404: "model_not_found not_found_error not_found notfounderror",
+        429: "rate_limit_exceeded rate_limit_error resource_exhausted insufficient_quota",
+        503: "overloaded overloaded_error unavailable_error",
+    }.items()
+    for code in codes.split()
 }
+_ERROR_WORDS = (
+    (404, re.compile(r"not found|no such model|unknown model|does not exist|unexpected endpoint|no models loaded")),
+    (401, re.compile(r"api[ _-]?key|unauthori[sz]ed|authentication")),
+    (429, re.compile(r"rate limit|too many requests")),
+)
+"""Words of errors without a code."""
 _THOUGHT_PARTS = frozenset(("thinking", "reasoning", "reasoning_content", "reasoning.text", "redacted_thinking"))
 _THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking", "reasoning_details")
 """Fields of a message with the model's thoughts; a server that fills several repeats them, so the first is read."""
+_MESSAGES = ("message", "detail", "msg", "error_message")
 _SENT = ("prompt_tokens", "input_tokens")
 _RECEIVED = ("completion_tokens", "output_tokens")
 _MOST_TOKENS = 10**7
@@ -106,10 +126,10 @@ def read_reply(content: bytes, estimate: Usage) -> Reply:
     text = "\n".join(filter(None, (text, refusal)))
     thoughts = thoughts or next(filter(None, (_flat_text(message.get(field)) for field in _THOUGHT_FIELDS)), "")
     counts = _mapping(body.get("usage"))
-    hidden = _count(_mapping(counts.get("completion_tokens_details")), ("reasoning_tokens",))
-    if hidden and not text and not thoughts:
-        thoughts = f"[{hidden} tokens that the server does not show]"
     received = _count(counts, _RECEIVED)
+    hidden = _count(_mapping(counts.get("completion_tokens_details")), ("reasoning_tokens",))
+    if (hidden or meaning == "cut") and not text and not thoughts:  # cut without a text: in its thoughts
+        thoughts = f"[{hidden or received or 'all'} tokens that the server does not show]"
     return Reply(
         text=text,
         finished={"ended": True, "cut": False}.get(meaning),
@@ -154,12 +174,14 @@ def _parse(content: bytes) -> Mapping[str, Any]:
     start = content.lstrip()[:16]
     if start.startswith(b"<"):
         raise UnreadableBodyError("the server returned a web page")
-    if start.startswith((b"data:", b"event:", b"id:", b": ", b":\n")):
+    content = re.sub(rb"\A(?:\s*:[^\n]*\n)+\s*(?=\{)", b"", content)  # comments that keep a connection alive
+    if content.lstrip().startswith((b"data:", b"event:", b"id:", b": ", b":\n")):
         return _assemble(content)
     try:
         body = parse_json(content)
     except ValueError as error:
         raise UnreadableBodyError(f"not JSON: {str(error)[:200]}") from None
+    body = body[0] if isinstance(body, list) and len(body) == 1 else body
     if not isinstance(body, Mapping):
         raise UnreadableBodyError(f"the body is of type {type(body).__name__}")
     _raise_reported(body)
@@ -168,16 +190,19 @@ def _parse(content: bytes) -> Mapping[str, Any]:
 
 def _raise_reported(body: Mapping[str, Any]) -> None:
     """Raise the error that a body reports instead of a completion."""
-    error = body.get("error") or (body if body.get("object") == "error" else None)
+    error = body.get("error") or (body if body.get("object") == "error" or body.get("success") is False else None)
     if error:
         raise ReportedError(_error_status(error))
 
 
 def _error_status(error: object) -> int:
-    code = error.get("code") or error.get("status") or error.get("type") if isinstance(error, Mapping) else None
-    if isinstance(code, str):
-        code = int(code) if code.isdecimal() and len(code) == 3 else _ERROR_CODES.get(code)
-    return code if isinstance(code, int) and 400 <= code < 600 else 500
+    for code in (_mapping(error).get(name) for name in ("code", "status", "type")):
+        text = str(code).strip().casefold()
+        status = int(text) if text.isdecimal() and len(text) == 3 else _ERROR_CODES.get(text)
+        if status is not None and 400 <= status < 600:
+            return status
+    said = str(_mapping(error).get("message", "") if isinstance(error, Mapping) else error).casefold()
+    return next((status for status, words in _ERROR_WORDS if words.search(said)), 500)
 
 
 def _assemble(content: bytes) -> Mapping[str, Any]:
@@ -185,10 +210,7 @@ def _assemble(content: bytes) -> Mapping[str, Any]:
     choices: dict[Any, dict[str, Any]] = {}
     usage: Any = None
     ended = False
-    for line in content.split(b"\n"):
-        field, _, data = line.partition(b":")
-        if field.strip() != b"data":
-            continue
+    for data in _events(content):
         if data.strip() == b"[DONE]":
             ended = True
             break
@@ -208,6 +230,24 @@ def _assemble(content: bytes) -> Mapping[str, Any]:
     return {"choices": [*choices.values()], "usage": usage}
 
 
+def _events(content: bytes) -> Iterator[bytes]:
+    """Yield the data of each event, whose lines are joined."""
+    for event in re.split(rb"(?:\r\n|\n|\r){2,}", content):
+        fields = [line.partition(b":") for line in event.splitlines()]
+        lines = [data for name, _, data in fields if name.strip() == b"data"]
+        whole = b"\n".join(lines)
+        # Some servers write one event a line.
+        yield from [whole] if lines and (len(lines) == 1 or _is_json(whole)) else lines
+
+
+def _is_json(content: bytes) -> bool:
+    try:
+        parse_json(content)
+    except ValueError:
+        return False
+    return True
+
+
 def _extend(choice: dict[str, Any], part: Mapping[str, Any]) -> None:
     """Add one event of a stream to the choice that it belongs to."""
     choice.update({key: value for key, value in part.items() if key not in ("delta", "message") and value is not None})
@@ -223,7 +263,11 @@ def _only_choice(body: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the choice; one was asked for, so several must be equal."""
     choices = body.get("choices")
     if not isinstance(choices, Sequence) or not choices or not all(isinstance(one, Mapping) for one in choices):
-        raise UnreadableBodyError(f"`choices` is missing or empty; its fields are {', '.join([*body][:8]) or 'none'}")
+        said = next((value for key in _MESSAGES if isinstance(value := body.get(key), str) and value.strip()), "")
+        raise UnreadableBodyError(
+            f"`choices` is missing or empty; its fields are {', '.join([*body][:8]) or 'none'}"
+            + (f"; it says {said.strip()[:200]!r}" if said else "")
+        )
     first = choices[0]
     if any({**one, "index": 0} != {**first, "index": 0} for one in choices[1:]):
         raise UnreadableBodyError(f"{len(choices)} different choices, where one was asked for")
@@ -240,14 +284,30 @@ def end_of(found: Mapping[str, Any]) -> tuple[str, str]:
     value = next((found[name] for name in _FINISH_FIELDS if found.get(name)), None)
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
     value = value.get("type") if isinstance(value, Mapping) else value
-    reason = value.rpartition(".")[2].strip().lower() if isinstance(value, str) else ""
-    return reason, _MEANINGS.get(reason, "")
+    found_meaning = _meaning_of(value)
+    native = _meaning_of(
+        found.get("native_finish_reason")
+    )  # OpenRouter says `stop` of what its provider cut or blocked
+    return native if native[1] not in ("", "ended") and found_meaning[1] in ("", "ended") else found_meaning
+
+
+def _meaning_of(value: object) -> tuple[str, str]:
+    """Return a reason in lower case, with underscores between its words, and its meaning; empty if it is unknown."""
+    if not isinstance(value, str):
+        return "", ""
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", value.rpartition(".")[2].strip())
+    reason = re.sub(r"[\W_]+", "_", words).strip("_").lower().removeprefix("finish_reason_")
+    by_part = next((meaning for meaning, part in _PARTS_OF_REASONS if part.search(reason)), "")
+    return reason, _MEANINGS.get(reason, by_part)
 
 
 def _has_filtered_part(choice: Mapping[str, Any]) -> bool:
-    found = choice.get("content_filter_results")
-    parts = found.values() if isinstance(found, Mapping) else ()
-    return any(isinstance(part, Mapping) and part.get("filtered") is True for part in parts)
+    def is_filtered(part: object) -> bool:
+        if isinstance(part, Mapping):
+            return part.get("filtered") is True or any(map(is_filtered, part.values()))
+        return isinstance(part, list) and any(map(is_filtered, part))
+
+    return any(is_filtered(choice.get(name)) for name in ("content_filter_results", "content_filter_result"))
 
 
 def _read_content(content: object) -> tuple[str, str, str]:
@@ -256,6 +316,8 @@ def _read_content(content: object) -> tuple[str, str, str]:
         return content or "", "", ""
     found = {"text": "", "thoughts": "", "refusal": ""}
     for part in content if isinstance(content, list) else [content]:
+        if part is None:
+            continue
         if isinstance(part, str):
             found["text"] += part
             continue
@@ -303,6 +365,8 @@ def _count(found: Mapping[str, Any], names: Sequence[str]) -> int | None:
 
 def _withheld(message: Mapping[str, Any], received: int | None) -> str:
     """Return what the model wrote if a message has no text; empty if that is nothing, or only the end token."""
+    if "content" not in message:  # Gemini of a prompt that it blocked
+        return "no text (`content` is missing)"
     if received is not None:
         return f"{received} tokens without text" if received > 1 else ""
     return "no text (`content` is missing or null)" if message.get("content") is None else ""
