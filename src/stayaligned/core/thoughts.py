@@ -28,7 +28,7 @@ _OPENING = (
 _CLOSING = (
     rf"</(?P<closed>{_NAME})\s*>|\[/{_WORD}\]"
     rf"|<[|｜](?:(?:/|end[_▁](?:of[_▁])?){_WORD}|{_WORD}[_▁]end)[|｜]>|<\|inner_suffix\|>"
-    r"|<channel\|>|◁/think▷|\[unused17\]"
+    r"|<channel\|>|◁/think▷|\[unused17\]|<\|end\|>\s*<\|begin\|>assistant\s*(?=<\|content\|>)"
 )
 _MARK = re.compile(rf"(?P<opening>{_OPENING})|(?P<closing>{_CLOSING})", re.IGNORECASE)
 _OPENED_AT_END = re.compile(rf"(?:{_OPENING}|<\|channel\|>analysis<\|message\|>)\s*\Z", re.IGNORECASE)
@@ -42,17 +42,32 @@ _LINE = 1000
 """Number of characters before and after a mark that are read as its line."""
 _LINE_END = re.compile(r"[ \t\r]*(?:\n|\Z)")
 
-_GRANITE = (
-    re.compile(r"\s*(?:Here is|Here's) my thought process:", re.IGNORECASE),
-    re.compile(r"(?:Here is|Here's) my response:", re.IGNORECASE),
+_SENTENCES = tuple(
+    (re.compile(rf"\s*{opening}", re.IGNORECASE), re.compile(closing, re.IGNORECASE | re.MULTILINE))
+    for opening, closing in (
+        (r"(?:Here is|Here's) my thought process:", r"(?:Here is|Here's) my response:"),  # Granite 3.2
+        (r"Here are my reasoning steps:", r"\[BEGIN FINAL RESPONSE\]"),  # Apriel
+        (r"#{1,3} Thinking\s*\n", r"^#{1,3} Final (?:Response|Answer):?\s*$"),  # HuatuoGPT-o1
+        (r"Thinking\.\.\.\s*\n", r"^\.\.\.done thinking\.\s*$"),  # a terminal of Ollama
+        (r'<details type="reasoning"[^>]*>', r"</details>"),  # Open WebUI
+        (r"<\|im_start\|>think\n", r"<\|im_start\|>answer\n"),  # s1
+    )
 )
+"""Sentences and headings that open and close thoughts at the beginning of a text."""
+_OTHER_TAGS = re.compile(
+    r"\s*<(?P<name>analysis|cot|reflection|deliberation|(?:inner|internal)_?(?:monologue|thoughts?)|chain_of_thought)>",
+    re.IGNORECASE,
+)
+"""Tags that hold thoughts only if they begin a text and an answer follows them."""
 
 _ANSWER = re.compile(
     r"\s*(?:<(?P<name>answer|final_answer|final|response|output|solution)>"
     r"|<\|(?:START_RESPONSE|START_TEXT|begin_of_solution|content)\|>)",
     re.IGNORECASE,
 )
-_ANSWER_END = re.compile(r"<\|(?:END_RESPONSE|END_TEXT|end_of_solution)\|>", re.IGNORECASE)
+_ANSWER_END = re.compile(r"<\|(?:END_RESPONSE|END_TEXT|end_of_solution)\|>|\[END FINAL RESPONSE\]", re.IGNORECASE)
+_BOX = re.compile(r"<\|(?:begin|end)_of_box\|>")
+"""Marks of the result in GLM's answers."""
 
 _CHANNEL_STARTS = re.compile(
     r"\s*(?:<\|start\|>)?\s*(?:assistant)?\s*(?:analysis|commentary|final)?\s*(?:to=[\w.-]{1,80})?\s*"
@@ -61,7 +76,7 @@ _CHANNEL_STARTS = re.compile(
 _NEXT_CHANNEL = re.compile(r"<\|end\|>\s*<\|start\|>assistant\s*<\|channel\|>")
 """The end of thoughts that the prompt opened."""
 _MESSAGE_END = re.compile(r"<\|(?:end|return|call|eom|eot|start|channel)\|>")
-_BARE_CHANNELS = re.compile(r"\s*(?:assistant)?(?:analysis|commentary)(?=[^\W_])")
+_BARE_CHANNELS = re.compile(r"\s*(?:assistant)?(?:analysis|commentary)(?=[^\W_])(?!\w*[a-z][A-Z])")
 """gpt-oss's channels after a decoder has dropped the special tokens: "analysisThe user …assistantfinalSure"."""
 _BARE_FINAL = "assistantfinal"
 
@@ -70,7 +85,7 @@ _BESIDE_MARKS = frozenset(
     {
         *("<|start|>", "<|end|>", "<|constrain|>", "<|call|>", "<|return|>", "<|eom|>"),
         *("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>"),
-        *("<|begin_of_solution|>", "<|end_of_solution|>", "<|content|>"),
+        *("<|begin_of_solution|>", "<|end_of_solution|>", "<|begin|>", "<|content|>"),
     }
 )
 _CUT_MARKS = ("<think>", "</think>", "[THINK]", "[/THINK]", "<|channel|>", "<|channel>thought", "<|START_THINKING|>")
@@ -97,14 +112,14 @@ def split_thoughts(text: str, *, finished: bool = True) -> SplitText:
         finished: whether the text ended by itself. One that was cut in its thoughts, or right behind them, has no
             final answer; one that ended there has an empty one if its thoughts are closed.
     """
-    found = _split_channels(text) or _split_granite(text) or _split_marked(text, finished)
+    found = _split_channels(text) or _split_sentences(text) or _split_other_tags(text) or _split_marked(text, finished)
     if found.answer is None:
         if found.reason == ENDED and not finished:
             return SplitText(None, found.thoughts, CUT)
         return found
     if not found.thoughts and found.answer == text:
         return found if finished or not _is_cut_mark(text) else SplitText(None, text, CUT)
-    answer = _TOKENS_AFTER.sub("", _unwrap(found.answer)).strip()
+    answer = _unwrap(_TOKENS_AFTER.sub("", found.answer)).strip()
     if not answer and not finished:
         return SplitText(None, found.thoughts, CUT)
     return SplitText(answer, found.thoughts)
@@ -183,15 +198,25 @@ def _split_channels(text: str) -> SplitText | None:
     return SplitText("\n".join(answers), "\n".join(thoughts))
 
 
-def _split_granite(text: str) -> SplitText | None:
-    """Split at Granite's sentences; None if the text does not begin with the first one."""
-    opening, closing = _GRANITE
-    if (begun := opening.match(text)) is None:
+def _split_sentences(text: str) -> SplitText | None:
+    """Split at the sentences or headings of a family; None if the text does not begin with one."""
+    for opening, closing in _SENTENCES:
+        if begun := opening.match(text):
+            ended = closing.search(text, begun.end())
+            if ended is None:
+                return SplitText(None, text[begun.end() :], ENDED)
+            return SplitText(text[ended.end() :], text[begun.end() : ended.start()])
+    return None
+
+
+def _split_other_tags(text: str) -> SplitText | None:
+    """Split at a tag that prompts ask for, such as `<analysis>`; None if the text does not begin with one."""
+    if (begun := _OTHER_TAGS.match(text)) is None:
         return None
-    ended = closing.search(text, begun.end())
-    if ended is None:
-        return SplitText(None, text[begun.end() :], ENDED)
-    return SplitText(text[ended.end() :], text[begun.end() : ended.start()])
+    inside, closed, answer = text[begun.end() :].partition(f"</{begun['name']}>")
+    if not closed:
+        return SplitText(None, text, UNCLEAR)
+    return SplitText(answer, inside) if answer.strip() else None
 
 
 # ---- pairs of marks --------------------------------------------------------------------------------------------------
@@ -346,6 +371,7 @@ def _fences(text: str, start: int) -> list[tuple[int, int, bool]]:
 
 def _unwrap(answer: str) -> str:
     """Remove the marks around a final answer, which some families write behind their thoughts."""
+    answer = _BOX.sub("", answer)
     begun = _ANSWER.match(answer)
     if begun is None:
         return _ANSWER_END.sub("", answer)
