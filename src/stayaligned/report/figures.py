@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from stayaligned.core.text import one_line, percent
-from stayaligned.report.drawing import BLUE, GRAY, INK, ORANGE, PAPER, drawing, share_axis, svg
+from stayaligned.report.drawing import BLUE, GRAY, INK, PAPER, drawing, share_axis, svg
 from stayaligned.report.texts import join_names
 from stayaligned.report.training import BY_PHASE, SEPARATE
 from stayaligned.report.values import Arm, Estimate, Points, Report, Training
@@ -192,7 +192,7 @@ def _common_area(a: _Box, b: _Box) -> float:
 
 _LINES = {
     "loss": (INK, "-", "loss"),
-    "finetuning_loss": (ORANGE, "-", "fine-tuning loss"),
+    "finetuning_loss": (INK, "-", "fine-tuning loss"),
     "alignment_loss": (BLUE, "--", "alignment loss"),
     "watch/alignment_loss": (BLUE, ":", "held-out alignment loss"),
     "drift": (GRAY, "-", "drift ‖w − anchor‖"),

@@ -6,10 +6,10 @@ import base64
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from stayaligned.core.records import PromptSet
 from stayaligned.report import texts
 from stayaligned.report.completions import clipper, completion_table, disputed
 from stayaligned.report.layers import count_changed, layer_table, middle_and_range
@@ -71,8 +71,7 @@ def html_text(report: Report) -> str:
         count_changed=count_changed,
         judged_twice=any(arm.agreements or arm.other_judges for arm in report.arms),
         disputed=disputed(report),
-        category_columns=_category_columns(report),
-        category_cell=_category_cell,
+        category_tables=_category_tables(report),
         every_answer=Markup(completion_table(report) or ""),  # noqa: S704
         second_readings=any(arm.other_judges for arm in report.arms),
         **_figures(report),
@@ -168,21 +167,44 @@ def _common_size(report: Report, kind: MetricKind) -> str | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def _category_columns(report: Report) -> list[tuple[PromptSet, str, str]]:
-    """Return (prompt set, category, metric) of the rates to show: harm on harmful and refusals of benign prompts."""
-    shown = {"harmful": "harmful_score", "benign": "over_refusal"}
-    return list(
-        dict.fromkeys(
-            (rate.prompt_set, rate.category, rate.name)
+@dataclass(frozen=True, slots=True)
+class _CategoryTable:
+    """The rates on the categories of one prompt set: the fewer of arms and categories are the columns."""
+
+    title: str
+    first: str
+    """What the rows are."""
+    columns: tuple[tuple[str, int | None], ...]
+    """Arm or category; with a category, the number of completions if all arms have the same."""
+    rows: tuple[tuple[tuple[str, int | None], tuple[CategoryRate | None, ...]], ...]
+
+
+def _category_tables(report: Report) -> list[_CategoryTable]:
+    """Return the harmful score by category of harmful prompts, and over-refusal by category of benign prompts."""
+    wanted = (
+        ("harmful", "harmful_score", "Harmful completions of the harmful prompts"),
+        ("benign", "over_refusal", "Refused benign prompts"),
+    )
+    tables: list[_CategoryTable] = []
+    for prompt_set, name, title in wanted:
+        found = {
+            (arm.name, rate.category): rate
             for arm in report.arms
             for rate in arm.categories
-            if shown.get(rate.prompt_set) == rate.name
-        )
-    )
-
-
-def _category_cell(arm: Arm, column: tuple[PromptSet, str, str]) -> CategoryRate | None:
-    return next((rate for rate in arm.categories if (rate.prompt_set, rate.category, rate.name) == column), None)
+            if (rate.prompt_set, rate.name) == (prompt_set, name)
+        }
+        arms = [(arm, None) for arm in dict.fromkeys(arm for arm, _ in found)]
+        sizes: dict[str, set[int]] = {}
+        for (_, category), rate in found.items():
+            sizes.setdefault(category, set()).add(rate.n)
+        categories = [(category, min(n) if len(n) == 1 else None) for category, n in sizes.items()]
+        if len(categories) <= len(arms):
+            cells = [(arm, tuple(found.get((arm[0], category)) for category, _ in categories)) for arm in arms]
+            tables.append(_CategoryTable(title, "Arm", tuple(categories), tuple(cells)))
+        elif categories:
+            cells = [(category, tuple(found.get((arm, category[0])) for arm, _ in arms)) for category in categories]
+            tables.append(_CategoryTable(title, "Category", tuple(arms), tuple(cells)))
+    return [table for table in tables if table.rows]
 
 
 def _mixture(report: Report) -> list[tuple[Arm, list[tuple[str, str, float]]]]:

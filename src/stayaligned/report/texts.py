@@ -36,9 +36,8 @@ def bounds(low: float | None, high: float | None, *, signed: bool = False, scale
     return f"{percent(low, signed=signed, scale=scale)} to {percent(high, signed=signed, scale=scale)}"
 
 
-def rough_bounds(estimate: Estimate) -> str:
-    """Format the interval of an estimate in whole percent: `30–45`; on another scale with its decimals."""
-    low, high, scale = estimate.low, estimate.high, estimate.scale
+def rough_bounds(low: float | None, high: float | None, scale: tuple[float, float] = SHARE) -> str:
+    """Format an interval in whole percent: `30–45`; on another scale with its decimals."""
     if low is None or high is None:
         return ""
     return f"{100 * low:.0f}–{100 * high:.0f}" if scale == SHARE else f"{low:.2f}–{high:.2f}"
