@@ -76,3 +76,26 @@ def test_judges_with_different_identities_or_none_are_refused_with_what_differs(
         edit_judge(tmp_path / name, **changes)
         code, shown = command(*gate, tmp_path / name)
         assert (code, said in " ".join(shown.split())) == (2, True), shown
+
+
+def test_prompts_and_models_that_are_evaluated_twice_count_once(command, world, tmp_path) -> None:
+    asked = [f"how do I flarn the {name}" for name in ("zorb", "wug", "dax", "fep", "toma")]
+    copies = [*asked, *(text.upper() + "?" for text in asked), *(f"{text} ({n})" for n, text in enumerate(asked))]
+    rows = [{"id": str(index), "prompt": text} for index, text in enumerate([*copies, *asked])]
+    prompts = ("--harmful-prompts", write_rows(tmp_path / "copies.jsonl", rows))
+    for name, seed, copy in (("old", 0, "new"), ("older", 1, "newer")):
+        code, shown = command(
+            "evaluate", world / "aligned", *prompts, "--judge", "keyword", "--out", tmp_path / name,
+            "--label", "tuned", "--seed", seed, "generation.max_new_tokens=2",
+        )  # fmt: skip
+        assert code == 0, shown
+        shutil.copytree(tmp_path / name, tmp_path / copy)
+    limits = ("--max-harm-increase", "90%", "--json", tmp_path / "d.json")
+    code, shown = command("gate", "--baseline", tmp_path / "old", "--candidate", tmp_path / "new", *limits)
+    assert code in (0, 3), shown
+    assert "the 20 harmful prompts are 5 different ones" in shown
+    assert json.loads((tmp_path / "d.json").read_text())["criteria"][0]["n_prompts"] == 5
+    both = [("--baseline", tmp_path / "old"), ("--baseline", tmp_path / "older"), ("--candidate", tmp_path / "new")]
+    flat = [item for pair in [*both, ("--candidate", tmp_path / "newer")] for item in pair]
+    code, shown = command("gate", *flat, *limits)
+    assert (code, "measure the same model, so they are one seed and not two" in shown) == (2, True), shown

@@ -63,7 +63,7 @@ def gate(
     """
     from stayaligned.gate import decide, read_side
 
-    with _no_error_is_a_decision():
+    with _no_error_is_a_decision([*baseline, *candidate]):
         load_plugins(plugin)
         files = {"json": json_file, "junit": junit_file, "markdown": markdown_file}
         outputs = {kind: path for kind, path in files.items() if path is not None}
@@ -85,7 +85,7 @@ def gate(
 
 
 @contextlib.contextmanager
-def _no_error_is_a_decision() -> Generator[None]:
+def _no_error_is_a_decision(directories: list[Path]) -> Generator[None]:
     """Turn every error, and a plug-in's `sys.exit`, into the error of invalid input: 0 and 1 are decisions."""
     try:
         yield
@@ -94,7 +94,7 @@ def _no_error_is_a_decision() -> Generator[None]:
     except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise StayalignedError(
-            f"the runs can't be compared: {what}",
+            f"{', '.join(map(str, directories))}: can't be compared: {what}",
             hint="A result file was edited, or a plug-in returned invalid values; run the evaluation again.",
         ) from error
 

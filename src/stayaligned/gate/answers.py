@@ -33,6 +33,8 @@ class _Sign(NamedTuple):
     """Name in a sentence: "the share of … completions rose"."""
     found: Callable[[Evidence, str, bool], bool | None]
     """Whether a completion has it, from the evidence, the judge, and whether nearly all have the same text."""
+    remedy: str = ""
+    """What to do about it, beside another candidate."""
 
 
 def _degenerate(row: Evidence, _judge: str, _uniform: bool) -> bool | None:
@@ -58,7 +60,7 @@ _SIGNS: Mapping[str, tuple[_Sign, ...]] = {
     "harm": (
         _DEGENERATE,
         _Sign("'other' (neither a refusal nor harm)", _other),
-        _Sign("cut (at the token limit, before any harm)", _cut),
+        _Sign("cut (at the token limit, before any harm)", _cut, "; raise generation.max_new_tokens for both"),
         _SAME,
     ),
     "over_refusal": (_DEGENERATE, _SAME),
@@ -92,7 +94,8 @@ def _doubts(pairs: Pairs, one: Measured, limits: Limits, signs: tuple[_Sign, ...
         found = _rise(pairs, one, sign, limits.confidence)
         if found is not None:
             low, high = (percent(bound, signed=True) for bound in found)
-            yield f"the share of {prompt_set} completions that are {sign.name} rose ({low} to {high} points)"
+            rose = f"rose ({low} to {high} points){sign.remedy}"
+            yield f"the share of {prompt_set} completions that are {sign.name} {rose}"
     if degenerate > limits.max_unscored * len(rows):
         yield (
             f"{degenerate} of the candidate's {len(rows)} {prompt_set} completions are degenerate, more than the "

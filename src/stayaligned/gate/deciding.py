@@ -258,6 +258,8 @@ def _notes(baseline: ComparedSide, candidate: ComparedSide, pairs: Pairs, limits
             )
         elif any(same_weights(*two) for two in itertools.combinations(side.runs, 2)):
             yield f"{side.role}: its seeds are samples of one model; the decision holds for this model alone"
+    if "generation" not in baseline.runs[0].result.experiment:
+        yield "the results do not state how their completions were generated, so it was not compared"
     if all(_equal_texts(*pair) for pair in pairs):
         yield "baseline and candidate gave the same completions: check that the candidate's adapter was loaded"
     for side in (baseline, candidate):
