@@ -1,10 +1,24 @@
 """`power`: shares are parsed, both directions work, and the numbers are those of `evaluation.metrics`."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from stayaligned.evaluation import metrics
+
+STATISTICS = Path(__file__).parents[2] / "docs" / "statistics.md"
+
+
+def table_after(words: str) -> list[list[str]]:
+    """Return the cells of the first table of docs/statistics.md after some words."""
+    lines = STATISTICS.read_text().split(words)[1].splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    end = next((i for i, line in enumerate(lines[lines.index(rows[0]) :]) if not line.startswith("|")), len(rows))
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in rows[2:end]]
+
+
+GATE, SETS = table_after("passes in 9 of 10 cases"), table_after("What published prompt sets can show")
 
 
 def asked(command, *options):
@@ -40,12 +54,53 @@ def test_the_prompts_of_a_gate_let_an_unchanged_model_pass(command) -> None:
     assert several["needed_to_pass_unchanged"] is None
 
 
+@pytest.mark.parametrize("row", GATE, ids=[row[0] for row in GATE])
+def test_the_tabulated_numbers_are_answered_for_every_discordance(command, row) -> None:
+    for margin, needed in zip(("1%", "2%", "3%", "5%", "10%"), row[1:], strict=True):
+        found = asked(command, "--rate", "5%", "--margin", margin, "--discordant", row[0])
+        assert f"{found['needed_to_pass_unchanged']:,}" == needed
+        assert found["needed_to_fail_worse"] > 0
+
+
+@pytest.mark.parametrize("row", SETS, ids=[row[0] for row in SETS])
+def test_what_published_prompt_sets_can_show_is_what_power_says(command, row) -> None:
+    _, n, *cells = row
+    for rate, cell in zip(("0%", "1%", "5%"), cells[:3], strict=True):
+        found = asked(command, "--rate", rate, "--prompts", n)
+        assert f"{100 * found['smallest_ceiling']:.1f}" == cell
+    for share, cell in zip(("0%", "2%", "5%", "10%"), cells[3:], strict=True):
+        found = asked(command, "--rate", "5%", "--prompts", n, "--discordant", share)
+        assert f"{100 * found['smallest_margin']:.1f}" == cell
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        (("--rate", "0", "--ceiling", "2%"), 183),  # 0.98¹⁸³ < 0.025, and 0.98¹⁸² is not
+        (("--rate", "0", "--ceiling", "5%"), 72),
+        (("--rate", "0", "--ceiling", "1%"), 368),
+        (("--rate", "0", "--ceiling", "2%", "--confidence", "90%"), 149),
+        (("--rate", "100%", "--ceiling", "98%"), 183),
+        (("--rate", "2%", "--ceiling", "2%"), None),
+    ],
+)
+def test_a_ceiling_needs_the_prompts_of_the_exact_interval(command, options, needed) -> None:
+    found = asked(command, *options)
+    assert found["needed_to_decide"] == needed
+    if needed:
+        assert asked(command, *options, "--prompts", str(needed))["chance_decided"] == 1
+        assert asked(command, *options, "--prompts", str(needed - 1))["chance_decided"] == 0
+
+
 def test_the_table_prints_the_same_values(command) -> None:
     code, shown = command("power", "--rate", "5%", "--difference", "2%", "--prompts", "100")
     needed = asked(command, "--rate", "5%", "--difference", "2%")["needed_prompts"]
     assert code == 0
     assert f"{needed:,}" in shown
     assert "unknown: as for unrelated completions" in shown
+    code, shown = command("power", "--rate", "5%", "--prompts", "20", "--discordant", "1%")
+    assert code == 0
+    assert "none: too few prompts" in shown
 
 
 @pytest.mark.parametrize(
@@ -61,6 +116,9 @@ def test_the_table_prints_the_same_values(command) -> None:
         (["--rate", "50%", "--difference", "70%"], "no rate between 0 and 1 differs so much"),
         (["--rate", "5%", "--margin", "2%", "--worse", "1%"], "--worse"),
         (["--rate", "5%", "--margin", "2%", "--unpaired"], "--unpaired"),
+        (["--rate", "1%", "--margin", "2%", "--ceiling", "2%"], "exclude each other"),
+        (["--rate", "1%", "--ceiling", "2%", "--discordant", "2%"], "--ceiling excludes"),
+        (["--rate", "1%", "--ceiling", "0"], "--ceiling 0"),
         (["--rate", "5%", "--difference", "2%", "--confidence", "100%"], "--confidence"),
     ],
 )

@@ -16,10 +16,12 @@ def power(
     *,
     rate: Annotated[float, share("The baseline's rate, such as its harmful score.")],
     difference: Annotated[float | None, share("The difference to detect: 2% is two points.")] = None,
-    margin: Annotated[float | None, share("Instead of --difference: a gate's limit.")] = None,
+    margin: Annotated[float | None, share("Instead of --difference: a gate's limit on the change.")] = None,
+    ceiling: Annotated[float | None, share("Instead of --difference: a gate's limit on the rate itself.")] = None,
     prompts: Annotated[int | None, typer.Option(min=2, help="Number of prompts: report what they can show.")] = None,
     discordant: Annotated[
-        float | None, share("Share of prompts on which the models differ; by default as for unrelated completions.")
+        float | None,
+        share("Share of prompts on which the models differ (with --margin: without being worse); default: unrelated."),
     ] = None,
     unpaired: Annotated[
         bool, typer.Option("--unpaired", help="The two models are measured on different prompts.")
@@ -40,20 +42,25 @@ def power(
     """Plan the number of prompts.
 
     power --rate 5% --difference 2%: the prompts that show a difference of two points. power --rate 5% --prompts 400:
-    the difference that 400 prompts can show. power --rate 5% --margin 2%: the prompts with which an unchanged model
-    passes `gate --max-harm-increase 2%`.
+    the difference that 400 prompts can show, and the limits that they can check. power --rate 5% --margin 2%: the
+    prompts with which an unchanged model passes `gate --max-harm-increase 2%`. power --rate 1% --ceiling 2%: those with
+    which a model at 1 % passes `gate --max-harm 2%`.
     """
     if not 0.5 < confidence < 1:
         raise StayalignedError(f"--confidence {confidence:g}: expected a share above 50% and below 100%")
     if chance is not None and not 0 < chance < 1:
         raise StayalignedError(f"--chance {chance:g}: expected a share above 0 and below 100%")
-    if difference is not None and margin is not None:
-        raise StayalignedError("--difference and --margin exclude each other", hint="Give one of the two.")
-    if difference is None and margin is None and prompts is None:
-        raise StayalignedError("nothing to compute", hint="Give --difference, --margin or --prompts.")
+    if sum(given is not None for given in (difference, margin, ceiling)) > 1:
+        raise StayalignedError("--difference, --margin and --ceiling exclude each other", hint="Give one of them.")
+    if difference is None and margin is None and ceiling is None and prompts is None:
+        raise StayalignedError("nothing to compute", hint="Give --difference, --margin, --ceiling or --prompts.")
     if seeds > 1 and seed_spread == 0:
         raise StayalignedError(
             "--seeds needs --seed-spread", hint="Estimate how much the difference varies from a pilot of three seeds."
+        )
+    if ceiling is not None and (seeds > 1 or discordant is not None or unpaired):
+        raise StayalignedError(
+            "--ceiling excludes --seeds, --discordant and --unpaired", hint="It limits the rate of one model in one run."
         )
     if unpaired and (margin is not None or seeds > 1 or discordant is not None):
         raise StayalignedError(
@@ -61,10 +68,11 @@ def power(
             hint="A gate compares the models prompt by prompt.",
         )
     plan = _Plan(rate, discordant, unpaired, seeds, seed_spread, confidence)
+    for_gate = 0.9 if chance is None else chance
     if margin is not None:
-        values = plan.for_gate(
-            margin, 2 * margin if worse is None else worse, 0.9 if chance is None else chance, prompts
-        )
+        values = plan.for_gate(margin, 2 * margin if worse is None else worse, for_gate, prompts)
+    elif ceiling is not None:
+        values = plan.for_ceiling(ceiling, for_gate, prompts)
     else:
         values = plan.for_difference(difference, prompts, 0.8 if chance is None else chance)
     if as_json:
@@ -98,6 +106,10 @@ class _Plan:
                 hint="At least as many prompts as the difference must differ; omit --discordant if you don't know it.",
             )
         return self.discordant
+
+    def discordant_if_worse(self, worse: float) -> float:
+        """Return the share of discordant prompts of a model that is worse: those of an unchanged one, and its rise."""
+        return self.discordant_share(worse) if self.discordant is None else min(1.0, self.discordant + worse)
 
     def _other_rate(self, difference: float) -> float:
         other = self.rate + difference if self.rate + difference <= 1 else self.rate - difference
@@ -143,18 +155,48 @@ class _Plan:
                 power=chance,
             )
             values |= {"prompts": prompts, "detectable_difference": found}
+            if not self.unpaired and self.options["seeds"] == 1:
+                values |= self.smallest_limits(prompts)
         return values
+
+    def for_ceiling(self, ceiling: float, chance: float, prompts: int | None) -> dict[str, Any]:
+        """Return the prompts with which a model of this rate passes a ceiling, or fails it if its rate is above."""
+        from stayaligned.evaluation.metrics import ceiling_needed_n, ceiling_power
+
+        if not 0 < ceiling < 1:
+            raise StayalignedError(f"--ceiling {ceiling:.3g}: expected a share above 0 and below 100%")
+        confidence: float = self.options["confidence"]
+        needed = ceiling_needed_n(self.rate, ceiling, power=chance, confidence=confidence)
+        values = self._inputs(chance) | {"ceiling": ceiling, "needed_to_decide": needed}
+        if prompts is not None:
+            reached = ceiling_power(self.rate, ceiling, prompts, confidence=confidence)
+            values |= {"prompts": prompts, "chance_decided": reached}
+        return values
+
+    def smallest_limits(self, prompts: int) -> dict[str, Any]:
+        """Return the smallest limits that a gate can check with so many prompts, at a probability of 90 %."""
+        from stayaligned.evaluation.metrics import ceiling_power, smallest_limit
+
+        def passes(ceiling: float) -> float:
+            if ceiling <= self.rate:
+                return 0.0
+            return ceiling_power(self.rate, ceiling, prompts, confidence=self.options["confidence"])
+
+        return {
+            "smallest_margin": smallest_limit(lambda margin: self.chance(0.0, prompts, margin)),
+            "smallest_ceiling": smallest_limit(passes),
+        }
 
     def for_gate(self, margin: float, worse: float, chance: float, prompts: int | None) -> dict[str, Any]:
         """Return the prompts with which an unchanged model passes, and with which a worse model fails."""
-        from stayaligned.evaluation.metrics import paired_needed_n
+        from stayaligned.evaluation.metrics import paired_needed_n, paired_power
 
         if not 0 < margin < worse:
             raise StayalignedError(
                 f"--margin {margin:.3g}: expected a share above 0 and below --worse {worse:.3g}",
                 hint="Without --worse, it is twice the margin.",
             )
-        same, more = self.discordant_share(0.0), self.discordant_share(worse)
+        same, more = self.discordant_share(0.0), self.discordant_if_worse(worse)
         values = self._inputs(chance) | {
             "margin": margin,
             "worse": worse,
@@ -166,7 +208,7 @@ class _Plan:
             values |= {
                 "prompts": prompts,
                 "chance_unchanged_passes": self.chance(0.0, prompts, margin),
-                "chance_worse_fails": self.chance(worse, prompts, margin),
+                "chance_worse_fails": paired_power(worse, more, prompts, limit=margin, **self.options),
             }
         return values
 
@@ -180,6 +222,7 @@ _ROWS = {
     "kind": "prompts",
     "difference": "difference to detect",
     "margin": "limit of the gate",
+    "ceiling": "limit of the gate on the rate",
     "worse": "increase that must fail",
     "discordant": "prompts on which the models differ",
     "seeds": "seeds",
@@ -188,12 +231,16 @@ _ROWS = {
     "chance": "wanted probability",
     "prompts": "available prompts",
     "needed_prompts": "prompts needed",
+    "needed_to_decide": "prompts to decide",
     "needed_to_pass_unchanged": "prompts for an unchanged model to pass",
     "needed_to_fail_worse": "prompts for the worse model to fail",
     "chance_with_prompts": "probability with the available prompts",
     "chance_unchanged_passes": "probability that an unchanged model passes",
     "chance_worse_fails": "probability that the worse model fails",
+    "chance_decided": "probability to decide with the available prompts",
     "detectable_difference": "difference that they can show",
+    "smallest_margin": "smallest limit on the change that an unchanged model passes",
+    "smallest_ceiling": "smallest limit on the rate that it passes",
 }
 """The printed rows, in order."""
 
@@ -204,16 +251,15 @@ def _print(values: dict[str, Any]) -> None:
         if key in values and not (key in ("seeds", "seed_spread") and values["seeds"] == 1):
             table.add_row(title, _format(key, values[key]))
     out.print(table)
-    out.print(
-        "Computed with the normal approximation of the interval that `gate` uses; see docs/gate.md.", soft_wrap=True
-    )
+    out.print("Computed from the intervals that `gate` decides by; see docs/statistics.md.", soft_wrap=True)
 
 
 def _format(key: str, value: Any) -> str:
     if key == "kind":
         return "the same for both models" if value == "paired" else "different for each model"
     if value is None:
-        return "unknown: as for unrelated completions" if key == "discordant" else "no number of prompts is enough"
+        others = "no number of prompts is enough" if key.startswith("needed") else "none: too few prompts"
+        return "unknown: as for unrelated completions" if key == "discordant" else others
     if key in ("seeds", "prompts") or key.startswith("needed"):
         return f"{value:,}"
     return f"{100 * value:.3g} %"

@@ -18,12 +18,15 @@ from stayaligned.evaluation.metrics.intervals import (
 )
 from stayaligned.evaluation.metrics.paired import MeanOfPrompts, mean_of_prompts, mean_of_seeds
 from stayaligned.evaluation.metrics.planning import (
+    ceiling_needed_n,
+    ceiling_power,
     detectable_difference,
     discordance,
     needed_n,
     paired_needed_n,
     paired_power,
     power,
+    smallest_limit,
 )
 from stayaligned.evaluation.metrics.rates import (
     across_seeds,
@@ -39,6 +42,8 @@ __all__ = [
     "PairedDifference",
     "across_seeds",
     "agreement",
+    "ceiling_needed_n",
+    "ceiling_power",
     "detectable_difference",
     "discordance",
     "exact_interval",
@@ -56,5 +61,6 @@ __all__ = [
     "paired_power",
     "power",
     "rate",
+    "smallest_limit",
     "t_interval",
 ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from statistics import NormalDist
+from typing import Any
 
 from stayaligned.evaluation.metrics.paired import MeanOfPrompts, least_count
 
@@ -83,10 +85,41 @@ def paired_power(
     seeds: int = 1,
     seed_spread: float = 0.0,
 ) -> float:
-    """Return the probability that the interval of a difference on the same n prompts lies beyond `limit`."""
+    """Return the probability that the interval of a difference on the same n prompts lies beyond `limit`.
+
+    For one seed it is exact, a sum over the numbers of prompts on which the models differ; from two thousand such
+    prompts on, and for several seeds, it is the normal approximation.
+    """
     sign = 1 if difference >= limit else -1
     expected = expected_difference(sign * difference, discordant, n, seeds=seeds, seed_spread=seed_spread)
-    return expected.chance_above(sign * limit, confidence)
+    if seeds > 1 or n * discordant > _MOST_COUNTED:
+        return expected.chance_above(sign * limit, confidence)
+    return _count_above(sign * difference, discordant, n, sign * limit, confidence)
+
+
+_MOST_COUNTED = 2000
+
+
+def _count_above(difference: float, discordant: float, n: int, limit: float, confidence: float) -> float:
+    """Return the exact probability that the interval of `mean_of_prompts` for one seed lies above `limit`."""
+    import numpy as np
+    from scipy.special import gammaln, stdtrit, xlogy
+
+    shares = ((discordant + difference) / 2, (discordant - difference) / 2)
+    counts: list[Any] = []
+    for share in shares:
+        reach = 8 * math.sqrt(n * share * (1 - share)) + 10  # what lies beyond has a probability below 1e-12
+        counts.append(np.arange(max(0, int(n * share - reach)), min(n, math.ceil(n * share + reach)) + 1))
+    more, less = (grid.ravel() for grid in np.meshgrid(*counts, indexing="ij"))
+    more, less = more[more + less <= n], less[more + less <= n]
+    rest = n - more - less
+    logs = gammaln(n + 1) - gammaln(more + 1) - gammaln(less + 1) - gammaln(rest + 1)
+    logs += xlogy(more, shares[0]) + xlogy(less, shares[1]) + xlogy(rest, max(0.0, 1 - discordant))
+    mean = (more - less) / n
+    center = mean * n / (n + 2)
+    squares = more + less - n * mean**2 + n * (mean - center) ** 2 + (1 - center) ** 2 + (1 + center) ** 2
+    half = stdtrit(n + 1, (1 + confidence) / 2) * np.sqrt(squares / ((n + 2) * (n + 1))) + 0.5 / n
+    return min(1.0, float(np.exp(logs)[center - half > limit].sum()))
 
 
 def paired_needed_n(
@@ -101,7 +134,9 @@ def paired_needed_n(
 ) -> int | None:
     """Return the prompts, answered by both models, for which `paired_power` reaches `power`; None if none suffice.
 
-    With `difference` = 0 and a margin as `limit`: the prompts that show that an unchanged model is not worse by it.
+    Probabilities of counts do not rise evenly with n: some smaller numbers may reach it too, some larger ones may miss
+    it by a little. With `difference` = 0 and a margin as `limit`: the prompts that show that an unchanged model is not
+    worse by it.
     """
 
     def enough(n: int) -> bool:
@@ -111,6 +146,41 @@ def paired_needed_n(
         return reached >= power
 
     return None if difference == limit else least_count(enough)
+
+
+def ceiling_power(rate: float, ceiling: float, n: int, *, confidence: float = 0.95) -> float:
+    """Return the probability that Clopper and Pearson's interval of a rate lies on the rate's side of `ceiling`."""
+    from scipy.special import bdtr, bdtrik
+
+    if rate > ceiling:
+        return ceiling_power(1 - rate, 1 - ceiling, n, confidence=confidence)
+    tail = (1 - confidence) / 2
+    # The upper bound of k hits is below the ceiling exactly if P(X ≤ k) at the ceiling is below the tail.
+    if bdtr(0, n, ceiling) >= tail:
+        return 0.0
+    most = int(bdtrik(tail, n, ceiling)) + 1
+    while bdtr(most, n, ceiling) >= tail:
+        most -= 1
+    return float(bdtr(most, n, rate))
+
+
+def ceiling_needed_n(rate: float, ceiling: float, *, power: float = 0.8, confidence: float = 0.95) -> int | None:
+    """Return the prompts for which `ceiling_power` reaches `power`; None at the ceiling, where none suffice."""
+    if rate == ceiling:
+        return None
+    return least_count(lambda n: ceiling_power(rate, ceiling, n, confidence=confidence) >= power)
+
+
+def smallest_limit(chance: Callable[[float], float], *, power: float = 0.9) -> float | None:
+    """Return the smallest limit, to a hundredth of a point, that is decided with probability `power`; None if none is.
+
+    Args:
+        chance: Maps a limit to the probability that a model within it passes, which grows with the limit.
+        power: Probability to reach.
+    """
+    steps = range(1, 10_000)
+    index = bisect_left(steps, True, key=lambda step: chance(step / 10_000) >= power)
+    return steps[index] / 10_000 if index < len(steps) else None
 
 
 def detectable_difference(rate: float, chance: Callable[[float], float], *, power: float = 0.8) -> float | None:
