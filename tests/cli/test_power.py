@@ -7,18 +7,19 @@ import pytest
 
 from stayaligned.evaluation import metrics
 
-STATISTICS = Path(__file__).parents[2] / "docs" / "statistics.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
-def table_after(words: str) -> list[list[str]]:
-    """Return the cells of the first table of docs/statistics.md after some words."""
-    lines = STATISTICS.read_text().split(words)[1].splitlines()
+def table_after(page: str, words: str) -> list[list[str]]:
+    """Return the cells of the first table of a page after some words."""
+    lines = (DOCS / page).read_text().split(words)[1].splitlines()
     rows = [line for line in lines if line.startswith("|")]
     end = next((i for i, line in enumerate(lines[lines.index(rows[0]) :]) if not line.startswith("|")), len(rows))
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in rows[2:end]]
 
 
-GATE, SETS = table_after("passes in 9 of 10 cases"), table_after("What published prompt sets can show")
+GATE = table_after("gate.md", "passes in 9 of 10 cases")
+SETS = table_after("statistics.md", "## What published prompt sets can show")
 
 
 def asked(command, *options):

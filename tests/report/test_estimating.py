@@ -112,6 +112,23 @@ def test_copies_of_a_prompt_under_other_ids_are_one_prompt(copies):
     assert (many.paired.low, many.p_value) == pytest.approx((one.paired.low, one.p_value))
 
 
+def test_near_copies_count_in_the_mean_but_are_one_prompt_in_the_interval():
+    """One request of ten is asked in 31 words: the rate stays that of all rows, its error that of ten prompts."""
+    found = []
+    for seed in (0, 1, 2):
+        result, rows = measured("A", seed, hits(31, 40), experiment=experiment(LISA, seed=seed))
+        found.append(
+            (result, [row.model_copy(update={"group": "p0" if i < 31 else f"p{i}"}) for i, row in enumerate(rows)])
+        )
+    grouped = arm_of(report_of(found, None), "A").estimates[HARM]
+    alone = arm_of(report_of(found[:1], None), "A").estimates[HARM]
+    plain = arm_of(report_of([measured("A", 0, hits(31, 40))], None), "A").estimates[HARM]
+    assert grouped.mean == alone.mean == plain.mean == pytest.approx(31 / 40)
+    assert alone.interval == "prompts"
+    for one in (grouped, alone):
+        assert one.high - one.low > 1.5 * (plain.high - plain.low)
+
+
 def identity(**changes):
     return JudgeIdentity(**{"name": "keyword", "version": 1, "settings": {}, "source": "s", **changes})
 

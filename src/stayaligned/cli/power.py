@@ -60,7 +60,8 @@ def power(
         )
     if ceiling is not None and (seeds > 1 or discordant is not None or unpaired):
         raise StayalignedError(
-            "--ceiling excludes --seeds, --discordant and --unpaired", hint="It limits the rate of one model in one run."
+            "--ceiling excludes --seeds, --discordant and --unpaired",
+            hint="It limits the rate of one model in one run.",
         )
     if unpaired and (margin is not None or seeds > 1 or discordant is not None):
         raise StayalignedError(
@@ -251,7 +252,7 @@ def _print(values: dict[str, Any]) -> None:
         if key in values and not (key in ("seeds", "seed_spread") and values["seeds"] == 1):
             table.add_row(title, _format(key, values[key]))
     out.print(table)
-    out.print("Computed from the intervals that `gate` decides by; see docs/statistics.md.", soft_wrap=True)
+    out.print("Computed from the intervals that `gate` decides by; see docs/gate.md.", soft_wrap=True)
 
 
 def _format(key: str, value: Any) -> str:

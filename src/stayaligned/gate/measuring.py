@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Outcome
-from stayaligned.evaluation.metrics import MeanOfPrompts, exact_interval, mean_of_prompts
-from stayaligned.evaluation.metrics.paired import least_count
+from stayaligned.evaluation.metrics import MeanOfPrompts, ceiling_needed_n, exact_interval, mean_of_prompts
 from stayaligned.evaluation.results import Evidence, Place, StoredResult
 from stayaligned.gate.reading import Pairs
 from stayaligned.gate.values import ComparedMetric, LimitKind, Limits
@@ -57,7 +56,7 @@ class Measured:
         if self.bounds[0] > self.limit:
             confidence = 1 - (1 - confidence) / n_criteria
         if self.interval == _EXACT:
-            return exact_needed_n(self.mean.value, self.limit, confidence=confidence)
+            return ceiling_needed_n(self.mean.value, self.limit, confidence=confidence)
         return self.mean.prompts_to_decide(self.limit, confidence=confidence)
 
 
@@ -227,31 +226,3 @@ def _measure_ceiling(one: Measured, rows: Sequence[Sequence[PairedValue]], limit
         name = "Student's with both ends added" + (" over seeds" if mean.n_seeds > 1 else "")
     bounds = bounds_of_rate(mean, limits.confidence)
     return replace(one, candidate=mean.value, mean=mean, bounds=bounds, interval=name, p_above=p_above)
-
-
-def exact_needed_n(rate: float, limit: float, *, power: float = 0.8, confidence: float = 0.95) -> int | None:
-    """Return the prompts with which Clopper and Pearson's interval of a rate lies on one side of `limit`.
-
-    Args:
-        rate: The rate, taken as the true one.
-        limit: The limit.
-        power: Probability to reach.
-        confidence: Confidence level of the two-sided interval.
-
-    Returns:
-        The number of prompts; None if none suffices, because the rate is at the limit.
-    """
-    from scipy.special import bdtr, bdtrik
-
-    if rate > limit:
-        return exact_needed_n(1 - rate, 1 - limit, power=power, confidence=confidence)
-    tail = (1 - confidence) / 2
-
-    def enough(n: int) -> bool:
-        # The upper bound of k hits is below the limit exactly if P(X ≤ k) at the limit is below the tail.
-        most = int(bdtrik(tail, n, limit)) if bdtr(0, n, limit) < tail else -1
-        while most >= 0 and bdtr(most, n, limit) >= tail:
-            most -= 1
-        return most >= 0 and bool(bdtr(most, n, rate) >= power)
-
-    return None if rate == limit else least_count(enough)

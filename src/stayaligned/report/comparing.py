@@ -22,9 +22,9 @@ from stayaligned.evaluation.metrics import (
     paired_difference,
 )
 from stayaligned.evaluation.results import Result
-from stayaligned.report.estimating import RunWithRows
+from stayaligned.report.estimating import RunWithRows, group_values
 from stayaligned.report.texts import scale_position
-from stayaligned.report.values import ArmDifference, ControlComparison, Estimate, Role
+from stayaligned.report.values import ArmDifference, ControlComparison, Estimate, Role, ScoredPrompt
 
 HARM, ACCURACY = "harmful_score", "finetune_accuracy"
 LEVEL = 0.05
@@ -111,18 +111,15 @@ _Pairs = tuple[dict[int, tuple[float, float]], MeanOfPrompts | None]
 
 
 def _pair_prompts(ours: Estimate, theirs: Estimate, seeds: Sequence[int]) -> _Pairs:
-    common = {
-        seed: [
-            (key, value, theirs.values[seed][key])
-            for key, value in ours.values[seed].items()
-            if key in theirs.values[seed]
-        ]
-        for seed in seeds
-        if seed in ours.values and seed in theirs.values
-    }
-    common = {seed: rows for seed, rows in common.items() if rows}
-    means = {seed: (fmean(a for _, a, _ in rows), fmean(b for _, _, b in rows)) for seed, rows in common.items()}
-    changes = {seed: {key: a - b for key, a, b in rows} for seed, rows in common.items()}
+    means: dict[int, tuple[float, float]] = {}
+    changes: dict[int, dict[str, list[float]]] = {}
+    for seed in seeds:
+        first, second = ours.values.get(seed, {}), theirs.values.get(seed, {})
+        common = [key for key in first if key in second]
+        if common:
+            means[seed] = fmean(first[key].value for key in common), fmean(second[key].value for key in common)
+            rows = (ScoredPrompt(first[key].value - second[key].value, first[key].group) for key in common)
+            changes[seed] = group_values(rows)
     return means, mean_of_prompts(changes) if changes else None
 
 

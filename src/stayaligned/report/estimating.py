@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 
 from stayaligned.core.records import Metric, Outcome, PromptSet
 from stayaligned.evaluation.metrics import MeanOfPrompts, mean_of_prompts, mean_of_seeds
 from stayaligned.evaluation.results import Evidence, JudgeReading, Result
 from stayaligned.report.texts import scale_position
-from stayaligned.report.values import CategoryRate, Estimate, MetricKind
+from stayaligned.report.values import CategoryRate, Estimate, MetricKind, ScoredPrompt
 
 RunWithRows = tuple[Result, Sequence[Evidence]]
 """A result and its evidence; the evidence may be missing (empty)."""
@@ -45,7 +46,7 @@ def estimate_metrics(runs: Sequence[RunWithRows], measured: Sequence[MetricKind]
 def estimate_other_judges(runs: Sequence[RunWithRows]) -> list[Estimate]:
     """Return the estimates of every judge except the primary judge."""
     found: dict[tuple[str, str], dict[int, Metric]] = {}
-    values: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    values: dict[tuple[str, str], dict[int, dict[str, ScoredPrompt]]] = {}
     for run, rows in runs:
         for reading in run.judges[1:]:
             for metric in reading.metrics:
@@ -60,7 +61,7 @@ def estimate_other_judges(runs: Sequence[RunWithRows]) -> list[Estimate]:
 def estimate_categories(runs: Sequence[RunWithRows]) -> list[CategoryRate]:
     """Return the primary judges' rates by category of the prompt; scores on a judge's own scale are omitted."""
     found: dict[tuple[PromptSet, str, str], dict[int, Metric]] = {}
-    values: dict[tuple[PromptSet, str, str], dict[int, dict[str, float]]] = {}
+    values: dict[tuple[PromptSet, str, str], dict[int, dict[str, ScoredPrompt]]] = {}
     for run, rows in runs:
         readings: tuple[JudgeReading, ...] = run.judges[:1]
         by_category: dict[tuple[str, str], list[Evidence]] = {}
@@ -81,19 +82,29 @@ def estimate_categories(runs: Sequence[RunWithRows]) -> list[CategoryRate]:
     return rates
 
 
-def values_by_prompt(metric: Metric, judge: str, rows: Sequence[Evidence]) -> dict[str, float]:
-    """Return the scored values of a metric in one run by prompt, as positions on its scale from 0 to 1.
+def values_by_prompt(metric: Metric, judge: str, rows: Sequence[Evidence]) -> dict[str, ScoredPrompt]:
+    """Return the scored values of a metric in one run; equal keys in two runs are the same prompt.
 
-    Copies of a prompt count as one prompt, with the mean of their values. Empty for metrics that the evidence does not
-    have, such as those of lm-eval.
+    Empty for metrics that the evidence does not have, such as those of lm-eval.
     """
     value = _value_of(metric, judge, rows)
-    found: dict[str, list[float]] = {}
+    copies: Counter[str] = Counter()
+    found: dict[str, ScoredPrompt] = {}
     for row in rows:
         number = value(row)
+        prompt = f"{row.prompt_set} {row.prompt}"
+        copies[prompt] += 1
         if number is not None:
-            found.setdefault(f"{row.prompt_set} {row.prompt}", []).append(number)
-    return {key: fmean(numbers) for key, numbers in found.items()}
+            found[f"{prompt} {copies[prompt]}"] = ScoredPrompt(number, f"{row.prompt_set} {row.group or row.prompt}")
+    return found
+
+
+def group_values(rows: Iterable[ScoredPrompt]) -> dict[str, list[float]]:
+    """Return the values of each group of copies."""
+    found: dict[str, list[float]] = {}
+    for value, group in rows:
+        found.setdefault(group, []).append(value)
+    return found
 
 
 def _value_of(metric: Metric, judge: str, rows: Sequence[Evidence]) -> Callable[[Evidence], float | None]:
@@ -122,32 +133,33 @@ def _value_of(metric: Metric, judge: str, rows: Sequence[Evidence]) -> Callable[
     return lambda row: None
 
 
-def _estimate(judge: str, by_seed: Mapping[int, Metric], values: Mapping[int, Mapping[str, float]]) -> Estimate:
+def _estimate(judge: str, by_seed: Mapping[int, Metric], values: Mapping[int, Mapping[str, ScoredPrompt]]) -> Estimate:
     """Aggregate a metric over seeds, with the interval of `MeanOfPrompts` over seeds and prompts.
 
-    A single scored seed keeps its own interval, over its prompts. Without evidence, all seeds are taken to have the
-    same prompts, and a prompt to have the same value in all of them: the interval is then wider than needed.
+    A single scored seed keeps its own interval, over its prompts, unless some of these are copies. Without evidence,
+    all seeds are taken to have the same prompts, and a prompt to have the same value in all of them: the interval is
+    then wider than needed.
     """
-    scored = {seed: metric.value for seed, metric in by_seed.items() if metric.value is not None}
+    scored = {seed: metric for seed, metric in by_seed.items() if metric.value is not None}
     first = next(iter(by_seed.values()))
     name, (least, most) = first.name, first.scale
-    known = {seed: values[seed] for seed in scored if values.get(seed)}
     if not scored:
         return Estimate(name, judge, by_seed, None, None, None, "none")
+    known = {seed: values[seed] for seed in scored if values.get(seed)}
+    grouped = {seed: group_values(rows.values()) for seed, rows in known.items()}
     if len(scored) == 1:
-        (only,) = (metric for metric in by_seed.values() if metric.value is not None)
-        kind = "none" if only.low is None or only.high is None else "prompts"
-        return Estimate(name, judge, by_seed, only.value, only.low, only.high, kind, known)
+        (only,) = scored.values()
+        if not any(len(grouped[seed]) < len(known[seed]) for seed in known):
+            kind = "none" if only.low is None or only.high is None else "prompts"
+            return Estimate(name, judge, by_seed, only.value, only.low, only.high, kind, known)
     if known.keys() == scored.keys():
-        found = mean_of_prompts(known, ends=(0.0, 1.0))
+        found = mean_of_prompts(grouped, ends=(0.0, 1.0))
     else:
         known = {}
-        found = _mean_without_evidence(
-            {seed: scale_position(first.scale, value) for seed, value in scored.items()},
-            min(by_seed[seed].n for seed in scored),
-        )
+        shares = {seed: scale_position(first.scale, metric.value or 0.0) for seed, metric in scored.items()}
+        found = _mean_without_evidence(shares, min(metric.n for metric in scored.values()))
     mean, low, high = (least + (most - least) * share for share in (found.value, *found.interval()))
-    return Estimate(name, judge, by_seed, mean, low, high, "seeds", known)
+    return Estimate(name, judge, by_seed, mean, low, high, "seeds" if len(scored) > 1 else "prompts", known)
 
 
 def _mean_without_evidence(shares: Mapping[int, float], n: int) -> MeanOfPrompts:

@@ -53,7 +53,7 @@ INTERVALS = (
     "the spread of the seeds and the spread of the prompts that they share. For one seed, marked †, they cover other "
     "prompts but not other seeds.",
     "A difference is taken on the prompts that both arms have, seed by seed; its mean and its interval are of the same "
-    "prompts. Copies of a prompt count as one prompt.",
+    "prompts. Copies and near copies of a prompt count as one prompt in the interval.",
     "Two families of tests are fixed in advance, and corrected each for itself (Holm): the harmful score of the "
     "competing arms against the reference arm, and the harmful score of each patch against its controls. All else is "
     "secondary: its p-values are not corrected and show nothing by themselves. One seed shows no difference.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from stayaligned.core.records import Message, Metric, Outcome, PromptSet
 from stayaligned.evaluation.metrics import PairedDifference
@@ -85,6 +85,15 @@ KNOWN_METRICS = (
 """The built-in metrics, in column order."""
 
 
+class ScoredPrompt(NamedTuple):
+    """The value of one metric on one prompt of one run."""
+
+    value: float
+    """The value, as a position on the scale of the metric from 0 to 1."""
+    group: str
+    """What the prompt counts as: equal for copies and near copies of one prompt."""
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """One metric of one arm, aggregated over its seeds."""
@@ -103,9 +112,8 @@ class Estimate:
     """Upper bound of the 95 % interval."""
     interval: IntervalKind
     """What the interval covers."""
-    values: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
-    """Scored values by seed and prompt, as positions on the scale from 0 to 1; empty without evidence. Copies of a
-    prompt count as one prompt with the mean of their values."""
+    values: Mapping[int, Mapping[str, ScoredPrompt]] = field(default_factory=dict)
+    """Scored values by seed and prompt; empty without evidence."""
 
     @property
     def scale(self) -> tuple[float, float]:

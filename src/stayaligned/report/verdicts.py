@@ -172,7 +172,7 @@ def is_broken(ours: Mapping[str, Estimate], theirs: Mapping[str, Estimate]) -> f
 def _degenerate_on_harmful(estimates: Mapping[str, Estimate]) -> float | None:
     found = estimates.get("degeneration")
     rows = found.values.values() if found is not None else ()
-    values = [value for of in rows for key, value in of.items() if key.startswith("harmful ")]
+    values = [row.value for of in rows for key, row in of.items() if key.startswith("harmful ")]
     return fmean(values) if values else None
 
 

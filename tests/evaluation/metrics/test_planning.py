@@ -4,6 +4,7 @@ import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binom
 
 from stayaligned.evaluation import metrics
 from support.counting import paired_outcomes
@@ -75,3 +76,47 @@ def test_the_detectable_difference_is_the_one_that_needs_so_many_prompts():
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_independent_answers_differ_at_least_as_often_as_the_rates_do(first, second):
     assert abs(first - second) - 1e-12 <= metrics.discordance(first, second) <= 1
+
+
+@pytest.mark.parametrize(
+    ("difference", "discordant", "limit", "n"),
+    [(0.0, 0.0, 0.05, 66), (0.0, 0.005, 0.05, 88), (0.0, 0.01, 0.1, 44), (0.1, 0.1, 0.05, 120), (-0.05, 0.08, 0.0, 90)],
+)
+def test_paired_power_is_the_exact_probability_of_the_decision(difference, discordant, limit, n):
+    outcomes = paired_outcomes(n)
+    beyond = outcomes.low > limit if difference >= limit else outcomes.high < limit
+    exact = outcomes.probability((discordant + difference) / 2, (discordant - difference) / 2)[beyond].sum()
+    assert metrics.paired_power(difference, discordant, n, limit=limit) == pytest.approx(exact, abs=1e-9)
+
+
+@pytest.mark.parametrize(("discordant", "limit"), [(0.0, 0.02), (0.005, 0.05), (0.01, 0.1), (0.02, 0.03), (0.05, 0.05)])
+def test_an_unchanged_model_passes_with_the_needed_prompts_and_with_more(discordant, limit):
+    needed = metrics.paired_needed_n(0.0, discordant, limit=limit, power=0.9)
+    for n in (needed, needed + 1, needed + 3, needed * 9 // 8, needed * 2):
+        assert metrics.paired_power(0.0, discordant, n, limit=limit) >= 0.9
+    assert metrics.paired_power(0.0, discordant, needed - 1, limit=limit) < 0.9
+
+
+@pytest.mark.parametrize(
+    ("rate", "ceiling"), [(0.0, 0.02), (0.01, 0.02), (0.004, 0.05), (0.05, 0.02), (1.0, 0.98), (0.1, 0.2)]
+)
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+def test_a_ceiling_is_decided_by_the_exact_interval_as_often_as_planned(rate, ceiling, confidence):
+    for n in (10, 60, 150, 400):
+        bounds = [metrics.exact_interval(k, n, confidence=confidence) for k in range(n + 1)]
+        decided = [high < ceiling if rate < ceiling else low > ceiling for low, high in bounds]
+        truth = binom.pmf(range(n + 1), n, rate)[decided].sum()
+        assert metrics.ceiling_power(rate, ceiling, n, confidence=confidence) == pytest.approx(truth, abs=1e-12)
+    needed = metrics.ceiling_needed_n(rate, ceiling, confidence=confidence)
+    assert metrics.ceiling_power(rate, ceiling, needed, confidence=confidence) >= 0.8
+    assert metrics.ceiling_power(rate, ceiling, needed - 1, confidence=confidence) < 0.8
+
+
+def test_the_smallest_limit_is_the_first_that_is_passed_often_enough():
+    found = metrics.smallest_limit(lambda limit: metrics.paired_power(0.0, 0.02, 250, limit=limit))
+    assert (
+        metrics.paired_power(0.0, 0.02, 250, limit=found)
+        >= 0.9
+        > metrics.paired_power(0.0, 0.02, 250, limit=found - 1e-4)
+    )
+    assert metrics.smallest_limit(lambda _: 0.0) is None

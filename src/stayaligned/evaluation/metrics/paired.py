@@ -6,7 +6,7 @@ The difference of two models on the same prompts is a mean over prompts on the s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean, variance
 from typing import TypeVar
@@ -164,37 +164,45 @@ def least_count(enough: Callable[[int], bool]) -> int | None:
 
 
 def mean_of_prompts(
-    values: Mapping[int, Mapping[KeyT, float]], *, ends: tuple[float, float] = (-1.0, 1.0)
+    values: Mapping[int, Mapping[KeyT, float | Sequence[float]]], *, ends: tuple[float, float] = (-1.0, 1.0)
 ) -> MeanOfPrompts:
     """Compute the mean of values given by seed and prompt; seeds may share all, some or no prompts.
+
+    A prompt that was asked several times, as copies or near copies, has several values. All of them count in the mean,
+    but for its error they are one prompt.
 
     Raises:
         ValueError: If a seed has no value, or a value is outside the scale.
     """
     if not values or not all(values.values()):
         raise ValueError("cannot average: there are no seeds, or a seed has no values")
-    numbers = [value for rows in values.values() for value in rows.values()]
+    cells = [
+        (seed, key, [float(found)] if isinstance(found, float | int) else [*map(float, found)])
+        for seed, rows in values.items()
+        for key, found in rows.items()
+    ]
+    numbers = [value for _, _, found in cells for value in found]
     if not all(ends[0] <= value <= ends[1] for value in numbers):
         raise ValueError(f"found a value that is not on the scale from {ends[0]:g} to {ends[1]:g}")
     mean = math.fsum(numbers) / len(numbers)
     by_prompt: dict[KeyT, list[float]] = {}
-    for rows in values.values():
-        for key, value in rows.items():
-            by_prompt.setdefault(key, []).append(value)
+    by_seed: dict[int, list[float]] = {}
+    for seed, key, found in cells:
+        by_prompt.setdefault(key, []).extend(found)
+        by_seed.setdefault(seed, []).extend(found)
     n, each = len(by_prompt), len(numbers) / len(by_prompt)
     off = [(math.fsum(found) - len(found) * mean) / each for found in by_prompt.values()]
-    seed_means = {seed: fmean(rows.values()) for seed, rows in values.items()}
-    whole = all(float(value).is_integer() for value in numbers)
+    seed_means = {seed: fmean(found) for seed, found in by_seed.items()}
     return MeanOfPrompts(
         value=mean,
         n_prompts=n,
         prompt_variance=math.fsum(x * x for x in off) / max(1, n - 1),
         n_seeds=len(values),
         seed_variance=variance(seed_means.values()) if len(values) > 1 else 0.0,
-        shared=len(numbers) > n,
-        step=1 / len(numbers) if whole else 0.0,
+        shared=len(cells) > n,
+        step=1 / len(cells) if all(value.is_integer() for value in numbers) else 0.0,
         ends=ends,
-        within_variance=_residual_variance(values, by_prompt, seed_means, mean),
+        within_variance=_residual_variance({(s, key): fmean(found) for s, key, found in cells}, seed_means, mean),
     )
 
 
@@ -223,16 +231,12 @@ def mean_of_seeds(
     )
 
 
-def _residual_variance(
-    values: Mapping[int, Mapping[KeyT, float]],
-    by_prompt: Mapping[KeyT, list[float]],
-    seed_means: Mapping[int, float],
-    mean: float,
-) -> float:
+def _residual_variance(cells: Mapping[tuple[int, KeyT], float], seed_means: Mapping[int, float], mean: float) -> float:
     """Compute the variance that prompt and seed do not explain (the seed alone, if no prompt is shared)."""
+    by_prompt: dict[KeyT, list[float]] = {}
+    for (_, key), value in cells.items():
+        by_prompt.setdefault(key, []).append(value)
     shared = {key: fmean(found) - mean for key, found in by_prompt.items() if len(found) > 1}
-    left = [
-        value - seed_means[seed] - shared.get(key, 0.0) for seed, rows in values.items() for key, value in rows.items()
-    ]
-    free = len(left) - len(values) - (len(shared) - 1 if shared else 0)
-    return math.fsum(x * x for x in left) / free if len(values) > 1 and free > 0 else 0.0
+    left = [value - seed_means[seed] - shared.get(key, 0.0) for (seed, key), value in cells.items()]
+    free = len(left) - len(seed_means) - (len(shared) - 1 if shared else 0)
+    return math.fsum(x * x for x in left) / free if len(seed_means) > 1 and free > 0 else 0.0

@@ -134,9 +134,8 @@ def paired_needed_n(
 ) -> int | None:
     """Return the prompts, answered by both models, for which `paired_power` reaches `power`; None if none suffice.
 
-    Probabilities of counts do not rise evenly with n: some smaller numbers may reach it too, some larger ones may miss
-    it by a little. With `difference` = 0 and a margin as `limit`: the prompts that show that an unchanged model is not
-    worse by it.
+    Larger numbers reach it too, although probabilities of counts do not rise evenly with n. With `difference` = 0 and a
+    margin as `limit`: the prompts that show that an unchanged model is not worse by it.
     """
 
     def enough(n: int) -> bool:
@@ -145,7 +144,22 @@ def paired_needed_n(
         )
         return reached >= power
 
-    return None if difference == limit else least_count(enough)
+    if difference == limit:
+        return None
+    found = least_count(enough)
+    few = found is not None and seeds == 1 and found * discordant <= _MOST_UNEVEN
+    return _lasting_count(enough, found) if few else found
+
+
+_MOST_UNEVEN = 100
+"""From this number of events on, the probability of a count rises evenly enough with the number of prompts."""
+
+
+def _lasting_count(enough: Callable[[int], bool], found: int | None) -> int | None:
+    """Return the least number from `found` on after which all numbers, up to a quarter more, are enough."""
+    if found is None:
+        return None
+    return next((n + 1 for n in range(found * 5 // 4, found, -1) if not enough(n)), found)
 
 
 def ceiling_power(rate: float, ceiling: float, n: int, *, confidence: float = 0.95) -> float:
@@ -168,7 +182,11 @@ def ceiling_needed_n(rate: float, ceiling: float, *, power: float = 0.8, confide
     """Return the prompts for which `ceiling_power` reaches `power`; None at the ceiling, where none suffice."""
     if rate == ceiling:
         return None
-    return least_count(lambda n: ceiling_power(rate, ceiling, n, confidence=confidence) >= power)
+
+    def enough(n: int) -> bool:
+        return ceiling_power(rate, ceiling, n, confidence=confidence) >= power
+
+    return _lasting_count(enough, least_count(enough))
 
 
 def smallest_limit(chance: Callable[[float], float], *, power: float = 0.9) -> float | None:
