@@ -257,10 +257,11 @@ def other_version(version: int, **settings: Any) -> dict[str, Any]:
     return {"judges": (JudgeReading(judge="keyword", metrics=(), identity=identity),)}
 
 
-def without_identity() -> dict[str, Any]:
-    from stayaligned.evaluation.results import JudgeReading
+def without_identity(**given: Any) -> dict[str, Any]:
+    from stayaligned.evaluation.results import JudgeIdentity, JudgeReading
 
-    return {"judges": (JudgeReading(judge="keyword", metrics=(), identity=None),)}
+    identity = JudgeIdentity.model_validate(given) if given else None
+    return {"judges": (JudgeReading(judge="keyword", metrics=(), identity=identity),)}
 
 
 MIXED = {
@@ -287,6 +288,13 @@ MIXED = {
     "other judge settings": ([other_version(1, match="start"), other_version(1, match="any")], "setting 'match'"),
     "no judge settings in one": ([{}, without_identity()], "does not state the identity"),
     "no judge settings": ([without_identity(), without_identity()], "does not state the identity"),
+    "no judge source": (
+        [
+            without_identity(name="keyword", version=1, source=""),
+            without_identity(name="keyword", version=1, source=""),
+        ],
+        "does not state the identity",
+    ),
     "other limits of degeneration": (
         [{"experiment": {"degeneration": {"loop_share": p}}} for p in (0.5, None)],
         "degeneration.loop_share",

@@ -214,7 +214,7 @@ def _refuse_other_judge(ours: StoredResult, theirs: StoredResult, name: str, *, 
 
 def _identity(run: StoredResult, name: str) -> JudgeIdentity:
     identity = next(reading.identity for reading in run.result.judges if reading.judge == name)
-    if identity is None:
+    if identity is None or not identity.source:
         raise StayalignedError(
             f"{run.directory}: does not state the identity of judge {name!r}, so its verdicts can't be compared",
             hint="Judge the completions again: `stayaligned judge`.",
