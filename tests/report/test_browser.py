@@ -136,6 +136,27 @@ def test_nothing_is_clipped_at_the_edge_of_the_window(page):
         assert region.evaluate("e => e.scrollWidth <= e.clientWidth") or page.viewport_size["width"] < 1000
 
 
+def test_a_printed_page_shows_every_section_and_fits_the_paper(browser, grid_results, tmp_path):
+    write_report(build_report(grid_results, title="Grid", reference="SFT attacked"), tmp_path)
+    page = browser.new_page(viewport={"width": 720, "height": 1000})  # A4 between margins of 1 cm
+    page.goto((tmp_path / "report.html").as_uri())
+    page.emulate_media(media="print")
+    hidden = page.evaluate(
+        """() => Array.from(document.querySelectorAll('section > details')).filter(one => !one.open)
+          .filter(one => !Array.from(one.children).slice(1).every(child => child.checkVisibility()))
+          .map(one => one.querySelector('h2').id)"""
+    )
+    wide = page.evaluate(
+        """() => Array.from(document.querySelectorAll('table:not(.layers), figure, p'))
+          .filter(one => one.checkVisibility() && one.getBoundingClientRect().right > innerWidth + 1)
+          .map(one => one.outerHTML.slice(0, 60))"""
+    )
+    spoken = page.locator(".said").evaluate_all("all => all.some(one => one.checkVisibility())")
+    page.close()
+    assert (hidden, wide) == ([], [])
+    assert not spoken  # a model's own words stay behind their warning
+
+
 @pytest.mark.parametrize(("n_arms", "named"), [(1, "#arms"), (2, ".sides"), (13, ".overview .plot .wide svg")])
 def test_the_first_screen_has_the_answer(browser, grid_results, tmp_path, n_arms, named):
     """At 1400 by 900 pixels: the sentence, the comparison with a verdict on each arm, and the cautions in one line."""
