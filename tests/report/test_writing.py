@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from stayaligned.cli.console import _SafeConsole
-from stayaligned.core.records import LayerReport, Message, Outcome
+from stayaligned.core.records import LayerReport, Message, Metric, Outcome
 from stayaligned.core.text import markdown, one_line, percent, visible
 from stayaligned.evaluation.results import Evidence, PatchRecord, Sample
 from stayaligned.report import build_report, terminal_table, write_report
@@ -317,6 +317,15 @@ def test_names_in_any_script_are_drawn(make_result, tmp_path):
     page = written(results, tmp_path)["report.html"]
     assert "微调" in page
     assert len(page) < 200_000
+
+
+def test_many_metrics_get_several_tables_of_which_each_fits_a_screen(make_result, tmp_path):
+    names = [f"lm_eval/task_{i}/acc" for i in range(15)]
+    own = tuple(Metric(name=name, value=0.5, n=10, higher_is_better=True) for name in names)
+    results = [make_result(arm, seed, scores=own) for arm in "ABC" for seed in (1, 2)]
+    page = written(results, tmp_path, reference="A")["report.html"]
+    for name in ("Table of arms", "Table of differences", "Table of every seed"):
+        assert re.findall(rf'aria-label="{name}, part (\d) of 3"', page) == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize("size", ["wide", "narrow"])

@@ -116,4 +116,4 @@ def share_axis(axes: Axes, which: Literal["x", "y"]) -> None:
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     axis.set_major_locator(FixedLocator([step / 5 for step in range(6)]))
-    axis.set_view_interval(-0.03, 1.03, ignore=True)
+    axes.set(**{f"{which}lim": (-0.03, 1.03)})

@@ -165,7 +165,7 @@ def _touching(marks: Sequence[_Mark], at: Mapping[str, Point]) -> list[list[_Mar
     for mark in marks:
         near = [g for g in groups if any(math.dist(at[mark.arm.name], at[m.arm.name]) < _NEAR for m in g)]
         groups = [g for g in groups if g not in near] + [[m for g in near for m in g] + [mark]]
-    return groups
+    return [[mark for mark in marks if mark in group] for group in groups]
 
 
 def _best_place(width: float, height: float, at: Point, taken: Sequence[_Box], room: _Box) -> tuple[_Box, bool]:

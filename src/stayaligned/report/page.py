@@ -55,6 +55,7 @@ def html_text(report: Report) -> str:
         intervals=INTERVALS,
         never_claimed=NEVER_CLAIMED,
         sizes={kind.name: _common_size(report, kind) for kind in report.metrics},
+        widest=_WIDEST,
         scope=_scope(report),
         cautions=(cautions := _cautions(report)),
         cautions_in_short=_shorten(cautions),
@@ -110,6 +111,10 @@ def _figures(report: Report) -> dict[str, Any]:
             for i, training in enumerate(report.trainings)
         ],
     }
+
+
+_WIDEST = 7
+"""Metrics in one table, so that it fits a screen; more metrics get tables of their own."""
 
 
 def _scope(report: Report) -> str:

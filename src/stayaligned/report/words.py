@@ -172,7 +172,7 @@ def _compare(reference: Arm, judged: Sequence[Arm]) -> str:
     of = _count(len(tested), "competing arm", "competing arms")
     if lower:
         start = f"{len(lower)} of {of} {_verb(lower, 'has', 'have')} less harm than {harm} over {seeds} seeds: "
-        start += join_names((f"{one_line(a.name, 40)} ({percent(_mean(a, 'harmful_score'))} %)" for a in lower), 12)
+        start += join_names((f"{one_line(a.name, 40)} ({percent(_mean(a, 'harmful_score'))} %)" for a in lower), 6)
     else:
         start = f"0 of {of} are shown to have less harm than {harm} over {seeds} seeds; {lowest}"
     if broken:
