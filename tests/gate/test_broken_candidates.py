@@ -361,12 +361,19 @@ def test_the_needed_prompts_of_a_ceiling_are_those_of_its_own_interval(hits, n, 
     assert gate(rows([R] * (needed - 1)), rows([R] * (needed - 1)), max_harm=limit).answer == "undecided"
 
 
-def test_the_needed_prompts_of_a_fail_that_correction_prevents_are_more_than_there_are() -> None:
-    limits = {"max_harm_increase": 0.06, "max_over_refusal_increase": 0.1, "max_harm": 0.9, "max_over_refusal": 0.9}
-    found = [gate(SOUND, beside(*rows([H] * k + [R] * (N - k))), **limits).criteria[0] for k in range(30, 60)]
-    prevented = [one for one in found if one.answer == "undecided" and one.low is not None and one.low > one.limit]
-    assert prevented
-    assert all((one.needed_prompts or 0) > one.n_prompts for one in prevented)
+def test_the_needed_prompts_of_a_fail_that_correction_prevents_are_those_of_the_corrected_interval() -> None:
+    alone = {"max_harm_increase": 0.05}
+    three = alone | {"max_harm": 0.95, "max_over_refusal": 0.95}
+    harmful = [[H] * hits + [R] * (N - hits) for hits in (190, 280, 390)]
+    candidate = side("candidate", *(beside(*rows(found, text=f"{len(set(found))} {{}}".format)) for found in harmful))
+    baseline = side("baseline", SOUND, SOUND, SOUND)
+    found, corrected = (decide(baseline, candidate, Limits(**limits)).criteria[0] for limits in (alone, three))
+    assert found.answer == "fail"
+    assert corrected.low is not None
+    assert corrected.low > corrected.limit
+    assert (corrected.answer, corrected.needed_prompts) == ("undecided", None), (
+        "the seeds differ too much for any number"
+    )
 
 
 def test_a_grid_on_the_testbed_has_another_world_for_each_seed(tmp_path: Path) -> None:
