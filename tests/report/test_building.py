@@ -241,8 +241,8 @@ def test_the_summary_names_only_arms_whose_numbers_support_it(make_result):
     ]
     report = build_report(results, title="t", reference="attacked")
     assert report.summary == (
-        "2 of 3 competing arms have less harm than attacked (harmful score 94.0 %) over 3 seeds: "
-        "good (10.0 %) and costly (7.7 %) (p below 0.05 after Holm's correction over these arms)."
+        "2 of 3 competing arms have less harm than attacked (harmful score 94.0 %) over 3 seeds (p below 0.05 after "
+        "Holm's correction): good (10.0 %) and costly (7.7 %)."
     )
     assert any(line.startswith("Less harm at the cost of fine-tune accuracy") for line in report.findings)
     assert [a.verdict.label for a in report.arms] == [

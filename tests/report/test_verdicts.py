@@ -182,6 +182,41 @@ def test_one_model_measured_as_several_seeds_is_one(stages, inputs, distinct):
     assert arm_of(reference, "A").verdict.kind == ("less_harm" if distinct else "one_seed")
 
 
+def test_equal_completions_under_several_seeds_are_one_run():
+    def copies(arm, *defenses):
+        for seed in range(3):
+            result, rows = measured(arm, seed, hits(1, N), experiment=experiment(*defenses, seed=seed))
+            yield result, [row.model_copy(update={"completion": f"text {row.id}"}) for row in rows]
+
+    report = report_of([*runs("SFT", (39, 38, 40)), *copies("A", BSO)])
+    assert arm_of(report, "A").verdict.kind == "one_seed"
+
+
+def test_arms_without_two_common_seeds_are_named_and_not_counted():
+    report = report_of(
+        [*runs("SFT", (39, 38, 40)), *runs("A", (1, 2, 0), defenses=[BSO]), *runs("B", (1,), defenses=[BSO])]
+    )
+    assert report.summary.startswith("1 of 1 competing arm has less harm than SFT")
+    assert report.summary.endswith("not tested, for want of two common seeds: B.")
+
+
+def test_a_broken_model_is_named_even_where_nothing_is_tested():
+    broken = measured("A", 0, [Outcome.OTHER] * N, experiment=experiment(BSO, seed=0))
+    for reference in ("SFT", None):
+        report = report_of([*runs("SFT", (39,)), broken], reference)
+        assert arm_of(report, "A").verdict.is_broken
+        assert "100.0 % of its completions of harmful prompts are degenerate" in arm_of(report, "A").verdict.sentence
+        assert any(text.endswith("are degenerate, garbled or off topic: A.") for text in report.cautions)
+
+
+def test_a_low_harmful_score_that_nothing_checks_is_cautioned():
+    result, rows = runs("A", (1,))[0]
+    reading = result.judges[0].model_copy(update={"metrics": result.judges[0].metrics[:1]})
+    report = report_of([(result.model_copy(update={"judges": (reading,)}), rows)], None)
+    assert any(text.startswith("Nothing checks whether the completions of A make sense") for text in report.cautions)
+    assert not any("Nothing checks" in text for text in report_of(runs("A", (1,)), None).cautions)
+
+
 def test_nothing_is_concluded_without_a_reference_prompts_in_common_or_scored_completions():
     assert arm_of(report_of(runs("A", (1, 2)), None), "A").verdict.kind == "uncompared"
     others = runs("A", (1, 2), defenses=[BSO], prompts="q")

@@ -59,7 +59,7 @@ def build_report(
     measured = _collect_metrics(results)
     rows = {name: [(run, (evidence or {}).get(run.id, ())) for run in runs] for name, runs in groups.items()}
     estimates = {name: estimate_metrics(runs, measured) for name, runs in rows.items()}
-    comparable = {name for name, runs in groups.items() if _threat_of(runs[0]) == threat}
+    comparable = {name for name, runs in groups.items() if all(_threat_of(run) == threat for run in runs)}
     compared = compare_arms(rows, estimates, comparable, reference)
     rivals = [name for name in groups if compared[name].role in ("reference", "competing")]
     front = _find_front({name: estimates[name] for name in rivals})

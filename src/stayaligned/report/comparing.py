@@ -89,8 +89,8 @@ def _difference(
     Seeds are left out in which the arms have no prompt in common, or were judged differently. Fewer than two seeds or
     two models of an arm get no p-value: one run cannot show how far runs differ by chance.
     """
-    first, second = ({run.seed: run for run, _ in runs} for runs in (our_runs, their_runs))
-    seeds = [seed for seed in first if seed in second and _judged_alike(ours.judge, first[seed], second[seed])]
+    first, second = ({run.seed: (run, rows) for run, rows in runs} for runs in (our_runs, their_runs))
+    seeds = [s for s in first if s in second and _judged_alike(ours.judge, first[s][0], second[s][0])]
     pairs, found = (_pair_prompts if ours.values and theirs.values else _pair_means)(ours, theirs, seeds)
     paired = paired_difference({s: pair[0] for s, pair in pairs.items()}, {s: pair[1] for s, pair in pairs.items()})
     unpaired = tuple(sorted({*ours.by_seed, *theirs.by_seed} - {*pairs}))
@@ -101,7 +101,7 @@ def _difference(
     tested = (
         len(pairs) > 1
         and _differ([first[s] for s in pairs])
-        and (_is_untrained(next(iter(second.values()))) or _differ([second[s] for s in pairs]))
+        and (_is_untrained(their_runs[0][0]) or _differ([second[s] for s in pairs]))
     )
     return ArmDifference(_on_scale(paired, ours.scale), p_value=found.p_value() if tested else None)
 
@@ -152,17 +152,27 @@ def _is_untrained(run: Result) -> bool:
     return run.experiment.get("training", {}) is None and run.experiment.get("adapter") is None
 
 
-def _differ(runs: Sequence[Result]) -> bool:
-    """Whether runs of several seeds have at least two models: one model measured twice is one run of it."""
-    models = {
-        json.dumps(
-            [run.provenance.inputs.get("model"), run.provenance.inputs.get("adapter")]
-            + [key for name, key in run.provenance.stages.items() if name == "train" or name.startswith("patch ")]
-        )
-        for run in runs
-    }
-    known = any(run.provenance.inputs.get("model") for run in runs)
-    return len(models) > 1 or not known
+_DISTINCT_TEXTS = 8
+"""From this number of different texts on, equal completions in two runs show that they are of one model."""
+
+
+def _differ(runs: Sequence[RunWithRows]) -> bool:
+    """Whether runs of several seeds have at least two models: one model measured twice is one run of it.
+
+    Where the results do not say which model they measured, equal completions of all prompts show that it is one.
+    """
+    if any(run.provenance.inputs.get("model") for run, _ in runs):
+        return len({_model(run) for run, _ in runs}) > 1
+    texts = {tuple(sorted((row.prompt_set, row.prompt, row.completion) for row in rows)) for _, rows in runs}
+    different = {row.completion for _, rows in runs for row in rows}
+    return len(texts) > 1 or "" in different or len(different) < _DISTINCT_TEXTS
+
+
+def _model(run: Result) -> str:
+    """Return what determines the measured model: the inputs, and the trainings and patches in this directory."""
+    inputs = [run.provenance.inputs.get(name) for name in ("model", "adapter")]
+    stages = [key for name, key in run.provenance.stages.items() if name == "train" or name.startswith("patch ")]
+    return json.dumps([inputs, stages])
 
 
 def _on_scale(paired: PairedDifference, scale: tuple[float, float]) -> PairedDifference:

@@ -82,7 +82,7 @@ def _main_table(report: Report) -> Iterator[str]:
 
 
 def _verdict(arm: Arm) -> str:
-    return f"- **{markdown(arm.name)}**: {markdown(arm.verdict.label)}. {markdown(arm.verdict.sentence, 2000)}"
+    return f"- **{markdown(arm.name)}**: {markdown(arm.verdict.sentence, 2000)}"
 
 
 def _label(arm: Arm, report: Report) -> str:

@@ -86,9 +86,7 @@ def _difference(arm: Arm, reference: str) -> str:
 def _caption(report: Report) -> str:
     kinds = {e.interval for arm in report.arms for e in arm.estimates.values()}
     parts = ["In %; ± is the larger side of the 95 % interval"]
-    parts.append(
-        "over seeds" if kinds == {"seeds"} else "over prompts" if "seeds" not in kinds else "over seeds or prompts"
-    )
+    parts.append("over prompts" if "seeds" not in kinds else "over seeds and prompts (one seed: over prompts)")
     text = " ".join(parts) + "."
     if report.judge:
         text += f" Judge: {one_line(report.judge)}."
