@@ -98,6 +98,9 @@ def print_report(
     out.print(built.summary, soft_wrap=True)
     out.print()
     out.print(terminal_table(built))
+    for arm in built.arms:
+        if arm.role == "competing" and len(built.arms) > 2:
+            out.print(f"{one_line(arm.name, 60)}: {arm.verdict.label}", soft_wrap=True)
     if answer is not None:
         out.print(f"gate: {answer.answer}, {answer.limit}. {answer.sentence}", soft_wrap=True)
     for text in unfinished:

@@ -10,6 +10,7 @@ from stayaligned.core.text import one_line, percent
 from stayaligned.evaluation.rows import RESULT_COLUMNS
 from stayaligned.report.texts import csv_cell, unscored_count
 from stayaligned.report.values import Arm, Estimate, Report
+from stayaligned.report.verdicts import is_shown
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,7 +57,7 @@ def terminal_table(report: Report) -> Table:
     if report.reference is not None:
         table.add_column("Δ harm", justify="right")
     for arm in report.arms:
-        style = "bold" if arm.on_front else "" if arm.comparable else "dim"
+        style = "bold" if is_shown(arm) else "" if arm.comparable else "dim"
         cells = [Text(one_line(arm.name)), *(Text(_cell(arm.estimates.get(kind.name))) for kind in kinds)]
         if report.reference is not None:
             cells.append(Text(_difference(arm, report.reference)))
@@ -90,8 +91,8 @@ def _caption(report: Report) -> str:
     text = " ".join(parts) + "."
     if report.judge:
         text += f" Judge: {one_line(report.judge)}."
-    if len(report.arms) > 1 and any(arm.on_front for arm in report.arms):
-        text += " Bold: on the front of harm against accuracy."
+    if any(is_shown(arm) for arm in report.arms):
+        text += " Bold: less harm is shown, of a model that works."
     if any(arm.comparable for arm in report.arms) and not all(arm.comparable for arm in report.arms):
         text += " Dim: not fine-tuned on the same task and attack."
     if any(d.resolved for arm in report.arms for d in arm.differences.values()):
