@@ -57,10 +57,12 @@ def test_the_prompts_of_a_gate_let_an_unchanged_model_pass(command) -> None:
 
 @pytest.mark.parametrize("row", GATE, ids=[row[0] for row in GATE])
 def test_the_tabulated_numbers_are_answered_for_every_discordance(command, row) -> None:
-    for margin, needed in zip(("1%", "2%", "3%", "5%", "10%"), row[1:], strict=True):
-        found = asked(command, "--rate", "5%", "--margin", margin, "--discordant", row[0])
-        assert f"{found['needed_to_pass_unchanged']:,}" == needed
-        assert found["needed_to_fail_worse"] > 0
+    share = float(row[0].removesuffix(" %")) / 100
+    needed = [metrics.paired_needed_n(0.0, share, limit=margin, power=0.9) for margin in (0.01, 0.02, 0.03, 0.05, 0.1)]
+    assert [f"{n:,}" for n in needed] == row[1:]
+    found = asked(command, "--rate", "5%", "--margin", "5%", "--discordant", row[0])
+    assert found["needed_to_pass_unchanged"] == needed[3]
+    assert found["needed_to_fail_worse"] > 0
 
 
 @pytest.mark.parametrize("row", SETS, ids=[row[0] for row in SETS])
@@ -93,6 +95,20 @@ def test_a_ceiling_needs_the_prompts_of_the_exact_interval(command, options, nee
         assert asked(command, *options, "--prompts", str(needed - 1))["chance_decided"] == 0
 
 
+@pytest.mark.parametrize("margin", ["30%", "60%", "90%"])
+@pytest.mark.parametrize("rate", ["0", "5%", "50%", "100%"])
+def test_any_margin_that_a_rate_can_rise_or_fall_by_is_answered(command, rate, margin) -> None:
+    code, shown = command("power", "--rate", rate, "--margin", margin, "--json")
+    if rate == "50%" and margin != "30%":
+        assert code == 2
+        assert "--margin" in shown
+    else:
+        assert code == 0
+        found = json.loads(shown)
+        assert found["margin"] < found["worse"] <= 1
+        assert found["needed_to_pass_unchanged"] > 0
+
+
 def test_the_table_prints_the_same_values(command) -> None:
     code, shown = command("power", "--rate", "5%", "--difference", "2%", "--prompts", "100")
     needed = asked(command, "--rate", "5%", "--difference", "2%")["needed_prompts"]
@@ -114,7 +130,7 @@ def test_the_table_prints_the_same_values(command) -> None:
         (["--rate", "5%", "--difference", "2%", "--margin", "2%"], "exclude each other"),
         (["--rate", "5%", "--difference", "5%", "--discordant", "2%"], "below the difference"),
         (["--rate", "5%", "--difference", "2%", "--seeds", "3"], "--seed-spread"),
-        (["--rate", "50%", "--difference", "70%"], "no rate between 0 and 1 differs so much"),
+        (["--rate", "50%", "--difference", "70%"], "no rate between 0 and 100 % is 70.0% away"),
         (["--rate", "5%", "--margin", "2%", "--worse", "1%"], "--worse"),
         (["--rate", "5%", "--margin", "2%", "--unpaired"], "--unpaired"),
         (["--rate", "1%", "--margin", "2%", "--ceiling", "2%"], "exclude each other"),

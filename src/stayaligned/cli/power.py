@@ -71,11 +71,11 @@ def power(
     plan = _Plan(rate, discordant, unpaired, seeds, seed_spread, confidence)
     for_gate = 0.9 if chance is None else chance
     if margin is not None:
-        values = plan.for_gate(margin, 2 * margin if worse is None else worse, for_gate, prompts)
+        values = plan.for_gate(margin, plan.twice(margin) if worse is None else worse, for_gate, prompts)
     elif ceiling is not None:
         values = plan.for_ceiling(ceiling, for_gate, prompts)
     else:
-        values = plan.for_difference(difference, prompts, 0.8 if chance is None else chance)
+        values = plan.for_difference(difference, prompts, 0.8 if chance is None else chance, for_gate)
     if as_json:
         out.print(json.dumps(values, indent=2), soft_wrap=True)
     else:
@@ -108,6 +108,10 @@ class _Plan:
             )
         return self.discordant
 
+    def twice(self, margin: float) -> float:
+        """Return twice the margin, or the largest possible difference from the rate if it is smaller."""
+        return min(2 * margin, max(self.rate, 1 - self.rate))
+
     def discordant_if_worse(self, worse: float) -> float:
         """Return the share of discordant prompts of a model that is worse: those of an unchanged one, and its rise."""
         return self.discordant_share(worse) if self.discordant is None else min(1.0, self.discordant + worse)
@@ -116,7 +120,8 @@ class _Plan:
         other = self.rate + difference if self.rate + difference <= 1 else self.rate - difference
         if not 0 <= other <= 1:
             raise StayalignedError(
-                f"--difference {difference:.3g}: no rate between 0 and 1 differs so much from --rate {self.rate:.3g}"
+                f"no rate between 0 and 100 % is {difference:.1%} away from --rate {self.rate:.1%}",
+                hint="Give a smaller --difference, --margin or --worse.",
             )
         return other
 
@@ -129,8 +134,10 @@ class _Plan:
             return unpaired_power(self.rate, self._other_rate(difference), n, **self.options)
         return paired_power(difference, self.discordant_share(difference), n, limit=limit, **self.options)
 
-    def for_difference(self, difference: float | None, prompts: int | None, chance: float) -> dict[str, Any]:
-        """Return the prompts that a difference needs, or the difference that prompts can show."""
+    def for_difference(
+        self, difference: float | None, prompts: int | None, chance: float, for_gate: float
+    ) -> dict[str, Any]:
+        """Return the prompts that a difference needs, or the difference and the limits that prompts can show."""
         from stayaligned.evaluation.metrics import detectable_difference, needed_n, paired_needed_n
 
         values = self._inputs(chance)
@@ -157,7 +164,7 @@ class _Plan:
             )
             values |= {"prompts": prompts, "detectable_difference": found}
             if not self.unpaired and self.options["seeds"] == 1:
-                values |= self.smallest_limits(prompts)
+                values |= self.smallest_limits(prompts, for_gate)
         return values
 
     def for_ceiling(self, ceiling: float, chance: float, prompts: int | None) -> dict[str, Any]:
@@ -168,14 +175,15 @@ class _Plan:
             raise StayalignedError(f"--ceiling {ceiling:.3g}: expected a share above 0 and below 100%")
         confidence: float = self.options["confidence"]
         needed = ceiling_needed_n(self.rate, ceiling, power=chance, confidence=confidence)
-        values = self._inputs(chance) | {"ceiling": ceiling, "needed_to_decide": needed}
+        values: dict[str, Any] = {"rate": self.rate, "ceiling": ceiling, "confidence": confidence, "chance": chance}
+        values |= {"needed_to_decide": needed}
         if prompts is not None:
             reached = ceiling_power(self.rate, ceiling, prompts, confidence=confidence)
             values |= {"prompts": prompts, "chance_decided": reached}
         return values
 
-    def smallest_limits(self, prompts: int) -> dict[str, Any]:
-        """Return the smallest limits that a gate can check with so many prompts, at a probability of 90 %."""
+    def smallest_limits(self, prompts: int, chance: float) -> dict[str, Any]:
+        """Return the smallest limits that a gate can check with so many prompts."""
         from stayaligned.evaluation.metrics import ceiling_power, smallest_limit
 
         def passes(ceiling: float) -> float:
@@ -184,8 +192,9 @@ class _Plan:
             return ceiling_power(self.rate, ceiling, prompts, confidence=self.options["confidence"])
 
         return {
-            "smallest_margin": smallest_limit(lambda margin: self.chance(0.0, prompts, margin)),
-            "smallest_ceiling": smallest_limit(passes),
+            "chance_to_pass": chance,
+            "smallest_margin": smallest_limit(lambda margin: self.chance(0.0, prompts, margin), power=chance),
+            "smallest_ceiling": smallest_limit(passes, power=chance),
         }
 
     def for_gate(self, margin: float, worse: float, chance: float, prompts: int | None) -> dict[str, Any]:
@@ -240,6 +249,7 @@ _ROWS = {
     "chance_worse_fails": "probability that the worse model fails",
     "chance_decided": "probability to decide with the available prompts",
     "detectable_difference": "difference that they can show",
+    "chance_to_pass": "wanted probability to pass a gate",
     "smallest_margin": "smallest limit on the change that an unchanged model passes",
     "smallest_ceiling": "smallest limit on the rate that it passes",
 }
