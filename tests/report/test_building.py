@@ -174,6 +174,49 @@ def test_notes_come_once_with_their_owners(grid_results):
     )
 
 
+OVERLAP = "overlap the training data (the same text, or 80% of its word triples)"
+
+
+@pytest.mark.parametrize(
+    ("notes", "merged"),
+    [
+        (
+            [
+                "10 of 200 task prompts are near duplicates of the training data (word triples shared: 80% or more)",
+                "15 of 200 task prompts also occur in the training data; 2 more are near duplicates (word triples "
+                "shared: 80% or more)",
+            ],
+            [f"10 to 17 of 200 task prompts {OVERLAP}"],
+        ),
+        (
+            [
+                "1 of 200 task prompts also occur in the training data",
+                "1 of 200 harmful prompts also occur in the a data",
+            ],
+            [f"1 of 200 task prompts {OVERLAP}", f"1 of 200 harmful prompts {OVERLAP.replace('training', 'a')}"],
+        ),
+        (["3 of 90 rows were cut", "12 of 80 rows were cut"], ["3 to 12 of 80 to 90 rows were cut"]),
+        (["max_new_tokens=24: cut", "max_new_tokens=32: cut"], ["max_new_tokens=24: cut", "max_new_tokens=32: cut"]),
+        (["written 2024-01-02", "written 2024-01-03"], ["written 2024-01-02", "written 2024-01-03"]),
+        (["peft 0.21.1", "peft 0.21.2"], ["peft 0.21.1", "peft 0.21.2"]),
+        (["rank8 of layer a.3.b", "rank16 of layer a.4.b"], ["rank8 of layer a.3.b", "rank16 of layer a.4.b"]),
+        (["1.5 % of 3 rows", "2.5 % of 3 rows"], ["1.5 % of 3 rows", "2.5 % of 3 rows"]),
+        (["", "7", "x\u202e 7"], ["", "7", "x\u202e 7"]),
+    ],
+    ids=lambda value: value[0][:24] if isinstance(value, list) else "",
+)
+def test_notes_that_differ_only_in_their_counts_are_one(make_result, notes, merged):
+    results = [make_result(f"arm {i}", 1, notes=(note,)) for i, note in enumerate(notes)]
+    assert [note for note, _ in build_report(results, title="t").notes] == merged
+
+
+def test_the_owners_of_a_note_are_counted_where_they_are_many(make_result):
+    results = [
+        make_result(f"arm {i}", s, notes=(f"{i} of 9 rows were cut",) if i else ()) for i in range(14) for s in (1, 2)
+    ]
+    assert build_report(results, title="t").notes == (("1 to 13 of 9 rows were cut", "26 of 28 runs"),)
+
+
 def test_every_arms_completion_is_listed_under_its_prompt(grid_results):
     prompts = build_report(grid_results, title="t").prompts
     assert [p.id for p in prompts] == [f"harmful-{i}" for i in range(4)] + ["task-0"]

@@ -1,5 +1,6 @@
 import csv
 import io
+import json
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ from stayaligned.core.records import LayerReport, Message, Metric, Outcome
 from stayaligned.core.text import markdown, one_line, percent, visible
 from stayaligned.evaluation.results import Evidence, PatchRecord, Sample
 from stayaligned.report import build_report, terminal_table, write_report
+from stayaligned.report.completions import completion_table
 from stayaligned.report.figures import harm_against_accuracy
 from stayaligned.report.layers import layer_table
 from stayaligned.report.texts import csv_cell
@@ -434,6 +436,48 @@ def test_a_page_of_twelve_patched_arms_with_every_completion_stays_below_a_megab
     page = written(results, tmp_path, reference="SFT attacked", evidence={r.id: rows for r in results})["report.html"]
     assert len(page.encode()) < 1_000_000
     assert f"each of the {700 * len(results)} completions" in page
+
+
+def test_the_packed_table_of_completions_holds_every_row(grid_results):
+    """Two runs have the same prompts, a third has others; scores have too many values for one character each."""
+
+    def row(i, world):
+        return Evidence(
+            prompt_set=("harmful", "task")[i % 2],
+            id=f"</script> {world} {i}",
+            prompt=f"{i:016x}",
+            category=f"kind {i % 3}" if i % 4 else "",
+            outcomes={} if i % 2 else {"classifier": (Outcome.HARM, None)[i % 3 == 0]},
+            score=i / 200 if i % 2 else None,
+            degenerate=None if i % 5 == 0 else i % 7 == 0,
+        )
+
+    runs = {grid_results[i].id: [row(k, world) for k in range(200)] for i, world in ((0, "a"), (3, "a"), (4, "b"))}
+    report = build_report(grid_results, title="t", evidence=runs)
+    packed = completion_table(report)
+    assert "<" not in packed
+    table = json.loads(packed)
+
+    def unpack(column, n):
+        if column is None:
+            return [None] * n
+        return [column[0][table["alphabet"].index(c)] for c in column[1]] if isinstance(column[0], list) else column
+
+    rows = []
+    for run in table["runs"]:
+        ids, *asked = table["prompts"][run["prompts"]]
+        columns = [unpack(column, len(ids)) for column in (*asked, *run["cells"])]
+        rows += [(run["arm"], run["seed"], *cells) for cells in zip(ids, *columns, strict=True)]
+    assert len(table["prompts"]) == 2
+    assert rows == [
+        (
+            *(one.arm, one.seed, one.evidence.id, one.evidence.prompt_set, one.evidence.category),
+            *(None if one.evidence.prompt_set == "task" else (one.evidence.outcomes["classifier"] or "unscored"),),
+            one.evidence.score,
+            {None: None, True: "yes", False: "no"}[one.evidence.degenerate],
+        )
+        for one in report.evidence_rows
+    ]
 
 
 def test_experts_share_a_row_and_a_layer_without_a_module_has_no_cell() -> None:

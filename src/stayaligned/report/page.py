@@ -143,7 +143,7 @@ def _shorten(cautions: Sequence[tuple[str, str]]) -> str:
         words = re.split(r"[:;.(](?=\s|$)|\s\(", texts.one_line(caution, 120))[0].strip()
         if len(short) + len(words) > _SHORT:
             return f"{short}; …"
-        short = f"{short}; {words}" if short else words
+        short = f"{short}; {words[:1].lower()}{words[1:]}" if short else words
     return short
 
 
