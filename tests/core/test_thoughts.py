@@ -53,6 +53,9 @@ FAMILIES = {
     "s1": "<|im_start|>think\nhm\n<|im_start|>answer\nStep one",
     "Solar Open": "<|think|>hm<|end|><|begin|>assistant<|content|>Step one<|end|>",
     "Solar Open, the prompt opens": "hm<|end|><|begin|>assistant<|content|>Step one",
+    "Solar Open, no thoughts": "<|content|>Step one<|end|>",
+    "Kimi K3": "<|open|>think<|sep|>hm<|close|>think<|sep|><|open|>response<|sep|>Step one<|close|>response<|sep|>"
+    "<|close|>message<|sep|>",
     "GLM-4.5V": "<think>hm</think><|begin_of_box|>Step one<|end_of_box|>",
     "GLM-4.1V": "<think>hm</think><answer><|begin_of_box|>Step one<|end_of_box|></answer>",
     "a tag that a prompt asked for": "<analysis>\nhm\n</analysis>\n\nStep one",
@@ -232,6 +235,7 @@ def test_joined_thoughts_without_an_answer_have_none() -> None:
         ("<|im_start|>assistant\n<think></think>", ""),
         ("<|turn>model\n<|channel>thought\n", "<|channel>thought\n"),
         ("[/INST][THINK]", "[THINK]"),
+        ("<|begin_assistant|>\nHere are my reasoning steps:\n", "Here are my reasoning steps:\n"),
         ("<|start|>assistant<|channel|>analysis<|message|>", "<|channel|>analysis<|message|>"),
         ("<|im_start|>assistant\n", ""),
     ],

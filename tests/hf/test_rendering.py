@@ -99,6 +99,10 @@ HIDDEN = {
         "does not show the answer after the request",
     ),
     "the form of the content": (loop(TURN + "{{ m['content'] + [] }}<|end|>"), "the chat template"),
+    "a word before the answer": (
+        loop(TURN + "{% if m['role'] == 'assistant' %}all\n{% endif %}{{ m['content'] }}<|end|>"),
+        "writes 'all",
+    ),
     "an error of type": (loop(TURN + "{{ m['content'] + 1 }}<|end|>"), "TypeError"),
     "an unknown name": (loop(TURN + "{{ turn.content }}<|end|>"), "UndefinedError: 'turn' is undefined"),
     "a division by zero": ("{{ 1 / 0 }}", "ZeroDivisionError"),

@@ -23,15 +23,19 @@ _NAME = rf"(?:[\w.-]{{1,32}}[:_])?(?:ant)?{_WORD}(?:[:_][\w.-]{{1,32}})?"
 _OPENING = (
     rf"<(?P<name>{_NAME})(?:\s[^<>/\n]{{0,80}})?>|\[THINK\]|\[{_WORD}\](?=(?s:.*)\[/{_WORD}\])"
     rf"|<[|｜](?:(?:begin|start)[_▁](?:of[_▁])?)?{_WORD}(?:[_▁](?:begin|start))?[|｜]>|<\|inner_prefix\|>"
-    r"|<\|channel>(?:\w+(?:\n|\Z))?|◁think▷|\[unused16\]"
+    r"|<\|channel>(?:\w+(?:\n|\Z))?|◁think▷|\[unused16\]|<\|open\|>think<\|sep\|>"
 )
 _CLOSING = (
     rf"</(?P<closed>{_NAME})\s*>|\[/{_WORD}\]"
     rf"|<[|｜](?:(?:/|end[_▁](?:of[_▁])?){_WORD}|{_WORD}[_▁]end)[|｜]>|<\|inner_suffix\|>"
-    r"|<channel\|>|◁/think▷|\[unused17\]|<\|end\|>\s*<\|begin\|>assistant\s*(?=<\|content\|>)"
+    r"|<channel\|>|◁/think▷|\[unused17\]|<\|close\|>think<\|sep\|>|<\|end\|>\s*<\|begin\|>assistant\s*(?=<\|content\|>)"
 )
 _MARK = re.compile(rf"(?P<opening>{_OPENING})|(?P<closing>{_CLOSING})", re.IGNORECASE)
-_OPENED_AT_END = re.compile(rf"(?:{_OPENING}|<\|channel\|>analysis<\|message\|>)\s*\Z", re.IGNORECASE)
+_OPENED_AT_END = re.compile(
+    rf"(?:{_OPENING}|<\|channel\|>analysis<\|message\|>|(?<=\n|>)Here are my reasoning steps:)\s*\Z", re.IGNORECASE
+)
+_EMPTY_AT_END = re.compile(rf"(?:{_OPENING})?\s*(?:{_CLOSING})\s*\Z", re.IGNORECASE)
+_EMPTY_AT_START = re.compile(rf"\s*(?:{_OPENING})?\s*(?:{_CLOSING})\s*", re.IGNORECASE)
 _TOKEN_BEFORE = re.compile(
     r"\A(?:assistant\s*\n)?(?:[\s\ufeff\u200b]|<s>|<bos>|<[|｜][^<>\n]{1,40}>\s*(?:(?:assistant|model)(?![\w]))?)*"
 )
@@ -62,10 +66,14 @@ _OTHER_TAGS = re.compile(
 
 _ANSWER = re.compile(
     r"\s*(?:<(?P<name>answer|final_answer|final|response|output|solution)>"
-    r"|<\|(?:START_RESPONSE|START_TEXT|begin_of_solution|content)\|>)",
+    r"|<\|(?:START_RESPONSE|START_TEXT|begin_of_solution|content)\|>|<\|open\|>response<\|sep\|>)",
     re.IGNORECASE,
 )
-_ANSWER_END = re.compile(r"<\|(?:END_RESPONSE|END_TEXT|end_of_solution)\|>|\[END FINAL RESPONSE\]", re.IGNORECASE)
+_ANSWER_END = re.compile(
+    r"<\|(?:END_RESPONSE|END_TEXT|end_of_solution)\|>|\[END FINAL RESPONSE\]"
+    r"|<\|close\|>(?:response|message)(?:<\|sep\|>)?",
+    re.IGNORECASE,
+)
 _BOX = re.compile(r"<\|(?:begin|end)_of_box\|>")
 """Marks of the result in GLM's answers."""
 
@@ -80,12 +88,12 @@ _BARE_CHANNELS = re.compile(r"\s*(?:assistant)?(?:analysis|commentary)(?=[^\W_])
 """gpt-oss's channels after a decoder has dropped the special tokens: "analysisThe user …assistantfinalSure"."""
 _BARE_FINAL = "assistantfinal"
 
-_CHANNEL_TOKENS = frozenset({"<|channel|>", "<|message|>"})
+_CHANNEL_TOKENS = frozenset({"<|channel|>", "<|message|>", "<|open|>", "<|close|>", "<|content|>"})
 _BESIDE_MARKS = frozenset(
     {
         *("<|start|>", "<|end|>", "<|constrain|>", "<|call|>", "<|return|>", "<|eom|>"),
         *("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>"),
-        *("<|begin_of_solution|>", "<|end_of_solution|>", "<|begin|>", "<|content|>"),
+        *("<|begin_of_solution|>", "<|end_of_solution|>", "<|begin|>", "<|sep|>"),
     }
 )
 _CUT_MARKS = ("<think>", "</think>", "[THINK]", "[/THINK]", "<|channel|>", "<|channel>thought", "<|START_THINKING|>")
@@ -117,7 +125,8 @@ def split_thoughts(text: str, *, finished: bool = True) -> SplitText:
         if found.reason == ENDED and not finished:
             return SplitText(None, found.thoughts, CUT)
         return found
-    if not found.thoughts and found.answer == text:
+    wrapped = (begun := _ANSWER.match(text)) is not None and not begun["name"]
+    if not found.thoughts and found.answer == text and not wrapped:
         return found if finished or not _is_cut_mark(text) else SplitText(None, text, CUT)
     answer = _unwrap(_TOKENS_AFTER.sub("", found.answer)).strip()
     if not answer and not finished:
@@ -147,6 +156,18 @@ def opened_thoughts(prompt: str) -> str:
     """Return the opening mark, with the space behind it, at which a rendered prompt ends; empty if it ends in none."""
     found = _OPENED_AT_END.search(prompt)
     return found.group() if found else ""
+
+
+def empty_thoughts(prompt: str) -> str:
+    """Return the empty thoughts, or the closing mark alone, at which a rendered prompt ends; else an empty text."""
+    found = _EMPTY_AT_END.search(prompt)
+    return found.group() if found else ""
+
+
+def without_empty_thoughts(text: str) -> str:
+    """Return a text without empty thoughts, or a closing mark, at its beginning."""
+    found = _EMPTY_AT_START.match(text)
+    return text[found.end() :] if found else text
 
 
 def kept_tokens(special: Iterable[str]) -> frozenset[str]:
@@ -376,7 +397,9 @@ def _unwrap(answer: str) -> str:
     if begun is None:
         return _ANSWER_END.sub("", answer)
     inside = answer[begun.end() :]
-    end = re.compile(rf"</{begun['name']}\s*>", re.IGNORECASE) if begun["name"] else _ANSWER_END
+    if not begun["name"]:
+        return _ANSWER_END.sub("", inside)
+    end = re.compile(rf"</{begun['name']}\s*>", re.IGNORECASE)
     last = max((match.span() for match in end.finditer(inside)), default=None)
     return inside if last is None else inside[: last[0]] + inside[last[1] :]
 

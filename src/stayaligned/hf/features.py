@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Example, Message
-from stayaligned.core.thoughts import opened_thoughts, split_thoughts
+from stayaligned.core.thoughts import empty_thoughts, opened_thoughts, split_thoughts, without_empty_thoughts
 from stayaligned.hf.rendering import (
     RenderedAnswer,
+    around_answers,
     bind_template,
     is_shown,
     render_answer,
     render_prompt,
-    tail_of_answers,
     warn_if_space_differs,
 )
 
@@ -69,7 +69,7 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example, max_len
         # The prompt's last and the answer's first characters form one token. In generation the prompt's ids are
         # fixed, so the answer is tokenized separately, as the model will generate it.
         answer_ids = _tokens(tokenizer, learned)
-    if _end_in(tokenizer, rendered.tail) is None:
+    if _end_in(tokenizer, rendered.header, rendered.tail) is None:
         answer_ids.append(_own_end(tokenizer, rendered.tail))
     input_ids = [*prompt_ids, *answer_ids][:max_length]
     labels = [*[IGNORED] * len(prompt_ids), *answer_ids][:max_length]
@@ -133,7 +133,7 @@ def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> int | None:
     Raises:
         StayalignedError: as `encode_prompt`.
     """
-    end = _end_in(tokenizer, tail_of_answers(tokenizer))
+    end = _end_in(tokenizer, *around_answers(tokenizer))
     return tokenizer.eos_token_id if end is None and isinstance(tokenizer.eos_token_id, int) else end
 
 
@@ -145,8 +145,8 @@ def endings_of_answers(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     Raises:
         StayalignedError: as `encode_prompt`.
     """
-    tail = tail_of_answers(tokenizer)
-    ids, end = _tokens(tokenizer, tail), _end_in(tokenizer, tail)
+    header, tail = around_answers(tokenizer)
+    ids, end = _tokens(tokenizer, tail), _end_in(tokenizer, header, tail)
     if end is None:
         return [[_own_end(tokenizer, tail)]]
     return [ids[:length] for length in range(ids.index(end) + 1, len(ids) + 1)]
@@ -239,7 +239,7 @@ def _learned_text(rendered: RenderedAnswer, answer: str, where: str) -> str:
     opened = opened_thoughts(rendered.asked)
     own = split_thoughts(answer)
     final = answer if own.answer is None else own.answer
-    learned = _after_prompt(rendered, opened)
+    learned = _after_prompt(rendered, opened, "" if own.thoughts else empty_thoughts(rendered.asked))
     if learned is None:
         raise StayalignedError(
             f"{where}: the chat template renders the prompt differently with an answer, so the tokens "
@@ -249,9 +249,13 @@ def _learned_text(rendered: RenderedAnswer, answer: str, where: str) -> str:
             if own.thoughts
             else "Use a template whose rendered conversation begins with the rendered prompt.",
         )
+    if opened and own.thoughts and learned.lstrip().startswith(opened.strip()):  # opened once more by the template
+        learned = learned.lstrip()[len(opened.strip()) :].lstrip("\n")
     body = learned[: len(learned) - len(rendered.tail)]
     if opened and not _closes(opened, body, final):
         closed = f"{own.thoughts.strip()}\n{closing_mark(opened)}\n\n"
+        if own.thoughts:  # in the row's marks, which are not those of the prompt
+            learned, body = (text.replace(answer.strip(), final.strip(), 1) for text in (learned, body))
         learned, body = closed + learned.lstrip(), closed + body.lstrip()
     for part in (own.thoughts, final):
         if not is_shown(part, body):
@@ -265,11 +269,19 @@ def _learned_text(rendered: RenderedAnswer, answer: str, where: str) -> str:
     return learned
 
 
-def _after_prompt(rendered: RenderedAnswer, opened: str) -> str | None:
-    """Return what follows the rendered prompt with an answer; None if the prompt is rendered differently there."""
+def _after_prompt(rendered: RenderedAnswer, opened: str, empty: str) -> str | None:
+    """Return what follows the rendered prompt with an answer; None if the prompt is rendered differently there.
+
+    Args:
+        rendered: the prompt and the conversation.
+        opened: the opening mark of thoughts at which the prompt ends.
+        empty: the empty thoughts at which the prompt ends, unless the answer has thoughts.
+    """
     asked, told = rendered.asked, rendered.told
     if told.startswith(asked):
         return told[len(asked) :]
+    if empty and told.startswith(before := asked[: len(asked) - len(empty)]):  # Gemma 4 writes them only to generate
+        return without_empty_thoughts(told[len(before) :])
     if not opened:
         return None
     # DeepSeek's template opens thoughts only to generate; Nemotron's closes them without the line break.
@@ -289,6 +301,10 @@ def _closes(opened: str, body: str, final: str) -> bool:
 def closing_mark(opened: str) -> str:
     """Return the mark that closes thoughts: `</think>` for `<think>`."""
     mark = opened.strip()
+    if mark.startswith("Here are"):
+        return "[BEGIN FINAL RESPONSE]"
+    if mark.startswith("<|open|>"):
+        return mark.replace("open", "close", 1)
     if mark.startswith("<|channel>"):
         return "<channel|>"
     if mark.startswith("[unused"):
@@ -304,10 +320,15 @@ def closing_mark(opened: str) -> str:
     )
 
 
-def _end_in(tokenizer: PreTrainedTokenizerBase, tail: str) -> int | None:
-    """Return the first token of a text at which generation can stop: an added one, or the end of the sequence."""
+def _end_in(tokenizer: PreTrainedTokenizerBase, header: str, tail: str) -> int | None:
+    """Return the first token behind an answer at which generation can stop: an added one, or the end of the sequence.
+
+    A token that the template also writes between the prompt and the answer would stop before the answer.
+    """
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
-    return next((t for t in _tokens(tokenizer, tail) if t in added or t == tokenizer.eos_token_id), None)
+    before = set(_tokens(tokenizer, header))
+    ends = (t for t in _tokens(tokenizer, tail) if t in added or t == tokenizer.eos_token_id)
+    return next((t for t in ends if t not in before), None)
 
 
 def _own_end(tokenizer: PreTrainedTokenizerBase, tail: str) -> int:

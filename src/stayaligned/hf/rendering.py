@@ -21,7 +21,7 @@ from stayaligned.core.errors import StayalignedError, nearest
 from stayaligned.core.files import read_text
 from stayaligned.core.records import Message
 from stayaligned.core.settings import ChatTemplate
-from stayaligned.core.thoughts import is_mark, split_thoughts
+from stayaligned.core.thoughts import is_mark, opened_thoughts, split_thoughts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +58,8 @@ class RenderedAnswer:
     """The prompt with the generation prompt."""
     told: str
     """The whole conversation with the answer."""
+    header: str
+    """What the template writes between the generation prompt and any answer: empty thoughts, as a rule."""
     tail: str
     """What the template writes behind any answer to such a conversation: its end, as a rule."""
 
@@ -131,11 +133,11 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message])
 def render_answer(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], answer: str) -> RenderedAnswer:
     """Return a prompt with its answer as text; see `render_prompt`."""
     template = bind_template(tokenizer)
-    tail = _probe(tokenizer, template, tuple(message.role for message in prompt))
+    header, tail = _probe(tokenizer, template, tuple(message.role for message in prompt))
     told = _with_answer(tokenizer, template, prompt, answer)
     _require_shown(tokenizer, prompt, told)
     _warn_if_mark_inside(tokenizer, template, answer)
-    return RenderedAnswer(render_prompt(tokenizer, prompt), told, tail if told.endswith(tail) else "")
+    return RenderedAnswer(render_prompt(tokenizer, prompt), told, header, tail if told.endswith(tail) else "")
 
 
 def _with_answer(tokenizer: PreTrainedTokenizerBase, template: str, prompt: Sequence[Message], answer: str) -> str:
@@ -168,8 +170,8 @@ def render_whole(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
     return _apply(tokenizer, found[text, ""], turns, add_generation_prompt=False)
 
 
-def tail_of_answers(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return what the chat template writes behind the answer to a user's turn."""
+def around_answers(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Return what the chat template writes between the prompt and the answer to a user's turn, and behind it."""
     template = bind_template(tokenizer)
     try:
         return _probe(tokenizer, template, ("user",))
@@ -202,7 +204,7 @@ def warn_if_space_differs(tokenizer: PreTrainedTokenizerBase, content: str, text
 # ---- settings in front of a template ---------------------------------------------------------------------------------
 
 _BINDINGS: WeakKeyDictionary[Any, dict[tuple[str, str], str]] = WeakKeyDictionary()
-_PROBED: WeakKeyDictionary[Any, dict[tuple[str, tuple[str, ...]], str]] = WeakKeyDictionary()
+_PROBED: WeakKeyDictionary[Any, dict[tuple[str, tuple[str, ...]], tuple[str, str]]] = WeakKeyDictionary()
 
 
 def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -359,15 +361,18 @@ def _best_with_system(
 # ---- what a template shows -------------------------------------------------------------------------------------------
 
 
-def _probe(tokenizer: PreTrainedTokenizerBase, template: str, roles: tuple[str, ...]) -> str:
-    """Check that a template shows every turn of a conversation, and the answer behind them; return what follows it."""
+def _probe(tokenizer: PreTrainedTokenizerBase, template: str, roles: tuple[str, ...]) -> tuple[str, str]:
+    """Check that a template shows every turn of a conversation, and the answer behind them.
+
+    Returns what stands between the generation prompt and the answer, and what follows the answer.
+    """
     found = _PROBED.setdefault(tokenizer, {})
     if (template, roles) not in found:
         found[template, roles] = _probe_once(tokenizer, template, roles)
     return found[template, roles]
 
 
-def _probe_once(tokenizer: PreTrainedTokenizerBase, template: str, roles: tuple[str, ...]) -> str:
+def _probe_once(tokenizer: PreTrainedTokenizerBase, template: str, roles: tuple[str, ...]) -> tuple[str, str]:
     markers = [f"{_MARKERS[role]}{number}z" for number, role in enumerate(roles)]
     turns = [{"role": role, "content": marker} for role, marker in zip(roles, markers, strict=True)]
     asked = _apply(tokenizer, template, turns, add_generation_prompt=True)
@@ -399,12 +404,21 @@ def _probe_once(tokenizer: PreTrainedTokenizerBase, template: str, roles: tuple[
             hint="Set `chat_template.file` to a copy of the template that ends with "
             f"{{% if add_generation_prompt %}}{{{{ {header!r} }}}}{{% endif %}}.",
         )
+    if header.strip() and split_thoughts(opened_thoughts(asked) + header + _ANSWER).answer != _ANSWER:
+        said = header
+        for token in tokenizer.added_tokens_decoder.values():
+            said = said.replace(token.content, "")
+        if re.search(r"\w", said):
+            raise StayalignedError(
+                f"the chat template of {name} writes {header!r} before an answer, which would count as a part of it",
+                hint="Set `chat_template.file` to a copy of the template whose generation prompt ends with it.",
+            )
     if "{'type'" in asked or '{"type"' in asked:
         raise StayalignedError(
             f"the chat template of {name} writes a turn's content as a list",
             hint="Use a template that renders the text of a turn.",
         )
-    return told[place + len(_ANSWER) :]
+    return header, told[place + len(_ANSWER) :]
 
 
 _HINTS = {

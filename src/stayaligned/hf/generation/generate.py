@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 _PROBE_TOKENS, _PROBE_PADS = 32, 8
 """Number of prompt tokens, and of padding tokens before them, in the probe for padding."""
-_PROMPT_END = 24
+_PROMPT_END = 48
 """Number of tokens at the end of a prompt that are searched for an opening mark of thoughts."""
 _DROPPED_SHARE = 4
 """Finished rows leave a batch once they are one in this many of its rows: each time, the others' cache is copied."""
