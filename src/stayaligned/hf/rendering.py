@@ -6,7 +6,6 @@ renders with it (TRL, lm-eval) renders the same text.
 
 from __future__ import annotations
 
-import datetime
 import json
 import logging
 import re
@@ -22,6 +21,7 @@ from stayaligned.core.files import read_text
 from stayaligned.core.records import Message
 from stayaligned.core.settings import ChatTemplate
 from stayaligned.core.thoughts import is_mark, opened_thoughts, split_thoughts
+from stayaligned.hf.jinja import as_parts, fixed_clock, literal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +47,6 @@ _READS_THOUGHTS = re.compile(r"\b(?:reasoning_content|thinking|reasoning)\b")
 _MARK_OF_TURN = re.compile(r"<[^<>\s]{1,60}>|\[[^\[\]\s]{1,20}\]|(?m:^#{2,} *\w+:?|^\w{2,20}:)")
 """Marks of a turn's beginning or end: tokens in brackets, headings, and names with a colon."""
 _log = logging.getLogger(__name__)
-_DIRECTIVES = "aAbBcdefFgGHIjmMnpPrRsStTuUVwWxXyYzZhCklD"
 
 
 @dataclass(frozen=True)
@@ -233,13 +232,13 @@ def _replace(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
 
 def _bind(tokenizer: PreTrainedTokenizerBase, text: str, settings: ChatTemplate) -> str:
     _require_arguments(tokenizer, text, settings)
-    prefix = "".join(f"{{% set {name} = {_literal(value)} %}}" for name, value in settings.arguments.items())
+    prefix = "".join(f"{{% set {name} = {literal(value)} %}}" for name, value in settings.arguments.items())
     if _CLOCK.search(text):
-        prefix += _fixed_clock(settings.date)
+        prefix += fixed_clock(settings.date)
     problems: list[StayalignedError] = []
     for roles in (("user",), ("system", "user")):
         for with_parts in _WITH_PARTS:
-            template = _in_front(prefix + _as_parts(with_parts), text)
+            template = _in_front(prefix + as_parts(with_parts), text)
             try:
                 _probe(tokenizer, template, roles)
                 if "system" not in roles and not with_parts:
@@ -251,10 +250,10 @@ def _bind(tokenizer: PreTrainedTokenizerBase, text: str, settings: ChatTemplate)
 
 
 def _bind_whole(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    prefix = _fixed_clock(ChatTemplate().date) if _CLOCK.search(text) else ""
+    prefix = fixed_clock(ChatTemplate().date) if _CLOCK.search(text) else ""
     turns = [{"role": "user", "content": _MARKERS["user"]}, {"role": "assistant", "content": _ANSWER}]
     for with_parts in _WITH_PARTS:
-        template = _in_front(prefix + _as_parts(with_parts), text)
+        template = _in_front(prefix + as_parts(with_parts), text)
         with suppress(StayalignedError):
             told = _apply(tokenizer, template, turns, add_generation_prompt=False)
             if _MARKERS["user"] in told and _ANSWER in told and "{'type'" not in told:
@@ -308,48 +307,12 @@ def read_variables(tokenizer: PreTrainedTokenizerBase, text: str) -> set[str]:
     return meta.find_undeclared_variables(tree)
 
 
-def _literal(value: Any) -> str:
-    """Return a JSON value as a Jinja expression on one line."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        escaped = value.encode("unicode_escape").decode().replace('"', '\\"')
-        return f'"{escaped}"'
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_literal, value)) + "]"
-    return f"({value})"
-
-
-def _fixed_clock(date: datetime.date) -> str:
-    """Return a macro that replaces transformers' `strftime_now` by one of a fixed date, at midnight."""
-    moment = datetime.datetime.combine(date, datetime.time(), tzinfo=datetime.UTC)
-    directives = [f"%{flag}{letter}" for flag in ("-", "") for letter in _DIRECTIVES]
-    known = {each: text for each in directives if (text := moment.strftime(each)) != each}
-    filters = "".join(f" | replace({_literal(each)}, {_literal(text)})" for each, text in known.items())
-    return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}"
-
-
-def _as_parts(roles: frozenset[str]) -> str:
-    """Return Jinja that turns the text of some roles' turns into one part of the type `text`."""
-    if not roles:
-        return ""
-    part = "[{'type': 'text', 'text': turn['content']}]"
-    return (
-        "{% set stayaligned = namespace(turns=[]) %}{% for turn in messages %}"
-        f"{{% set as_parts = turn['role'] in {sorted(roles)} and turn['content'] is string %}}"
-        f"{{% set stayaligned.turns = stayaligned.turns + [dict(turn, content={part}) if as_parts else turn] %}}"
-        "{% endfor %}{% set messages = stayaligned.turns %}"
-    )
-
-
 def _best_with_system(
     tokenizer: PreTrainedTokenizerBase, template: str, prefix: str, text: str, chosen: frozenset[str]
 ) -> str:
     """Return the binding that also shows a system turn, if one does; else the given one."""
     others = [roles for roles in _WITH_PARTS if roles and roles - {"system"} == chosen - {"system"}]
-    for candidate in (template, *(_in_front(prefix + _as_parts(roles), text) for roles in others)):
+    for candidate in (template, *(_in_front(prefix + as_parts(roles), text) for roles in others)):
         try:
             _probe(tokenizer, candidate, ("system", "user"))
         except StayalignedError:
