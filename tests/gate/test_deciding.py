@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.evaluation.metrics import mcnemar, mean_of_prompts
+from stayaligned.evaluation.metrics import mean_of_prompts
 from stayaligned.gate import Limits, decide, read_side
 from support.runs import H, R, S, evidence, outcomes, side_in_memory, write_run
 
@@ -37,11 +37,8 @@ def test_the_interval_decides(tmp_path: Path, n, before, after, answer) -> None:
     decision = harm(tmp_path, n, before, after)
     (found,) = decision.criteria
     assert decision.answer == found.answer == answer
-    expected = mcnemar(
-        {str(i): i < after for i in range(n)},
-        {str(i): i < before for i in range(n)},
-    )
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    expected = mean_of_prompts({0: {i: int(i < after) - int(i < before) for i in range(n)}})
+    assert (found.low, found.high) == pytest.approx(expected.interval())
     assert (found.baseline, found.candidate) == (pytest.approx(before / n), pytest.approx(after / n))
     assert decision.sentence.startswith(answer.upper())
     assert (found.needed_prompts is not None) == (answer == "undecided")

@@ -137,3 +137,24 @@ def test_what_is_not_on_the_scale_is_refused():
         mean_of_prompts({0: {"a": 1.5}})
     with pytest.raises(ValueError, match="cannot average"):
         mean_of_prompts({0: {"a": 1.0}, 1: {}})
+
+
+@given(st.lists(st.lists(st.sampled_from([-1, 0, 0, 1]), min_size=6, max_size=6), min_size=1, max_size=4))
+def test_the_p_value_is_small_exactly_if_the_interval_excludes_the_value(table):
+    found = mean_of_prompts({seed: dict(enumerate(row)) for seed, row in enumerate(table)})
+    p_value = found.p_value()
+    for alpha in (0.01, 0.05, 0.2, 0.5):
+        half = found.half_width(1 - alpha)
+        if abs(abs(found.center) - half) > 1e-9:
+            assert (p_value < alpha) == (abs(found.center) > half)
+    assert found.mirrored().p_value() == pytest.approx(p_value)
+    assert found.mirrored().mirrored() == found
+
+
+@given(st.lists(st.booleans(), min_size=2, max_size=20), st.integers(1, 4))
+def test_copies_of_all_prompts_change_nothing_and_a_list_of_one_is_a_number(values, copies):
+    numbers = {i: float(value) for i, value in enumerate(values)}
+    once = mean_of_prompts({0: numbers, 1: numbers}, ends=(0.0, 1.0))
+    repeated = mean_of_prompts({s: {i: [v] * copies for i, v in numbers.items()} for s in (0, 1)}, ends=(0.0, 1.0))
+    assert repeated.interval() == pytest.approx(once.interval())
+    assert (repeated.value, repeated.n_prompts) == (pytest.approx(once.value), once.n_prompts)

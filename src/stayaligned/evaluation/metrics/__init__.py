@@ -9,7 +9,6 @@ from stayaligned.evaluation.metrics.agreement import agreement
 from stayaligned.evaluation.metrics.comparisons import (
     PairedDifference,
     holm,
-    mcnemar,
     paired_difference,
 )
 from stayaligned.evaluation.metrics.intervals import (
@@ -50,7 +49,6 @@ __all__ = [
     "harm_metrics",
     "holm",
     "judge_metrics",
-    "mcnemar",
     "mean_of_prompts",
     "mean_of_seeds",
     "mean_score",

@@ -1,4 +1,4 @@
-"""Comparisons of two models on the same seeds or the same prompts, and correction for many comparisons."""
+"""Comparisons of two models on the same seeds, and correction for many comparisons."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from stayaligned.evaluation.metrics.intervals import t_interval
-from stayaligned.evaluation.metrics.paired import mean_of_prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,47 +54,6 @@ def paired_difference(candidate: Mapping[int, float | None], reference: Mapping[
         n_lower=n_lower,
         n_higher=n_higher,
         p_value=_sign_test(n_lower, n_higher),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class McNemar:
-    """The result of McNemar's test of two models on the same prompts."""
-
-    n: int
-    """Number of prompts scored for both models."""
-    n_unscored: int
-    """Number of prompts that lack a score of one model."""
-    only_first: int
-    """Number of prompts that are True for the first model only."""
-    only_second: int
-    """Number of prompts that are True for the second model only."""
-    difference: float | None
-    """Share of True, first minus second; None if n = 0."""
-    low: float | None
-    """Lower bound of the 95 % interval of the difference (see `MeanOfPrompts`)."""
-    high: float | None
-    """Upper bound of the 95 % interval of the difference."""
-    p_value: float
-    """P-value of the exact two-sided test that both models are equally often True."""
-
-
-def mcnemar(first: Mapping[str, bool | None], second: Mapping[str, bool | None]) -> McNemar:
-    """Run McNemar's exact test on the prompts scored for both models, keyed by id; None and missing are unscored."""
-    ids = {*first, *second}
-    pairs = {key: (first.get(key), second.get(key)) for key in ids}
-    differences = {key: int(a) - int(b) for key, (a, b) in pairs.items() if a is not None and b is not None}
-    n, only_first, only_second = len(differences), *(sum(d == sign for d in differences.values()) for sign in (1, -1))
-    low, high = mean_of_prompts({0: differences}).interval() if n else (None, None)
-    return McNemar(
-        n=n,
-        n_unscored=len(ids) - n,
-        only_first=only_first,
-        only_second=only_second,
-        difference=(only_first - only_second) / n if n else None,
-        low=low,
-        high=high,
-        p_value=_sign_test(only_first, only_second),
     )
 
 
