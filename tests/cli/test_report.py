@@ -154,3 +154,16 @@ def test_a_file_in_the_place_of_the_report_is_an_error(tmp_path: Path, command: 
     code, shown = command("report", out, "--out", tmp_path / "taken")
     assert code == 2
     assert "is a file" in shown
+
+
+def test_a_reference_arm_that_two_grids_have_is_to_be_chosen(tmp_path: Path, command: Command) -> None:
+    for name in ("one", "two"):
+        write_grid(tmp_path / name, {"A": 30, name: 10}, seeds=(0, 1))
+    code, shown = command("report", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "both")
+    assert code == 0
+    assert "is in several directories (one: A; two: A): choose one with --reference" in " ".join(shown.split())
+    code, shown = command(
+        "report", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "chosen", "--reference", "two: A"
+    )
+    assert code == 0
+    assert "is in several directories" not in " ".join(shown.split())

@@ -85,7 +85,10 @@ def print_report(
     if reference is None:
         reference = index.get("reference") or None
         if reference is not None and reference not in {result.arm for result in found}:
-            err.print(f"note: the reference arm {reference!r} has no result, so the report compares nothing with it")
+            renamed = [arm for arm in dict.fromkeys(r.arm for r in found) if arm.endswith(f": {reference}")]
+            why = f"is in several directories ({'; '.join(renamed)}): choose one with --reference" if renamed else ""
+            what = why or "has no result, so the report compares nothing with it"
+            err.print(f"note: the reference arm {reference!r} {what}", soft_wrap=True)
             reference = None
     arms = list(dict.fromkeys(result.arm for result in found))
     if reference is None and len(arms) == 2:
