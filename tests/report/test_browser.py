@@ -172,7 +172,12 @@ def test_the_first_screen_has_the_answer(browser, grid_results, tmp_path, n_arms
     }
     shown = page.locator(".overview table:visible tbody tr").all_inner_texts()
     plots = page.locator(".plot .wide svg").count()
+    page.set_viewport_size({"width": 390, "height": 844})
+    cut = page.locator(".single, .sides, .verdicts").evaluate_all(
+        "all => all.some(one => one.parentElement.scrollWidth > one.parentElement.clientWidth)"
+    )
     page.close()
+    assert not cut  # on a phone
     assert {selector: bottom for selector, bottom in bottoms.items() if not 0 < bottom <= 900} == {}
     assert plots == (n_arms > 2)  # one or two arms have no scatter plot
     if n_arms > 2:
