@@ -331,3 +331,22 @@ def test_rows_by_id_are_read(tmp_path: Path) -> None:
 def test_completions_that_begin_with_their_prompt_are_named(tmp_path: Path, caplog: Any) -> None:
     read_foreign(write(tmp_path, [{"prompt": ASKED, "generated_text": f"{ASKED} {SAID}"}]), "harmful")
     assert "1 of 1 completions begin with their prompt" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["finish_reason", "finishReason", "FinishReason", "stopReason"])
+def test_the_end_of_a_completion_is_read_under_every_spelling_of_its_column(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "q", "response": "a", name: "MAX_TOKENS"}))
+    assert not read_foreign(str(path), "harmful")[0].finished
+    path.write_text(json.dumps({"prompt": "q", "response": "a", name: "contentFilter"}))
+    with pytest.raises(StayalignedError, match="content_filter"):
+        read_foreign(str(path), "harmful")
+
+
+@pytest.mark.parametrize("write", [json.dumps, str], ids=["json", "repr"])
+def test_turns_in_the_cells_of_a_table_are_read(tmp_path: Path, write: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    prompt, reply = [{"role": "user", "content": "q"}], {"role": "assistant", "content": "a"}
+    path.write_text(json.dumps({"prompt": write(prompt), "response": write(reply)}))
+    (found,) = read_foreign(str(path), "harmful")
+    assert (found.prompt[-1].content, found.text) == ("q", "a")

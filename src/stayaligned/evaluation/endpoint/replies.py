@@ -25,7 +25,10 @@ _FINISH_REASONS = {
     "malformed_function_call incomplete load unload",
 }
 """Values of `finish_reason` of OpenAI, vLLM, SGLang, TGI, Mistral, DeepSeek, Zhipu, Anthropic and Google."""
-_FINISH_FIELDS = ("finish_reason", "stop_reason", "done_reason", "finishReason", "finish_reasons")
+_FINISH_FIELDS = (
+    *("finish_reason", "stop_reason", "done_reason", "finish_reasons"),
+    *("finishReason", "stopReason", "finishreason", "stopreason"),  # in lower case, as columns are compared
+)
 _MEANINGS = {word: meaning for meaning, words in _FINISH_REASONS.items() for word in words.split()}
 _PARTS_OF_REASONS = (
     ("filtered", re.compile(r"filter|safety|prohibited|blocked|sensitive|moderation")),
