@@ -156,6 +156,16 @@ def test_an_error_before_the_command_starts_is_no_decision(
     assert gate("same") == 2
 
 
+def test_an_error_that_cannot_even_be_printed_is_no_decision(gate: Exit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(err, "print", fail)
+    assert gate("nowhere") == 2
+    monkeypatch.setattr("stayaligned.cli._load", fail)
+    assert gate("same") == 2
+
+
 @pytest.mark.parametrize("ending", ["sys.exit(0)", "sys.exit(1)", "raise MemoryError", "raise EOFError"])
 def test_a_plug_in_does_not_decide(ending: str, gate: Exit, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(f"import sys\n{ending}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -171,7 +172,9 @@ def _plugin_frame(error: Exception) -> traceback.FrameSummary | None:
 
 
 def _print_error(*lines: str) -> None:
-    from stayaligned.cli.console import err
+    """Print to stderr; where even this fails, for lack of memory say, the exit code still tells that there was an error."""
+    with contextlib.suppress(Exception):
+        from stayaligned.cli.console import err
 
-    for line in lines:
-        err.print(line, soft_wrap=True)
+        for line in lines:
+            err.print(line, soft_wrap=True)
