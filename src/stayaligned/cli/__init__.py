@@ -172,7 +172,7 @@ def _plugin_frame(error: Exception) -> traceback.FrameSummary | None:
 
 
 def _print_error(*lines: str) -> None:
-    """Print to stderr; where even this fails, for lack of memory say, the exit code still tells that there was an error."""
+    """Print to stderr. Where even this fails, for lack of memory say, the exit code still tells of the error."""
     with contextlib.suppress(Exception):
         from stayaligned.cli.console import err
 
