@@ -325,6 +325,10 @@ def test_rows_without_an_answer_are_skipped_and_counted_if_others_have_one(tmp_p
         ({"custom_id": "1", "response": {"body": {}}}, "no prompts"),
         ({"Behavior": "b", "ContextString": ""}, "name: harmbench"),
         ({"user_input": "q", "model_output": "a"}, "?prompt=user_input&completion=model_output"),
+        (
+            {"inference_mode": "cot", "problem_source": "a forum", "generated_solution": "a" * 50, "problem": "q"},
+            "?prompt=problem&completion=generated_solution",
+        ),
     ],
 )
 def test_an_unknown_format_is_an_error_with_what_to_write(tmp_path, row, hint):

@@ -27,6 +27,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,9 @@ from stayaligned.data.options import Source, parse_source
 from stayaligned.data.turns import TurnReader, is_missing, kind_of
 
 _log = logging.getLogger(__name__)
+_LIKE_REQUESTS = re.compile(r"prompt|problem|question|request|query|inputs?\b|instruct|user|article|sentence", re.I)
+_LIKE_ANSWERS = re.compile(r"answer|respon|output|completion|solution|target|summary|reply|assistant|label", re.I)
+"""Names of columns for hints."""
 
 
 # ---- rows of a source ----------------------------------------------------------------------------------------------
@@ -329,7 +333,9 @@ def _unknown_format(source: str, row: Row, reader: TurnReader) -> StayalignedErr
     else:
         texts = [n for n in texts if not _is_metadata(n)]
         likely = [name for name in values if name in texts[: 1 + reader.learns]]
-        asked, said = [*likely, "COLUMN", "COLUMN"][:2]
+        asked = min(filter(_LIKE_REQUESTS.search, texts), key=len, default=[*likely, "COLUMN"][0])
+        others = [name for name in texts if name != asked and not _LIKE_REQUESTS.search(name)]
+        said = next((name for name in others if _LIKE_ANSWERS.search(name)), [*others, "COLUMN"][0])
         hint = f"Rename the columns, or name them in the source: ?prompt={asked}"
         hint += f"&completion={said}" if reader.learns else ""
     if any(kind in source.casefold() for kind in (".csv", ".tsv", ".tab")):
