@@ -225,3 +225,13 @@ def test_nothing_is_concluded_without_a_reference_prompts_in_common_or_scored_co
     assert "no prompt in common" in arm_of(report, "A").verdict.sentence
     unscored = [measured("A", s, [None] * N, experiment=experiment(BSO, seed=s)) for s in (0, 1)]
     assert arm_of(report_of([*runs("SFT", (39, 38)), *unscored]), "A").verdict.kind == "not_measured"
+
+
+def test_a_difference_that_only_holm_rejects_says_so():
+    compared = [*runs("SFT", (39, 38, 40)), *runs("Lower", (24, 19, 14), defenses=[BSO])]
+    assert arm_of(report_of(compared), "Lower").verdict.label == "Less harm"
+    for number in range(8):
+        compared += runs(f"Same {number}", (39, 38, 40), defenses=[{"name": "bso", "alignment_steps": number + 1}])
+    verdict = arm_of(report_of(compared), "Lower").verdict
+    assert verdict.label == "No less harm shown"
+    assert "does not hold after Holm's correction" in verdict.sentence

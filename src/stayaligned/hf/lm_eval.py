@@ -178,7 +178,8 @@ def _model(
             return self._in_parts(super().generate_until, requests)
 
         def _model_generate(self, context: Any, *args: Any, **options: Any) -> Any:
-            rows = super()._model_generate(context, *args, **options)
+            host: Any = super()
+            rows = host._model_generate(context, *args, **options)
             for row in rows.tolist():
                 asked, wrote = (decode(tokenizer, part) for part in (row[: context.shape[1]], row[context.shape[1] :]))
                 unanswered.append(split_thoughts(opened_thoughts(asked) + wrote).answer is None)

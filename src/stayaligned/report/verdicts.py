@@ -133,7 +133,12 @@ def _conclude_on_harm(one: _Case) -> ArmVerdict:
         return _compose("more_harm", "More harm", text, deletion)
     text = f"No less harm than {against} is shown over {n} seeds ({change}; change {interval} points)"
     if found.paired.n_lower == n and found.paired.mean <= -_VISIBLE:
-        text += "; it is lower in every seed, but the seeds are too few or differ too much to claim it"
+        excluded = found.paired.high is not None and found.paired.high < 0
+        text += "; it is lower in every seed, but " + (
+            f"this does not hold after Holm's correction over the competing arms (p {p_value(found.p_value)})"
+            if excluded
+            else "the seeds are too few or differ too much to claim it"
+        )
     return _compose("not_shown", "No less harm shown", "; ".join([text, *_describe_broken(one)]), deletion)
 
 
