@@ -1,12 +1,15 @@
 """Time of generating many completions, against three simpler loops with the same tokens; and the memory it takes.
 
-    python benchmarks/generation.py [--model DIR]
+    python benchmarks/generation.py [--model DIR [--server URL --name NAME]]
 
 Loops: one prompt at a time (as the papers' code does), one left-padded `generate` for all prompts, `generate` over
 length-sorted batches of 16, and `stayaligned`'s. By default a random Llama of the testbed's size completes 200 prompts
 of unequal length with at most 24 tokens each; about half of the completions end before. With `--model`, the chat model
 in that directory completes 48 prompts with at most 64 tokens. The loops take turns. The times are CPU seconds of one
 thread, which other work on the machine disturbs less than it disturbs the clock.
+
+With `--server`, a server of that model (vLLM, say) and `stayaligned`, then with all cores, take turns: tokens per
+second of the clock, and the number of equal texts.
 
 Without `--model`, the growth of fresh processes that complete 400 prompts with a larger model under two budgets follows
 (Linux).
@@ -32,8 +35,9 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stayaligned.core.records import Message
-from stayaligned.core.settings import Generation
+from stayaligned.core.records import Example, Message
+from stayaligned.core.settings import Generation, ServedModel
+from stayaligned.evaluation.answers import complete_over_endpoint
 from stayaligned.hf.features import encode_prompt
 from stayaligned.hf.generation.generate import generate
 from stayaligned.hf.models import load_model, load_tokenizer
@@ -152,6 +156,39 @@ def compare(
         )
 
 
+def compare_with_server(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[Message]], server: ServedModel
+) -> None:
+    """Print tokens per second of this process with all cores and of a server, and how many texts are equal."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    rows = [Example(id=str(number), prompt=tuple(prompt)) for number, prompt in enumerate(prompts)]
+    loops: dict[str, Callable[[list[Example]], list[str]]] = {
+        "stayaligned": lambda asked: [
+            text.text
+            for text in generate(
+                model, tokenizer, [list(row.prompt) for row in asked], Generation(max_new_tokens=CHAT_TOKENS)
+            )
+        ],
+        "server": lambda asked: [
+            row.text for _, row in sorted(complete_over_endpoint(server, asked, "benign", max_tokens=CHAT_TOKENS))
+        ],
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in loops}
+    texts: dict[str, list[str]] = {}
+    for loop in loops.values():
+        loop(rows[:2])
+    for _ in range(CHAT_RUNS):
+        for name, loop in loops.items():
+            started = time.perf_counter()
+            texts[name] = loop(rows)
+            tokens = sum(len(ids) for ids in tokenizer(texts[name])["input_ids"])
+            speeds[name].append(tokens / (time.perf_counter() - started))
+    for name, each in speeds.items():
+        print(f"{name + ':':12s} {statistics.median(each):6.1f} tokens/s ({min(each):.1f} to {max(each):.1f})")
+    equal = sum(ours == theirs for ours, theirs in zip(*texts.values(), strict=True))
+    print(f"{equal} of {len(rows)} texts are equal")
+
+
 def peak(memory_mib: int) -> None:
     """Print the MiB by which the process grew at most while it generated, after a warm-up with one prompt."""
     sizes = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8}
@@ -176,10 +213,14 @@ def main() -> None:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="directory of a chat model")
+    parser.add_argument("--server", help="address of a server of that model, ending in /v1")
+    parser.add_argument("--name", default="smol", help="the model's name at the server")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.peak:
         peak(asked.peak)
+    elif asked.model and asked.server:
+        compare_with_server(*chat_model(asked.model), ServedModel(base_url=asked.server, model=asked.name))
     elif asked.model:
         compare(*chat_model(asked.model), CHAT_TOKENS, CHAT_RUNS)
     else:
