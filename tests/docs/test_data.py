@@ -1,4 +1,4 @@
-"""Every example row of docs/data.md is read by the source in the same table row, as the page says."""
+"""Every example row of docs/reference/data.md is read by the source in the same table row, as the page says."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import pytest
 from stayaligned.core.errors import StayalignedError
 from stayaligned.data.sources import read_examples
 
-PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "data.md").read_text()
 
 
 def examples(heading):

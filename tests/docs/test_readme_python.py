@@ -15,7 +15,7 @@ def blocks_in(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
 
 
-BLOCKS, LISA_BLOCKS = blocks_in("README.md"), blocks_in("docs/lisa.md")
+BLOCKS, LISA_BLOCKS = blocks_in("README.md"), blocks_in("docs/howto/lisa.md")
 
 
 def run(block: str, names: dict[str, Any] | None = None, **replaced: str) -> dict[str, Any]:

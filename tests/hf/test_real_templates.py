@@ -1,7 +1,7 @@
 """Chat templates that real models have: asked, learned, ended and judged right, or refused in one error.
 
-`UPDATE=1 pytest tests/hf/test_real_templates.py` writes the table in `docs/chat-templates.md`. TRL's templates are read
-from the installed package; those of families that it lacks are written in their manner in `templates/`.
+`UPDATE=1 pytest tests/hf/test_real_templates.py` writes the table in `docs/reference/chat-templates.md`. TRL's templates
+are read from the installed package; those of families that it lacks are written in their manner in `templates/`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stayaligned.hf.generation.generate import _cut_at_end, opened_in_prompt  # 
 from stayaligned.hf.rendering import read_variables, use_settings
 from stayaligned.testing import byte_tokenizer
 
-PAGE = Path(__file__).parents[2] / "docs" / "chat-templates.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "chat-templates.md"
 BEGIN, END = "<!-- template table -->\n", "<!-- end of the table -->\n"
 _TRL = find_spec("trl")
 FOLDERS = [Path(str(_TRL and _TRL.origin)).parent / "chat_templates", Path(__file__).parent / "templates"]

@@ -38,8 +38,8 @@ def judge(
     """Judge the completions of a run again.
 
     The model that wrote the completions is not needed. Name all judges of the new result, the primary judge first;
-    verdicts that the run already contains are reused. For completions of another tool (docs/evidence.md), state what
-    their prompts are, and name the columns if need be: rows.jsonl?prompt=question&completion=reply
+    verdicts that the run already contains are reused. For completions of another tool (docs/concepts/evidence.md),
+    state what their prompts are, and name the columns if need be: rows.jsonl?prompt=question&completion=reply
     """
     from stayaligned.cli.progress import status
     from stayaligned.evaluation.judges import JUDGES

@@ -262,7 +262,7 @@ def _print(values: dict[str, Any]) -> None:
         if key in values and not (key in ("seeds", "seed_spread") and values["seeds"] == 1):
             table.add_row(title, _format(key, values[key]))
     out.print(table)
-    out.print("Computed from the intervals that `gate` decides by; see docs/gate.md.", soft_wrap=True)
+    out.print("Computed from the intervals that `gate` decides by; see docs/howto/gate.md.", soft_wrap=True)
 
 
 def _format(key: str, value: Any) -> str:

@@ -1,7 +1,7 @@
 """The formats of rows: which columns are the prompt and the completion, and which others change what a row means.
 
 Column names are compared without case. The formats of TRL, axolotl, LLaMA-Factory, Unsloth and OpenAI are in
-`docs/data.md`, each with an example.
+`docs/reference/data.md`, each with an example.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ Options after the `?`:
 - for the hub: `config`, `revision`;
 - for CSV: `columns=prompt,category` names the columns of files without a header.
 
-`docs/data.md` shows the formats of other tools, each with the line that names it.
+`docs/reference/data.md` shows the formats of other tools, each with the line that names it.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class _Found:
 def read_examples(source: str, *, origin: Origin, prompts_only: bool = False) -> list[Example]:
     """Return the conversations of a source, in its order.
 
-    The rows of a source have one format (`docs/data.md`): `messages`, of which the last assistant turn is the
+    The rows of a source have one format (`docs/reference/data.md`): `messages`, of which the last assistant turn is the
     completion; `prompt` with `completion`; Alpaca's `instruction`, `input` and `output`, also with `context` and
     `history`; or a preference, `chosen` and `rejected`, of which `chosen` is the completion. Rows may also have `id`,
     `category` and `system` (a turn before the first). A column that changes what a row means and that is not read is

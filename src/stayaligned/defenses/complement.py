@@ -20,9 +20,9 @@ class Complement(ProjectionDefense):
     `threshold` or `lowest` is given. Rank and file layout do not change. Not in the Safe LoRA paper; it belongs to the
     family of null-space and gradient projections. Where V = 0 the update does not change.
 
-    On the testbed (docs/safe-lora.md) its front of harm against accuracy lies above those of dropping, shrinking and
-    random directions where the alignment was trained with full weights. It fails where the alignment was trained as a
-    LoRA, costs accuracy on some adapters of q_proj and v_proj only, and an attacker who trains under it undoes it. Not
+    On the testbed (docs/howto/safe-lora.md) its front of harm against accuracy lies above those of dropping, shrinking
+    and random directions where the alignment was trained with full weights. It fails where the alignment was trained as
+    a LoRA, costs accuracy on some adapters of q_proj and v_proj only, and an attacker who trains under it undoes it. Not
     tested: alignments trained on preferences, tasks that resemble the harmful requests, large models.
 
     Example:

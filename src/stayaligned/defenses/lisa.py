@@ -32,7 +32,8 @@ class Lisa(TrainingDefense):
         min f(w) + ρ/2·‖w − w_t‖²,    min h(w) + ρ/2·‖w − w̃_{t+1}‖²
 
     Differences from the published code: a step is an optimizer step, not a micro-batch; user rows are not drawn and
-    discarded during alignment steps; the proximal term is in no logged loss. `docs/paper_index.md` lists all of them.
+    discarded during alignment steps; the proximal term is in no logged loss. `docs/concepts/paper_index.md` lists all
+    of them.
 
     Not to be confused with layerwise importance sampling (LISA), an optimizer.
     """
