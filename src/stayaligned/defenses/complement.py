@@ -22,8 +22,8 @@ class Complement(ProjectionDefense):
 
     On the testbed (docs/howto/safe-lora.md) its front of harm against accuracy lies above those of dropping, shrinking
     and random directions where the alignment was trained with full weights. It fails where the alignment was trained as
-    a LoRA, costs accuracy on some adapters of q_proj and v_proj only, and an attacker who trains under it undoes it. Not
-    tested: alignments trained on preferences, tasks that resemble the harmful requests, large models.
+    a LoRA, costs accuracy on some adapters of q_proj and v_proj only, and an attacker who trains under it undoes it.
+    Not tested: alignments trained on preferences, tasks that resemble the harmful requests, large models.
 
     Example:
         >>> Complement(side="right").rank
