@@ -1,7 +1,8 @@
 """Chat templates that real models have: asked, learned, ended and judged right, or refused in one error.
 
 `UPDATE=1 pytest tests/hf/test_real_templates.py` writes the table in `docs/reference/chat-templates.md`. TRL's
-templates are read from the installed package; those of families that it lacks are written in their manner in `templates/`.
+templates are read from the installed package; those of families that it lacks are written in their manner in
+`templates/`.
 """
 
 from __future__ import annotations
