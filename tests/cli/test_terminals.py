@@ -154,13 +154,13 @@ def test_a_plug_in_that_raises_is_named_with_its_line_after_the_traceback(
     load_plugin(tmp_path / "mine.py", REGISTRIES)
     registry = next(r for r in REGISTRIES if "zorbraiser" in r._plugins)
     component: Any = registry._plugins.pop("zorbraiser")
-    monkeypatch.setattr("stayaligned.cli.app", lambda **_: component().judge([]))
+    monkeypatch.setattr("stayaligned.cli.app", lambda *_, **__: component().judge([]))
     code, shown = command()
     assert (code, "Traceback" in shown) == (2, True)
     assert shown.splitlines()[-1].startswith(
         f"error: plug-in {tmp_path / 'mine.py'}, line 6, in judge: raised IndexError"
     )
-    monkeypatch.setattr("stayaligned.cli.app", lambda **_: {}["zorb"])
+    monkeypatch.setattr("stayaligned.cli.app", lambda *_, **__: {}["zorb"])
     with pytest.raises(KeyError):
         main()
 
@@ -180,7 +180,7 @@ def test_a_name_that_a_component_or_python_has_is_refused(
 def test_an_interrupted_command_says_how_to_go_on(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(**_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         sys.exit(130)
 
     monkeypatch.setattr("sys.argv", ["stayaligned", name])

@@ -7,13 +7,15 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from functools import cache
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
 import typer.core
 
+from stayaligned.cli.modes import CommandReply, current_reply, read_modes, replying, with_modes
+from stayaligned.cli.pages import docs_of
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.text import escape_unencodable
 
@@ -72,6 +74,8 @@ def _load(entry: _Entry, name: str) -> Any:
     if not isinstance(target, typer.Typer):
         function, target = target, typer.Typer(add_completion=False, rich_markup_mode=None)
         target.command(name)(function)
+    for one in target.registered_commands:
+        one.callback = with_modes(one.callback) if one.callback else None
     return typer.main.get_command(target)
 
 
@@ -84,6 +88,25 @@ class _Group(typer.core.TyperGroup):
         del ctx
         with formatter.section("Commands"):
             formatter.write_dl([(name, entry.summary) for name, entry in _COMMANDS.items()])
+
+    def make_context(self, *arguments: Any, **settings: Any) -> Any:
+        with _reporting_usage():
+            return super().make_context(*arguments, **settings)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _reporting_usage():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _reporting_usage() -> Generator[None]:
+    """Put the message of a wrong option or argument, which the parser prints and ends with, into the reply."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, typer.BadParameter.__mro__[1]):  # click's UsageError, wherever typer keeps it
+            current_reply().fail(EXIT_BAD_INPUT, error.format_message())  # pyright: ignore[reportAttributeAccessIssue]
+        raise
 
 
 app = typer.Typer(
@@ -121,18 +144,30 @@ def main() -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     escape_unencodable()
+    modes = read_modes(sys.argv[1:])
     try:
-        app(prog_name="stayaligned")  # also as `python -m stayaligned`, for the shell's completion
-    except StayalignedError as error:
-        _print_error(f"error: {error.message}", *([f"hint: {error.hint}"] if error.hint else []))
+        with replying(modes) as reply:
+            _run(modes.arguments, reply)
+    except OSError as error:  # of writing the reply: `_run` raises none
+        _print_error(f"error: the output can't be written: {error.strerror or error}")
         sys.exit(EXIT_BAD_INPUT)
+
+
+def _run(arguments: list[str], reply: CommandReply) -> None:
+    try:
+        app(arguments, prog_name="stayaligned")  # also as `python -m stayaligned`, for the shell's completion
+    except StayalignedError as error:
+        _fail(reply, error.message, error.hint, docs_of(error))
     except SystemExit as ended:
         if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # a reader has gone: no failure for help, but no decision
             sys.exit(EXIT_BAD_INPUT if _decides() and not {"-h", "--help"} & {*sys.argv} else 0)
         if ended.code == EXIT_INTERRUPTED:
             resumes = any(name in sys.argv[1:2] for name in _RESUMING)
             stored = "Completed work is stored: rerun the same command to continue."
-            _print_error(f"Interrupted. {stored if resumes else 'Rerun the same command to start again.'}")
+            again = stored if resumes else "Rerun the same command to start again."
+            _print_error(f"Interrupted. {again}")
+            reply.fail(EXIT_INTERRUPTED, "Interrupted.", again)
+            reply.write()
             sys.stdout.flush()
             sys.stderr.flush()
             # An interrupt inside an exec (while a dataclass is being created, say) makes Python end itself by the
@@ -144,18 +179,25 @@ def main() -> None:
         if culprit is not None:
             _print_error("".join(traceback.format_exception(error)).rstrip())
             where = f"{culprit.filename}, line {culprit.lineno}, in {culprit.name}"
-            _print_error(f"error: plug-in {where}: raised {type(error).__name__}: {error}")
-            sys.exit(EXIT_BAD_INPUT)
+            _fail(reply, f"plug-in {where}: raised {type(error).__name__}: {error}")
         if not isinstance(error, OSError):
             if not _decides():
                 raise
-            _print_error("".join(traceback.format_exception(error)), f"error: {type(error).__name__}: {error}")
-            sys.exit(EXIT_BAD_INPUT)
-        _print_error(
-            f"error: {error.filename or 'system'}: {error.strerror or error}",
-            "hint: Completed work is stored: fix this and rerun the same command to continue.",
+            _print_error("".join(traceback.format_exception(error)))
+            _fail(reply, f"{type(error).__name__}: {error}")
+        _fail(
+            reply,
+            f"{error.filename or 'system'}: {error.strerror or error}",
+            "Completed work is stored: fix this and rerun the same command to continue.",
         )
-        sys.exit(EXIT_BAD_INPUT)
+
+
+def _fail(reply: CommandReply, message: str, hint: str | None = None, docs: str | None = None) -> NoReturn:
+    """Report an error to the user, and end with the exit code of invalid input."""
+    parts = {"error": message, "hint": hint, "docs": docs}
+    _print_error(*(f"{name}: {text}" for name, text in parts.items() if text))
+    reply.fail(EXIT_BAD_INPUT, message, hint, docs)
+    sys.exit(EXIT_BAD_INPUT)
 
 
 def _decides() -> bool:
@@ -174,7 +216,7 @@ def _plugin_frame(error: Exception) -> traceback.FrameSummary | None:
 def _print_error(*lines: str) -> None:
     """Print to stderr. Where even this fails, for lack of memory say, the exit code still tells of the error."""
     with contextlib.suppress(Exception):
-        from stayaligned.cli.console import err
+        from stayaligned.cli.console import errors
 
         for line in lines:
-            err.print(line, soft_wrap=True)
+            errors.print(line, soft_wrap=True)

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from stayaligned.cli.console import err, out
+from stayaligned.cli.console import note, out, wrote
+from stayaligned.cli.modes import answer
 from stayaligned.cli.options import field_options
 from stayaligned.experiments.config.alignment import Alignment, load_alignment
 
@@ -48,7 +49,7 @@ def align(
     losses = [row["loss"] for row in record.log if "loss" in row]
     loss = f", final loss {losses[-1]:.4g}" if losses else ""
     out.print(f"{record.rows} rows, {record.steps} steps{loss}; trained in {record.trained_in}")
-    for note in record.notes:
-        err.print(f"note: {note}", soft_wrap=True)
-    verb = "found finished" if existed else "wrote "
-    out.print(f"{verb} {out_dir}  (settings and log in {ALIGNMENT_FILE})", soft_wrap=True)
+    answer(record=record, existed=existed)
+    for text in record.notes:
+        note(text)
+    wrote(out_dir, f"settings and log in {ALIGNMENT_FILE}", "found finished" if existed else "wrote ")

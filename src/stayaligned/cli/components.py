@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from stayaligned.cli.console import out, plain_table
+from stayaligned.cli.console import out, plain_table, wrote
+from stayaligned.cli.modes import answer
 from stayaligned.cli.options import Plugins, field_docs, load_plugins
 from stayaligned.cli.scaffold import NOUNS, write_plugin
 from stayaligned.core.errors import StayalignedError
@@ -48,10 +49,15 @@ def list_components(
     Defenses, judges, tasks, attacks and prompt sets: the package's own, and those of plug-ins.
     """
     load_plugins(plugin)
+    rows = [
+        (registry.kind, name, registry.get(name).summary())
+        for registry in ([_registry(noun)] if noun else _registries().values())
+        for name in registry.names()
+    ]
     table = plain_table("kind", "name", "what it does")
-    for registry in [_registry(noun)] if noun else _registries().values():
-        for name in registry.names():
-            table.add_row(registry.kind, name, registry.get(name).summary())
+    for row in rows:
+        table.add_row(*row)
+    answer(components=[dict(zip(("kind", "name", "summary"), row, strict=True)) for row in rows])
     out.print(table)
 
 
@@ -67,6 +73,14 @@ def show(
     load_plugins(plugin)
     registry = _registry(noun)
     component = registry.get(name)
+    answer(
+        kind=registry.kind,
+        name=component.name,
+        text=inspect.getdoc(component) or "",
+        settings=_setting_values(component),
+        paper=component.paper,
+        file=registry.origin(name),
+    )
     width = min(out.width, 120)
     out.print(f"{registry.kind} {component.name}\n", soft_wrap=True)
     out.print(_wrapped(inspect.getdoc(component) or "", width) + "\n", soft_wrap=True)
@@ -90,7 +104,7 @@ def new(
             f"{noun} {name!r} exists already ({known.origin(name)})", hint=f"Choose another name: my_{name}."
         )
     path = write_plugin(noun, name, directory)
-    out.print(f"wrote  {path}; try: stayaligned show {noun} {name} --plugin {path}", soft_wrap=True)
+    wrote(path, f"try: stayaligned show {noun} {name} --plugin {path}")
 
 
 def env() -> None:
@@ -104,25 +118,35 @@ def env() -> None:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     facts = {**versions(), "platform": sys.platform, "cpus": len(os.sched_getaffinity(0)), "gpu": device}
+    answer(**facts)
     for name, value in facts.items():
         out.print(f"{name:<14}{value}")
 
 
+def _setting_values(component: type[Component]) -> list[dict[str, Any]]:
+    """The settings of a component: name, type, default, whether it is required, and meaning of each."""
+    docs = field_docs(component)
+    return [
+        {
+            "name": name,
+            "type": _type_name(field.annotation),
+            "required": field.is_required(),
+            "default": None if field.is_required() else field.get_default(call_default_factory=True),
+            "text": docs.get(name, ""),
+        }
+        for name, field in component.model_fields.items()
+    ]
+
+
 def _settings(component: type[Component], width: int) -> str:
     """The settings of a component: a line with name, type and default for each, and its meaning below."""
-    if not component.model_fields:
-        return "no settings\n"
-    docs = field_docs(component)
-    lines = ["settings"]
-    for name, field in component.model_fields.items():
-        value = json.dumps(field.get_default(call_default_factory=True), ensure_ascii=False, default=str)
-        default = "required" if field.is_required() else f"default {value}"
-        lines.append(f"  {name}: {_type_name(field.annotation)}, {default}")
-        indent = " " * 6
-        lines += textwrap.wrap(
-            docs.get(name, ""), width, initial_indent=indent, subsequent_indent=indent, **_WHOLE_WORDS
-        )
-    return "\n".join([*lines, ""])
+    lines, indent = ["settings"], " " * 6
+    for one in _setting_values(component):
+        value = json.dumps(one["default"], ensure_ascii=False, default=str)
+        default = "required" if one["required"] else f"default {value}"
+        lines.append(f"  {one['name']}: {one['type']}, {default}")
+        lines += textwrap.wrap(one["text"], width, initial_indent=indent, subsequent_indent=indent, **_WHOLE_WORDS)
+    return "\n".join([*lines, ""]) if len(lines) > 1 else "no settings\n"
 
 
 def _type_name(annotation: Any) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from stayaligned.cli.modes import current_reply, discard
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.text import visible
 
@@ -19,6 +19,22 @@ if TYPE_CHECKING:
 
 class _SafeConsole(Console):
     """A console on which text from a data set, a judge or a model can't control the terminal."""
+
+    _silenced: object = None
+    """The call whose further output is discarded."""
+    for_errors = False
+    """Whether `--quiet` leaves what is printed here."""
+
+    @property
+    def quiet(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether nothing is printed: the text of an answer with `--json`, all but errors with `--quiet`."""
+        asked = current_reply().modes
+        unwanted = asked.quiet and not self.for_errors if self.stderr else asked.json
+        return unwanted or self._silenced is current_reply()
+
+    @quiet.setter
+    def quiet(self, value: bool) -> None:
+        self._silenced = current_reply() if value else None
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print as rich does, with control characters made visible, and no word or number of a table cut.
@@ -53,19 +69,30 @@ class _SafeConsole(Console):
         self._discard()
 
     def _discard(self) -> None:
-        """Print nothing more, and let Python discard at its end what the stream still holds: else its exit code is 120.
-
-        Some streams, of tests or notebooks, have no descriptor and hold nothing.
-        """
+        """Print nothing more, and let Python discard at its end what the stream still holds."""
         self.quiet = True
-        with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.file.fileno())
-            os.close(nowhere)
+        discard(self.file)
 
 
 out = _SafeConsole(highlight=False, markup=False)
+"""The answer, on stdout."""
 err = _SafeConsole(stderr=True, highlight=False, markup=False)
+"""Progress and announcements, on stderr."""
+errors = _SafeConsole(stderr=True, highlight=False, markup=False)
+"""Errors, on stderr."""
+errors.for_errors = True
+
+
+def note(text: str) -> None:
+    """Print a note on the answer, to stderr; it is in the JSON document too."""
+    current_reply().notes.append(text)
+    err.print(f"note: {text}", soft_wrap=True)
+
+
+def wrote(path: Path, what: str = "", verb: str = "wrote ") -> None:
+    """Print the name of a written file or directory, to stderr; it is in the JSON document too."""
+    current_reply().files.append(str(path))
+    err.print(f"{verb} {path}{what and f'  ({what})'}", soft_wrap=True)
 
 
 def _fit(table: Table, console: Console) -> bool:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stayaligned.cli.console import err, out, plain_table
+from stayaligned.cli.console import note, out, plain_table
+from stayaligned.cli.modes import answer
 from stayaligned.cli.options import field_options
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.settings import CurvatureSettings
@@ -62,6 +63,7 @@ def _parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _print(found: Sequence[LossCurvature], rho: float) -> None:
+    answer(rho=rho, sources=found)
     table = plain_table("", *(visible(Path(one.source).name) for one in found), numbers=True)
     spectra = [one.spectrum for one in found]
     table.add_row("rows", *(str(one.rows) for one in found))
@@ -81,7 +83,7 @@ def _print(found: Sequence[LossCurvature], rho: float) -> None:
         meaning = f"above -lambda_min = {concavity:.3g}: around these weights each phase's sub-problem is convex."
     out.print(f"rho = {rho:g} is {meaning}", soft_wrap=True)
     if steepest.error > 0.05 * steepest.value:
-        err.print(f"note: L is only known to ± {steepest.error:.2g}; raise --iterations", soft_wrap=True)
+        note(f"L is only known to ± {steepest.error:.2g}; raise --iterations")
 
 
 def _verdict(rho: float, steepest: Eigenvalue) -> str:

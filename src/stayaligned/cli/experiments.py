@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stayaligned.cli.console import err, out
+from stayaligned.cli.console import err, errors, note, out
+from stayaligned.cli.modes import answer
 from stayaligned.cli.options import Out, Overrides, Plugins, load_plugins
 from stayaligned.cli.output import print_report, run_and_show
+from stayaligned.core.errors import StayalignedError
 
 if TYPE_CHECKING:
     from stayaligned.experiments.grid import Grid
 
-EXIT_FAILED, EXIT_NOTHING_DONE = 1, 2
+EXIT_FAILED = 1
 
 Config = Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)]
 Workers = Annotated[
@@ -83,17 +85,19 @@ def validate(config: Config, overrides: Overrides = None, plugin: Plugins = None
     content, notes = load_yaml(config), list[str]()
     if "data" in content and "model" not in content:
         alignment = load_alignment(str(config), {}, overrides or ())
-        out.print(f"{config}: a valid alignment of {alignment.base_model}", soft_wrap=True)
+        kind, arms = f"alignment of {alignment.base_model}", list[str]()
     elif "axes" in content:
         experiments = load_grid(config, overrides or ()).expand(str(config))
         notes = [f"{one.arm}: {note}" for one in experiments for note in preview_training(one)]
-        out.print(f"{config}: a valid grid of {len(experiments)} experiments")
+        kind, arms = f"grid of {len(experiments)} experiments", [one.arm for one in experiments]
     else:
         experiment = load_experiment(config, overrides or ())
         notes = list(preview_training(experiment))
-        out.print(f"{config}: a valid experiment ({experiment.arm}, seed {experiment.seed})")
-    for note in dict.fromkeys(notes):
-        err.print(f"note: {note}", soft_wrap=True)
+        kind, arms = f"experiment ({experiment.arm}, seed {experiment.seed})", [experiment.arm]
+    answer(file=config, kind=kind.split()[0], arms=arms)
+    out.print(f"{config}: a valid {kind}", soft_wrap=True)
+    for text in dict.fromkeys(notes):
+        note(text)
 
 
 def _run_grid(grid: Grid, directory: Path, workers: int | None, plugins: list[Path]) -> None:
@@ -108,8 +112,12 @@ def _run_grid(grid: Grid, directory: Path, workers: int | None, plugins: list[Pa
         err.print(f"nothing was computed: every stage of this grid is stored in {directory}", soft_wrap=True)
     if outcome.results:
         print_report([directory], directory)
+    answer(failures=outcome.failures)
     for name, error in outcome.failures.items():
-        err.print(f"failed: {name}: {error}", soft_wrap=True)
+        errors.print(f"failed: {name}: {error}", soft_wrap=True)
     if outcome.failures:
-        err.print(f"{len(outcome.failures)} experiment(s) failed; rerun the same command to try them again.")
-        raise typer.Exit(EXIT_FAILED if outcome.results else EXIT_NOTHING_DONE)
+        failed, again = f"{len(outcome.failures)} experiment(s) failed", "rerun the same command to try them again."
+        if not outcome.results:
+            raise StayalignedError(f"{failed}, the first with: {next(iter(outcome.failures.values()))}", hint=again)
+        errors.print(f"{failed}; {again}")
+        raise typer.Exit(EXIT_FAILED)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stayaligned.cli.console import err, out, plain_table
+from stayaligned.cli.console import note, out, plain_table, wrote
+from stayaligned.cli.modes import answer
 from stayaligned.cli.options import SHARE, Plugins, field_options, load_plugins
 from stayaligned.core.errors import StayalignedError, expectation
 from stayaligned.core.text import percent
@@ -44,7 +45,12 @@ def gate(
     judge: Annotated[
         str | None, typer.Option(help="The judge whose verdicts count; by default the primary judge.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the decision to this JSON file.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", metavar="[FILE]", help="Write the decision to this JSON file; without FILE, print it as JSON."
+        ),
+    ] = None,
     junit_file: Annotated[Path | None, typer.Option("--junit", help="Write the decision to this JUnit file.")] = None,
     markdown_file: Annotated[
         Path | None, typer.Option("--markdown", help="Write a comment for a code review to this Markdown file.")
@@ -66,7 +72,7 @@ def gate(
     with _no_error_is_a_decision([*baseline, *candidate]):
         load_plugins(plugin)
         files = {"json": json_file, "junit": junit_file, "markdown": markdown_file}
-        outputs = {kind: path for kind, path in files.items() if path is not None}
+        outputs = {kind: path for kind, path in files.items() if path is not None and str(path) != "-"}
         limits = _limits(shares)
         _refuse_unwritable([*outputs.values()])
         for path in outputs.values():
@@ -80,7 +86,7 @@ def gate(
         _write(decision, outputs)
         _print(decision, explain=explain)
         for path in outputs.values():
-            err.print(f"wrote  {path}", soft_wrap=True)
+            wrote(path)
     raise typer.Exit(EXIT_CODES[decision.answer])
 
 
@@ -164,6 +170,7 @@ def _print(decision: Decision, *, explain: bool) -> None:
     from stayaligned.gate.words import explain_decision, interval_text
     from stayaligned.gate.writing import remarks, side_text
 
+    answer(**decision.model_dump(exclude={"notes"}))
     out.print(decision.sentence, soft_wrap=True)
     out.print()
     out.print(f"baseline   {side_text(decision, 'baseline')}", soft_wrap=True)
@@ -187,7 +194,7 @@ def _print(decision: Decision, *, explain: bool) -> None:
         )
     out.print(table)
     for remark in remarks(decision):
-        out.print(f"note: {remark}", soft_wrap=True)
+        note(remark)
     if explain:
         out.print()
         for paragraph in explain_decision(decision):

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stayaligned.cli.console import err, out
+from stayaligned.cli.console import err, note, out, wrote
+from stayaligned.cli.modes import answer
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.text import one_line, percent
 
 if TYPE_CHECKING:
     from stayaligned.evaluation.results import StoredResult
     from stayaligned.experiments.config.experiment import Experiment
-    from stayaligned.report.values import GateAnswer
+    from stayaligned.report.values import GateAnswer, Report
 
 
 _MOST_NOTES = 20
@@ -56,7 +57,7 @@ def run_and_show(experiment: Experiment, directory: Path) -> None:
     print_report([directory], directory)
     for product in ("adapter", "model"):
         if (directory / product).exists():
-            out.print(f"{product}  {directory / product}", soft_wrap=True)
+            wrote(directory / product, verb=product)
 
 
 def print_report(
@@ -88,32 +89,59 @@ def print_report(
             renamed = [arm for arm in dict.fromkeys(r.arm for r in found) if arm.endswith(f": {reference}")]
             why = f"is in several directories ({'; '.join(renamed)}): choose one with --reference" if renamed else ""
             what = why or "has no result, so the report compares nothing with it"
-            err.print(f"note: the reference arm {reference!r} {what}", soft_wrap=True)
+            note(f"the reference arm {reference!r} {what}")
             reference = None
     arms = list(dict.fromkeys(result.arm for result in found))
     if reference is None and len(arms) == 2:
         reference = arms[0]
     heading = title or index.get("title") or (arms[0] if len(arms) == 1 else "Comparison")
-    answer = _ask_gate(stored, reference) if reference is not None and len(arms) == 2 else None
+    asked = _ask_gate(stored, reference) if reference is not None and len(arms) == 2 else None
     unfinished = [text for source in sources if (text := _describe_missing(source))]
-    built = build_report(found, title=heading, reference=reference, evidence=evidence, gate=answer, cautions=unfinished)
+    built = build_report(found, title=heading, reference=reference, evidence=evidence, gate=asked, cautions=unfinished)
     paths = write_report(built, directory)
+    answer(**_fields(built))
     out.print(built.summary, soft_wrap=True)
     out.print()
     out.print(terminal_table(built))
     for arm in built.arms:
         if arm.role == "competing" and len(built.arms) > 2:
             out.print(f"{one_line(arm.name, 60)}: {arm.verdict.label}", soft_wrap=True)
-    if answer is not None:
-        out.print(f"gate: {answer.answer}, {answer.limit}. {answer.sentence}", soft_wrap=True)
+    if asked is not None:
+        out.print(f"gate: {asked.answer}, {asked.limit}. {asked.sentence}", soft_wrap=True)
     for text in unfinished:
-        out.print(f"note: {text}")
-    for note, owners in built.notes[:_MOST_NOTES]:
-        out.print(f"note: {note}" if not owners else f"note: {owners}: {note}")
+        note(text)
+    for text, owners in built.notes[:_MOST_NOTES]:
+        note(f"{owners}: {text}" if owners else text)
     if len(built.notes) > _MOST_NOTES:
-        out.print(f"note: {len(built.notes) - _MOST_NOTES} more notes are in the report")
+        note(f"{len(built.notes) - _MOST_NOTES} more notes are in the report")
     for path in paths:
-        out.print(f"wrote  {path}", soft_wrap=True)
+        wrote(path)
+
+
+def _fields(report: Report) -> dict[str, Any]:
+    """Return what a program reads of a report: the verdict on each arm, and every measured value."""
+    arms = [
+        {
+            "arm": arm.name,
+            "seeds": arm.seeds,
+            "role": arm.role,
+            "verdict": arm.verdict,
+            "means": {
+                name: {"mean": one.mean, "low": one.low, "high": one.high, "n": one.n}
+                for name, one in arm.estimates.items()
+            },
+        }
+        for arm in report.arms
+    ]
+    return {
+        "title": report.title,
+        "reference": report.reference,
+        "summary": report.summary,
+        "cautions": report.cautions,
+        "arms": arms,
+        "gate": report.gate,
+        "rows": report.rows,
+    }
 
 
 def _describe_missing(source: Path) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
 
 from stayaligned.cli.console import out, plain_table
+from stayaligned.cli.modes import answer
 from stayaligned.cli.options import share
 from stayaligned.core.errors import StayalignedError
 
@@ -37,7 +37,6 @@ def power(
         float | None, share("For a gate: how much worse a model that must fail is; by default twice the margin.")
     ] = None,
     confidence: Annotated[float, share("Confidence level of the two-sided interval.")] = 0.95,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Plan the number of prompts.
 
@@ -76,10 +75,8 @@ def power(
         values = plan.for_ceiling(ceiling, for_gate, prompts)
     else:
         values = plan.for_difference(difference, prompts, 0.8 if chance is None else chance, for_gate)
-    if as_json:
-        out.print(json.dumps(values, indent=2), soft_wrap=True)
-    else:
-        _print(values)
+    answer(**values)
+    _print(values)
 
 
 class _Plan:

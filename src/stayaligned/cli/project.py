@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from stayaligned.cli.console import err, out, plain_table
+from stayaligned.cli.console import note, out, plain_table, wrote
+from stayaligned.cli.modes import answer
 from stayaligned.cli.options import field_options
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.text import visible
@@ -131,10 +132,11 @@ def _patch(finetuned: list[Path], outs: list[Path], patch: PatchDefense, models:
         _print_layers(reports[0], "changed")
     else:
         _print_adapters(outs, reports)
+    answer(patched=[{"directory": each, "layers": layers} for each, layers in zip(outs, reports, strict=True)])
     for each in outs:
-        for note in read_projection(each / PROJECTION_FILE).notes:
-            err.print(f"note: {note}" if len(outs) == 1 else f"note: {each.name}: {note}", soft_wrap=True)
-        out.print(f"wrote  {each}  (projection.json reports every layer)", soft_wrap=True)
+        for text in read_projection(each / PROJECTION_FILE).notes:
+            note(text if len(outs) == 1 else f"{each.name}: {text}")
+        wrote(each, "projection.json reports every layer")
 
 
 def _scan(finetuned: list[Path], outs: list[Path], patch: PatchDefense, models: ModelPair, device: str) -> None:
@@ -145,6 +147,7 @@ def _scan(finetuned: list[Path], outs: list[Path], patch: PatchDefense, models: 
 
     with weights_bar() as progress:
         found = scan_adapters(finetuned, patch, models, Execution(device, progress))
+    scans: list[dict[str, Any]] = []
     for place, patched in zip(outs, found, strict=True):
         with new_directory(place) as temporary:
             written = write_scan(patched.layers, temporary, patch.identity(), patched.notes)
@@ -153,11 +156,14 @@ def _scan(finetuned: list[Path], outs: list[Path], patch: PatchDefense, models: 
             _print_layers(patched.layers, "would change")
         else:
             out.print(visible(place.name), soft_wrap=True)
-        _print_outcomes(threshold_outcomes(patched.layers))
-        for note in patched.notes:
-            err.print(f"note: {note}", soft_wrap=True)
+        outcomes = threshold_outcomes(patched.layers)
+        scans.append({"directory": place, "layers": patched.layers, "thresholds": [row._asdict() for row in outcomes]})
+        _print_outcomes(outcomes)
+        for text in patched.notes:
+            note(text)
         for name in names:
-            out.print(f"wrote  {place / name}", soft_wrap=True)
+            wrote(place / name)
+    answer(scans=scans)
 
 
 def _output_names(adapters: Sequence[Path]) -> list[str]:

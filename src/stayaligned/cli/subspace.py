@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from stayaligned.cli.console import out, plain_table
+from stayaligned.cli.console import note, out, plain_table, wrote
+from stayaligned.cli.modes import answer
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.text import visible
 
@@ -60,6 +61,7 @@ def build(
             progress=progress,
             allow_mismatch=allow_mismatch,
         )
+    answer(header=header)
     stored = [module.rank for module in header.modules.values()]
     captured = [module.captured_energy for module in header.modules.values() if module.rank]
     out.print(
@@ -67,12 +69,11 @@ def build(
         f"{min(captured):.1%} to {max(captured):.1%} of V's energy"
     )
     if min(captured) < _ENOUGH:
-        out.print(
-            "note: with the paper's C, a threshold or --lowest is refused where the missing part of V could select "
-            "other layers; a larger --rank or --energy narrows that",
-            soft_wrap=True,
+        note(
+            "with the paper's C, a threshold or --lowest is refused where the missing part of V could select "
+            "other layers; a larger --rank or --energy narrows that"
         )
-    out.print(f"wrote  {out_file}  ({out_file.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
+    wrote(out_file, f"{out_file.stat().st_size / 1e6:.1f} MB")
 
 
 @subspace_app.command()
@@ -84,6 +85,7 @@ def show(file: Annotated[Path, typer.Argument(help="A file that `subspace build`
     from stayaligned.weights.subspace_file import SubspaceFile
 
     header = SubspaceFile(file).header
+    answer(header=header)
     for role, model in (("aligned", header.aligned), ("base", header.base)):
         name = f"  ({model.name})" if model.name not in ("", model.ref) else ""
         out.print(f"{role:<8} {model.ref}{name}  sha256 {model.sha256}", soft_wrap=True)

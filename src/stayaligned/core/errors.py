@@ -18,23 +18,26 @@ class StayalignedError(Exception):
     Args:
         message: what is wrong, naming the file, field or module, and what was expected.
         hint: what to do about it.
+        page: the page of `docs/` to read, as `howto/gate`; by default the command prints that of the module which
+            raises the error.
     """
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, page: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.page = page
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\nHint: {self.hint}"
 
     def __reduce__(self) -> tuple[object, ...]:
         # `bench` sends exceptions between processes; the default pickling would lose the hint.
-        return (_rebuild, (type(self), self.message, self.hint))
+        return (_rebuild, (type(self), self.message, self.hint, self.page))
 
 
-def _rebuild(cls: type[StayalignedError], message: str, hint: str | None) -> StayalignedError:
-    return cls(message, hint=hint)
+def _rebuild(cls: type[StayalignedError], message: str, hint: str | None, page: str | None) -> StayalignedError:
+    return cls(message, hint=hint, page=page)
 
 
 def nearest(word: str, known: Collection[str]) -> str:
