@@ -292,7 +292,7 @@ def test_the_summary_names_only_arms_whose_numbers_support_it(make_result):
         "Reference",
         "Less harm",
         "Less harm, at a cost",
-        "No less harm shown",
+        "Not shown to reduce harm",
     ]
 
 

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -342,6 +343,20 @@ def test_marks_that_touch_share_a_label_that_counts_the_rest(make_result):
     names = re.findall(r"<text[^>]*>([^<]+)</text>", harm_against_accuracy(crowd))
     assert [name for name in names if "arm " in name] == [f"arm {i}" for i in range(8)]
     assert "and 32 more" in names
+
+
+def test_no_name_in_the_plot_is_nearer_to_the_mark_of_another_arm(make_result):
+    places = {"Undefended": (0.99, 1.0), "Nearby": (0.85, 1.0), "Below": (0.96, 0.93), "Left": (0.06, 0.96)}
+    report = build_report([make_result(name, 1, *at) for name, at in places.items()], title="t")
+    found = re.findall(r'<text[^>]* x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]+)</text>', harm_against_accuracy(report))
+    zero, hundred = ([(float(x), float(y)) for x, y, text in found if text == tick] for tick in ("0 %", "100 %"))
+    left, right, top = zero[0][0], hundred[0][0], hundred[1][1]
+    bottom = zero[1][1]
+    at = {n: (left + x * (right - left), bottom + y * (top - bottom)) for n, (x, y) in places.items()}
+    for x, y, name in ((float(x), float(y), text) for x, y, text in found if text in places):
+        middle, half = (x + 3 * len(name), y - 4), (3 * len(name), 5)  # letters are about 6 pixels wide and 10 high
+        gaps = {n: math.hypot(*(max(abs(spot[i] - middle[i]) - half[i], 0) for i in (0, 1))) for n, spot in at.items()}
+        assert min(gaps, key=gaps.__getitem__) == name
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------------

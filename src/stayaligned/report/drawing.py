@@ -110,10 +110,10 @@ def standalone(text: str) -> str:
 
 
 def share_axis(axes: Axes, which: Literal["x", "y"]) -> None:
-    """Format one axis in percent, from 0 to 100 with room for marks at the ends."""
+    """Format one axis in percent, from 0 to 100 with room for marks at the ends, and above 100 for their names."""
     from matplotlib.ticker import FixedLocator, PercentFormatter
 
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     axis.set_major_locator(FixedLocator([step / 5 for step in range(6)]))
-    axes.set(**{f"{which}lim": (-0.03, 1.03)})
+    axes.set(**{f"{which}lim": (-0.03, 1.03 if which == "x" else 1.16)})

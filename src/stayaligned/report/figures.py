@@ -148,7 +148,8 @@ def _draw_names(figure: Figure, axes: Axes, marks: Sequence[_Mark], characters: 
             names.append(f"and {len(group) - _MOST_NAMES} more")
         label = axes.annotate("\n".join(names), (x, y), xycoords="figure pixels", fontsize=11, linespacing=1.15)
         size = label.get_window_extent()
-        box, away = _best_place(size.width, size.height, (x, y), taken, room)
+        others = [at[mark.arm.name] for mark in marks if mark not in group and not mark.arm.control]
+        box, away = _best_place((size.width, size.height), (x, y), others, taken, room)
         taken.append(box)
         label.set_position((box.x0, box.y0))
         if away:
@@ -168,19 +169,38 @@ def _touching(marks: Sequence[_Mark], at: Mapping[str, Point]) -> list[list[_Mar
     return [[mark for mark in marks if mark in group] for group in groups]
 
 
-def _best_place(width: float, height: float, at: Point, taken: Sequence[_Box], room: _Box) -> tuple[_Box, bool]:
-    """Return the box beside a point that covers the least of what is taken, and whether it is far from the point."""
+def _best_place(
+    size: Point, at: Point, others: Sequence[Point], taken: Sequence[_Box], room: _Box
+) -> tuple[_Box, bool]:
+    """Return the box beside a point that covers the least of what is taken, and whether it is far from the point.
+
+    A box that is nearer to another mark than to its own would name the wrong one.
+    """
+    width, height = size
     places: list[tuple[float, _Box, bool]] = []
     for distance in (9, 18, 30, 45, 65, 90, 120):
-        for dx, dy in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1)):
-            x = at[0] + dx * distance - (0.0, 0.5, 1.0)[1 - dx] * width
-            y = at[1] + dy * distance - (0.0, 0.5, 1.0)[1 - dy] * height
+        for dx, dy in _SIDES:
+            x = at[0] + int(dx) * distance - (1 - dx) / 2 * width
+            y = at[1] + dy * distance - (1 - dy) / 2 * height
             box = _Box(x, y, x + width, y + height)
             covered = sum(_common_area(box, other) for other in taken)
             outside = width * height - _common_area(box, room)
-            places.append((100 * outside + 10 * covered + distance, box, distance > 9))
+            mistaken = sum(_gap(box, other) < _gap(box, at) for other in others)
+            places.append((100 * outside + 10 * covered + 500 * mistaken + distance, box, distance > 9))
     _, box, away = min(places, key=lambda place: place[0])
     return box, away
+
+
+_SIDES = (
+    *((1.0, 0), (-1.0, 0), (0.0, -1), (0.0, 1), (1.0, -1), (-1.0, -1), (1.0, 1), (-1.0, 1)),
+    *((dx, dy) for dy in (1, -1) for dx in (0.5, -0.5, 0.9, -0.9)),
+)
+"""Where a box lies from its point, to the right and up: 1 beside it, 0 centered, 0.5 a quarter of the box beyond it."""
+
+
+def _gap(box: _Box, point: Point) -> float:
+    """Return the distance from a box to a point."""
+    return math.hypot(max(box.x0 - point[0], 0.0, point[0] - box.x1), max(box.y0 - point[1], 0.0, point[1] - box.y1))
 
 
 def _common_area(a: _Box, b: _Box) -> float:

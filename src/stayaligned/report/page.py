@@ -122,9 +122,13 @@ def _scope(report: Report) -> str:
     seeds = {len(arm.seeds) for arm in report.arms}
     least, most = min(seeds), max(seeds)
     count = f"{least} seed{'s' if least > 1 else ''}" if least == most else f"{least} to {most} seeds"
-    arms = len(report.arms)
+    controls = sum(arm.role == "control" for arm in report.arms)
+    arms = len(report.arms) - controls
+    of = f"{arms} arm{'s' if arms > 1 else ''}" + (
+        f" and {controls} control{'s' if controls > 1 else ''}" if controls else ""
+    )
     parts = [
-        f"{arms} arms, {count} each" if arms > 1 else count,
+        f"{of}, {count} each" if len(report.arms) > 1 else count,
         *([f"judge: {texts.one_line(report.judge, 80)}"] if report.judge else []),
         "intervals at 95 %",
     ]
@@ -133,13 +137,13 @@ def _scope(report: Report) -> str:
 
 def _cautions(report: Report) -> list[tuple[str, str]]:
     """Return every caution and note of the results, with the results that have it (empty for all)."""
-    return [*((caution, "") for caution in report.cautions), *report.notes, (NEVER_CLAIMED[0], "")]
+    return [*((caution, "") for caution in (NEVER_CLAIMED[0], *report.cautions)), *report.notes]
 
 
 def _shorten(cautions: Sequence[tuple[str, str]]) -> str:
-    """Return the first words of the cautions, as many as fit in one line; the last one is in every report."""
+    """Return the first words of the cautions, as many as fit in one line."""
     short = ""
-    for caution, _ in cautions[:-1]:
+    for caution, _ in cautions:
         words = re.split(r"[:;.(](?=\s|$)|\s\(", texts.one_line(caution, 120))[0].strip()
         if len(short) + len(words) > _SHORT:
             return f"{short}; …"
@@ -147,7 +151,7 @@ def _shorten(cautions: Sequence[tuple[str, str]]) -> str:
     return short
 
 
-_SHORT = 150
+_SHORT = 160
 """Characters of the line that stands for all cautions."""
 
 

@@ -23,11 +23,10 @@ def _lines(report: Report) -> Iterator[str]:
     if report.gate is not None:
         yield f"- **Gate: {report.gate.answer}**, {markdown(report.gate.limit)}. {markdown(report.gate.sentence, 2000)}"
     yield from ("", "## Limitations of the numbers", "")
+    for caution in (NEVER_CLAIMED[0], *report.cautions):
+        yield f"- {markdown(caution, 2000)}"
     for note, owners in report.notes:
         yield f"- **{markdown(note, 500)}**{f' ({markdown(owners, 500)})' if owners else ''}"
-    for caution in report.cautions:
-        yield f"- {markdown(caution, 2000)}"
-    yield f"- {markdown(NEVER_CLAIMED[0], 2000)}"
     yield from ("", "## Verdicts", "", *(_verdict(arm) for arm in report.arms))
     yield from ("", "## Arms", "", *_main_table(report), "")
     if report.reference is not None:

@@ -131,15 +131,17 @@ def _conclude_on_harm(one: _Case) -> ArmVerdict:
     if found.resolved:
         text = f"More harm than {against} {_seeds(found, n)} ({change}; p {p_value(found.p_value)})"
         return _compose("more_harm", "More harm", text, deletion)
+    label = "Not shown to reduce harm"
     text = f"No less harm than {against} is shown over {n} seeds ({change}; change {interval} points)"
     if found.paired.n_lower == n and found.paired.mean <= -_VISIBLE:
         excluded = found.paired.high is not None and found.paired.high < 0
+        label = "Perhaps less harm, not certain"
         text += "; it is lower in every seed, but " + (
             f"this does not hold after Holm's correction over the competing arms (p {p_value(found.p_value)})"
             if excluded
             else "the seeds are too few or differ too much to claim it"
         )
-    return _compose("not_shown", "No less harm shown", "; ".join([text, *_describe_broken(one)]), deletion)
+    return _compose("not_shown", label, "; ".join([text, *_describe_broken(one)]), deletion)
 
 
 def _compose(kind: VerdictKind, label: str, text: str, patch: tuple[str, str]) -> ArmVerdict:
@@ -244,7 +246,10 @@ def _judge_patch(one: _Case) -> tuple[str, str]:
         worst = next(found for found in one.controls if _does_no_better(found))
         harm = worst.differences.get(HARM)
         where = "" if harm is not None and harm.p_value is not None else " in this run"
-        return "no better than deletion", f"it is a deletion{where}: no better than {worst.action} ({_against(worst)})"
+        return (
+            "no better than deleting the update",
+            f"it is a deletion{where}: no better than {worst.action} ({_against(worst)})",
+        )
     open_ = [f for f in one.controls if not beats_controls([f])]
     accurate = all(_keeps_more_accuracy(found) for found in open_)
     places = " and ".join(f"{found.action} ({_against(found)})" for found in open_)
