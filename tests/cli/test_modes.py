@@ -23,6 +23,7 @@ from support.world import experiment, write_world
 Run = Callable[..., tuple[int, str, str]]
 
 COMMANDS: dict[str, tuple[str, ...]] = {
+    "init": ("init", "NEW", "--model", "aligned", "--data", "train.jsonl", "--yes"),
     "run": ("run", "e.yaml", "--out", "out-run"),
     "bench": ("bench", "g.yaml", "--out", "out-bench", "--workers", "1"),
     "demo": ("demo", "--out", "out-demo", "--workers", "1"),
@@ -45,7 +46,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 """A call of each command in the world below, in an order in which each finds its input; NEW is a new path."""
 ANSWERED = [pytest.param(name, marks=pytest.mark.slow) if name in ("bench", "demo") else name for name in COMMANDS]
 """The names; commands that start processes are slow."""
-ANSWERLESS = {"new"}
+ANSWERLESS = {"init", "new"}
 """Commands that only write files: their text answer is empty."""
 
 

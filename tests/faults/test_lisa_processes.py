@@ -78,7 +78,7 @@ def test_the_run_command_gives_the_same_result_in_two_processes(tmp_path: Path) 
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        wrote = [line for line in done.stdout.splitlines() if line.startswith("wrote  ")]
+        wrote = [line for line in done.stderr.splitlines() if line.startswith("wrote  ")]
         assert wrote
         assert len(wrote) == len(set(wrote))  # reported by one process
         result = json.loads((out / "result.json").read_text())

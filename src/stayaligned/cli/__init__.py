@@ -30,6 +30,7 @@ class _Entry(NamedTuple):
 
 
 _COMMANDS = {
+    "init": _Entry("init:init", "Write a configuration to start from"),
     "run": _Entry("experiments:run", "Run one experiment"),
     "bench": _Entry("experiments:bench", "Run a grid of experiments"),
     "demo": _Entry("experiments:demo", "Run the demo: minutes on a CPU, no download"),

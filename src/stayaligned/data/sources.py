@@ -55,6 +55,8 @@ from stayaligned.data.options import Source, parse_source
 from stayaligned.data.turns import TurnReader, is_missing, kind_of
 
 _log = logging.getLogger(__name__)
+PLACEHOLDER = "[replace this row]"
+"""How a text begins that `stayaligned init` wrote for a person to replace; no run reads it."""
 _LIKE_REQUESTS = re.compile(r"prompt|problem|question|request|query|inputs?\b|instruct|user|article|sentence", re.I)
 _LIKE_ANSWERS = re.compile(r"answer|respon|output|completion|solution|target|summary|reply|assistant|label", re.I)
 """Names of columns for hints."""
@@ -209,6 +211,7 @@ def build_examples(source: str, rows: Sequence[Row], *, origin: Origin, prompts_
         _log_mixtures(source, verdicts)
     _log_unread(source, found, [name for name in unknown if name not in settled], reader)
     full = _not_blank(source, found, prompts_only=prompts_only)
+    _refuse_placeholders(source, full)
     _log_texts(source, full)
     return _identified(source, full, origin)
 
@@ -232,6 +235,16 @@ def _refuse_mixtures(source: str, found: Sequence[_Found], verdicts: Mapping[tup
                 f"{source}: mixed formats: {first.row.where} has `{known}`, {other.row.where} has "
                 f"`{other.conversation.columns[at]}`",
                 hint="Put rows of each format into a separate file.",
+            )
+
+
+def _refuse_placeholders(source: str, found: Sequence[_Found]) -> None:
+    for item in found:
+        texts = [item.conversation.completion or "", *(turn.content for turn in item.conversation.prompt)]
+        if any(text.lstrip().startswith(PLACEHOLDER) for text in texts):
+            raise StayalignedError(
+                f"{source}, {item.row.where}: still the placeholder that `stayaligned init` wrote",
+                hint="Replace each of its rows by a request of your own with the completion that you want.",
             )
 
 
