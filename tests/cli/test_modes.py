@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "project": ("project", "adapter", "--aligned", "aligned", "--base", "base", "--all", "--out", "NEW"),
     "curvature": ("curvature", "aligned", "--data", "train.jsonl", "--iterations", "4", "--rows", "2"),
     "validate": ("validate", "e.yaml"),
+    "doctor": ("doctor", "e.yaml", "--quick"),
     "list": ("list",),
     "show": ("show", "defense", "lisa"),
     "new": ("new", "judge", "zorbjudge", "--dir", "NEW"),

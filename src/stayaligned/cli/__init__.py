@@ -43,6 +43,7 @@ _COMMANDS = {
     "project": _Entry("project:project", "Patch finished fine-tunes with Safe LoRA"),
     "curvature": _Entry("curvature:curvature", "Compare Lisa's rho with the loss's curvature"),
     "validate": _Entry("experiments:validate", "Check a configuration without running it"),
+    "doctor": _Entry("doctor:doctor", "Say what will fail and how long it takes"),
     "list": _Entry("components:list_components", "List the available components"),
     "show": _Entry("components:show", "Show what a component does and its settings"),
     "new": _Entry("components:new", "Write a plug-in file to start from"),

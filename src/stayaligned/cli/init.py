@@ -5,15 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
 from stayaligned.cli.console import err, note, wrote
 from stayaligned.cli.modes import answer
 from stayaligned.core.errors import StayalignedError
-
-Check = Callable[[str], object]
 
 
 def init(
@@ -47,17 +45,25 @@ def init(
     refuse_existing(config)
     asking = not yes and sys.stdin.isatty()
     judges = starting.judge_names()
-    questions: list[tuple[str, str | None, str, str | None, Check]] = [
-        ("model", model, "Which aligned model do you fine-tune (directory or hub id)?", None, starting.check_model),
-        ("data", data, "What do you fine-tune it on (file, hf://owner/name or task)?", None, starting.check_data),
-        ("safety", safety, "Where is your safety data (new: a file to fill in)?", starting.NEW, starting.check_safety),
-        ("defense", defense, f"Which defense ({', '.join(starting.CHOICES)})?", "lisa", starting.check_defense),
-        ("judge", judge, f"Which judge ({', '.join(judges)})?", "keyword", starting.check_judge),
+    questions = [
+        _Question(
+            "model", model, "Which aligned model do you fine-tune (directory or hub id)?", None, starting.check_model
+        ),
+        _Question(
+            "data", data, "What do you fine-tune it on (file, hf://owner/name or task)?", None, starting.check_data
+        ),
+        _Question(
+            "safety", safety, "Where is your safety data (new: a file to fill in)?", starting.NEW, starting.check_safety
+        ),
+        _Question(
+            "defense", defense, f"Which defense ({', '.join(starting.CHOICES)})?", "lisa", starting.check_defense
+        ),
+        _Question("judge", judge, f"Which judge ({', '.join(judges)})?", "keyword", starting.check_judge),
     ]
-    found = {name: _get(f"--{name}", *rest, asking=asking) for name, *rest in questions}
+    found = {one.name: _get(one, asking=asking) for one in questions}
     if starting.needs_base(found["defense"]):
         question = f"{found['defense']} compares the model with its unaligned ancestor: which is it?"
-        base_model = _get("--base-model", base_model, question, None, starting.check_model, asking=asking)
+        base_model = _get(_Question("base-model", base_model, question, None, starting.check_model), asking=asking)
     answers = starting.Answers(**found, base_model=base_model)
     files, notes = starting.write_start(answers, directory)
     answer(answers=answers)
@@ -67,34 +73,44 @@ def init(
         wrote(file)
     if answers.safety == starting.NEW:
         err.print(f"fill in {files[0]}: a run refuses its placeholders")
-    err.print(f"next: stayaligned validate {config}")
+    err.print(f"next: stayaligned doctor {config}")
 
 
-def _get(flag: str, given: str | None, question: str, default: str | None, check: Check, *, asking: bool) -> str:
+class _Question(NamedTuple):
+    name: str
+    """Name of the option that answers it."""
+    given: str | None
+    text: str
+    default: str | None
+    check: Callable[[str], object]
+
+
+def _get(question: _Question, *, asking: bool) -> str:
     """Return a checked answer: as given, as asked until it is right, or the default."""
-    if given is None and asking:
-        return _ask(question, default, check)
-    if given is None and default is None:
+    flag = f"--{question.name}"
+    if question.given is None and asking:
+        return _ask(question)
+    value = question.default if question.given is None else question.given
+    if value is None:
         raise StayalignedError(
-            f"{flag} is missing, and there is no terminal to ask on", hint=f"Give {flag}: {question}"
+            f"{flag} is missing, and there is no terminal to ask on", hint=f"Give {flag}: {question.text}"
         )
-    value = given if given is not None else str(default)
     try:
-        check(value)
+        question.check(value)
     except StayalignedError as error:
         raise StayalignedError(f"{flag}: {error.message}", hint=error.hint) from None
     return value
 
 
-def _ask(question: str, default: str | None, check: Check) -> str:
+def _ask(question: _Question) -> str:
     def parse(value: str) -> str:
         try:
-            check(value.strip())
+            question.check(value.strip())
         except StayalignedError as error:
             raise typer.BadParameter(str(error)) from None
         return value.strip()
 
     try:
-        return typer.prompt(question, default=default, value_proc=parse, err=True)
+        return typer.prompt(question.text, default=question.default, value_proc=parse, err=True)
     except typer.Abort:
         raise KeyboardInterrupt from None

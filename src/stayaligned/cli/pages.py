@@ -20,7 +20,7 @@ _PAGES = {
     ),
     "howto/report": ("cli.output", "report"),
     "howto/safe-lora": ("algorithms", "cli.project", "cli.subspace", "defenses", "weights"),
-    "howto/your-own-model": ("attacks", "cli.init", "experiments", "hf"),
+    "howto/your-own-model": ("attacks", "cli.doctor", "cli.init", "experiments", "hf"),
     "plugins": ("cli.components", "cli.scaffold", "core.component"),
     "reference/architectures": ("hf.targets",),
     "reference/chat-templates": ("hf.jinja", "hf.rendering", "hf.templates"),

@@ -21,14 +21,14 @@ def preview_training(experiment: Experiment) -> Sequence[str]:
     Raises:
         StayalignedError: if the defense refuses a training of this length, or the rows can't be read.
     """
-    steps = _planned_steps(experiment)
+    steps = planned_steps(experiment)
     if steps is None:
         return ()
     experiment.training_defense.check_steps(steps)
     return experiment.training_defense.notes(steps)
 
 
-def _planned_steps(experiment: Experiment) -> int | None:
+def planned_steps(experiment: Experiment) -> int | None:
     """Return `max_steps`, or the steps of the epochs in one process; None if the rows are not in a local file."""
     if not experiment.trains or experiment.task is None:
         return None

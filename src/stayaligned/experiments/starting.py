@@ -211,7 +211,7 @@ def _task(source: str, rows: Sequence[Example] | None) -> dict[str, Any]:
 def _explain(answers: Answers, directory: Path) -> str:
     config = directory / CONFIG_FILE
     lines = [
-        f"stayaligned validate {config}",
+        f"stayaligned doctor {config}",
         f"stayaligned run {config} --out {directory / 'out'}",
         "All settings: docs/howto/your-own-model.md. Paths are relative to the directory in which the command runs.",
         "task.metric none: free text has no score of its own; exact or contains compares with the completion.",
