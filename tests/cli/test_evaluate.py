@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from stayaligned.evaluation.results import read_evidence, read_result
+from stayaligned.report import build_report
 from stayaligned.testing import write_pico_adapter
 from support.world import write_world
 
@@ -129,3 +130,41 @@ def test_a_rerun_of_a_finished_run_says_that_nothing_was_computed(
     arguments = ("evaluate", world / "aligned", "--harmful-prompts", world / "harmful-prompts.jsonl")
     (_, first), (_, second) = (command(*arguments, "--out", tmp_path / "out") for _ in range(2))
     assert ("nothing was computed" in first, "nothing was computed" in second) == (False, True)
+
+
+def test_an_adapter_that_was_patched_before_is_compared_with_its_control(
+    world: Path, tmp_path: Path, command: Command
+) -> None:
+    pair = ("--aligned", world / "aligned", "--base", world / "base", "--lowest", 3)
+    places = {"tuned": world / "adapter"}
+    for name, control in (("patched", ()), ("dropped", ("--control", "drop")), ("other", ("--control", "shrink"))):
+        places[name] = tmp_path / "adapters" / name
+        code, shown = command("project", world / "adapter", *pair, *control, "--out", places[name])
+        assert code == 0, shown
+    # A control of another selection is no control of this patch.
+    lowest = (*pair[:-1], 2, "--control", "drop", "--out", tmp_path / "adapters" / "fewer")
+    assert command("project", world / "adapter", *lowest)[0] == 0
+    places["fewer"] = tmp_path / "adapters" / "fewer"
+    for name, adapter in places.items():
+        code, shown = command("evaluate", *arguments(world, tmp_path / name), "--adapter", adapter)
+        assert code == 0, shown
+    runs = [(read_result(tmp_path / name / "result.json"), tmp_path / name) for name in places]
+    rows = {run.id: read_evidence(at, run) for run, at in runs}
+    report = build_report([run for run, _ in runs], title="t", reference="adapter", evidence=rows)
+    arms = {arm.name: arm for arm in report.arms}
+    assert {arm.name: arm.role for arm in report.arms} == {
+        "adapter": "reference",
+        "patched": "competing",
+        "dropped": "control",
+        "other": "control",
+        "fewer": "control",
+    }
+    assert [one.control for one in arms["patched"].controls] == ["dropped", "other"]
+    assert "no control of this patch was run" not in arms["patched"].verdict.sentence
+    assert [patch.patch for patch in arms["patched"].patches] == ["safe_lora"]
+    (tmp_path / "adapters" / "patched" / "projection.json").write_text("{}")
+    code, shown = command("evaluate", *arguments(world, tmp_path / "again"), "--adapter", places["patched"])
+    assert code == 0, shown
+    again = read_result(tmp_path / "again" / "result.json")
+    assert not again.patches
+    assert any("patched before this run, but their record can't be read" in note for note in again.notes)

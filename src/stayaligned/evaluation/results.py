@@ -122,6 +122,9 @@ class PatchRecord(Record):
     patch: str
     settings: dict[str, Any] = Field(default_factory=dict)
     layers: tuple[LayerReport, ...]
+    inputs: dict[str, str] = Field(default_factory=dict)
+    """For a patch that the given adapter or model had already (`stayaligned project`): the hash of each of its inputs
+    by role. Empty for a patch of the run's own configuration."""
 
 
 class Sample(Record):

@@ -40,11 +40,15 @@ Arms = Mapping[str, Sequence[RunWithRows]]
 Estimates = Mapping[str, Mapping[str, Estimate]]
 
 
-def control_of(experiment: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the last patch of an experiment if it is a control: it changes the layers that its `like` selects."""
-    defenses = experiment.get("defenses") or ()
-    last = defenses[-1] if defenses else {}
+def control_of(run: Result) -> Mapping[str, Any] | None:
+    """Return the last defense of a run if it is a control: a patch that changes the layers that its `like` selects."""
+    last = next(reversed(_defenses(run)), {})
     return last if last.get("name") in ACTIONS or isinstance(last.get("like"), Mapping) else None
+
+
+def _defenses(run: Result) -> list[Mapping[str, Any]]:
+    """Return the patches that the given weights had already, and then the defenses of the configuration."""
+    return [*(patch.settings for patch in run.patches if patch.inputs), *(run.experiment.get("defenses") or ())]
 
 
 # ---- differences from the reference arm ----------------------------------------------------------------------------
@@ -198,7 +202,7 @@ def compare_with_controls(arms: Arms, estimates: Estimates) -> dict[str, tuple[C
             for metric in (HARM, ACCURACY)
             if metric in estimates[patch] and metric in estimates[control]
         }
-        last = control_of(arms[control][0][0].experiment) or {}
+        last = control_of(arms[control][0][0]) or {}
         action = ACTIONS.get(last.get("name", ""), f"the control {last.get('name')}")
         found[patch, control] = ControlComparison(
             control, action, differences, *_count_same(arms[patch], arms[control])
@@ -210,21 +214,24 @@ def compare_with_controls(arms: Arms, estimates: Estimates) -> dict[str, tuple[C
 
 
 def _pair_controls(arms: Arms) -> list[tuple[str, str]]:
-    specs = {name: runs[0][0].experiment for name, runs in arms.items()}
-    controls = {name: (spec, last) for name, spec in specs.items() if (last := control_of(spec)) is not None}
+    firsts = {name: runs[0][0] for name, runs in arms.items()}
+    controls = {name: (run, last) for name, run in firsts.items() if (last := control_of(run)) is not None}
     return [
         (patch, name)
-        for patch, spec in specs.items()
-        if patch not in controls and spec.get("defenses")
+        for patch, run in firsts.items()
+        if patch not in controls and _defenses(run)
         for name, (other, last) in controls.items()
-        if last.get("like") == spec["defenses"][-1]
-        and other["defenses"][:-1] == spec["defenses"][:-1]
-        and _surroundings(other) == _surroundings(spec)
+        if last.get("like") == _defenses(run)[-1]
+        and _defenses(other)[:-1] == _defenses(run)[:-1]
+        and _surroundings(other) == _surroundings(run)
     ]
 
 
-def _surroundings(experiment: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in experiment.items() if key not in ("label", "seed", "defenses")}
+def _surroundings(run: Result) -> dict[str, Any]:
+    """Return the configuration but for label, seed and defenses; for weights patched before, what was patched."""
+    around = {key: value for key, value in run.experiment.items() if key not in ("label", "seed", "defenses")}
+    before = [patch.inputs for patch in run.patches if patch.inputs]
+    return {**around, ("adapter" if around.get("adapter") else "model"): before} if before else around
 
 
 def _count_same(patch: Sequence[RunWithRows], control: Sequence[RunWithRows]) -> tuple[int, int]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
 
 from stayaligned.core.text import one_line, percent
+from stayaligned.evaluation.results import Result
 from stayaligned.report.comparing import (
     ACCURACY,
     HARM,
@@ -46,15 +46,13 @@ def compare_arms(
         comparable: Names of the arms that were fine-tuned on the reference arm's task under its attack.
         reference: Name of the reference arm.
     """
-    roles: dict[str, Role] = {
-        name: _role(name, runs[0][0].experiment, comparable, reference) for name, runs in arms.items()
-    }
+    roles: dict[str, Role] = {name: _role(name, runs[0][0], comparable, reference) for name, runs in arms.items()}
     differences = compare_with_reference(arms, estimates, roles, reference)
     controls = compare_with_controls(arms, estimates)
     theirs = estimates[reference] if reference is not None else {}
     found: dict[str, ComparedArm] = {}
     for name, runs in arms.items():
-        is_patch = bool(runs[0][0].patches) and control_of(runs[0][0].experiment) is None
+        is_patch = bool(runs[0][0].patches) and control_of(runs[0][0]) is None
         controlled = tuple(patch for patch, of in controls.items() if any(one.control == name for one in of))
         own = differences.get(name, {})
         one = _Case(roles[name], reference, estimates[name], theirs, own, controls[name], is_patch, controlled)
@@ -62,12 +60,12 @@ def compare_arms(
     return found
 
 
-def _role(name: str, experiment: Mapping[str, Any], comparable: set[str], reference: str | None) -> Role:
+def _role(name: str, run: Result, comparable: set[str], reference: str | None) -> Role:
     if name == reference:
         return "reference"
     if name not in comparable:
         return "context"
-    return "control" if control_of(experiment) is not None else "competing"
+    return "control" if control_of(run) is not None else "competing"
 
 
 @dataclass(frozen=True)

@@ -50,18 +50,38 @@ def _patch(context: Context, patch: PatchDefense, key: str, source: Path) -> Pat
 
 
 def read_patches(context: Context) -> tuple[PatchRecord, ...]:
-    """Return what each patch did to every layer."""
-    return tuple(
-        PatchRecord(patch=patch.name, settings=patch.spec(), layers=record.layers)
-        for patch, record in zip(context.experiment.patches, _read_records(context), strict=True)
+    """Return what each patch did to every layer: the one that the given weights had already, and the run's own."""
+    return (
+        *_read_given(context)[0],
+        *(
+            PatchRecord(patch=patch.name, settings=patch.spec(), layers=record.layers)
+            for patch, record in zip(context.experiment.patches, _read_records(context), strict=True)
+        ),
     )
 
 
 def read_patch_notes(context: Context) -> Iterator[str]:
     """Yield the notes in the records of the patches, each with the patch's name."""
+    yield from _read_given(context)[1]
     for patch, record in zip(context.experiment.patches, _read_records(context), strict=True):
         for note in record.notes:
             yield f"{patch.name}: {note}"
+
+
+def _read_given(context: Context) -> tuple[tuple[PatchRecord, ...], tuple[str, ...]]:
+    """Return the patch that the given adapter or model had already, as its `projection.json` says, and its notes."""
+    e = context.resolved
+    path = Path(e.adapter or e.model) / PROJECTION_FILE
+    if e.trains or not path.is_file():
+        return (), ()
+    try:
+        record = read_projection(path)
+    except StayalignedError as error:
+        return (), (f"the weights were patched before this run, but their record can't be read: {error.message}",)
+    name = str(record.defense.get("name"))
+    hashes = {role: value for role, found in record.inputs.items() for kind, value in found.items() if kind != "ref"}
+    given = PatchRecord(patch=name, settings=record.defense, layers=record.layers, inputs=hashes)
+    return (given,), tuple(f"{name}, before this run: {note}" for note in record.notes)
 
 
 def _read_records(context: Context) -> list[ProjectionRecord]:
