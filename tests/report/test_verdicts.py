@@ -147,7 +147,7 @@ def test_a_broken_model_has_less_harm_only_with_these_words(n_clean):
     assert verdict.is_broken
     assert verdict.label == "Less harm, but broken"
     assert "100.0 % of its completions of harmful prompts are degenerate" in verdict.sentence
-    assert report.summary.startswith("0 of 1 competing arm are shown to have less harm than SFT")
+    assert report.summary.startswith("The only competing arm is not shown to have less harm than SFT")
     assert "not counted, because the model is broken: A" in report.summary
 
 

@@ -192,7 +192,8 @@ def _compare(reference: Arm, judged: Sequence[Arm]) -> str:
         start = f"{len(lower)} of {of} {_verb(lower, 'has', 'have')} less harm than {harm} {over}: "
         start += join_names((f"{one_line(a.name, 40)} ({percent(_mean(a, 'harmful_score'))} %)" for a in lower), 6)
     else:
-        start = f"0 of {of} are shown to have less harm than {harm} {over}; {lowest}"
+        none = "The only competing arm is not" if len(tested) == 1 else f"None of the {of} is"
+        start = f"{none} shown to have less harm than {harm} {over}; {lowest}"
     if broken:
         start += f"; not counted, because the model is broken: {join_names((a.name for a in broken), 12)}"
     untested = [a for a in rivals if a not in tested]
