@@ -20,7 +20,7 @@ from stayaligned.evaluation.results import (
     read_result,
     read_results,
 )
-from stayaligned.evaluation.rows import METRIC_ORDER, RESULT_COLUMNS, distinguish_arms, result_rows
+from stayaligned.evaluation.rows import METRIC_ORDER, RESULT_COLUMNS, distinguish_arms, explain_distinct, result_rows
 from stayaligned.report import build_report, write_report
 from stayaligned.report.values import KNOWN_METRICS
 from support.runs import evidence, outcomes, write_run
@@ -150,6 +150,9 @@ def test_arms_of_one_name_and_other_settings_are_not_merged(change: dict, merged
     ]
     arms = {one.result.arm for one in distinguish_arms(stored)}
     assert arms == ({"tuned"} if merged else {"A: tuned", "B: tuned"})
+    reasons = explain_distinct(stored)
+    assert bool(reasons) is not merged
+    assert all("differ in" in reason and any(key in reason for key in change) for reason in reasons)
 
 
 def test_nothing_to_load_is_one_error(tmp_path: Path) -> None:

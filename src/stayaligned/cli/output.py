@@ -69,7 +69,7 @@ def print_report(
         StayalignedError: if a result or its evidence is missing or was edited, or `reference` is not an arm.
     """
     from stayaligned.evaluation.results import INDEX_FILE, read_index, read_results, refuse_edited
-    from stayaligned.evaluation.rows import distinguish_arms
+    from stayaligned.evaluation.rows import distinguish_arms, explain_distinct
     from stayaligned.report import build_report, terminal_table, write_report
 
     if directory.exists() and not directory.is_dir():
@@ -78,7 +78,8 @@ def print_report(
     for source in sources:
         if (source / INDEX_FILE).is_file():
             index = read_index(source)
-    stored = distinguish_arms(read_results(sources))
+    read = read_results(sources)
+    stored = distinguish_arms(read)
     for one in stored:
         refuse_edited(one)
     found = [one.result for one in stored]
@@ -96,8 +97,8 @@ def print_report(
         reference = arms[0]
     heading = title or index.get("title") or (arms[0] if len(arms) == 1 else "Comparison")
     asked = _ask_gate(stored, reference) if reference is not None and len(arms) == 2 else None
-    unfinished = [text for source in sources if (text := _describe_missing(source))]
-    built = build_report(found, title=heading, reference=reference, evidence=evidence, gate=asked, cautions=unfinished)
+    cautions = [*explain_distinct(read), *(text for source in sources if (text := _describe_missing(source)))]
+    built = build_report(found, title=heading, reference=reference, evidence=evidence, gate=asked, cautions=cautions)
     paths = write_report(built, directory)
     answer(**_fields(built))
     out.print(built.summary, soft_wrap=True)
@@ -108,7 +109,7 @@ def print_report(
             out.print(f"{one_line(arm.name, 60)}: {arm.verdict.label}", soft_wrap=True)
     if asked is not None:
         out.print(f"gate: {asked.answer}, {asked.limit}. {asked.sentence}", soft_wrap=True)
-    for text in unfinished:
+    for text in cautions:
         note(text)
     for text, owners in built.notes[:_MOST_NOTES]:
         note(f"{owners}: {text}" if owners else text)

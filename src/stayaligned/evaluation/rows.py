@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stayaligned.core.records import Metric
+from stayaligned.core.text import one_line
 from stayaligned.evaluation.results import Result, StoredResult, read_results
 
 METRIC_ORDER = (
@@ -122,6 +123,22 @@ def distinguish_arms(stored: Sequence[StoredResult]) -> list[StoredResult]:
         return StoredResult(one.directory, one.root, one.result.model_copy(update=update))
 
     return [renamed(one) for one in stored]
+
+
+def explain_distinct(stored: Sequence[StoredResult]) -> list[str]:
+    """Return one sentence for each name whose arms `distinguish_arms` keeps apart although no seed appears twice."""
+    found: list[str] = []
+    for arm in dict.fromkeys(one.result.arm for one in stored):
+        roots = {one.root.resolve() for one in stored if one.result.arm == arm}
+        results = [one.result for one in stored if one.result.arm == arm]
+        settings = [_settings(result) for result in results]
+        keys = [key for key in settings[0] if any(of.get(key) != settings[0][key] for of in settings)]
+        if keys and len(roots) > 1 and len({result.seed for result in results}) == len(results):
+            found.append(
+                f"results named {one_line(arm, 60)} are kept apart, not seeds of one arm: they differ in "
+                f"{', '.join(keys)}"
+            )
+    return found
 
 
 def _is_one_arm(roots: Collection[Sequence[Result]]) -> bool:
