@@ -4,7 +4,8 @@
 
 Prints the tables of docs/concepts/statistics.md. Completions are drawn from a logistic model: a prompt's and a
 seed's own level add up, and each completion is harmful with the resulting probability. What the intervals should cover
-is the mean over all prompts and all seeds. Every interval and p-value is that of `MeanOfPrompts`, which is checked first.
+is the mean over all prompts and all seeds. Every interval and p-value is that of `MeanOfPrompts`, which is checked
+first.
 """
 
 from __future__ import annotations
