@@ -2,7 +2,7 @@
 
     python benchmarks/gate_statistics.py
 
-Prints the tables of docs/howto/gate.md. Where it samples, it also prints the sampling error.
+Prints the tables of docs/results/gate-error-rates.md. Where it samples, it also prints the sampling error.
 """
 
 from __future__ import annotations

@@ -1,0 +1,75 @@
+"""Make the site's navigation from the lists of links of its `index.md` pages, so that a code host shows the same ones.
+
+An index page links to each page of its folder, to the index pages of the folders below, and to what lies outside
+`docs`. A list in which each entry begins with a link is shown as cards.
+"""
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.transforms import SphinxTransform
+
+LINK = re.compile(r"^- \**\[([^\]]+)\]\(([^)#\s]+)\.(md|ipynb)\)", flags=re.MULTILINE)
+ROOT = "docs/index"
+
+
+def pages_below(index: str, text: str, root: Path) -> dict[str, str]:
+    """Return the names, without ending, of an index page's pages in the navigation, and the texts of the links."""
+    folder = posixpath.dirname(index)
+    found: dict[str, str] = {}
+    for title, link, _ in LINK.findall(text):
+        name = posixpath.normpath(posixpath.join(folder, link))
+        home = posixpath.dirname(name)
+        below = posixpath.basename(name) == "index" and posixpath.dirname(home) == folder
+        elsewhere = home != folder and (root / home / "index.md").exists()
+        if below or not elsewhere:
+            found.setdefault(name, title)
+    return found
+
+
+def is_index(name: str) -> bool:
+    """Return whether a page lists others."""
+    return name.startswith("docs/") and posixpath.basename(name) == "index"
+
+
+def add_navigation(app: Sphinx, name: str, content: list[str]) -> None:
+    """Append the table of contents that the links of an index page describe."""
+    if is_index(name):
+        pages = pages_below(name, content[0], Path(app.srcdir))
+        # The header has little room: there, a page is called as the front page calls it.
+        entries = "\n".join(f"{title} </{page}>" if name == ROOT else f"/{page}" for page, title in pages.items())
+        content[0] += f"\n```{{toctree}}\n:hidden:\n\n{entries}\n```\n"
+
+
+class Cards(SphinxTransform):
+    """Mark the lists of links of an index page as cards."""
+
+    default_priority = 400
+
+    def apply(self, **_: Any) -> None:
+        """Add the class to each list whose entries all begin with a link."""
+        if not is_index(self.env.docname):
+            return
+        for items in self.document.findall(nodes.bullet_list):
+            if all(map(_begins_with_link, items.children)):
+                items["classes"].append("cards")
+
+
+def _begins_with_link(item: nodes.Node) -> bool:
+    first: nodes.Node | None = item
+    while isinstance(first, nodes.list_item | nodes.paragraph | nodes.strong):
+        # The parser puts an empty text before what is bold.
+        first = next((child for child in first.children if child.children or child.astext()), None)
+    return isinstance(first, nodes.reference | pending_xref)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register the two steps."""
+    app.connect("source-read", add_navigation)
+    app.add_transform(Cards)
+    return {"parallel_read_safe": True}
