@@ -46,4 +46,4 @@ def test_the_address_is_that_of_the_package_or_else_the_file(monkeypatch: pytest
     monkeypatch.setattr(pages, "_project_urls", lambda: [("Source", "https://zorb.example")])
     assert pages.place_of("howto/gate") == "docs/howto/gate.md"
     monkeypatch.setattr(pages, "_project_urls", lambda: [("Documentation", "https://zorb.example/")])
-    assert pages.place_of("howto/gate") == "https://zorb.example/howto/gate/"
+    assert pages.place_of("howto/gate") == "https://zorb.example/docs/howto/gate.html"

@@ -7,16 +7,18 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import yaml
+from pydantic import TypeAdapter
 from typer.main import get_command
 
 import stayaligned
 from stayaligned.cli import app
 from stayaligned.experiments.config.alignment import load_alignment
 from stayaligned.experiments.config.experiment import Experiment, load_experiment
-from stayaligned.experiments.grid import load_grid
+from stayaligned.experiments.grid import Grid, load_grid
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(page for name in ("docs", "studies") for page in (ROOT / name).glob("**/*.md"))])
@@ -62,9 +64,17 @@ def test_no_page_of_the_documentation_is_too_long() -> None:
     assert {name: length for name, length in lengths.items() if length > MAX_PAGE_LINES} == {}
 
 
-def test_the_index_links_to_every_page() -> None:
-    linked = set(re.findall(r"\]\(([^)#\s]+)", (ROOT / "docs" / "README.md").read_text()))
-    assert {str(page.relative_to(ROOT / "docs")) for page in DOCS} - {"README.md"} <= linked
+def test_the_index_of_each_folder_links_to_every_page_of_it() -> None:
+    for index in (page for page in DOCS if page.name == "index.md"):
+        linked = set(re.findall(r"^- \**\[[^\]]+\]\(([^)#\s]+)\)", index.read_text(), flags=re.MULTILINE))
+        pages = {page.name for page in index.parent.glob("*.md")} - {"index.md", "README.md"}
+        folders = {f"{below.parent.name}/index.md" for below in index.parent.glob("*/index.md")}
+        assert pages | folders <= linked, index
+
+
+def test_a_page_is_known_by_the_name_of_its_file() -> None:
+    names = [page.stem for page in DOCS if page.name not in ("index.md", "README.md")]
+    assert sorted(set(names)) == sorted(names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
@@ -124,10 +134,21 @@ def test_every_python_block_parses_and_imports_names_that_exist(page: Path) -> N
                 assert [name.name for name in node.names if not hasattr(module, name.name)] == []
 
 
+FIELDS = get_type_hints(Experiment, include_extras=True)
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks_in(p, "yaml")], ids=relative)
-def test_every_yaml_block_sets_fields_of_an_experiment(page: Path) -> None:
+def test_every_yaml_block_holds_valid_settings(page: Path) -> None:
     for block in blocks_in(page, "yaml"):
-        assert yaml.safe_load(block).keys() <= Experiment.model_fields.keys()
+        content = yaml.safe_load(block)
+        grid = "axes" in content
+        assert content.keys() <= (Grid if grid else Experiment).model_fields.keys()
+        base = content["base"] if grid else content
+        settings = [base, *(row for row in content.get("axes", {}).get("method", []))]
+        for value in settings:
+            for name in value:
+                if name != "label":
+                    TypeAdapter(FIELDS[name]).validate_python(value[name])
 
 
 TARGETS = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))

@@ -46,7 +46,7 @@ def docs_of(error: StayalignedError) -> str | None:
 def place_of(page: str) -> str:
     """Return the address of a page if the installed package names a documentation site; else its file."""
     site = next((url for label, url in _project_urls() if label.lower() == "documentation"), None)
-    return f"docs/{page}.md" if site is None else f"{site.rstrip('/')}/{page}/"
+    return f"docs/{page}.md" if site is None else f"{site.rstrip('/')}/docs/{page}.html"
 
 
 def _modules(error: BaseException) -> list[str]:
