@@ -132,13 +132,17 @@ def explain_distinct(stored: Sequence[StoredResult]) -> list[str]:
         roots = {one.root.resolve() for one in stored if one.result.arm == arm}
         results = [one.result for one in stored if one.result.arm == arm]
         settings = [_settings(result) for result in results]
-        keys = [key for key in settings[0] if any(of.get(key) != settings[0][key] for of in settings)]
+        keys = [key for key in dict.fromkeys(key for of in settings for key in of) if not _is_equal(key, settings)]
         if keys and len(roots) > 1 and len({result.seed for result in results}) == len(results):
             found.append(
                 f"results named {one_line(arm, 60)} are kept apart, not seeds of one arm: they differ in "
                 f"{', '.join(keys)}"
             )
     return found
+
+
+def _is_equal(key: str, settings: Sequence[Mapping[str, Any]]) -> bool:
+    return all(of.get(key) == settings[0].get(key) for of in settings)
 
 
 def _is_one_arm(roots: Collection[Sequence[Result]]) -> bool:
