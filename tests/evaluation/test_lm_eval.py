@@ -279,7 +279,7 @@ def test_without_lm_eval_the_error_names_the_extra(
 ) -> None:
     import sys
 
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(StayalignedError) as caught:
         run(evaluated(world, "zorbs"), tmp_path / "out")
     assert "pip install 'stayaligned[eval]'" in str(caught.value)

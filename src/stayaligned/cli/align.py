@@ -10,6 +10,7 @@ import typer
 from stayaligned.cli.console import note, out, wrote
 from stayaligned.cli.modes import answer
 from stayaligned.cli.options import field_options
+from stayaligned.core.processes import require_one_process
 from stayaligned.experiments.config.alignment import Alignment, load_alignment
 
 
@@ -38,7 +39,6 @@ def align(
     from stayaligned.cli.progress import status
     from stayaligned.experiments.align import ALIGNMENT_FILE
     from stayaligned.experiments.align import align as run_alignment
-    from stayaligned.hf.training.processes import require_one_process
 
     require_one_process("stayaligned align")
     given = {name: value for name, value in settings.items() if value is not None}

@@ -12,6 +12,7 @@ from stayaligned.cli.modes import answer
 from stayaligned.cli.options import Out, Overrides, Plugins, load_plugins
 from stayaligned.cli.output import print_report, run_and_show
 from stayaligned.core.errors import StayalignedError
+from stayaligned.core.processes import require_one_process
 
 if TYPE_CHECKING:
     from stayaligned.experiments.grid import Grid
@@ -77,6 +78,7 @@ def validate(config: Config, overrides: Overrides = None, plugin: Plugins = None
     """
     from stayaligned.experiments.config.alignment import load_alignment
     from stayaligned.experiments.config.experiment import load_experiment
+    from stayaligned.experiments.config.packages import require_for_training, require_installed
     from stayaligned.experiments.config.yaml_file import load_yaml
     from stayaligned.experiments.grid import load_grid
     from stayaligned.experiments.preview import preview_training
@@ -85,13 +87,16 @@ def validate(config: Config, overrides: Overrides = None, plugin: Plugins = None
     content, notes = load_yaml(config), list[str]()
     if "data" in content and "model" not in content:
         alignment = load_alignment(str(config), {}, overrides or ())
+        require_for_training(alignment.trainer)
         kind, arms = f"alignment of {alignment.base_model}", list[str]()
     elif "axes" in content:
         experiments = load_grid(config, overrides or ()).expand(str(config))
+        require_installed(experiments, report=True)
         notes = [f"{one.arm}: {note}" for one in experiments for note in preview_training(one)]
         kind, arms = f"grid of {len(experiments)} experiments", [one.arm for one in experiments]
     else:
         experiment = load_experiment(config, overrides or ())
+        require_installed([experiment], report=True)
         notes = list(preview_training(experiment))
         kind, arms = f"experiment ({experiment.arm}, seed {experiment.seed})", [experiment.arm]
     answer(file=config, kind=kind.split()[0], arms=arms)
@@ -102,10 +107,11 @@ def validate(config: Config, overrides: Overrides = None, plugin: Plugins = None
 
 def _run_grid(grid: Grid, directory: Path, workers: int | None, plugins: list[Path]) -> None:
     from stayaligned.cli.progress import GridProgress
+    from stayaligned.experiments.config.packages import require_installed
     from stayaligned.experiments.grid import run_grid
-    from stayaligned.hf.training.processes import require_one_process
 
     require_one_process("a grid")
+    require_installed(grid.expand(), report=True)
     with GridProgress(err) as listener:
         outcome = run_grid(grid, directory, workers=workers, plugins=plugins, listener=listener)
     if not outcome.computed and not outcome.failures:

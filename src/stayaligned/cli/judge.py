@@ -43,6 +43,7 @@ def judge(
     """
     from stayaligned.cli.progress import status
     from stayaligned.evaluation.judges import JUDGES
+    from stayaligned.experiments.config.packages import require_for_judging
     from stayaligned.experiments.config.validation import parse_component
     from stayaligned.experiments.rejudge import rejudge
 
@@ -51,6 +52,7 @@ def judge(
         raise StayalignedError("no judge is named", hint="Give --judge, once or more: --judge keyword.")
     specs = component_specs(judges, "--judge")
     chosen = [parse_component(JUDGES, {"name": s} if isinstance(s, str) else s, "--judge") for s in specs]
+    require_for_judging(chosen)
     with status("starting") as progress:
         rejudge(
             source,

@@ -12,6 +12,7 @@ import typer
 from stayaligned.cli.console import err, note, out, wrote
 from stayaligned.cli.modes import answer
 from stayaligned.core.errors import StayalignedError
+from stayaligned.core.extras import EXTRAS, require_packages
 from stayaligned.core.text import one_line, percent
 
 if TYPE_CHECKING:
@@ -46,8 +47,10 @@ def report(
 def run_and_show(experiment: Experiment, directory: Path) -> None:
     """Run one experiment, write its report, and print its table."""
     from stayaligned.cli.progress import status
+    from stayaligned.experiments.config.packages import require_installed
     from stayaligned.experiments.run import run_experiment
 
+    require_installed([experiment], report=True)
     with status("starting") as progress:
         result = run_experiment(
             experiment, directory, progress=progress, announce=lambda text: err.print(text, soft_wrap=True)
@@ -72,6 +75,7 @@ def print_report(
     from stayaligned.evaluation.rows import distinguish_arms, explain_distinct
     from stayaligned.report import build_report, terminal_table, write_report
 
+    require_packages({"the report": EXTRAS["report"]})
     if directory.exists() and not directory.is_dir():
         raise StayalignedError(f"{directory}: is a file", hint="Give the report a directory: --out DIR.")
     index: Mapping[str, Any] = {}

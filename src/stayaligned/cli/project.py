@@ -141,10 +141,12 @@ def _patch(finetuned: list[Path], outs: list[Path], patch: PatchDefense, models:
 
 def _scan(finetuned: list[Path], outs: list[Path], patch: PatchDefense, models: ModelPair, device: str) -> None:
     from stayaligned.cli.progress import weights_bar
+    from stayaligned.core.extras import EXTRAS, require_packages
     from stayaligned.core.files import new_directory
     from stayaligned.defenses.patching.scan import scan_adapters
     from stayaligned.report.scan import threshold_outcomes, write_scan
 
+    require_packages({"the report of --scan": EXTRAS["report"]})
     with weights_bar() as progress:
         found = scan_adapters(finetuned, patch, models, Execution(device, progress))
     scans: list[dict[str, Any]] = []

@@ -13,7 +13,7 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Generic, TypeVar
@@ -54,6 +54,13 @@ class Component(BaseModel):
         settings = {key: value for key, value in self.spec().items() if key not in self.operational}
         code = {} if changes_by_version_only(type(self)) else {CODE: code_hash(type(self))}
         return {**settings, "version": self.version, **code}
+
+    def packages(self) -> Sequence[str]:
+        """Return the modules, other than what this package always has, that the component imports with these settings.
+
+        A run checks before it starts that they are installed, and `validate` does too.
+        """
+        return ()
 
     @classmethod
     def summary(cls) -> str:

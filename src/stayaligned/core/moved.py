@@ -67,7 +67,7 @@ _MOVED = {
     "hf.perplexity": "hf.generation.perplexity",
     "hf.plain": "weights.lora_layout",
     "hf.preferences": "hf.training.preferences",
-    "hf.processes": "hf.training.processes",
+    "hf.processes": "core.processes",
     "hf.refusals": "weights.unsupported",
     "hf.resuming": "hf.training.resuming",
     "hf.stored": "hf.placement.stored",

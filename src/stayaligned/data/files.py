@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stayaligned.core.errors import StayalignedError, did_you_mean
+from stayaligned.core.extras import require_packages
 from stayaligned.core.files import parse_json_values
 from stayaligned.data.csv import parse_csv, parse_tsv
 from stayaligned.data.formats import ROW_COLUMNS
@@ -210,6 +211,7 @@ def _natural_order(path: Path) -> tuple[list[tuple[int, str]], str]:
 
 def _saved_rows(folder: Path) -> Iterator[Row]:
     """Yield the rows of a data set in the form of `Dataset.save_to_disk`."""
+    require_packages({str(folder): ["datasets"]})
     from datasets import load_from_disk
 
     try:
@@ -268,6 +270,7 @@ def _unpacked(data: bytes, path: Path) -> bytes:
             return lzma.decompress(data)
         for mark, name in ((b"\x28\xb5\x2f\xfd", "zstd"), (b"\x04\x22\x4d\x18", "lz4")):
             if data.startswith(mark):
+                require_packages({str(path): ["datasets"]})  # with which pyarrow comes
                 import pyarrow
 
                 with pyarrow.input_stream(pyarrow.BufferReader(data), compression=name) as stream:
@@ -294,6 +297,7 @@ def _refuse_foreign(data: bytes, path: Path) -> None:
 
 
 def _read_table(data: bytes, path: Path) -> pa.Table:
+    require_packages({str(path): ["datasets"]})
     import pyarrow as pa
     import pyarrow.parquet as pq
 

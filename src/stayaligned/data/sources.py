@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from stayaligned.core.errors import StayalignedError, did_you_mean
+from stayaligned.core.extras import require_packages
 from stayaligned.core.records import Example, Origin
 from stayaligned.core.text import is_blank
 from stayaligned.data.files import Row as Row
@@ -122,6 +123,7 @@ def _downloaded(source: Source) -> Path:
 
 
 def _hub_rows(source: Source) -> Iterator[Row]:
+    require_packages({source.text: ["datasets"]})
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -17,6 +18,7 @@ from stayaligned.algorithms.lisa_schedule import (
     StepBudget,
 )
 from stayaligned.core.errors import StayalignedError
+from stayaligned.core.extras import EXTRAS
 from stayaligned.defenses import TrainingDefense, TrainingSetup
 
 if TYPE_CHECKING:
@@ -91,6 +93,10 @@ class Lisa(TrainingDefense):
     def settings(self) -> LisaSettings:
         """Return the settings in the form that `attach_lisa` and `with_lisa` take."""
         return LisaSettings(**{field.name: getattr(self, field.name) for field in fields(LisaSettings)})
+
+    def packages(self) -> Sequence[str]:
+        """Return TRL's package for DPO."""
+        return EXTRAS["trl"] if self.alignment_loss == "dpo" else ()
 
     def notes(self, steps: int) -> list[str]:
         """Return a note if the run ended inside a cycle, and one if it had few cycles."""

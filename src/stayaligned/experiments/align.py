@@ -28,6 +28,7 @@ from stayaligned.core.records import Example
 from stayaligned.data.sources import read_examples
 from stayaligned.defenses import TrainingSetup
 from stayaligned.experiments.config.alignment import RECORD_FORMAT, Alignment, AlignmentRecord
+from stayaligned.experiments.config.packages import require_for_training
 from stayaligned.experiments.config.validation import resolve_references
 from stayaligned.experiments.stages.keys import identify, split_options
 from stayaligned.experiments.stages.store import collect_warnings, exclusive
@@ -75,14 +76,15 @@ def align(alignment: Alignment, out: str | Path, *, progress: Progress = silent)
         progress: called with what is being done and the share that is done, 0 to 1.
 
     Raises:
-        StayalignedError: if `out` belongs to another alignment or holds other files, if an input is invalid, or if
-            training diverges.
+        StayalignedError: if `out` belongs to another alignment or holds other files, if an input is invalid, if a
+            package is not installed, or if training diverges.
     """
     with collect_warnings() as warnings:
         return _align(alignment, Path(out), progress, warnings)
 
 
 def _align(alignment: Alignment, out: Path, progress: Progress, warnings: list[str]) -> AlignmentRecord:
+    require_for_training(alignment.trainer)
     resolved = resolve_references(alignment, alignment.seed, progress)
     examples = read_examples(resolved.data, origin="alignment")[: resolved.limit]
     job = _Job(alignment, resolved, examples, _inputs(alignment, resolved, examples), out, progress, warnings)

@@ -16,6 +16,7 @@ from stayaligned.core.provenance import versions
 from stayaligned.core.records import Completion, Example, Message
 from stayaligned.evaluation.caveats import note_overlaps
 from stayaligned.experiments.config.experiment import Experiment, load_experiment
+from stayaligned.experiments.config.packages import require_installed
 from stayaligned.experiments.config.validation import resolve_references
 from stayaligned.experiments.config.yaml_file import load_yaml
 from stayaligned.experiments.estimate import TimeEstimate, estimate_generation, estimate_training
@@ -135,6 +136,7 @@ class _Doctor:
             self.found("machine", "ok", f"{_gb(free)} free at {place}")
 
     def check_experiment(self, experiment: Experiment, resolved: Experiment, *, quick: bool, ask: bool) -> None:
+        self.attempt("configuration", lambda: require_installed([experiment], report=True))
         self.attempt("configuration", lambda: self._check_length(experiment))
         tokenizer = self.attempt("model", lambda: self._check_model(resolved))
         rows = self.attempt("data", lambda: self._check_data(resolved, tokenizer))

@@ -19,6 +19,7 @@ from stayaligned.core.files import write_text
 from stayaligned.core.records import Record
 from stayaligned.evaluation.results import INDEX_FILE, RESULT_FILE, Result, read_index, read_result
 from stayaligned.experiments.config.experiment import Experiment
+from stayaligned.experiments.config.packages import require_installed
 from stayaligned.experiments.config.validation import explain, missing_inputs, parse, raise_problems
 from stayaligned.experiments.config.yaml_file import load_yaml, set_dotted
 from stayaligned.experiments.executors.local import default_workers, execute
@@ -134,9 +135,11 @@ def run_grid(
         listener: receives progress.
 
     Raises:
-        StayalignedError: if the grid has errors, or `out` belongs to something else or to another version.
+        StayalignedError: if the grid has errors, a package that it needs is not installed, or `out` belongs to
+            something else or to another version.
     """
     experiments = grid.expand()
+    require_installed(experiments)
     listener = listener or Listener()
     store = Store(out)
     store.refuse_foreign(INDEX_FILE)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import write_text
+from stayaligned.core.processes import is_distributed, is_leader
 from stayaligned.core.progress import Progress, silent
 from stayaligned.evaluation.results import Result
 from stayaligned.experiments.config.experiment import Experiment
+from stayaligned.experiments.config.packages import require_installed
 from stayaligned.experiments.config.yaml_file import dump_yaml, load_yaml
 from stayaligned.experiments.pipeline import run_stages
 from stayaligned.experiments.stages.context import Context
@@ -44,12 +46,12 @@ def run_experiment(
         The result; None in a process that only helped to train.
 
     Raises:
-        StayalignedError: if `out` holds other files or belongs to another experiment or version, or if a stage fails.
+        StayalignedError: if `out` holds other files or belongs to another experiment or version, if a package that
+            the experiment needs is not installed, or if a stage fails.
     """
-    from stayaligned.hf.training import processes
-
+    require_installed([experiment])
     store = Store(out)
-    if processes.is_distributed() and not processes.is_leader():
+    if is_distributed() and not is_leader():
         _help_to_train(Context(experiment, store))
         return None
     context = Context(experiment, store, progress, announce)
@@ -57,9 +59,11 @@ def run_experiment(
     _refuse_other_experiment(experiment, out / EXPERIMENT_FILE)
     with store.locked():
         write_text(out / EXPERIMENT_FILE, dump_yaml(experiment.spec()))
-        if processes.is_distributed():
+        if is_distributed():
+            from stayaligned.hf.training.processes import broadcast
+
             load_training_rows(context)
-            processes.broadcast(experiment.trains and not store.directory("train", context.plan.train).exists())
+            broadcast(experiment.trains and not store.directory("train", context.plan.train).exists())
         result = run_stages(context, out)
         for product in ("adapter", "model"):
             _link(out / product, make_weights(context) if context.plan.product == product else None)
@@ -70,9 +74,9 @@ def run_experiment(
 
 def _help_to_train(context: Context) -> None:
     """Train with the first process once it has written the data, if there is anything to train; store nothing."""
-    from stayaligned.hf.training import processes
+    from stayaligned.hf.training.processes import broadcast
 
-    if processes.broadcast():
+    if broadcast():
         with collect_warnings(), tempfile.TemporaryDirectory() as unused:  # the first process has the same ones
             train_into(context, Path(unused))
 

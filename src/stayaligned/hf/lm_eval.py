@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stayaligned.core.errors import StayalignedError, nearest
+from stayaligned.core.extras import require_packages
 from stayaligned.core.records import HarnessValue
 from stayaligned.core.settings import LmEval
 from stayaligned.core.thoughts import closes_thoughts, opened_thoughts, split_thoughts
@@ -36,12 +37,9 @@ def load_tasks(settings: LmEval, name: str) -> dict[str, Any]:
         StayalignedError: if lm-eval is not installed, the task is unknown, its data can't be loaded, or it runs code
             that the model writes.
     """
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise StayalignedError(
-            f"lm_eval: {name} needs the package lm-eval", hint="Install it: pip install 'stayaligned[eval]'"
-        ) from None
+    require_packages({f"lm_eval: {name}": ["lm_eval"]})
+    from lm_eval.tasks import TaskManager
+
     folder = None if settings.include_path is None else Path(settings.include_path).expanduser()
     if folder is not None and not folder.is_dir():
         raise StayalignedError(

@@ -9,6 +9,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+from stayaligned.core.extras import EXTRAS, require_packages
 from stayaligned.report.texts import attribute
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ _PIXEL = 1 / 72
 @contextmanager
 def drawing(width: int, height: int) -> Generator[Figure]:
     """Create an empty figure of the given size in pixels, in a fixed style that ignores the user's matplotlibrc."""
+    require_packages({"the report": EXTRAS["report"]})
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -131,7 +131,7 @@ def injected(
 ) -> list[PlacedLayer]:
     """`place_adapter` by PEFT's injection, even if names are enough."""
     with monkeypatch.context() as patched:
-        patched.setattr(hf_layers, "place_by_name", lambda *_: None)
+        patched.setattr(hf_layers, "place_plain_adapter", lambda *_: None)
         return place_adapter(adapter, aligned, base)
 
 

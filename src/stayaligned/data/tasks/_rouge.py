@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, Literal
 
-from stayaligned.core.errors import StayalignedError
+from stayaligned.core.extras import require_packages
 
 Rouge = Literal["rouge1", "rouge2", "rougeL"]
+ROUGE_PACKAGES = ("rouge_score", "regex")
 
 # In scripts without spaces between words, one character (with its marks) is a word; in others, a run of letters, marks
 # and digits.
@@ -36,13 +37,10 @@ def rouge_f1(completion: str, reference: str, kind: Rouge) -> float | None:
 
 @cache
 def _scorer(kind: Rouge) -> tuple[Any, Any]:
-    try:
-        import regex
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise StayalignedError(
-            f"{kind} needs the package rouge-score", hint="Install it: pip install 'stayaligned[eval]'"
-        ) from None
+    require_packages({kind: ROUGE_PACKAGES})
+    import regex
+    from rouge_score.rouge_scorer import RougeScorer
+
     word = regex.compile(_WORD, flags=regex.VERSION1)
 
     class Tokenizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -12,7 +13,7 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Example
 from stayaligned.data.sources import read_examples
 from stayaligned.data.tasks import Split, Task
-from stayaligned.data.tasks._rouge import rouge_f1
+from stayaligned.data.tasks._rouge import ROUGE_PACKAGES, rouge_f1
 
 REFUSALS = (
     r"as an ai\b",
@@ -54,6 +55,10 @@ class Alpaca(Task):
     """Whether to remove rows whose completion refuses or discusses the ethics of the request."""
     sample_seed: int = 0
     """Seed for drawing rows; separate from the experiment's seed, so that all seeds share the test rows."""
+
+    def packages(self) -> Sequence[str]:
+        """Return the packages that compute ROUGE."""
+        return ROUGE_PACKAGES
 
     def load(self, split: Split) -> list[Example]:
         """Return the rows of a split; no held-out prompt is among the training rows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -11,7 +12,7 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Example
 from stayaligned.data.sources import Row, build_examples, read_rows
 from stayaligned.data.tasks import Split, Task
-from stayaligned.data.tasks._rouge import rouge_f1
+from stayaligned.data.tasks._rouge import ROUGE_PACKAGES, rouge_f1
 
 
 class DialogSummary(Task):
@@ -39,6 +40,10 @@ class DialogSummary(Task):
     """System text before each dialog; empty for none."""
     sample_seed: int = 0
     """Seed for drawing training rows; separate from the experiment's seed, so that all seeds share the rows."""
+
+    def packages(self) -> Sequence[str]:
+        """Return the packages that compute ROUGE."""
+        return ROUGE_PACKAGES
 
     def load(self, split: Split) -> list[Example]:
         """Return training rows in drawn order, or test rows in the source's order."""

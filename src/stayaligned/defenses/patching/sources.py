@@ -11,6 +11,7 @@ from stayaligned.defenses import Execution, ModelPair
 from stayaligned.defenses.patching.ancestry import check_ancestry, check_records, check_trained_on
 from stayaligned.weights.checkpoints import Weight, open_checkpoint
 from stayaligned.weights.deltas import Delta, WeightOverlap, equal_layers_error, pair_weights, stream
+from stayaligned.weights.placement import place_plain_adapter
 from stayaligned.weights.subspace_file import SubspaceFile
 from stayaligned.weights.unsupported import note_on_whole
 
@@ -48,9 +49,11 @@ class CheckpointSource:
 
     def layers_of(self, adapter: Adapter) -> tuple[list[LoraLayer], Sequence[str]]:
         """Place the adapter's layers by its configuration and the aligned model's."""
-        from stayaligned.hf.placement.layers import place_adapter
+        placed = place_plain_adapter(adapter, self._aligned, self._base)
+        if placed is None:
+            from stayaligned.hf.placement.layers import place_adapter
 
-        placed = place_adapter(adapter, self._aligned, self._base)
+            placed = place_adapter(adapter, self._aligned, self._base)
         trained_on = check_trained_on(adapter, self._aligned, self._base, self._refs, allowed=self._allowed)
         notes = trained_on, note_on_whole(adapter)
         for item in placed:

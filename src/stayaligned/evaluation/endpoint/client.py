@@ -20,6 +20,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from stayaligned.core.errors import StayalignedError
+from stayaligned.core.extras import EXTRAS, require_packages
 from stayaligned.core.records import Message
 from stayaligned.core.settings import Endpoint
 from stayaligned.core.text import visible
@@ -178,6 +179,7 @@ class _Requests:
             raise self._meter.budget_error()
 
     def _client(self) -> httpx2.Client:
+        require_packages({f"the server {self._endpoint.base_url}": EXTRAS["endpoint"]})
         import httpx2
 
         headers = {"Content-Type": "application/json", "Accept": "application/json"}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from stayaligned.core.component import Component, Registry
+from stayaligned.core.extras import EXTRAS
 from stayaligned.core.records import Completion, Outcome, Verdict
 
 
@@ -52,6 +53,10 @@ class Judge(Component):
     without a final answer; otherwise it receives final answers only."""
     scale: ClassVar[ScoreScale | None] = None
     """Scale of `Verdict.score` on harmful prompts; None for judges without scores."""
+
+    def packages(self) -> Sequence[str]:
+        """Return the packages that load a model, if the judge runs one in this process."""
+        return EXTRAS["models"] if self.uses_torch else ()
 
     @abstractmethod
     def judge(self, completions: Sequence[Completion]) -> Iterable[Verdict]:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from stayaligned.core.errors import StayalignedError
+from stayaligned.core.extras import EXTRAS
 from stayaligned.core.records import Completion, Message, Outcome, Verdict
 from stayaligned.core.settings import HOW_TO_ASK, Endpoint
 from stayaligned.core.text import visible
@@ -78,6 +79,10 @@ class RubricJudge(Endpoint, Judge):
         if self.budget_dollars is not None and self.prices is None:
             raise ValueError("budget_dollars needs prices: {input: …, output: …}, dollars per million tokens")
         return self
+
+    def packages(self) -> Sequence[str]:
+        """Return the packages that ask a server."""
+        return EXTRAS["endpoint"]
 
     @abstractmethod
     def question(self, completion: Completion, fence: str) -> str:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from stayaligned.core.errors import StayalignedError, nearest
+from stayaligned.core.errors import nearest
 
 Host = Literal["transformers", "sft", "lora"]
 
@@ -61,6 +61,10 @@ _WORDS = {"yes": True, "on": True, "no": False, "off": False}
 """What YAML 1.1 reads as true and false, and YAML 1.2 as text."""
 
 
+class NotInstalledError(Exception):
+    """The library whose settings are wanted is not installed."""
+
+
 @cache
 def setting_types(host: Host) -> Mapping[str, Any]:
     """Return the fields of TrainingArguments ("transformers"), SFTConfig ("sft") or LoraConfig ("lora").
@@ -69,7 +73,7 @@ def setting_types(host: Host) -> Mapping[str, Any]:
         The type of each field by its name; `Any` for types that no YAML value has.
 
     Raises:
-        StayalignedError: if the library is not installed.
+        NotInstalledError: if the library is not installed.
     """
     enums = {name: values for source in _ENUMS[host] for name, values in _enums(*source)}
     fields = {name: node for source in _SOURCES[host] for name, node in _dataclass_fields(*source)}
@@ -132,9 +136,7 @@ def _enums(package: str, file: str) -> Iterator[tuple[str, tuple[str, ...]]]:
 def _read_classes(package: str, file: str) -> list[ast.ClassDef]:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise StayalignedError(
-            f"{package} is not installed", hint=f"pip install 'stayaligned[{'trl' if package == 'trl' else 'dev'}]'"
-        )
+        raise NotInstalledError
     tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
     return [node for node in tree.body if isinstance(node, ast.ClassDef)]
 

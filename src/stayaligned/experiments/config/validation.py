@@ -17,7 +17,7 @@ from stayaligned.core.component import ComponentError, ComponentT, Registry
 from stayaligned.core.errors import StayalignedError, did_you_mean, expectation, nearest
 from stayaligned.core.progress import Progress, silent
 from stayaligned.core.text import one_line
-from stayaligned.experiments.config.host_settings import Host, read_setting, setting_types
+from stayaligned.experiments.config.host_settings import Host, NotInstalledError, read_setting, setting_types
 from stayaligned.experiments.stages.keys import input_path, split_options
 
 # Set elsewhere; a value in `training:` would break resuming or the stage cache.
@@ -178,8 +178,8 @@ def _read_settings(field: str, given: Mapping[str, Any], host: Host, problems: l
     class_name = {"transformers": "TrainingArguments", "sft": "SFTConfig", "lora": "LoraConfig"}[host]
     try:
         known = setting_types(host)
-    except StayalignedError as error:
-        problems.append(f"{field}: {error.message}. {error.hint}")
+    except NotInstalledError:  # whoever uses the settings says so; see `config.packages`
+        yield from given.items()
         return
     for key, value in given.items():
         if field == "training" and key in _OWN_TRAINING_SETTINGS:

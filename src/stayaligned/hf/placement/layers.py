@@ -1,6 +1,6 @@
 """Determine which weights an adapter changes, and where two checkpoints store them.
 
-Plain adapters are placed by name (`weights.lora_layout`). All others are placed by PEFT's own injection into a model
+Plain adapters are placed by name (`weights.placement`). All others are placed by PEFT's own injection into a model
 without weights, so that rank patterns, regular expressions, experts and tied weights have PEFT's meaning, and by
 transformers' loading rules (`stored`). Adapters that `algorithms.safe_lora` can't patch exactly raise an error
 (`weights.unsupported`).
@@ -20,13 +20,12 @@ from stayaligned.hf.placement.stored import StoredWeights, meta_model, meta_mode
 from stayaligned.weights.adapter_config import refuse_slow_patterns
 from stayaligned.weights.adapters import PREFIX, Adapter, LoraLayer
 from stayaligned.weights.checkpoints import Block, Checkpoint, Weight, whole_tensor
-from stayaligned.weights.lora_layout import natural_key, other_names, place_by_name, translate, under_stored_names
+from stayaligned.weights.lora_layout import natural_key, other_names, translate, under_stored_names
+from stayaligned.weights.placement import PlacedLayer, place_plain_adapter
 from stayaligned.weights.unsupported import (
     PLACEMENT,
     check_factors,
     list_names,
-    refuse_quantized,
-    refuse_unsupported,
     stored_whole,
 )
 
@@ -37,17 +36,6 @@ if TYPE_CHECKING:
 
 _INPUTS_FIRST = ("Llama4TextExperts",)
 """Modules whose experts are stored as (in, out) without `is_transposed`, so that PEFT treats them as (out, in)."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlacedLayer:
-    """A LoRA layer, and the weight that it changes in both checkpoints."""
-
-    layer: LoraLayer
-    aligned: Weight
-    """The weight as the aligned checkpoint stores it."""
-    base: Weight
-    """The weight as the base stores it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +64,9 @@ def place_adapter(adapter: Adapter, aligned: Checkpoint, base: Checkpoint) -> li
         StayalignedError: if the adapter is not supported or does not fit the model, or a checkpoint lacks a weight or
             stores it in an unsupported layout.
     """
-    refuse_unsupported(adapter)
-    for checkpoint in (aligned, base):
-        refuse_quantized(checkpoint)
-    names = {name.removesuffix(".weight") for name in aligned} | adapter.modules()
-    refuse_slow_patterns(adapter.directory, adapter.config, names)
-    layers = place_by_name(adapter, aligned, base)
-    if layers is not None:
-        check_factors(adapter, layers, aligned.directory)
-        return [PlacedLayer(layer, whole_tensor(layer.parameter), whole_tensor(layer.parameter)) for layer in layers]
+    plain = place_plain_adapter(adapter, aligned, base)
+    if plain is not None:
+        return plain
     models = meta_models(aligned)
     names = {model: other_names(adapter, _module_names(model)) for model in models}
     # the class that has the adapter's names, or else one with the same text model, or else the error for the first

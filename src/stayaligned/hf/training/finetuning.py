@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from stayaligned.algorithms.lisa import local_shard
 from stayaligned.core.errors import StayalignedError, nearest
+from stayaligned.core.extras import require_packages
 from stayaligned.core.files import writable
 from stayaligned.core.progress import WorkProgress
 from stayaligned.core.records import Example
@@ -286,6 +287,7 @@ def host_defaults() -> dict[str, Any]:
 
 def _build_arguments(arguments: Mapping[str, Any], kind: TrainerKind, max_length: int) -> TrainingArguments:
     if kind == "sft":
+        require_packages({"trainer: sft": ["trl"]})
         from trl import SFTConfig
 
         if arguments.get("chat_template_path") is not None:

@@ -6,6 +6,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError
+from stayaligned.core.extras import require_packages
+from stayaligned.core.processes import is_distributed
 from stayaligned.hf.features import (
     IGNORED,
     encode_example,
@@ -14,7 +16,6 @@ from stayaligned.hf.features import (
     with_known_padding,
 )
 from stayaligned.hf.quiet import bars_off
-from stayaligned.hf.training import processes
 from stayaligned.hf.training.finetuning import host_defaults
 from stayaligned.hf.training.row_lengths import RowLengths, is_cut, log_row_lengths
 
@@ -64,17 +65,15 @@ def build_preference_trainer(
             f"{len(without)} of {len(examples)} rows have none, the first is {without[0]}",
             hint='Give alignment_data rows of the form {"prompt": "…", "chosen": "…", "rejected": "…"}.',
         )
-    if processes.is_distributed() and not isinstance(model, PeftModel):
+    if is_distributed() and not isinstance(model, PeftModel):
         raise StayalignedError(
             "alignment_loss='dpo' on full weights precomputes its reference, which is not supported in several "
             "processes",
             hint="Train a LoRA, or start without torchrun or accelerate launch.",
         )
-    try:
-        from trl import DPOConfig, DPOTrainer
-    except ImportError:
-        raise StayalignedError("alignment_loss='dpo' needs TRL", hint="pip install 'stayaligned[trl]'") from None
+    require_packages({"alignment_loss='dpo'": ["trl"]})
     from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
 
     class Encoded(DPOTrainer):
         """A DPOTrainer of rows that are tokens already: rendered and checked as all others are."""
