@@ -10,7 +10,7 @@ QUICK := tests/algorithms tests/attacks tests/core tests/data tests/evaluation/m
 	tests/test_layout.py tests/docs/test_docs.py tests/docs/test_doctests.py tests/docs/test_words.py
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup help demo quick test slow servers check docs bench model real clean
+.PHONY: setup help demo quick test slow hosts servers check docs bench model real clean
 
 setup: $(STAMP)  ## create .venv with everything for development (the default)
 
@@ -35,6 +35,9 @@ test: $(STAMP)  ## run every test that is not marked slow
 
 slow: $(STAMP) $(REAL)  ## run the slow tests: killed processes, process groups, servers, a real model
 	$(BIN)/python -m pytest -n 2 -m slow
+
+hosts: $(STAMP)  ## run the tests of the host libraries on the oldest versions, LLaMA-Factory's, axolotl's and the newest
+	$(BIN)/python tests/hosts/run.py
 
 servers: $(STAMP) $(REAL)  ## install vLLM and llama.cpp in .servers, and run the tests of servers with the real model
 	PYTHON=$(PYTHON) tests/servers/run.sh real/model real/model.gguf
@@ -70,5 +73,5 @@ bench: $(STAMP)  ## measure what docs/results/benchmarks.md claims
 	$(BIN)/python benchmarks/endpoint.py
 	$(BIN)/python benchmarks/report.py  # needs chromium
 
-clean:  ## remove .venv, demo, real, build and dist
-	rm -rf $(VENV) demo real build dist
+clean:  ## remove .venv, .hosts, demo, real, build and dist
+	rm -rf $(VENV) .hosts demo real build dist

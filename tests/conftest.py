@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -16,12 +17,36 @@ settings.load_profile("shared-cores")
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of `tests/faults`, which kill processes and start process groups, as slow."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests of `tests/faults`, which kill processes and start process groups, as slow.
+
+    Deselect the tests of what the installed hosts can't do; with those of `constraints.txt` there are none.
+    """
+    from support.host_limits import out_of_reach
+
+    beyond = out_of_reach()
+    if left_out := [item for item in items if beyond and item.nodeid.startswith(beyond)]:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.nodeid.startswith(beyond)]
     faults = Path(__file__).with_name("faults")
     for item in items:
         if faults in item.path.parents:
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say how many beginnings of test ids were left out because the installed hosts can't pass them."""
+    from support.host_limits import out_of_reach
+
+    if beyond := out_of_reach():
+        terminalreporter.write_line(f"tests out of reach of the installed hosts: {len(beyond)}")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files that can't be imported with the installed hosts."""
+    from support.host_limits import out_of_reach
+
+    return True if str(collection_path.relative_to(config.rootpath)) in out_of_reach() else None
 
 
 @pytest.fixture

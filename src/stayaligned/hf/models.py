@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from stayaligned.core.errors import StayalignedError, did_you_mean
 from stayaligned.core.settings import ChatTemplate
 from stayaligned.core.text import one_line
+from stayaligned.hf.hosts import tied_weights
 from stayaligned.hf.hub import require_hub_model
 from stayaligned.hf.placement.layers import translate_adapter
 from stayaligned.hf.placement.stored import language_model_classes
@@ -136,7 +137,7 @@ def merge_adapter(ref: str | Path, adapter: Path) -> PreTrainedModel:
     model = load_model(ref, adapter=adapter)
     types = weight_types(model)
     cast_weights_(model, torch.float32)
-    types |= {tied: types[source] for tied, source in model.all_tied_weights_keys.items() if source in types}
+    types |= {tied: types[source] for tied, source in tied_weights(model).items() if source in types}
     adapted = _with_adapter(model, ref, adapter)
     _untie_changed(model)
     merged: Any = adapted.merge_and_unload()

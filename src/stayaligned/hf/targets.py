@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from stayaligned.hf.hosts import is_rejected_target
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -26,7 +28,7 @@ def unfit_names(model: PreTrainedModel) -> dict[str, str]:
     """
     kind = type(model).__name__
     unfit = dict.fromkeys(_uncalled(model), f"{kind} reads its weight without calling it")
-    rejected = (name for name in linear_names(model) if _is_rejected(model, name))
+    rejected = (name for name in linear_names(model) if is_rejected_target(model, name))
     return unfit | dict.fromkeys(rejected, f"PEFT rejects it on a {kind}")
 
 
@@ -42,17 +44,6 @@ def _linear_modules(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Modu
     from transformers.pytorch_utils import Conv1D
 
     return ((name, each) for name, each in model.named_modules() if isinstance(each, nn.Linear | Conv1D))
-
-
-def _is_rejected(model: PreTrainedModel, name: str) -> bool:
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba  # pyright: ignore[reportPrivateUsage]
-
-    try:
-        _check_lora_target_modules_mamba(LoraConfig(), model, name)
-    except ValueError:
-        return True
-    return False
 
 
 def _uncalled(model: PreTrainedModel) -> list[str]:

@@ -101,7 +101,7 @@ def test_rows_leave_a_batch_when_they_finish(architecture, temperature):
     assert written == sorted(written, reverse=True)
     sizes.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stayaligned.hf.generation.generate._can_drop_rows", lambda _host: False)
+        patch.setattr("stayaligned.hf.generation.generate.cache_has_only_attention", lambda _host: False)
         assert generate(model, tokenizer, asked, settings) == found
     assert {rows for rows, width in sizes[3:] if width == 1} == {len(asked)}
 

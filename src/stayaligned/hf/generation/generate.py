@@ -21,6 +21,7 @@ from stayaligned.core.settings import Generation
 from stayaligned.core.thoughts import is_mark, kept_tokens, opened_thoughts
 from stayaligned.hf.features import encode_prompt, end_of_answer, padding_id, refuse_unknown_tokens
 from stayaligned.hf.generation.batching import pad_left, split_by_memory
+from stayaligned.hf.hosts import cache_has_only_attention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -219,7 +220,7 @@ def _generate_batch(
 
     width = max(map(len, prompts))
     ids, mask = pad_left(prompts, pad_id, width, host.device)
-    can_drop = _can_drop_rows(host)
+    can_drop = cache_has_only_attention(host)
     places, kv_cache = list(range(len(prompts))), None
     while places:
         finished = _FinishedRows(len(places), end_ids, can_drop, host.device)
@@ -262,24 +263,6 @@ class _FinishedRows:
 
         self.rows |= torch.isin(input_ids[:, -1], self._end_ids)
         return (self.rows.sum() >= self._enough).expand(len(self.rows))
-
-
-def _can_drop_rows(host: Any) -> bool:
-    """Return whether `generate` can go on with some rows of its cache.
-
-    That holds for keys and values of full or sliding attention. States, convolutions, and models that prepare their
-    inputs themselves (and may count positions in a way of their own) run until all rows of a batch have finished.
-    """
-    from transformers import DynamicCache, GenerationMixin
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    kind = type(host)
-    if kind.prepare_inputs_for_generation is not vars(GenerationMixin)["prepare_inputs_for_generation"]:
-        return False
-    if not kind._supports_default_dynamic_cache():
-        return False
-    layers = DynamicCache(config=host.config).layers
-    return bool(layers) and all(type(layer) in {DynamicLayer, DynamicSlidingWindowLayer} for layer in layers)
 
 
 class _Noise:

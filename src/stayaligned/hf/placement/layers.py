@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError
+from stayaligned.core.host_versions import installed_version
+from stayaligned.hf.hosts import knows_expert_layouts
 from stayaligned.hf.placement.stored import StoredWeights, meta_model, meta_models
 from stayaligned.weights.adapter_config import refuse_slow_patterns
 from stayaligned.weights.adapters import PREFIX, Adapter, LoraLayer
@@ -228,7 +230,14 @@ def _convert_layer(name: str, module: Any, adapter: Adapter) -> Iterator[LoraLay
 
 def _refuse_parameter(adapter: Adapter, parameter: str, weight: Tensor, module: torch.nn.Module) -> None:
     """Raise if a targeted parameter is not a linear map, or PEFT would confuse its inputs and outputs."""
-    if _is_linear_map(parameter, weight, module) and type(module).__name__ not in _INPUTS_FIRST:
+    is_linear_map = _is_linear_map(parameter, weight, module)
+    if is_linear_map and weight.ndim == 3 and not knows_expert_layouts():
+        raise StayalignedError(
+            f"{adapter.directory}: target_parameters: {parameter}: PEFT {installed_version('peft')} swaps the inputs "
+            "and outputs of stacked experts",
+            hint="pip install 'peft>=0.19', and train the adapter with it.",
+        )
+    if is_linear_map and type(module).__name__ not in _INPUTS_FIRST:
         single = weight.ndim == 3 and weight.shape[0] == 1
         if not (single and getattr(module, "is_transposed", False)):  # PEFT does not transpose a single expert
             return

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stayaligned.core.errors import StayalignedError
+from stayaligned.hf.hosts import LoadingRules, convert_stored, loading_order, tied_weights
 from stayaligned.weights.checkpoints import Block, Checkpoint, Weight
 from stayaligned.weights.lora_layout import name_among
 from stayaligned.weights.unsupported import list_names, refuse_quantized
@@ -21,7 +22,6 @@ from stayaligned.weights.unsupported import list_names, refuse_quantized
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
-    from transformers.core_model_loading import WeightConverter
 
 _PROBE_COLUMNS = 4
 """Columns of the tensors of row numbers; enough to detect that a conversion moves, merges or splits columns."""
@@ -46,17 +46,11 @@ class StoredWeights:
     """
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
         self._checkpoint = checkpoint
         self.model = model
         self.parameters: Mapping[str, Tensor] = model.state_dict()  # on the meta device
-        self._tied: Mapping[str, str] = model.all_tied_weights_keys
-        transforms = get_model_conversion_mapping(model)
-        self._renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-        self._converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-        self._by_pattern = {p: converter for converter in self._converters for p in converter.source_patterns}
+        self._tied = tied_weights(model)
+        self._rules = LoadingRules(model)
         self._sources = self._grouped_sources()
         self._first = self._first_targets()
 
@@ -103,15 +97,10 @@ class StoredWeights:
 
         Follows `transformers.core_model_loading.convert_and_load_state_dict_in_model`, without the tensors.
         """
-        from transformers.core_model_loading import dot_natural_key, rename_source_key
-
-        prefix, known = self.model.base_model_prefix, dict(self.parameters)
         groups: dict[str, list[_Source]] = {}
-        for name in sorted(self._checkpoint, key=dot_natural_key):
-            renamed, pattern = rename_source_key(name, self._renamings, self._converters, prefix, known)
-            if renamed not in known and name in known:
-                renamed, pattern = rename_source_key(name, [], [], prefix, known)
-            if renamed in known:
+        for name in sorted(self._checkpoint, key=loading_order):
+            renamed, pattern = self._rules.rename(name, self.parameters)
+            if renamed in self.parameters:
                 groups.setdefault(renamed, []).append(_Source(name, pattern))
         return groups
 
@@ -120,7 +109,7 @@ class StoredWeights:
         firsts = {name: name for name in self._sources}
         for name, sources in self._sources.items():
             if sources[0].pattern is not None:
-                replaced, *others = self._by_pattern[sources[0].pattern].target_patterns
+                replaced, *others = self._rules.by_pattern[sources[0].pattern].target_patterns
                 firsts |= {name.replace(replaced, other): name for other in others}
         return firsts
 
@@ -142,22 +131,22 @@ class StoredWeights:
         """Return the matrices of a parameter that loading converts, traced by tensors of row numbers."""
         import torch
 
-        converter: WeightConverter = copy.deepcopy(self._by_pattern[str(sources[0].pattern)])
         units: list[Block] = []
+        probes: list[tuple[str, str, Tensor]] = []
         starts: list[int] = []
         row = 0
         for source in sources:
             *leading, _ = shape = self._checkpoint.shape(source.name)
             count = math.prod(leading)
             numbers = torch.arange(row * _PROBE_COLUMNS, (row + count) * _PROBE_COLUMNS, dtype=torch.int32)
-            probe: Any = numbers.view(*leading, _PROBE_COLUMNS)
-            converter.add_tensor(first, source.name, str(source.pattern), probe)
+            probes.append((source.name, str(source.pattern), numbers.view(*leading, _PROBE_COLUMNS)))
             experts = range(shape[0]) if len(shape) == 3 else (None,)
             units += [Block(source.name, expert=expert, rows=shape[-2]) for expert in experts]
             starts += range(row, row + count, shape[-2])
             row += count
+        converter = copy.deepcopy(self._rules.by_pattern[str(sources[0].pattern)])
         try:
-            converted = converter.convert(first, model=self.model, config=self.model.config)
+            converted = convert_stored(converter, first, probes, self.model)
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError):
             return None  # the operation needs the weight's own columns
         result = converted.get(parameter)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from stayaligned.algorithms.lisa import local_shard
 from stayaligned.core.errors import StayalignedError, nearest
-from stayaligned.core.extras import require_packages
 from stayaligned.core.files import writable
 from stayaligned.core.progress import WorkProgress
 from stayaligned.core.records import Example
@@ -26,6 +25,7 @@ from stayaligned.hf.features import (
     refuse_unknown_tokens,
     with_known_padding,
 )
+from stayaligned.hf.hosts import load_checkpoint_weights, require_trl
 from stayaligned.hf.quiet import bars_off
 from stayaligned.hf.training.dead_adapters import report_dead_adapters
 from stayaligned.hf.training.resuming import restore_converted
@@ -233,7 +233,7 @@ def load_finished(trainer: Trainer, checkpoint: Path) -> bool:
             f"{checkpoint} is of a finished run: no steps are left to train",
             hint="Use its weights, or train again in another output_dir.",
         )
-    trainer._load_from_checkpoint(str(checkpoint))  # pyright: ignore[reportPrivateUsage]
+    load_checkpoint_weights(trainer, checkpoint)
     restore_converted(trainer, checkpoint)
     trainer.state = state
     return True
@@ -287,7 +287,7 @@ def host_defaults() -> dict[str, Any]:
 
 def _build_arguments(arguments: Mapping[str, Any], kind: TrainerKind, max_length: int) -> TrainingArguments:
     if kind == "sft":
-        require_packages({"trainer: sft": ["trl"]})
+        require_trl("trainer: sft", otherwise="set `trainer: transformers`")
         from trl import SFTConfig
 
         if arguments.get("chat_template_path") is not None:

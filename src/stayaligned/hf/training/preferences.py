@@ -6,7 +6,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.core.extras import require_packages
 from stayaligned.core.processes import is_distributed
 from stayaligned.hf.features import (
     IGNORED,
@@ -15,6 +14,7 @@ from stayaligned.hf.features import (
     refuse_unknown_tokens,
     with_known_padding,
 )
+from stayaligned.hf.hosts import require_trl, without_preparation
 from stayaligned.hf.quiet import bars_off
 from stayaligned.hf.training.finetuning import host_defaults
 from stayaligned.hf.training.row_lengths import RowLengths, is_cut, log_row_lengths
@@ -53,8 +53,8 @@ def build_preference_trainer(
         beta: β of DPO (Rafailov et al. 2023, equation 7).
 
     Raises:
-        StayalignedError: if a row has no rejected completion, TRL is not installed, or the weights of the full model
-            are trained in several processes; or as `stayaligned.hf.features.encode_example`.
+        StayalignedError: if a row has no rejected completion, TRL is missing or of another version, or the weights of
+            the full model are trained in several processes; or as `stayaligned.hf.features.encode_example`.
     """
     from peft import PeftModel
 
@@ -71,16 +71,9 @@ def build_preference_trainer(
             "processes",
             hint="Train a LoRA, or start without torchrun or accelerate launch.",
         )
-    require_packages({"alignment_loss='dpo'": ["trl"]})
+    require_trl("alignment_loss='dpo'", otherwise="set `alignment_loss: sft`")
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
-
-    class Encoded(DPOTrainer):
-        """A DPOTrainer of rows that are tokens already: rendered and checked as all others are."""
-
-        def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-            del processing_class, args, dataset_name
-            return dataset
 
     tokenizer = with_known_padding(tokenizer, model)
     rows = [row for row in _encode(tokenizer, examples) if len(row["prompt_ids"]) < max_length]
@@ -103,7 +96,9 @@ def build_preference_trainer(
         precompute_ref_log_probs=not isinstance(model, PeftModel),
     )
     with bars_off(bool(config.disable_tqdm)):
-        return Encoded(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        return without_preparation(DPOTrainer)(
+            model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        )
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[dict[str, list[int]]]:

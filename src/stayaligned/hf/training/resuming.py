@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from stayaligned.hf.hosts import tied_weights
 from stayaligned.hf.models import load_model
 from stayaligned.weights.checkpoints import Checkpoint
 
@@ -28,6 +29,6 @@ def restore_converted(trainer: Any, checkpoint: Path) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not isinstance(model, PreTrainedModel) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return
-    if set(model.state_dict()) - set(model.all_tied_weights_keys) <= set(Checkpoint(checkpoint)):
+    if set(model.state_dict()) - set(tied_weights(model)) <= set(Checkpoint(checkpoint)):
         return
     model.load_state_dict(load_model(checkpoint, dtype=model.dtype).state_dict())

@@ -17,6 +17,7 @@ from stayaligned.core.records import Example
 from stayaligned.data.formats import verdict_of
 from stayaligned.data.sources import Row, build_examples
 from stayaligned.hf.features import IGNORED, encode_examples
+from stayaligned.hf.hosts import SftRows, sft_trainer_class, trl_class
 from stayaligned.hf.quiet import bars_off
 from stayaligned.hf.training.finetuning import build_dataset
 from stayaligned.hf.training.lisa.usable_rows import SAMPLE, first_row, iterate_rows, name_columns, require_usable
@@ -78,15 +79,13 @@ def prepare_alignment_dataset(trainer: Trainer, dataset: Any) -> Any:
             hint="Pass alignment rows, or set alignment_steps=0 for the proximal term alone.",
         )
     require_dataset("alignment_dataset", dataset)
-    # Importing TRL takes seconds; if the trainer is one of TRL's, the module has been imported.
-    sft = sys.modules.get("trl.trainer.sft_trainer")
-    if sft is not None and isinstance(trainer, sft.SFTTrainer):
-        prepared = _prepare_by_trl(trainer, dataset)
+    sft_trainer = sft_trainer_class()
+    if sft_trainer is not None and isinstance(trainer, sft_trainer):
+        prepared = _prepare_by_trl(trainer, SftRows(trainer), dataset)
     else:
-        of_trl = [c.__name__ for c in type(trainer).__mro__ if c.__module__.startswith("trl.")]
-        if of_trl:
+        if of_trl := trl_class(trainer):
             raise StayalignedError(
-                f"{of_trl[0]} prepares its rows in its own way, which is not supported",
+                f"{of_trl} prepares its rows in its own way, which is not supported",
                 hint="Pass a trainer that prepares the alignment rows, alignment_trainer=lambda model: …, or train the "
                 "user's rows with transformers.Trainer or TRL's SFTTrainer.",
             )
@@ -110,14 +109,14 @@ def _encode(trainer: Any, dataset: Any) -> Any:
 # ---- SFTTrainer ----------------------------------------------------------------------------------------------------
 
 
-def _prepare_by_trl(host: Any, dataset: Any) -> Any:
+def _prepare_by_trl(host: Any, users: SftRows, dataset: Any) -> Any:
     prepared: Any
     sample = first_row(dataset)
-    if host._is_vision_dataset or (isinstance(sample, Mapping) and {"image", "images"} & sample.keys()):
-        whose = "user's" if host._is_vision_dataset else "alignment"
+    if users.has_images or (isinstance(sample, Mapping) and {"image", "images"} & sample.keys()):
+        whose = "user's" if users.has_images else "alignment"
         raise StayalignedError(f"the {whose} rows have images, which is not supported", hint="Drop the image columns.")
     with bars_off(bool(host.args.disable_tqdm)), _one_error(sample):
-        if host._skip_prepare_dataset:
+        if users.are_prepared:
             if (
                 isinstance(sample, Mapping)
                 and "labels" not in sample
@@ -128,8 +127,8 @@ def _prepare_by_trl(host: Any, dataset: Any) -> Any:
                     hint=f"Add `labels`, {IGNORED} for tokens that are not learned, or drop skip_prepare_dataset.",
                 )
             return dataset
-        rows, formatting_func = _in_a_format_of_trl(host, _as_dataset(host, dataset))
-        prepared = _tokenize(host, rows, formatting_func)
+        rows, formatting_func = _in_a_format_of_trl(host.args, users, _as_dataset(users, dataset))
+        prepared = _tokenize(host.args, users, rows, formatting_func)
     if isinstance(prepared, Sized):
         if len(prepared) == 0:
             raise StayalignedError(
@@ -139,7 +138,7 @@ def _prepare_by_trl(host: Any, dataset: Any) -> Any:
         if not host.args.packing:
             found = report_row_lengths("alignment", len(rows), iterate_rows(prepared), host.args.max_length)
             if not (found.left_out or host.args.shuffle_dataset):  # the same rows in the same order
-                _require_content(host, rows, prepared)
+                _require_content(users.tokenizer, rows, prepared)
     return prepared
 
 
@@ -157,7 +156,7 @@ def _one_error(sample: Any) -> Generator[None]:
         ) from error
 
 
-def _as_dataset(host: Any, dataset: Any) -> Any:
+def _as_dataset(users: SftRows, dataset: Any) -> Any:
     """Return a dataset of the `datasets` library, which is what TRL prepares."""
     from datasets import Dataset, IterableDataset
 
@@ -171,27 +170,27 @@ def _as_dataset(host: Any, dataset: Any) -> Any:
         )
     rows: list[Any] = [dataset[index] for index in range(len(dataset))]  # pyright: ignore
     if isinstance(rows[0], Example):
-        return build_dataset(host._tokenizer, rows, kind="sft", max_length=sys.maxsize)
+        return build_dataset(users.tokenizer, rows, kind="sft", max_length=sys.maxsize)
     if not all(isinstance(row, Mapping) for row in rows):
         raise StayalignedError(
             f"the rows of alignment_dataset are of type {type(rows[0]).__name__}, not mappings of columns",
             hint='For text, pass rows of the form {"text": "…"}.',
         )
-    if not host._is_vlm:  # a column of `datasets` has one type, and contents may be text or parts
+    if not users.reads_images:  # a column of `datasets` has one type, and contents may be text or parts
         rows = [{k: _joined(value) if _has_roles(value) else value for k, value in row.items()} for row in rows]
     return Dataset.from_list(rows)
 
 
-def _in_a_format_of_trl(host: Any, rows: Any) -> tuple[Any, Callable[[Any], Any] | None]:
+def _in_a_format_of_trl(args: Any, users: SftRows, rows: Any) -> tuple[Any, Callable[[Any], Any] | None]:
     """Return the rows in a format that TRL reads, and the user's `formatting_func` if it is to be applied to them.
 
     Rows with the columns of the user's rows go through the user's own formatting. Of conversations only the last answer
     is learned, unless `assistant_only_loss` or `completion_only_loss` says otherwise.
     """
-    sample, text = first_row(rows), host.args.dataset_text_field
+    sample, text = first_row(rows), args.dataset_text_field
     if "input_ids" in sample:
         return rows, None
-    formatting_func, failure = host._formatting_func, ""
+    formatting_func, failure = users.formatting_func, ""
     if formatting_func is not None:
         fits, failure = _fits(formatting_func, sample)
         if fits:
@@ -201,10 +200,10 @@ def _in_a_format_of_trl(host: Any, rows: Any) -> tuple[Any, Callable[[Any], Any]
         rows = rows.rename_column("conversations", "messages")
         sample = first_row(rows)
     if "messages" in sample:
-        keeps_messages = host.args.assistant_only_loss or host.args.completion_only_loss is False
-        return _answered(host, rows, split=not keeps_messages), None
+        keeps_messages = args.assistant_only_loss or args.completion_only_loss is False
+        return _answered(users, rows, split=not keeps_messages), None
     if sample.get("prompt") is not None and sample.get("completion") is not None:
-        return _answered(host, rows, split=False), None
+        return _answered(users, rows, split=False), None
     if text in sample:
         return rows, None
     if "text" in sample:
@@ -221,7 +220,7 @@ def _in_a_format_of_trl(host: Any, rows: Any) -> tuple[Any, Callable[[Any], Any]
         examples = build_examples("alignment_dataset", given, origin="alignment")
     except StayalignedError as error:
         raise StayalignedError(f"alignment_dataset has rows {unread}; {error.message}", hint=hint) from None
-    return build_dataset(host._tokenizer, examples, kind="sft", max_length=sys.maxsize), None
+    return build_dataset(users.tokenizer, examples, kind="sft", max_length=sys.maxsize), None
 
 
 def _refuse_bad_answers(rows: Any, sample: Mapping[str, Any]) -> Any:
@@ -276,16 +275,16 @@ def _has_roles(turns: Any) -> bool:
     return isinstance(turns, list) and all(isinstance(turn, Mapping) and "role" in turn for turn in turns)  # pyright: ignore
 
 
-def _answered(host: Any, rows: Any, *, split: bool) -> Any:
+def _answered(users: SftRows, rows: Any, *, split: bool) -> Any:
     """Return the rows that have an answer, with parts of text joined for a template that takes text.
 
     Args:
-        host: the trainer.
+        users: the user's rows, as the trainer reads them.
         rows: rows with `messages`, or with `prompt` and `completion`.
         split: whether to make the last message the completion, so that TRL masks all before it.
     """
     # `datasets` hashes what it applies, so the functions must not refer to the trainer and its model.
-    convert = functools.partial(_convert_turns, split=split, joins_parts=not host._is_vlm)
+    convert = functools.partial(_convert_turns, split=split, joins_parts=not users.reads_images)
     made = rows.map(convert, remove_columns=["messages"] if split else None).filter(_has_answer)
     if isinstance(rows, Sized):
         if left_out := len(rows) - len(made):
@@ -340,21 +339,15 @@ def _joined(turns: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return joined
 
 
-def _tokenize(host: Any, rows: Any, formatting_func: Callable[[Any], Any] | None) -> Any:
-    # TRL decides once, from the user's first row, whether prompts are masked. The alignment rows may differ.
-    chosen: bool = host.completion_only_loss
-    if host.args.completion_only_loss is None:
+def _tokenize(args: Any, users: SftRows, rows: Any, formatting_func: Callable[[Any], Any] | None) -> Any:
+    completion_only: bool | None = None
+    if args.completion_only_loss is None:
         sample = first_row(rows)
-        host.completion_only_loss = {"prompt", "completion"} <= set(sample) or "completion_mask" in sample
-    try:
-        return host._prepare_dataset(
-            rows, host.processing_class, host.args, host.args.packing, formatting_func, "alignment"
-        )
-    finally:
-        host.completion_only_loss = chosen
+        completion_only = {"prompt", "completion"} <= set(sample) or "completion_mask" in sample
+    return users.prepare(rows, formatting_func, completion_only=completion_only)
 
 
-def _require_content(host: Any, rows: Any, prepared: Any) -> None:
+def _require_content(tokenizer: Any, rows: Any, prepared: Any) -> None:
     """Check on a sample that the chat template shows the request and the answer.
 
     Jinja renders a key that a template misspells, or parts that it does not expect, as nothing.
@@ -366,7 +359,7 @@ def _require_content(host: Any, rows: Any, prepared: Any) -> None:
     for row, made in islice(zip(iterate_rows(rows), iterate_rows(prepared), strict=False), SAMPLE):
         if not (_has_roles(row.get("prompt")) and _has_roles(row.get("completion"))):
             return
-        text = _bare(host._tokenizer.decode(made["input_ids"]))
+        text = _bare(tokenizer.decode(made["input_ids"]))
         for name, turn in (("request", row["prompt"][-1]), ("answer", row["completion"][-1])):
             content = _bare(str(turn.get("content") or ""))
             shown[name].append(content[-_COMPARED:] in text)

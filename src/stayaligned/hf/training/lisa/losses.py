@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stayaligned.core.errors import StayalignedError
+from stayaligned.hf.hosts import is_loss_scaled, require_trl, trl_class
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -132,10 +133,7 @@ class TrainerLoss:
 
     def is_mean_over_step(self, count: Any) -> bool:
         """Return whether the loss is already divided, as the host decides it for a trainer of that class."""
-        if self.trainer.loss_is_scaled_for_ga is not None:
-            return bool(self.trainer.loss_is_scaled_for_ga)
-        counted = self.trainer.model_accepts_loss_kwargs and count is not None
-        return bool(counted or self.trainer.compute_loss_func is not None)
+        return is_loss_scaled(self.trainer, count)
 
     def take_metrics(self) -> dict[str, float]:
         """Return the means of the metrics that TRL's trainers collect for their log, such as `rewards/margins`."""
@@ -259,6 +257,8 @@ def _require_fits(host: Trainer, built: Any, trained: set[str]) -> None:
             f"alignment_trainer returned {name}, not a trainer",
             hint="Pass a function of the model: lambda model: DPOTrainer(model, args, train_dataset=pairs).",
         )
+    if of_trl := trl_class(built):
+        require_trl(of_trl, otherwise="set alignment_loss='sft'")
     if built.model is not host.model:
         raise StayalignedError(
             f"the {name} was built on another model, or wrapped the model again",

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from stayaligned.algorithms.lisa_schedule import BiStateSchedule, LisaSettings, Phase
 from stayaligned.core.errors import StayalignedError
+from stayaligned.hf.hosts import checkpoint_directory, keep_column, loss_scaled
 from stayaligned.hf.training.dead_adapters import report_dead_adapters
 from stayaligned.hf.training.finetuning import last_complete_checkpoint, load_finished
 from stayaligned.hf.training.lisa.alignment_rows import prepare_alignment_dataset, require_dataset
@@ -173,8 +174,7 @@ class BiStateMixin(_Host):
     def _collate_wrapped_rows(self, loss: TrainerLoss) -> None:
         """Make the host's collator pass alignment rows to the collator of their trainer."""
         self.data_collator = PhaseCollator(self.data_collator, loss.collator)
-        self._set_signature_columns_if_needed()
-        self._signature_columns = [*self._signature_columns, ALIGNMENT_ROW]  # pyright: ignore
+        keep_column(self, ALIGNMENT_ROW)
 
     def _reset_progress(self, resume_from: Path | None = None) -> None:
         self._resume_from = resume_from
@@ -275,13 +275,8 @@ class BiStateMixin(_Host):
         if self._alignment_loss is None or phase is Phase.FINETUNING:
             return super().training_step(model, inputs, *args, **kwargs)
         count = args[0] if args else kwargs.get("num_items_in_batch")
-        usual = self.loss_is_scaled_for_ga
-        self.loss_is_scaled_for_ga = self._alignment_loss.is_mean_over_step(count)
-        try:
-            with self._alignment_loss.activate():
-                return super().training_step(model, inputs, *args, **kwargs)
-        finally:
-            self.loss_is_scaled_for_ga = usual
+        with loss_scaled(self, self._alignment_loss.is_mean_over_step(count)), self._alignment_loss.activate():
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Compute the loss, as `Trainer.compute_loss`, or by the loss of the alignment phase if it has its own."""
@@ -364,7 +359,7 @@ class BiStateMixin(_Host):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Before the host's files: the host writes trainer_state.json last, which marks the checkpoint as complete.
         if not self.args.save_only_model:
-            directory = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            directory = checkpoint_directory(self, trial)
             term = self._proximal_term()
             term.save(directory)
             if self.args.should_save:

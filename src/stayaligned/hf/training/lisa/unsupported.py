@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from stayaligned.algorithms.lisa_schedule import LisaSettings
 from stayaligned.core.errors import StayalignedError
+from stayaligned.core.host_versions import installed_version
+from stayaligned.hf.hosts import ignores_token_count, innermost_model, require_trl, trl_class
 from stayaligned.hf.training.lisa.alignment_rows import require_dataset
 
 if TYPE_CHECKING:
@@ -49,6 +51,15 @@ def require_supported(trainer: Trainer, lisa: LisaSettings, alignment_dataset: A
     if trainer.train_dataset is None:
         raise StayalignedError("train_dataset is missing", hint="Pass the user's rows.")
     require_dataset("train_dataset", trainer.train_dataset)
+    if of_trl := trl_class(trainer):
+        require_trl(of_trl, otherwise="train with transformers.Trainer")
+    if trainer.args.gradient_accumulation_steps > 1 and ignores_token_count(innermost_model(trainer)):
+        raise StayalignedError(
+            f"gradient_accumulation_steps={trainer.args.gradient_accumulation_steps}: transformers "
+            f"{installed_version('transformers')} adds the mean losses of accumulated batches of a "
+            f"{type(innermost_model(trainer)).__name__}, instead of averaging over their tokens",
+            hint="Set it to 1, or pip install 'transformers>=5.18'.",
+        )
     if trainer.args.fp16 and trainer.args.device.type == "cpu":
         raise StayalignedError(
             "fp16=True on the CPU is ignored by the host, which would train in fp32",

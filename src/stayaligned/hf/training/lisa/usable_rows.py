@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.hf.features import IGNORED
+from stayaligned.hf.hosts import collator_of_known_columns
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -98,9 +99,7 @@ def _count_collated(trainer: Any, rows: Any, user_sample: Any) -> tuple[int, int
 
 def _collate(trainer: Any, sampled: list[Any]) -> list[Any]:
     """Return the batches that the trainer's collator makes of rows; no random state changes."""
-    collate, batch = trainer.data_collator, trainer.args.per_device_train_batch_size
-    if trainer.args.remove_unused_columns:
-        collate = trainer._get_collator_with_removed_columns(collate)
+    collate, batch = collator_of_known_columns(trainer), trainer.args.per_device_train_batch_size
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
