@@ -41,17 +41,18 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
-python_maximum_signature_line_length = 80
 napoleon_numpy_docstring = False
 
 # The site of a release has a menu of versions: `docs/publish.py` writes the file that it reads.
 published = "STAYALIGNED_DOCS_VERSION" in os.environ
 html_theme = "pydata_sphinx_theme"
 html_title = f"stayaligned {version}"
+html_context = {"default_mode": "auto"}
 html_static_path = ["_static"]
 templates_path = ["_templates"]
 html_css_files = ["site.css"]
 html_extra_path = ["_static/index.html"]
+html_search_scorer = "docs/_static/scorer.js"
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {

@@ -4,20 +4,20 @@ A page holds `<!-- from the code: settings -->`; on a code host the comment is i
 so that headings, links and search work as on any other page.
 """
 
+from __future__ import annotations
+
 import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
-from sphinx.application import Sphinx
-from sphinx.environment import BuildEnvironment
 from typer.main import get_command
 
 import stayaligned
@@ -27,6 +27,10 @@ from stayaligned.core.component import Component
 from stayaligned.experiments.config.alignment import Alignment
 from stayaligned.experiments.config.experiment import REGISTRIES, Experiment
 from stayaligned.experiments.grid import Grid
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+    from sphinx.environment import BuildEnvironment
 
 MARKER = re.compile(r"^<!-- from the code: (\w+)((?: \w+)*) -->$", flags=re.MULTILINE)
 MODELS: dict[str, type[BaseModel]] = {"An experiment": Experiment, "A grid": Grid, "An alignment": Alignment}

@@ -60,6 +60,20 @@ class Cards(SphinxTransform):
                 items["classes"].append("cards")
 
 
+class TableHeads(SphinxTransform):
+    """Name the columns without a heading, for readers of the screen aloud; on the screen nothing changes."""
+
+    default_priority = 400
+
+    def apply(self, **_: Any) -> None:
+        """Put a text that only a screen reader reads into each empty heading."""
+        for head in self.document.findall(nodes.thead):
+            for place, entry in enumerate(head.findall(nodes.entry)):
+                if not entry.astext().strip():
+                    name = "Row" if place == 0 else "Description"
+                    entry.children = [nodes.paragraph("", "", nodes.inline("", name, classes=["visually-hidden"]))]
+
+
 def _begins_with_link(item: nodes.Node) -> bool:
     first: nodes.Node | None = item
     while isinstance(first, nodes.list_item | nodes.paragraph | nodes.strong):
@@ -69,7 +83,8 @@ def _begins_with_link(item: nodes.Node) -> bool:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Register the two steps."""
+    """Register the steps."""
     app.connect("source-read", add_navigation)
     app.add_transform(Cards)
+    app.add_transform(TableHeads)
     return {"parallel_read_safe": True}

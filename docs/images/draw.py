@@ -50,11 +50,11 @@ def patch_or_deletion() -> None:
         ("SFT attacked", INK, "s", "no patch"),
         ("Aligned", INK, "D", "aligned model (all deleted)"),
         ("Safe LoRA", ORANGE, "o", "Safe LoRA"),
-        ("Drop like Safe LoRA", ORANGE, "x", "control: drop"),
-        ("Shrink like Safe LoRA", ORANGE, "+", "control: shrink"),
+        ("Drop like Safe LoRA", ORANGE, "x", "Safe LoRA's control: drop"),
+        ("Shrink like Safe LoRA", ORANGE, "+", "Safe LoRA's control: shrink"),
         ("Complement", BLUE, "o", "complement"),
-        ("Shrink like complement", BLUE, "+", "control: shrink"),
-        ("Random complement", BLUE, "x", "control: random directions"),
+        ("Shrink like complement", BLUE, "+", "complement's control: shrink"),
+        ("Random complement", BLUE, "x", "complement's control: random directions"),
     ]
     for name, color, shape, label in marks:
         axes.plot(

@@ -1,0 +1,119 @@
+"""The documentation site in a real browser: every page, light and dark, on a phone and on a desk."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+SITE = ROOT / "build" / "docs"
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+MINIMUM_PAGES = 40
+KINDS = {
+    *(
+        "docs/index",
+        "docs/start",
+        "docs/howto/index",
+        "docs/howto/gate",
+        "docs/concepts/controls",
+        "docs/reference/commands",
+    ),
+    *("docs/reference/settings", "docs/reference/python-api", "docs/results/testbed", "CHANGELOG", "search"),
+}
+"""A page of each kind, for axe, which needs seconds for a long page; everything else is checked on every page."""
+# What a page must not have: something wider than the page, unless it scrolls in a box of its own.
+CLIPPED = """() => {
+  const root = document.documentElement
+  const scrolls = e => e && (/auto|scroll/.test(getComputedStyle(e).overflowX) || scrolls(e.parentElement))
+  const out = e => e.getBoundingClientRect().right > root.clientWidth + 1 && !scrolls(e)
+  const parts = ['table', 'pre', 'img', 'p', 'dt'].map(name => '.bd-article ' + name).join()
+  const found = [...document.querySelectorAll(parts)].filter(out).map(e => e.tagName + ' ' + e.textContent.slice(0, 40))
+  return [...(root.scrollWidth > root.clientWidth ? ['the page'] : []), ...found]
+}"""
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def address():
+    from filelock import FileLock
+
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-d", "build/doctrees"]
+    SITE.parent.mkdir(exist_ok=True)
+    with FileLock(SITE.parent / "docs.lock"):
+        subprocess.run([*command, "-c", "docs", ".", str(SITE)], cwd=ROOT, check=True)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(SITE)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    executable = shutil.which("chromium")
+    if executable is None:
+        message = "no chromium: install the Debian package `chromium`"
+        if os.environ.get("STAYALIGNED_REQUIRE_BROWSER") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (390, "dark")])
+def test_every_page_is_accessible_complete_and_quiet(browser, address, width, scheme):
+    from axe_playwright_python.sync_playwright import Axe
+
+    complaints = {}
+    pages = sorted(path.relative_to(SITE) for path in SITE.glob("**/*.html") if "_static" not in path.parts)
+    pages.remove(Path("index.html"))  # leads to docs/index.html
+    assert len(pages) >= MINIMUM_PAGES
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page = context.new_page()
+    said = []
+    page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on(
+        "request", lambda request: said.append(request.url) if not request.url.startswith((address, "data:")) else None
+    )
+    axe = Axe()
+    for path in pages:
+        said.clear()
+        page.goto(f"{address}/{path}", wait_until="load")
+        if str(path.with_suffix("")) in KINDS:
+            options = {"resultTypes": ["violations"], "preload": False}
+            found = axe.run(page, options=options).response["violations"]
+            said += [f"{rule['id']}: {rule['nodes'][0]['html'][:200]}" for rule in found]
+        said += page.evaluate(CLIPPED)
+        if said:
+            complaints[str(path)] = [*said]
+    context.close()
+    assert complaints == {}
+
+
+@pytest.mark.parametrize(("words", "page"), [("patch my adapter", "safe-lora"), ("gate in CI", "gate")])
+def test_the_front_page_and_the_search_lead_to_the_page(browser, address, words, page):
+    found = browser.new_page()
+    found.goto(f"{address}/docs/index.html")
+    assert found.locator(f".cards a[href$='{page}.html']").is_visible()
+    found.goto(f"{address}/search.html?q={words}")
+    found.wait_for_selector("ul.search li a")
+    first = [link.get_attribute("href") for link in found.locator("ul.search li a").all()[:3]]
+    assert any(f"{page}.html" in str(link) for link in first), first
+    found.close()
