@@ -10,12 +10,12 @@ QUICK := tests/algorithms tests/attacks tests/core tests/data tests/evaluation/m
 	tests/test_layout.py tests/docs/test_docs.py tests/docs/test_doctests.py tests/docs/test_words.py
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup help demo quick test slow hosts servers check docs bench model real clean
+.PHONY: setup help demo quick test slow hosts servers check docs bench model real release-check clean
 
 setup: $(STAMP)  ## create .venv with everything for development (the default)
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*##  */\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*##  */\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -72,6 +72,9 @@ bench: $(STAMP)  ## measure what docs/results/benchmarks.md claims
 	$(BIN)/python benchmarks/report_intervals.py
 	$(BIN)/python benchmarks/endpoint.py
 	$(BIN)/python benchmarks/report.py  # needs chromium
+
+release-check:  ## build sdist and wheel in dist, install the wheel in an empty environment and run its commands
+	PYTHON=$(PYTHON) tests/release/run.sh
 
 clean:  ## remove .venv, .hosts, demo, real, build and dist
 	rm -rf $(VENV) .hosts demo real build dist
