@@ -50,6 +50,7 @@ html_title = f"stayaligned {version}"
 html_context = {"default_mode": "auto"}
 html_static_path = ["_static"]
 templates_path = ["_templates"]
+html_favicon = "_static/favicon.svg"
 html_css_files = ["site.css"]
 html_extra_path = ["_static/index.html"]
 html_search_scorer = "docs/_static/scorer.js"

@@ -1,7 +1,7 @@
 """Add a built site to the folder of all versions: python docs/publish.py build/docs SITES 0.2.0 ADDRESS.
 
-SITES/0.2.0 becomes the built site, SITES/versions.json is what the menu of versions reads, and SITES/index.html leads to
-the newest release. `latest`, of the main branch, is a version like the others. Build each site with its version in
+SITES/0.2.0 becomes the built site, SITES/versions.json is what the menu of versions reads, and SITES/index.html leads
+to the newest release. `latest`, of the main branch, is a version like the others. Build each site with its version in
 the environment, so that it has the menu: STAYALIGNED_DOCS_VERSION=0.2.0 make docs.
 """
 

@@ -26,7 +26,14 @@ KINDS = {
         "docs/concepts/controls",
         "docs/reference/commands",
     ),
-    *("docs/reference/settings", "docs/reference/python-api", "docs/results/testbed", "CHANGELOG", "search"),
+    *(
+        "docs/reference/settings",
+        "docs/reference/python-api",
+        "docs/results/testbed",
+        "examples/notebooks/gate-release",
+        "CHANGELOG",
+        "search",
+    ),
 }
 """A page of each kind, for axe, which needs seconds for a long page; everything else is checked on every page."""
 # What a page must not have: something wider than the page, unless it scrolls in a box of its own.
