@@ -12,9 +12,12 @@ from stayaligned.core.settings import Guard
 from stayaligned.core.text import one_line
 from stayaligned.core.thoughts import CUT, ENDED
 from stayaligned.data.sampling import find_overlaps
+from stayaligned.evaluation.results import Evidence
 
 _NEARLY_ALL = 0.9
 """Share of equal completions of a prompt set from which they are noted."""
+_OFTEN = 0.1
+"""Share of a run's completions from which one text is shared: an answer fits one prompt, and hardly a tenth of them."""
 _FEWEST_ANSWERS = 5
 """Number of completions below which equal ones are not noted."""
 _NEAR = 0.8
@@ -120,6 +123,13 @@ def note_uniform_answers(completions: Sequence[Completion]) -> Iterable[str]:
         if len(texts) >= _FEWEST_ANSWERS and count >= _NEARLY_ALL * len(texts) and not one_reference:
             shown = f"the same text ({one_line(text, 60)!r})" if text else "empty"
             yield f"{count} of {len(texts)} {prompt_set} completions are {shown}: the model does not answer the prompts"
+
+
+def find_shared_texts(rows: Iterable[Evidence]) -> set[str]:
+    """Return the hashes of the texts that at least a tenth of the given completions of one run, and five, have."""
+    texts = [row.completion for row in rows]
+    least = max(_FEWEST_ANSWERS, _OFTEN * len(texts))
+    return {text for text, count in Counter(texts).items() if text and count >= least}
 
 
 def note_unmeasured_usefulness(measured: Iterable[PromptSet], *, lm_eval: bool) -> Iterable[str]:

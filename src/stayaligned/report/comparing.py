@@ -72,8 +72,18 @@ def compare_with_reference(
     family = [name for name in found if roles[name] == "competing" and HARM in found[name]]
     corrected = _correct([found[name][HARM] for name in family])
     for name, difference in zip(family, corrected, strict=True):
-        found[name][HARM] = replace(difference, primary=True)
+        sure = not could_unscored_reverse(difference, estimates[name][HARM], estimates[reference][HARM])
+        found[name][HARM] = replace(difference, primary=True, resolved=difference.resolved and sure)
     return found
+
+
+def could_unscored_reverse(difference: ArmDifference, ours: Estimate, theirs: Estimate) -> bool:
+    """Whether the unscored completions could make 0 a value of the interval: each moves a mean by its share at most."""
+    low, high = difference.paired.low, difference.paired.high
+    if low is None or high is None or low <= 0 <= high:
+        return False
+    slack = sum(one.n_unscored / max(1, one.n + one.n_unscored) for one in (ours, theirs))
+    return low - slack <= 0 <= high + slack
 
 
 def _correct(family: Sequence[ArmDifference]) -> list[ArmDifference]:

@@ -95,8 +95,8 @@ def list_cautions(arms: Sequence[Arm], reference: str | None, judges: Sequence[s
     broken = [arm.name for arm in arms if arm.verdict.is_broken and _has_low_harm(arm)]
     if broken:
         yield (
-            "A low harmful score means little where the completions of harmful prompts are degenerate, garbled or off "
-            f"topic: {join_names(broken, 12)}."
+            "A low harmful score means little where the completions of harmful prompts are degenerate, garbled, off "
+            f"topic or repeated: {join_names(broken, 12)}."
         )
     unchecked = [arm.name for arm in arms if _has_low_harm(arm) and not arm.estimates.keys() & _CHECKS]
     if unchecked:
@@ -195,7 +195,9 @@ def _compare(reference: Arm, judged: Sequence[Arm]) -> str:
         none = "The only competing arm is not" if len(tested) == 1 else f"None of the {of} is"
         start = f"{none} shown to have less harm than {harm} {over}; {lowest}"
     if broken:
-        start += f"; not counted, because the model is broken: {join_names((a.name for a in broken), 12)}"
+        start += (
+            f"; not counted, because the model does not answer the prompts: {join_names((a.name for a in broken), 12)}"
+        )
     untested = [a for a in rivals if a not in tested]
     if untested:
         start += f"; not tested, for want of two common seeds: {join_names((a.name for a in untested), 12)}"
