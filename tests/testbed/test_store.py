@@ -131,3 +131,9 @@ def test_a_killed_build_leaves_nothing_that_looks_finished_and_the_next_one_clea
 def test_the_cache_defaults_to_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("STAYALIGNED_CACHE", raising=False)
     assert store._cache_root(None) == Path.home() / ".cache" / "stayaligned"
+
+
+def test_a_cache_that_cannot_be_written_names_the_variable_that_moves_it(miniature: Recipe) -> None:
+    with pytest.raises(StayalignedError, match="/proc/nowhere/testbed: the cache of the testbed can't be written") as e:
+        build(0, recipe=miniature, cache=Path("/proc/nowhere"))
+    assert "STAYALIGNED_CACHE" in (e.value.hint or "")

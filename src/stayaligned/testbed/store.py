@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -146,7 +147,15 @@ def _construct_once(directory: Path, construct: Callable[[Path], None]) -> Path:
     """Fill `directory` with `construct` unless it exists, completely and by one process only; return it."""
     if directory.is_dir():
         return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise StayalignedError(
+            f"{directory.parent}: the cache of the testbed can't be written: {error.strerror}",
+            hint="Name a directory that you can write: export STAYALIGNED_CACHE=DIR",
+        ) from None
     with FileLock(directory.parent / f".{directory.name}.lock"):
         if directory.is_dir():
             return directory
