@@ -40,7 +40,7 @@ def settings(module: str, directory: Path) -> tuple[Any, dict[str, Any]]:
     if module.startswith("axolotl"):
         from axolotl.core.training_args import AxolotlTrainingArguments
 
-        return AxolotlTrainingArguments(**given, remove_unused_columns=False), {"axolotl_cfg": SimpleNamespace()}
+        return AxolotlTrainingArguments(**given, remove_unused_columns=False), {}
     from transformers import Seq2SeqTrainingArguments
 
     finetuning: Any = SimpleNamespace(
