@@ -151,11 +151,11 @@ def test_every_yaml_block_holds_valid_settings(page: Path) -> None:
                     TypeAdapter(FIELDS[name]).validate_python(value[name])
 
 
-TARGETS = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 
 
 def make_targets_in(text: str) -> set[str]:
-    return set(re.findall(r"(?:^ {4}|^|`)make (\w+)", text, flags=re.MULTILINE))
+    return set(re.findall(r"(?:^ {4}|^|`)make ([\w-]+)", text, flags=re.MULTILINE))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
@@ -169,7 +169,7 @@ def test_the_page_for_contributors_names_every_make_target() -> None:
 
 def test_every_make_target_has_a_help_text() -> None:
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert set(re.findall(r"^  make (\w+) +\S", shown, flags=re.MULTILINE)) == TARGETS
+    assert set(re.findall(r"^  make ([\w-]+) +\S", shown, flags=re.MULTILINE)) == TARGETS
 
 
 def test_ci_runs_the_checks_and_every_test() -> None:
