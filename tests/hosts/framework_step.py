@@ -12,7 +12,6 @@ import importlib
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from safetensors.torch import load_file
@@ -21,7 +20,7 @@ from stayaligned import LisaSettings, with_lisa
 from stayaligned.cli import main as command
 from stayaligned.hf.features import PaddingCollator
 from stayaligned.hf.models import attach_lora, load_model
-from stayaligned.testing import write_pico_checkpoint
+from stayaligned.testing import byte_tokenizer, write_pico_checkpoint
 
 ROWS = [{"input_ids": [5, 6, 7, 8 + i], "labels": [-100, 6, 7, 8 + i], "attention_mask": [1] * 4} for i in range(12)]
 SAFE = [{"input_ids": [9, 10, 11 + i], "labels": [-100, 10, 11 + i], "attention_mask": [1] * 3} for i in range(12)]
@@ -43,11 +42,13 @@ def settings(module: str, directory: Path) -> tuple[Any, dict[str, Any]]:
         return AxolotlTrainingArguments(**given, remove_unused_columns=False), {}
     from transformers import Seq2SeqTrainingArguments
 
-    finetuning: Any = SimpleNamespace(
-        disable_shuffling=False, use_badam=False, use_dft_loss=False, use_eaft_loss=False, use_asft_loss=False
-    )
-    options = {"finetuning_args": finetuning, "processor": None} if module.startswith("llamafactory") else {}
-    return Seq2SeqTrainingArguments(**given), options
+    arguments: Any = Seq2SeqTrainingArguments(**given)
+    if not module.startswith("llamafactory"):
+        return arguments, {}
+    from llamafactory.hparams.finetuning_args import FinetuningArguments
+
+    arguments.fp8 = False  # a field of LLaMA-Factory's own arguments
+    return arguments, {"finetuning_args": FinetuningArguments(), "processor": None, "tokenizer": byte_tokenizer()}
 
 
 def main() -> None:

@@ -22,6 +22,13 @@ ALIGNMENT_ROW = "alignment_row"
 _DIGEST_ROWS = 64
 
 
+class _JoinedRows(ConcatDataset[Any]):
+    """The user's rows, followed by the alignment rows."""
+
+    column_names: None = None
+    """What axolotl's trainer reads of its rows, to drop columns that it has added; there are none to drop."""
+
+
 @dataclass(frozen=True)
 class RowSources:
     """The two sources of rows of one run.
@@ -59,7 +66,7 @@ class RowSources:
             return self.finetuning
         if self.streamed:
             return _ScheduledStream(self, schedule, rows_per_step)
-        return ConcatDataset([self.finetuning, self.alignment])
+        return _JoinedRows([self.finetuning, self.alignment])
 
     def iterate(self, phase: Phase) -> Iterator[Any]:
         """Yield the rows of one source endlessly, one pass after the other."""
