@@ -14,7 +14,7 @@ sys.path.insert(0, str(HERE / "_ext"))
 project = "stayaligned"
 author = "the stayaligned authors"
 project_copyright = author
-release = version = version_of("stayaligned")
+release = version = version_of("stayaligned").partition("+")[0]
 
 extensions = [
     "myst_nb",
