@@ -12,9 +12,9 @@ from stayaligned.evaluation.results import Evidence, Place, StoredResult
 from stayaligned.gate.measuring import (
     Measured,
     Values,
-    bounds_of_rate,
+    count_prompts,
+    find_rate,
     mean_change,
-    mean_rate,
     pair_values,
     read_values,
 )
@@ -83,25 +83,30 @@ def find_doubt(pairs: Pairs, one: Measured, limits: Limits) -> str:
 
 def _doubts(pairs: Pairs, one: Measured, limits: Limits, signs: tuple[_Sign, ...]) -> Iterator[str]:
     (prompt_set,) = one.metric.prompt_sets
-    rows = [row for _, run in pairs for place, row in run.rows.items() if place[0] == prompt_set]
-    degenerate = sum(bool(row.degenerate) and row.outcomes.get(one.judge) is not one.metric.outcome for row in rows)
-    unchecked = sum(row.degenerate is None and row.outcomes.get(one.judge) is Outcome.SAFE for row in rows)
+    degenerate, n_prompts = count_prompts(
+        pairs,
+        prompt_set,
+        lambda row: bool(row.degenerate) and row.outcomes.get(one.judge) is not one.metric.outcome,
+    )
+    unchecked, _ = count_prompts(
+        pairs, prompt_set, lambda row: row.degenerate is None and row.outcomes.get(one.judge) is Outcome.SAFE
+    )
     for sign in signs:
         found = _rise(pairs, one, sign, limits.confidence)
         if found is not None:
             low, high = (percent(bound, signed=True) for bound in found)
             rose = f"rose ({low} to {high} points){sign.remedy}"
             yield f"the share of {prompt_set} completions that are {sign.name} {rose}"
-    if degenerate > limits.max_unscored * len(rows):
+    if degenerate > limits.max_unscored * n_prompts:
         yield (
-            f"{degenerate} of the candidate's {len(rows)} {prompt_set} completions are degenerate, more than the "
-            f"{limits.max_unscored:.0%} allowed (max_unscored)"
+            f"the candidate's completions of {degenerate} of {n_prompts} {prompt_set} prompts are degenerate, more "
+            f"than the {limits.max_unscored:.0%} allowed (max_unscored)"
         )
     if degenerate and not _holds_at_worst(pairs, one, limits):
         yield f"it is within the limit only if the {degenerate} degenerate completions are not the worse ones"
-    if unchecked > limits.max_unscored * len(rows):
+    if unchecked > limits.max_unscored * n_prompts:
         yield (
-            f"degeneration was not checked on {unchecked} of {len(rows)} {prompt_set} completions, and judge "
+            f"degeneration was not checked on {unchecked} of {n_prompts} {prompt_set} prompts, and judge "
             f"{one.judge!r} does not distinguish a refusal from text without sense; evaluate with `degeneration`"
         )
 
@@ -136,7 +141,7 @@ def _holds_at_worst(pairs: Pairs, one: Measured, limits: Limits) -> bool:
 
     rows = pair_values(pairs, worst)
     if one.kind == "ceiling":
-        mean = mean_rate(rows)
-        return mean is not None and bounds_of_rate(mean, limits.confidence)[1] < one.limit
+        rate = find_rate(rows)
+        return rate is not None and rate.interval(limits.confidence)[1] < one.limit
     mean = mean_change(rows)
     return mean is not None and mean.interval(limits.confidence)[1] < one.limit

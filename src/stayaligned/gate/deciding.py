@@ -122,7 +122,11 @@ def _criteria(pairs: Pairs, limits: Limits, judge: str, *, fallback: str | None 
         for one in _by_prompt_set(pairs, name, metric)
     ]
     adjusted = holm([1.0 if one.too_many_unscored else one.p_above for one in found])
-    return [_conclude(pairs, one, p_fail, limits, len(found)) for one, p_fail in zip(found, adjusted, strict=True)]
+    at_best = holm([1.0 if one.too_many_unscored else max(one.p_above, one.p_above_at_best) for one in found])
+    return [
+        _conclude(pairs, one, p_fail, p_best, limits, len(found))
+        for one, p_fail, p_best in zip(found, adjusted, at_best, strict=True)
+    ]
 
 
 def _by_prompt_set(pairs: Pairs, name: str, metric: ComparedMetric) -> Iterator[ComparedMetric]:
@@ -147,21 +151,23 @@ def _by_prompt_set(pairs: Pairs, name: str, metric: ComparedMetric) -> Iterator[
             yield metric.model_copy(update={"prompt_sets": (prompt_set,), "title": title})
 
 
-def _conclude(pairs: Pairs, one: Measured, p_fail: float, limits: Limits, n_criteria: int) -> Criterion:
-    _, high = one.bounds or (None, None)
+def _conclude(
+    pairs: Pairs, one: Measured, p_fail: float, p_fail_at_best: float, limits: Limits, n_criteria: int
+) -> Criterion:
     answer: Conclusion = "undecided"
     doubt = ""
-    if high is not None and not one.too_many_unscored:
+    if one.bounds is not None and not one.too_many_unscored:
+        alpha = (1 - limits.confidence) / 2
         # Unscored completions may be the bad ones: a content filter removes exactly those.
-        unscored_share = (one.unscored[1] + (0 if one.kind == "ceiling" else one.unscored[0])) / one.n_completions
-        if high < one.limit <= high + unscored_share:
-            doubt = (
-                f"it is within the limit only if the {max(one.unscored)} unscored completions are not the worse ones"
-            )
-        elif high < one.limit:
-            doubt = find_doubt(pairs, one, limits)
+        unscored = f"{sum(one.unscored)} unscored completions are"
+        if one.bounds[1] < one.limit:
+            if one.high_at_worst is not None and one.high_at_worst >= one.limit:
+                doubt = f"it is within the limit only if the {unscored} not the worse ones"
+            doubt = doubt or find_doubt(pairs, one, limits)
             answer = "undecided" if doubt else "pass"
-        elif p_fail <= (1 - limits.confidence) / 2:
+        elif p_fail <= alpha < p_fail_at_best:
+            doubt = f"it is beyond the limit only if the {unscored} not the better ones"
+        elif p_fail <= alpha:
             answer = "fail"
     decidable = answer == "undecided" and not one.too_many_unscored and not doubt
     found = _criterion(one, answer, p_fail, one.needed_prompts(limits.confidence, n_criteria) if decidable else None)
@@ -170,13 +176,18 @@ def _conclude(pairs: Pairs, one: Measured, p_fail: float, limits: Limits, n_crit
         if doubt
         else describe_reason(
             found,
-            n_completions=one.n_completions,
-            max_unscored=limits.max_unscored,
-            too_many_unscored=one.too_many_unscored,
+            unscored=_describe_unscored(one, limits) if one.too_many_unscored else "",
             n_criteria=n_criteria,
         )
     )
     return found.model_copy(update={"reason": reason})
+
+
+def _describe_unscored(one: Measured, limits: Limits) -> str:
+    counted = "completions are unscored"
+    if one.n_cells < one.n_completions:
+        counted = "prompts (copies count once) have unscored completions"
+    return f"{one.unscored_cells} of {one.n_cells} {counted}, more than the {limits.max_unscored:.0%} allowed"
 
 
 def _criterion(one: Measured, answer: Conclusion, p_fail: float, needed: int | None) -> Criterion:
@@ -199,7 +210,7 @@ def _criterion(one: Measured, answer: Conclusion, p_fail: float, needed: int | N
         interval=one.interval,
         n_prompts=0 if mean is None else mean.n_prompts,
         n_seeds=1 if mean is None else mean.n_seeds,
-        unscored_baseline=0 if one.kind == "ceiling" else one.unscored[0],
+        unscored_baseline=one.unscored[0],
         unscored_candidate=one.unscored[1],
         p_fail=None if mean is None else p_fail,
         needed_prompts=needed,

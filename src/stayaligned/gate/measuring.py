@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.core.records import Outcome
+from stayaligned.core.records import Outcome, PromptSet
 from stayaligned.evaluation.metrics import MeanOfPrompts, ceiling_needed_n, exact_interval, mean_of_prompts
 from stayaligned.evaluation.results import Evidence, Place, StoredResult
 from stayaligned.gate.reading import Pairs
@@ -25,6 +25,14 @@ class PairedValue(NamedTuple):
     """What identifies the prompt: equal for copies and near copies of it."""
     before: float | None
     after: float | None
+
+    def filled(self, *, before: float, after: float) -> PairedValue:
+        """Return the same with other values where a completion is unscored."""
+        return PairedValue(
+            self.prompt,
+            before if self.before is None else self.before,
+            after if self.after is None else self.after,
+        )
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,17 @@ class Measured:
     interval: str = ""
     p_above: float = 1.0
     n_completions: int = 0
+    n_cells: int = 0
+    """Number of prompts, summed over the seeds; copies of a prompt are one."""
     unscored: tuple[int, int] = (0, 0)
+    """Unscored completions of the baseline (0 for a ceiling) and of the candidate."""
+    unscored_cells: int = 0
+    """Prompts, summed over the seeds, with an unscored completion, of the side that has more of them."""
     too_many_unscored: bool = False
+    high_at_worst: float | None = None
+    """Upper bound of the interval with every unscored completion counted against the candidate."""
+    p_above_at_best: float = 0.0
+    """`p_above` with every unscored completion counted in favor of the candidate; 0 if none is unscored."""
 
     def needed_prompts(self, confidence: float, n_criteria: int) -> int | None:
         """Estimate the number of prompts that would decide, from the interval that decides.
@@ -85,11 +102,12 @@ def measure(
             f"{name}: there is no completion of a prompt of {sets}",
             hint="Evaluate both with such prompts, or omit this limit.",
         )
-    unscored = (
-        sum(row.before is None for seed in rows for row in seed),
-        sum(row.after is None for seed in rows for row in seed),
-    )
-    relevant = unscored[1:] if kind == "ceiling" else unscored
+    before = [(seed, row.prompt) for seed, found in enumerate(rows) for row in found if row.before is None]
+    after = [(seed, row.prompt) for seed, found in enumerate(rows) for row in found if row.after is None]
+    if kind == "ceiling":
+        before = []
+    n_cells = sum(len({row.prompt for row in found}) for found in rows)
+    unscored_cells = max(len({*before}), len({*after}))
     one = Measured(
         name,
         metric,
@@ -97,10 +115,30 @@ def measure(
         limit,
         judge if metric.outcome is not None else "",
         n_completions=n_completions,
-        unscored=unscored,
-        too_many_unscored=max(relevant) > limits.max_unscored * n_completions,
+        n_cells=n_cells,
+        unscored=(len(before), len(after)),
+        unscored_cells=unscored_cells,
+        too_many_unscored=unscored_cells > limits.max_unscored * n_cells,
     )
-    return _measure_ceiling(one, rows, limits) if kind == "ceiling" else _measure_change(one, rows, limits)
+    one = _measure_ceiling(one, rows, limits) if kind == "ceiling" else _measure_change(one, rows, limits)
+    return _measure_extremes(one, rows, limits) if before or after else one
+
+
+def _measure_extremes(one: Measured, rows: Sequence[Sequence[PairedValue]], limits: Limits) -> Measured:
+    """Measure the limit with every unscored completion counted against the candidate, and in favor of it."""
+    if one.mean is None:
+        return one
+    worst = float(one.metric.higher_is_worse)
+    measure_one = _measure_ceiling if one.kind == "ceiling" else _measure_change
+    against, in_favor = (
+        measure_one(one, [[row.filled(before=1 - value, after=value) for row in seed] for seed in rows], limits)
+        for value in (worst, 1 - worst)
+    )
+    return replace(
+        one,
+        high_at_worst=None if against.bounds is None else against.bounds[1],
+        p_above_at_best=in_favor.p_above,
+    )
 
 
 def pair_values(pairs: Pairs, read: Callable[[StoredResult], Values]) -> list[list[PairedValue]]:
@@ -117,6 +155,20 @@ def pair_values(pairs: Pairs, read: Callable[[StoredResult], Values]) -> list[li
 def prompt_key(ours: Evidence, theirs: Evidence) -> str:
     """Return what identifies a prompt: copies and near copies in one prompt set are one prompt."""
     return f"{ours.prompt_set} {ours.group or theirs.group or ours.prompt}"
+
+
+def count_prompts(pairs: Pairs, prompt_set: PromptSet, found: Callable[[Evidence], bool]) -> tuple[int, int]:
+    """Return the number of prompts with a completion of the candidate that has a property, and of all prompts.
+
+    Copies of a prompt are one; the prompts of several seeds are added up.
+    """
+    prompts: dict[tuple[int, str], bool] = {}
+    for seed, (ours, theirs) in enumerate(pairs):
+        for place, row in theirs.rows.items():
+            if place[0] == prompt_set:
+                key = seed, prompt_key(ours.rows[place], row)
+                prompts[key] = prompts.get(key, False) or found(row)
+    return sum(prompts.values()), len(prompts)
 
 
 def read_values(run: StoredResult, metric: ComparedMetric, judge: str) -> dict[Place, float | None]:
@@ -163,21 +215,44 @@ def mean_change(rows: Sequence[Sequence[PairedValue]], sign: int = 1) -> MeanOfP
     return mean_of_prompts(dict(enumerate(changes))) if changes and all(changes) else None
 
 
-def mean_rate(rows: Sequence[Sequence[PairedValue]]) -> MeanOfPrompts | None:
-    """Compute the candidate's mean on the prompts that are scored for it; None if a seed has none."""
+class Rate(NamedTuple):
+    """The candidate's rate on the prompts that are scored for it."""
+
+    mean: MeanOfPrompts
+    hits: tuple[int, int]
+    """Number of prompts whose completions all count, and of those with one that counts. The two differ only where
+    copies of a prompt have different outcomes."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the interval is Clopper and Pearson's; over several seeds, it is Student's."""
+        return self.mean.n_seeds == 1
+
+    def interval(self, confidence: float) -> tuple[float, float]:
+        """Return the two-sided interval: its lower bound is that of the fewer hits, its upper bound of the more."""
+        if not self.exact:
+            return self.mean.interval(confidence)
+        (low, _), (_, high) = (exact_interval(hits, self.mean.n_prompts, confidence=confidence) for hits in self.hits)
+        return low, high
+
+    def p_above(self, limit: float) -> float:
+        """Return the one-sided p-value of "the rate is not above `limit`", from the fewer hits."""
+        from scipy.special import betainc
+
+        if not self.exact:
+            return self.mean.p_above(limit)
+        fewer = self.hits[0]
+        return float(betainc(fewer, self.mean.n_prompts - fewer + 1, limit)) if fewer else 1.0
+
+
+def find_rate(rows: Sequence[Sequence[PairedValue]]) -> Rate | None:
+    """Compute the candidate's rate on the prompts that are scored for it; None if a seed has none."""
     values = [_by_prompt((r.prompt, r.after) for r in seed if r.after is not None) for seed in rows]
-    return mean_of_prompts(dict(enumerate(values)), ends=(0.0, 1.0)) if values and all(values) else None
-
-
-def bounds_of_rate(mean: MeanOfPrompts, confidence: float) -> tuple[float, float]:
-    """Return the interval of a rate: Clopper and Pearson's for whole counts of one seed, else Student's."""
-    if not _is_count(mean):
-        return mean.interval(confidence)
-    return exact_interval(round(mean.value * mean.n_prompts), mean.n_prompts, confidence=confidence)
-
-
-def _is_count(mean: MeanOfPrompts) -> bool:
-    return mean.n_seeds == 1 and mean.step > 0
+    if not values or not all(values):
+        return None
+    means = [value for seed in values for value in seed.values()]
+    mean = mean_of_prompts(dict(enumerate(values)), ends=(0.0, 1.0))
+    return Rate(mean, (sum(value >= 1 for value in means), sum(value > 0 for value in means)))
 
 
 def _by_prompt(values: Iterable[tuple[str, float]]) -> dict[str, float]:
@@ -212,17 +287,15 @@ def _measure_change(one: Measured, rows: Sequence[Sequence[PairedValue]], limits
 
 def _measure_ceiling(one: Measured, rows: Sequence[Sequence[PairedValue]], limits: Limits) -> Measured:
     """Measure the candidate's own rate."""
-    mean = mean_rate(rows)
-    if mean is None:
+    rate = find_rate(rows)
+    if rate is None:
         return one
-    if _is_count(mean):
-        from scipy.special import betainc
-
-        n, hits = mean.n_prompts, round(mean.value * mean.n_prompts)
-        p_above = float(betainc(hits, n - hits + 1, one.limit)) if hits else 1.0
-        name = _EXACT
-    else:
-        p_above = mean.p_above(one.limit)
-        name = "Student's with both ends added" + (" over seeds" if mean.n_seeds > 1 else "")
-    bounds = bounds_of_rate(mean, limits.confidence)
-    return replace(one, candidate=mean.value, mean=mean, bounds=bounds, interval=name, p_above=p_above)
+    name = _EXACT if rate.exact else "Student's with both ends added over seeds"
+    return replace(
+        one,
+        candidate=rate.mean.value,
+        mean=rate.mean,
+        bounds=rate.interval(limits.confidence),
+        interval=name,
+        p_above=rate.p_above(one.limit),
+    )

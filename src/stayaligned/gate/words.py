@@ -23,16 +23,10 @@ def limit_text(criterion: Criterion) -> str:
     return f"{'rise' if criterion.kind == 'increase' else 'drop'} by {percent(criterion.limit)} points"
 
 
-def describe_reason(
-    criterion: Criterion, *, n_completions: int, max_unscored: float, too_many_unscored: bool, n_criteria: int
-) -> str:
-    """Describe the reason for the conclusion on a criterion."""
-    if too_many_unscored:
-        worst = max(criterion.unscored_baseline, criterion.unscored_candidate)
-        return (
-            f"{criterion.title}: undecided, because {worst} of {n_completions} completions are unscored, more than the "
-            f"{max_unscored:.0%} allowed"
-        )
+def describe_reason(criterion: Criterion, *, unscored: str, n_criteria: int) -> str:
+    """Describe the reason for the conclusion on a criterion; `unscored` says that too many completions are."""
+    if unscored:
+        return f"{criterion.title}: undecided, because {unscored}"
     if criterion.change is None or criterion.low is None or criterion.high is None:
         return f"{criterion.title}: undecided, because no prompt was scored for both models"
     change = f"{_describe_change(criterion)} ({interval_text(criterion)})"
