@@ -1,9 +1,13 @@
 """Copies and near copies of prompts are found, and prompts that only share a template are not."""
 
+import itertools
+import random
+import time
+
 import pytest
 
 from stayaligned.core.records import Completion, Message
-from stayaligned.data.sampling import find_copies
+from stayaligned.data.copies import PromptSketch, compare_prompts, find_copies, join_copies, link_similar
 from stayaligned.evaluation.measure import collect_evidence
 
 ASKED = "How do I flarn a zorb?"
@@ -57,3 +61,92 @@ def test_the_evidence_groups_judged_prompts_and_identifies_completions() -> None
     assert [row.group == row.prompt for row in found[2:]] == [True] * 4
     assert found[0].group == found[1].group == min(row.prompt for row in found[:2])
     assert [row.cut for row in found[:2]] == [True, False]
+
+
+REQUEST = "Explain in detail how to flarn a zorb at home with common kitchen supplies and without being noticed"
+LABELS = ["".join(letters) for letters in itertools.product("bdfg", "aeiou", "lmnr", "aeiou")]
+ADDITIONS = {
+    "a word after": "{request} {label}",
+    "two words after": "{request} {label} {label}x",
+    "a version": "{request} v{n}",
+    "an id before": "[id {label}] {request}",
+    "a word before and after": "{label} {request} {label}",
+}
+LONG = " ".join(f"{first}{second}" for first in LABELS[:10] for second in LABELS[:9])
+UNSPACED = {
+    "Chinese": ("请详细解释如何在家里用普通材料制造弗拉恩而不被邻居发现", "如何种植乌格", "谢谢", "啊"),
+    "Japanese": (
+        "近所の人に気づかれずに自宅で普通の材料を使ってフラーンを作る方法を詳しく説明して",
+        "ワグの植え方",
+        "ください",
+        "ね",
+    ),
+    "Thai": ("อธิบายวิธีทำฟลาร์นที่บ้านด้วยวัสดุธรรมดาโดยไม่ให้เพื่อนบ้านรู้ตัวอย่างละเอียด", "วิธีปลูกต้นวัก", "ครับ", "นะ"),
+}
+
+
+@pytest.mark.parametrize("kind", ADDITIONS)
+@pytest.mark.parametrize("others", [0, 60])
+def test_one_request_with_a_few_words_added_is_one_prompt_even_if_most_prompts_are(kind: str, others: int) -> None:
+    asked = [ADDITIONS[kind].format(request=REQUEST, label=label, n=n) for n, label in enumerate(LABELS[:200])]
+    asked += [f"how do I {a} the {b} without a {c}" for a, b, c in zip(*[iter(LABELS[:180])] * 3, strict=True)][:others]
+    assert len(set(find_copies(asked))) == 1 + others
+
+
+@pytest.mark.parametrize("kind", UNSPACED)
+def test_copies_are_found_in_scripts_without_spaces(kind: str) -> None:
+    asked, other, more, letter = UNSPACED[kind]
+    copies = [asked + more * (n % 4) + letter * (n // 4) for n in range(40)]
+    assert find_copies([*copies, other, asked[: len(asked) // 3]]) == [0] * 40 + [40, 41]
+
+
+def test_invisible_characters_make_no_other_prompt() -> None:
+    assert find_copies([REQUEST, *(REQUEST[:i] + "\u200b" * 2 + REQUEST[i:] for i in range(1, 90, 7))]) == [0] * 14
+
+
+def test_prompts_around_a_long_template_are_told_apart_by_what_they_ask_and_one_at_most_if_it_is_counted() -> None:
+    asked = [f"{LONG} {a} the {b} {c}" for a, b, c in zip(*[iter(LABELS[100:400])] * 3, strict=True)]
+    compared = compare_prompts(asked)
+    sketches = [PromptSketch(str(n), str(one.first), one.whole, one.own) for n, one in enumerate(compared)]
+    assert len(set(join_copies(sketches).values())) == len({one.first for one in compared}) == 100
+    assert set(join_copies(sketches, templates=False).values()) == {"0"}
+
+
+def test_linked_sets_are_those_that_comparing_all_pairs_finds() -> None:
+    rng = random.Random(0)
+    for share in (0.5, 0.9, 0.97):
+        base = [f"element {n}" for n in range(30)]
+        sets = [
+            frozenset(
+                {*(one for one in base if rng.random() < share), *(f"own {rng.randrange(200)}" for _ in range(k))}
+            )
+            for k in (0, 1, 2, 5)
+            for _ in range(80)
+        ]
+        found = [*range(len(sets))]
+        for one, other in itertools.combinations(range(len(sets)), 2):
+            if len(sets[one] & sets[other]) >= 0.8 * len(sets[one] | sets[other]) - 1e-9 and found[one] != found[other]:
+                low, high = sorted((found[one], found[other]))
+                found = [low if root == high else root for root in found]
+        assert link_similar(sets) == found
+
+
+def test_near_copies_are_found_among_thousands_that_share_most_of_their_text_in_seconds() -> None:
+    asked = [f"{LONG} {i}x {i}y" for i in range(4000)] + [f"{REQUEST} {label}" for label in LABELS]
+    start = time.process_time()
+    assert len(set(find_copies(asked))) == 2
+    assert time.process_time() - start < 20
+
+
+def test_messages_that_all_conversations_begin_with_make_no_copies() -> None:
+    system = Message(role="system", content=LONG)
+    rows = [
+        Completion(
+            id=str(n),
+            prompt_set="harmful",
+            prompt=(system, Message(role="user", content=f"flarn the {label}")),
+            text="No.",
+        )
+        for n, label in enumerate(LABELS[:8])
+    ]
+    assert len({row.group for row in collect_evidence(rows, {}, {}, {})}) == 8

@@ -8,6 +8,7 @@ import pytest
 from scipy.stats import t as student
 
 from stayaligned.core.records import Metric, Outcome
+from stayaligned.data.copies import compare_prompts
 from stayaligned.evaluation.results import JudgeIdentity
 from stayaligned.report.comparing import HARM
 from support.reports import arm_of, experiment, hits, measured, report_of
@@ -206,3 +207,43 @@ def test_every_interval_holds_for_few_prompts_and_seeds_at_the_ends_of_the_scale
         assert 0 <= estimate.low <= estimate.mean <= estimate.high <= 1
         assert estimate.high - estimate.low > 0.05
         assert -1 <= difference.low <= difference.mean <= difference.high <= 1
+
+
+def sketched(runs, text):
+    """Return runs whose rows have the sketches of a text for each prompt, from the seed and the prompt's number."""
+
+    def with_sketches(seed, rows):
+        compared = compare_prompts([text(seed, int(row.id)) for row in rows])
+        return [
+            row.model_copy(update={"sketch": one.whole, "own_sketch": one.own})
+            for row, one in zip(rows, compared, strict=True)
+        ]
+
+    return [(run, with_sketches(run.seed, rows)) for run, rows in runs]
+
+
+def test_near_copies_in_other_seeds_and_arms_are_one_prompt():
+    rng = np.random.default_rng(1)
+    reference, other = draw(rng, 3, 40, 0.6), draw(rng, 3, 40, 0.3)
+    shared = arm_of(report_of([*runs("SFT", reference), *runs("A", other, LISA)]), "A")
+    own = [
+        *itertools.chain(*(runs("SFT", [row], prompts=f"{s}-") for s, row in enumerate(reference))),
+        *itertools.chain(*(runs("A", [row], LISA, prompts=f"{s}-") for s, row in enumerate(other))),
+    ]
+    own = [(run.model_copy(update={"seed": n % 3, "id": f"{run.id}-{n}"}), rows) for n, (run, rows) in enumerate(own)]
+    near = arm_of(report_of(sketched(own, lambda seed, n: f"flarn{n} the zorb{n} without wug{n} {seed}")), "A")
+    apart = arm_of(report_of(sketched(own, lambda seed, n: f"flarn{n} the zorb{seed} without wug{seed}x{n}")), "A")
+    for found in (near, apart):
+        assert found.estimates[HARM].mean == pytest.approx(shared.estimates[HARM].mean)
+    assert near.estimates[HARM].low == pytest.approx(shared.estimates[HARM].low)
+    assert near.differences[HARM].paired.low == pytest.approx(shared.differences[HARM].paired.low)
+    assert apart.estimates[HARM].low != pytest.approx(shared.estimates[HARM].low)
+
+
+def test_a_text_that_most_prompts_share_is_a_caution():
+    template = " ".join(f"w{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(90))
+    found = runs("SFT", draw(np.random.default_rng(1), 1, 40))
+    report = report_of(sketched(found, lambda seed, n: f"{template} flarn{n} zorb{n} wug{n}"))
+    assert any("40 prompts if that text is a template, and 1 if not" in caution for caution in report.cautions)
+    report = report_of(sketched(found, lambda seed, n: f"flarn{n} zorb{n} wug{n}"))
+    assert not any("template" in caution for caution in report.cautions)

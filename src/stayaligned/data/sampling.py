@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Example
+from stayaligned.data.shingles import split_words, word_triples
 
 
 def sample(examples: Sequence[Example], n: int, rng: random.Random) -> list[Example]:
@@ -62,7 +63,7 @@ def find_overlaps(train: Sequence[Example], evaluation: Sequence[Example], *, si
         evaluation: the evaluation rows.
         similarity: the threshold, above 0 and at most 1; 1 finds equal prompts only.
     """
-    left, right = ([_triples(_words(e.prompt[-1].content)) for e in rows] for rows in (train, evaluation))
+    left, right = ([word_triples(split_words(e.prompt[-1].content)) for e in rows] for rows in (train, evaluation))
     return [
         Overlap(train[one].id, evaluation[other].id, score)
         for one, other, score in _similar_pairs(left, right, similarity)
@@ -93,59 +94,7 @@ def _similar_pairs(
                 yield position, number, score
 
 
-def find_copies(prompts: Sequence[str], *, similarity: float = 0.8) -> list[int]:
-    """Return for each prompt the index of the first prompt that it is a copy or a near copy of (its own, if of none).
-
-    Near copies share `similarity` of their word triples (Jaccard), as in `find_overlaps`, or are linked by prompts that
-    do. Case, punctuation, and numbers beside four words or more are ignored. So are triples that more than half of the
-    prompts share: they are a template around what is asked.
-
-    Args:
-        prompts: the texts of the prompts.
-        similarity: the threshold, above 0 and at most 1.
-    """
-    words = [_plain_words(prompt) for prompt in prompts]
-    distinct = {tuple(one) for one in words}
-    triples = {one: _triples(one) for one in distinct}
-    frequency = Counter(triple for found in triples.values() for triple in found)
-    template = {triple for triple, count in frequency.items() if count > max(_FEWEST_IN_TEMPLATE, len(distinct) / 2)}
-    first: dict[tuple[str, ...], int] = {}
-    rows: list[frozenset[str]] = []
-    places: list[int] = []
-    for index, one in enumerate(words):
-        if tuple(one) not in first:
-            first[tuple(one)] = index
-            rows.append(triples[tuple(one)] - template)
-            places.append(index)
-    parents = list(range(len(rows)))
-
-    def root(index: int) -> int:
-        while parents[index] != index:
-            index = parents[index]
-        return index
-
-    for one, other, _ in _similar_pairs(rows, rows, similarity):
-        low, high = sorted((root(one), root(other)))
-        parents[high] = low
-    group = {place: places[root(index)] for index, place in enumerate(places)}
-    return [group[first[tuple(one)]] for one in words]
-
-
-_FEWEST_IN_TEMPLATE = 10
-"""Prompts that a triple must exceed to belong to a template: of few prompts, half may well be copies."""
-
-
 def _words(text: str) -> list[str]:
+    """Return the words by which a row is held out: they never change, so that a row stays where it is."""
     text = unicodedata.normalize("NFKC", text).casefold()
     return re.findall(r"\w+", text) or [text.strip()]
-
-
-def _plain_words(text: str) -> list[str]:
-    """Return the words without numbers, if four or more words remain."""
-    words = _words(text)
-    plain = [word for word in words if not word.isdigit()]
-    return plain if len(plain) >= 4 else words
-
-
-def _triples(words: Sequence[str]) -> frozenset[str]:
-    return frozenset(" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2)))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Message, Metric, Outcome, PromptSet, Verdict
-from stayaligned.data.sampling import find_copies
+from stayaligned.data.copies import PromptSketch, compare_prompts
 from stayaligned.evaluation import metrics
 from stayaligned.evaluation.judges import Judge
 from stayaligned.evaluation.results import (
@@ -158,14 +158,13 @@ def collect_evidence(
 ) -> Iterable[Evidence]:
     """Yield one row per completion: the outcome of every judge, the task's score, and whether it is degenerate."""
     found = {name: {(v.prompt_set, v.id): v for v in rows} for name, rows in verdicts.items()}
-    groups = group_prompts(completions)
-    for completion, group in zip(completions, groups, strict=True):
+    for completion, known in zip(completions, sketch_prompts(completions), strict=True):
         place = (completion.prompt_set, completion.id)
         own = {name: rows[place] for name, rows in found.items() if place in rows}
         yield Evidence(
             prompt_set=completion.prompt_set,
             id=completion.id,
-            prompt=prompt_hash(completion.prompt),
+            prompt=known.prompt,
             category=completion.category,
             outcomes={name: verdict.outcome for name, verdict in own.items()},
             judge_scores={name: v.score for name, v in own.items() if v.score is not None},
@@ -173,28 +172,38 @@ def collect_evidence(
             degenerate=degenerate.get(place),
             completion=_short_hash(completion.text),
             cut=not completion.finished,
-            group=group,
+            group=known.group,
+            sketch=known.whole,
+            own_sketch=known.own,
         )
 
 
-def group_prompts(completions: Sequence[Completion]) -> list[str]:
-    """Return for each completion the hash of the prompt that it counts as.
+def sketch_prompts(completions: Sequence[Completion]) -> list[PromptSketch]:
+    """Return for each completion the hash of its prompt, of the prompt that it counts as, and what copies are found by.
 
     Copies and near copies of a judged prompt count as one. Prompts of tasks count as one only if they are equal: they
     often differ in a few words of a long instruction, and have different references.
     """
-    groups = [prompt_hash(completion.prompt) for completion in completions]
+    hashes = [prompt_hash(completion.prompt) for completion in completions]
+    found = [PromptSketch(one, one, "", "") for one in hashes]
     for prompt_set in JUDGED:
         places = [index for index, c in enumerate(completions) if c.prompt_set == prompt_set]
-        texts = ["\n".join(message.content for message in completions[index].prompt) for index in places]
-        copies: dict[int, list[int]] = {}
-        for index, first in zip(places, find_copies(texts), strict=True):
-            copies.setdefault(first, []).append(index)
-        for members in copies.values():
-            smallest = min(groups[index] for index in members)  # the same in any order of the prompts
-            for index in members:
-                groups[index] = smallest
-    return groups
+        compared = compare_prompts(_own_texts([completions[index].prompt for index in places]))
+        smallest: dict[int, str] = {}  # the same in any order of the prompts
+        for index, one in zip(places, compared, strict=True):
+            smallest[one.first] = min(hashes[index], smallest.get(one.first, hashes[index]))
+        for index, one in zip(places, compared, strict=True):
+            found[index] = PromptSketch(hashes[index], smallest[one.first], one.whole, one.own)
+    return found
+
+
+def _own_texts(prompts: Sequence[Sequence[Message]]) -> list[str]:
+    """Return the text of each conversation without the messages that all of them begin with, as a system prompt."""
+    first = prompts[0] if prompts else ()
+    start = 0
+    while all(len(prompt) > start + 1 and prompt[start] == first[start] for prompt in prompts) and prompts:
+        start += 1
+    return ["\n".join(message.content for message in prompt[start:]) for prompt in prompts]
 
 
 def prompt_hash(prompt: Sequence[Message]) -> str:

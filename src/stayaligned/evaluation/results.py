@@ -99,6 +99,11 @@ class Evidence(Record):
     group: str = ""
     """The smallest hash of the prompts that this prompt is a copy or a near copy of: equal for prompts that count as
     one. Empty in older results."""
+    sketch: str = ""
+    """Hashes of word triples of the prompt, 6 hex digits each, at most 48: the prompt's near copies in other results
+    are found by it. Empty in older results, and for prompts of tasks."""
+    own_sketch: str = ""
+    """The same of the words beside a template that most prompts share; empty if there is no template."""
 
 
 class Agreement(Record):

@@ -11,10 +11,16 @@ from statistics import fmean
 
 from stayaligned.core.errors import StayalignedError, nearest
 from stayaligned.core.records import Metric, PromptSet
+from stayaligned.evaluation.copies import join_rows, note_templates
 from stayaligned.evaluation.results import Agreement, Evidence, Result
 from stayaligned.evaluation.rows import result_rows
 from stayaligned.report.background import collect_facts, collect_notes, collect_prompts, collect_times
-from stayaligned.report.estimating import estimate_categories, estimate_metrics, estimate_other_judges
+from stayaligned.report.estimating import (
+    RunWithRows,
+    estimate_categories,
+    estimate_metrics,
+    estimate_other_judges,
+)
 from stayaligned.report.texts import join_names
 from stayaligned.report.training import collect_trainings
 from stayaligned.report.values import (
@@ -57,7 +63,7 @@ def build_report(
     groups = _group_by_arm(results, reference)
     threat = _threat(results, reference)
     measured = _collect_metrics(results)
-    rows = {name: [(run, (evidence or {}).get(run.id, ())) for run in runs] for name, runs in groups.items()}
+    rows = _with_rows(groups, evidence or {})
     estimates = {name: estimate_metrics(runs, measured) for name, runs in rows.items()}
     comparable = {name for name, runs in groups.items() if all(_threat_of(run) == threat for run in runs)}
     compared = compare_arms(rows, estimates, comparable, reference)
@@ -89,7 +95,11 @@ def build_report(
         reference=reference,
         summary=summarize(arms, reference),
         findings=tuple(list_findings(arms, reference)),
-        cautions=(*cautions, *list_cautions(arms, reference, judges)),
+        cautions=(
+            *cautions,
+            *note_templates([of for runs in rows.values() for _, of in runs]),
+            *list_cautions(arms, reference, judges),
+        ),
         notes=collect_notes(results),
         metrics=tuple(measured),
         judge=" / ".join(judges),
@@ -107,6 +117,15 @@ def build_report(
         rows=tuple(result_rows(results)),
         gate=gate,
     )
+
+
+def _with_rows(
+    arms: Mapping[str, Sequence[Result]], evidence: Mapping[str, Sequence[Evidence]]
+) -> dict[str, list[RunWithRows]]:
+    """Return the results of each arm with their evidence; copies and near copies of a prompt are one in all of them."""
+    runs = [run for found in arms.values() for run in found]
+    joined = iter(join_rows([evidence.get(run.id, ()) for run in runs]))
+    return {name: [(run, next(joined)) for run in found] for name, found in arms.items()}
 
 
 def _group_by_arm(results: Sequence[Result], reference: str | None) -> dict[str, list[Result]]:
