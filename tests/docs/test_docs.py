@@ -173,7 +173,7 @@ def test_every_make_target_has_a_help_text() -> None:
 
 
 def test_ci_runs_the_checks_and_every_test() -> None:
-    assert make_targets_in((ROOT / ".ci" / "run").read_text()) == {"check", "test", "slow"}
+    assert make_targets_in((ROOT / ".ci" / "run").read_text()) == {"check", "test", "slow", "release-check"}
     assert "test" in make_targets_in((ROOT / "README.md").read_text())
 
 
