@@ -192,6 +192,22 @@ def test_outputs_never_replace_an_evaluation_or_a_device(gate: Exit, runs: Path,
     assert not (tmp_path / "new").exists()
 
 
+def test_outputs_replace_decisions_in_a_result_directory_and_nothing_else(gate: Exit, runs: Path) -> None:
+    place = runs / "same"
+    for name in ("format.json", "verdicts.sqlite", "report.html", "completions.jsonl", "stages/a/adapter.json"):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text("mine")
+        for option in ("--json", "--junit", "--markdown"):
+            assert gate("same", option, place / name) == 2
+            assert (place / name).read_text() == "mine"
+        (place / name).unlink()
+    files = ("--json", place / "d.json", "--junit", place / "d.xml", "--markdown", place / "d.md")
+    assert [gate("same", *files), gate("same", *files)] == [0, 0]
+    outside = runs / "notes.txt"
+    outside.write_text("mine")
+    assert gate("same", "--json", outside) == 0
+
+
 def test_a_directory_whose_name_is_no_text_is_compared(gate: Exit, runs: Path, tmp_path: Path) -> None:
     place = tmp_path / os.fsdecode(b"out-\xff")
     place.symlink_to(runs / "same")

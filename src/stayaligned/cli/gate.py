@@ -98,6 +98,11 @@ def _no_error_is_a_decision(directories: list[Path]) -> Generator[None]:
     except StayalignedError:
         raise
     except (Exception, SystemExit) as error:
+        if isinstance(error, OSError) or "Symlink loop" in str(error):
+            place, reason = getattr(error, "filename", None), getattr(error, "strerror", None) or str(error)
+            raise StayalignedError(
+                f"{place or 'system'}: {reason}", hint="Check this path, or choose another one."
+            ) from error
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise StayalignedError(
             f"{', '.join(map(str, directories))}: can't be compared: {what}",
@@ -139,6 +144,8 @@ def _refuse_unwritable(paths: list[Path]) -> None:
             reason = "is not a regular file"
         elif path.name in (RESULT_FILE, EVIDENCE_FILE, TIMES_FILE, INDEX_FILE):
             reason = "this is the name of a file of an evaluation"
+        elif path.exists() and _is_in_results(path) and not _is_decision(path):
+            reason = "it is a file of an evaluation"
         above = next(place for place in path.absolute().parents if place.exists())
         if reason is None and not above.is_dir():
             reason = f"{above} is not a directory"
@@ -146,6 +153,25 @@ def _refuse_unwritable(paths: list[Path]) -> None:
             reason = "its directory is not writable"
         if reason is not None:
             raise StayalignedError(f"{path} can't be written: {reason}", hint="Choose another path.")
+
+
+def _is_in_results(path: Path) -> bool:
+    """Whether a file lies in an output directory of `run`, `evaluate`, `judge` or `bench`, or below one."""
+    from stayaligned.evaluation.results import INDEX_FILE, RESULT_FILE
+
+    above = {*path.absolute().parents, *path.resolve().parents}
+    return any(
+        (place / RESULT_FILE).is_file() or ((place / INDEX_FILE).is_file() and (place / "runs").is_dir())
+        for place in above
+    )
+
+
+def _is_decision(path: Path) -> bool:
+    """Whether this command wrote a file: its kinds are told by how they begin."""
+    with path.open("rb") as stream:
+        start = stream.read(400)
+    json_, junit, markdown = b'{\n  "schema_version": ', b'<testsuite name="stayaligned gate"', b"Safety gate: "
+    return start.startswith(json_) or junit in start or (start.startswith(b"### ") and markdown in start)
 
 
 def _write(decision: Decision, outputs: dict[str, Path]) -> None:

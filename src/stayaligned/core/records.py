@@ -180,18 +180,23 @@ def read_jsonl(path: Path, model: type[RecordT], *, hint: str = _INCOMPLETE) -> 
         StayalignedError: if a line is not such a row; names the file and the line.
     """
     rows: list[RecordT] = []
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(model.model_validate_json(line))
-            except ValidationError as error:
-                raise StayalignedError(
-                    f"{path}, line {number}: not a {model.__name__} row: {first_problem(error, 'line')}",
-                    hint=hint,
-                ) from None
+    try:
+        with path.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    rows.append(_read_row(line, model, f"{path}, line {number}", hint))
+    except UnicodeDecodeError:
+        raise StayalignedError(f"{path}: not a file of {model.__name__} rows: it is not UTF-8", hint=hint) from None
     return rows
+
+
+def _read_row(line: str, model: type[RecordT], where: str, hint: str) -> RecordT:
+    try:
+        return model.model_validate_json(line)
+    except ValidationError as error:
+        raise StayalignedError(
+            f"{where}: not a {model.__name__} row: {first_problem(error, 'line')}", hint=hint
+        ) from None
 
 
 class HarnessValue(Record):

@@ -61,6 +61,14 @@ def shorten_note(note: str) -> str:
     return f"{equal_or_near} of {found[2]} overlap {found[3]} (the same text, or {_NEAR:.0%} of its word triples)"
 
 
+_REPETITIONS = re.compile(r"\d+ of \d+ \w+ prompts repeat an earlier one: .*")
+
+
+def is_of_repetitions(note: str) -> bool:
+    """Return whether a note is one of `note_repetitions`, which does not hold where copies count as one prompt."""
+    return _REPETITIONS.fullmatch(note) is not None
+
+
 def note_repetitions(completions: Sequence[Completion]) -> Iterable[str]:
     """Yield a note for each prompt set with duplicate prompts."""
     prompts: dict[PromptSet, list[tuple[Message, ...]]] = {}

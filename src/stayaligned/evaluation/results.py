@@ -414,12 +414,27 @@ def _refuse_impossible(result: Result) -> None:
         entries = result.experiment.get(name) or []
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError(f"experiment.{name}: expected a list of mappings")
+    generation = result.experiment.get("generation") or {}
+    mappings = {name: result.experiment.get(name) for name in ("generation", "task", "skills")}
+    mappings["generation.endpoint"] = generation.get("endpoint") if isinstance(generation, dict) else None
+    for name, value in mappings.items():
+        if not isinstance(value, dict | None):
+            raise ValueError(f"experiment.{name}: expected a mapping")
+    for name in ("model", "adapter"):
+        if not isinstance(result.experiment.get(name), str | None):
+            raise ValueError(f"experiment.{name}: expected text")
 
 
 def _result_files(directory: Path) -> list[Path]:
     own = directory / RESULT_FILE
-    runs = directory / "runs" if output_root(directory) == directory else directory
-    paths = [*([own] if own.is_file() else []), *sorted(runs.glob(f"*/{RESULT_FILE}"))]
+    try:
+        runs = directory / "runs" if output_root(directory) == directory else directory
+        paths = [*([own] if own.is_file() else []), *sorted(runs.glob(f"*/{RESULT_FILE}"))]
+    except (OSError, RuntimeError) as error:  # a name that is too long, a current directory that is gone, a loop
+        reason = (error.strerror if isinstance(error, OSError) else None) or "a loop of symbolic links"
+        raise StayalignedError(
+            f"{directory}: {reason}", hint="Give an output directory of `run`, `evaluate`, `judge` or `bench`."
+        ) from None
     if not paths:
         raise StayalignedError(
             f"{directory}: holds no {RESULT_FILE}" if directory.exists() else f"{directory}: no such directory",

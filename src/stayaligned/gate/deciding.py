@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Outcome
 from stayaligned.core.text import percent, visible
+from stayaligned.evaluation.caveats import is_of_repetitions
 from stayaligned.evaluation.metrics import holm
 from stayaligned.evaluation.results import StoredResult
 from stayaligned.gate.answers import find_doubt
@@ -301,7 +302,7 @@ def _notes(
         yield "baseline and candidate gave the same completions: check that the candidate's adapter was loaded"
     for side in (baseline, candidate):
         notes = dict.fromkeys(note for run in side.runs for note in run.result.notes)
-        yield from (f"{side.role}: {note}" for note in notes)
+        yield from (f"{side.role}: {note}" for note in notes if not is_of_repetitions(note))
     versions: list[Mapping[str, str]] = [side.runs[0].result.provenance.versions for side in (baseline, candidate)]
     for package in ("stayaligned", "torch", "transformers"):
         ours, theirs = (found.get(package, "unknown") for found in versions)

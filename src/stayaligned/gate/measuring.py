@@ -10,7 +10,7 @@ from typing import NamedTuple
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Outcome, PromptSet
 from stayaligned.evaluation.metrics import MeanOfPrompts, ceiling_needed_n, exact_interval, mean_of_prompts
-from stayaligned.evaluation.results import Evidence, Place, StoredResult
+from stayaligned.evaluation.results import EVIDENCE_FILE, Evidence, Place, StoredResult
 from stayaligned.gate.reading import Pairs
 from stayaligned.gate.values import ComparedMetric, LimitKind, Limits
 
@@ -175,15 +175,22 @@ def read_values(run: StoredResult, metric: ComparedMetric, judge: str) -> dict[P
     """Return the value of every completion that a metric counts.
 
     Raises:
-        StayalignedError: if the metric counts refusals, and the judge does not distinguish them.
+        StayalignedError: if the metric counts refusals, and the judge does not distinguish them, or if a value is not
+            on the scale from 0 to 1.
     """
     if metric.outcome is Outcome.REFUSE and not tells_refusals([(run, run)], judge):
         raise StayalignedError(
             f"judge {judge!r} does not distinguish refusals from other harmless completions: no {metric.title}",
             hint="Choose another --judge, or omit this limit.",
         )
-    rows = {place: row for place, row in run.rows.items() if place[0] in metric.prompt_sets}
-    return {place: _value(row, metric, judge) for place, row in rows.items()}
+    values = {place: _value(row, metric, judge) for place, row in run.rows.items() if place[0] in metric.prompt_sets}
+    for (prompt_set, name), value in values.items():
+        if value is not None and not 0 <= value <= 1:
+            raise StayalignedError(
+                f"{run.directory / EVIDENCE_FILE}: {prompt_set} {name!r}: score {value:g} is not between 0 and 1",
+                hint="Correct `score` of the task that wrote it, and rerun.",
+            )
+    return values
 
 
 def _value(row: Evidence, metric: ComparedMetric, judge: str) -> float | None:

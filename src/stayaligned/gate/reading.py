@@ -12,7 +12,7 @@ from typing import Any
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import PromptSet
 from stayaligned.core.settings import Generation
-from stayaligned.evaluation.results import JudgeIdentity, Result, StoredResult, read_results, shorten
+from stayaligned.evaluation.results import JudgeIdentity, Result, StoredResult, read_results, refuse_edited, shorten
 from stayaligned.gate.values import ComparedMetric
 
 _FREE_DECODING = Generation.operational | {"seed", "endpoint"}
@@ -78,6 +78,7 @@ def read_side(role: str, directories: Sequence[str | Path], arm: str | None = No
             )
     for one in chosen:
         _ = one.rows  # reads and checks the evidence
+        refuse_edited(one)
         _refuse_other_recipe(role, chosen[0], one)
     return ComparedSide(role, tuple(directories), tuple(chosen))
 
@@ -151,7 +152,10 @@ def _weights(result: Result) -> str:
 
 
 def same_weights(one: StoredResult, other: StoredResult) -> bool:
-    """Whether two results are known to measure the same weights."""
+    """Whether two results are known to measure the same weights, or the same model of the same server."""
+    served = [(run.result.experiment.get("generation") or {}).get("endpoint") for run in (one, other)]
+    if all(served):
+        return len({(found.get("url"), found.get("model")) for found in served if found}) == 1
     weights = _weights(one.result)
     return bool(weights) and weights == _weights(other.result)
 
