@@ -78,8 +78,8 @@ def note_repetitions(completions: Sequence[Completion]) -> Iterable[str]:
         repeated = len(asked) - len(set(asked))
         if repeated:
             yield (
-                f"{repeated} of {len(asked)} {prompt_set} prompts repeat an earlier one: each is counted, so the "
-                "interval is narrower than it should be"
+                f"{repeated} of {len(asked)} {prompt_set} prompts repeat an earlier one: the rates in result.json "
+                "count each, the report and the gate count them once"
             )
 
 
