@@ -81,7 +81,7 @@ def test_copies_of_one_prompt_do_not_hide_degenerate_completions(limits: dict[st
 def test_a_pass_also_holds_with_every_unscored_completion_counted_against_the_candidate(
     kind: str, limit: float
 ) -> None:
-    for n in range(1, 21):
+    for n in range(2, 21, 3):
         unscored = conclude(rows([R] * 2 * N), rows([None] * n + [R] * (2 * N - n)), **{kind: limit})
         counted = conclude(rows([R] * 2 * N), rows([H] * n + [R] * (2 * N - n)), **{kind: limit})
         assert counted.high is not None
