@@ -1,6 +1,7 @@
 """Shared by all tests: one thread, no network, no deadline for hypothesis, the command in-process, a small world."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 settings.register_profile("shared-cores", deadline=None, database=None)
 settings.load_profile("shared-cores")
+
+BROWSER_ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -47,6 +57,23 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     from support.host_limits import out_of_reach
 
     return True if str(collection_path.relative_to(config.rootpath)) in out_of_reach() else None
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Return headless Chromium; skip, or fail where a browser is required, if there is none."""
+    executable = shutil.which("chromium")
+    if executable is None:
+        message = "no chromium: install the Debian package `chromium`"
+        if os.environ.get("STAYALIGNED_REQUIRE_BROWSER") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=BROWSER_ARGUMENTS)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """The documentation site in a real browser: every page, light and dark, on a phone and on a desk."""
 
-import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -15,7 +13,6 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "build" / "docs"
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 MINIMUM_PAGES = 40
 KINDS = {
     *(
@@ -65,22 +62,6 @@ def address():
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     server.server_close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    executable = shutil.which("chromium")
-    if executable is None:
-        message = "no chromium: install the Debian package `chromium`"
-        if os.environ.get("STAYALIGNED_REQUIRE_BROWSER") == "1":
-            pytest.fail(message)
-        pytest.skip(message)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (390, "dark")])

@@ -10,6 +10,7 @@ import pytest
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Metric
+from stayaligned.core.settings import Endpoint
 from stayaligned.gate import Limits, decide, read_side
 from support.runs import ComparedSide, evidence, identity, outcomes, prompt_hash, write_run
 
@@ -103,10 +104,18 @@ def test_no_note_says_that_copies_are_counted_each(tmp_path: Path) -> None:
     assert not any("each is counted" in note for note in found)
 
 
-@pytest.mark.parametrize(("models", "noted"), [("mmm", True), ("mno", False)])
-def test_samples_of_one_served_model_are_named_so(models: str, noted: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("served", "noted"),
+    [
+        ([("http://a/v1", "m")] * 3, True),
+        ([("http://a/v1", "m"), ("http://a/v1", "n"), ("http://a/v1", "o")], False),
+        ([("http://a/v1", "m"), ("http://b/v1", "m"), ("http://c/v1", "m")], False),
+    ],
+    ids=["one model", "three models", "three servers"],
+)
+def test_samples_of_one_served_model_are_named_so(served: list[tuple[str, str]], noted: bool, tmp_path: Path) -> None:
     def side(role: str) -> ComparedSide:
-        endpoints = [{"url": "http://x", "model": model} for model in models]
+        endpoints = [Endpoint(base_url=url, model=model).model_dump() for url, model in served]
         return read_side(
             role,
             [

@@ -1,7 +1,5 @@
 """The report in a real browser: no requests, no scripts but its own, usable by keyboard and on a phone."""
 
-import os
-import shutil
 from importlib.resources import files
 
 import pytest
@@ -12,31 +10,7 @@ from stayaligned.report import build_report, write_report
 
 pytestmark = pytest.mark.browser
 
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 ATTACK = "</script></pre><img src=https://example.org/x onerror=alert(1)><script>alert(2)</script>"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    executable = shutil.which("chromium")
-    if executable is None:
-        message = "no chromium: install the Debian package `chromium`"
-        if os.environ.get("STAYALIGNED_REQUIRE_BROWSER") == "1":
-            pytest.fail(message)
-        pytest.skip(message)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

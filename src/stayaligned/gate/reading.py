@@ -155,7 +155,7 @@ def same_weights(one: StoredResult, other: StoredResult) -> bool:
     """Whether two results are known to measure the same weights, or the same model of the same server."""
     served = [(run.result.experiment.get("generation") or {}).get("endpoint") for run in (one, other)]
     if all(served):
-        return len({(found.get("url"), found.get("model")) for found in served if found}) == 1
+        return len({(found.get("base_url"), found.get("model")) for found in served if found}) == 1
     weights = _weights(one.result)
     return bool(weights) and weights == _weights(other.result)
 
