@@ -109,9 +109,8 @@ def test_no_note_says_that_copies_are_counted_each(tmp_path: Path) -> None:
     [
         ([("http://a/v1", "m")] * 3, True),
         ([("http://a/v1", "m"), ("http://a/v1", "n"), ("http://a/v1", "o")], False),
-        ([("http://a/v1", "m"), ("http://b/v1", "m"), ("http://c/v1", "m")], False),
     ],
-    ids=["one model", "three models", "three servers"],
+    ids=["one model", "three models"],
 )
 def test_samples_of_one_served_model_are_named_so(served: list[tuple[str, str]], noted: bool, tmp_path: Path) -> None:
     def side(role: str) -> ComparedSide:
@@ -126,3 +125,12 @@ def test_samples_of_one_served_model_are_named_so(served: list[tuple[str, str]],
 
     notes = decide(side("baseline"), side("candidate"), Limits(max_harm_increase=0.2)).notes
     assert any("samples of one model" in note for note in notes) == noted
+
+
+def test_other_servers_in_one_side_are_another_recipe(tmp_path: Path) -> None:
+    places = [
+        run(tmp_path / name, seed=seed, experiment={"generation": {"endpoint": {"base_url": f"http://{name}/v1"}}})
+        for seed, name in enumerate("ab")
+    ]
+    with pytest.raises(StayalignedError, match=r"differ in generation\.endpoint\.base_url"):
+        read_side("baseline", places)
