@@ -33,7 +33,7 @@ quick: $(STAMP)  ## run the tests of pure functions and small files (under a min
 test: $(STAMP)  ## run every test that is not marked slow
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-slow: $(STAMP) $(REAL)  ## run the slow tests: killed processes, process groups, servers, a real model
+slow: $(STAMP) $(REAL)  ## run the slow tests: killed processes, process groups, servers, whole grids, pages, a real model
 	$(BIN)/python -m pytest -n 2 -m slow
 
 hosts: $(STAMP)  ## run the tests of the host libraries on the oldest versions, LLaMA-Factory's, axolotl's and the newest

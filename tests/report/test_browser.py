@@ -221,6 +221,7 @@ def test_text_has_enough_contrast(page):
     assert ratio >= 4.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_axe_finds_no_serious_fault(browser, address, width, scheme):

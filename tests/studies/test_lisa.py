@@ -130,6 +130,7 @@ ARMS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 def test_a_finished_grid_is_read_and_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,6 +160,7 @@ def test_a_finished_grid_is_read_and_written(
     assert content == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
+@pytest.mark.slow
 def test_numbers_that_differ_between_directories_are_refused(tmp_path: Path) -> None:
     spec = experiment(write_world(tmp_path / "world"))
     spec["training"] |= {"max_steps": 1}

@@ -199,6 +199,7 @@ def tiny_grid(root: Path, **changes: Any) -> Grid:
     return Grid(base=spec, axes={"seed": [0, 1], "arm": ARMS})
 
 
+@pytest.mark.slow
 def test_a_finished_grid_becomes_a_page_a_figure_and_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -293,6 +294,7 @@ def patched_and_before(root: Path, world: Path, defenses: list[Any], patch: Comp
     return [load_file(path / "adapter_model.safetensors") for path in (root / "patched", before / "adapter")]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("attacker")
 @pytest.mark.parametrize("side", ["both", "left", "right"])
 def test_the_complement_removes_nothing_from_an_adapter_trained_under_it(tmp_path: Path, side: Any) -> None:
