@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from stayaligned.core.records import Message
+from stayaligned.core.records import Completion, Message, Outcome, Verdict, write_jsonl
+from stayaligned.evaluation.completions import COMPLETIONS_FILE
 from stayaligned.evaluation.labelling.store import LabelStore
 from stayaligned.evaluation.labelling.values import Choice, Design, DrawnCompletion, DrawnItem
+from stayaligned.evaluation.measure import collect_evidence
 from stayaligned.evaluation.results import JudgeIdentity
+from support.runs import write_run
 
 
 def short_hash(text: str) -> str:
@@ -57,3 +61,30 @@ def label_all(store: LabelStore, index: int, outcome: Choice, labeller: str = "a
     """Give one outcome to each completion of the item at `index` in the order of the draw."""
     item = store.design.items[index]
     return store.append([store.label(item.id, key[2], outcome, labeller) for key in item.questions()])
+
+
+def write_judged_run(
+    directory: Path,
+    judges: Mapping[str, Sequence[Outcome | None]],
+    benign: Mapping[str, Sequence[Outcome | None]] | None = None,
+    *,
+    arm: str = "tuned",
+    model: str = "",
+    texts: Sequence[str] = (),
+    **changes: Any,
+) -> Path:
+    """Write a result with its completions, judged as given; the texts are of this arm and seed unless given."""
+    completions: list[Completion] = []
+    verdicts: dict[str, list[Verdict]] = {name: [] for name in judges}
+    for prompt_set, judged in (("harmful", judges), ("benign", benign or {})):
+        for index in range(max(map(len, judged.values()), default=0)):
+            question = Message(role="user", content=f"how to flarn zorb {prompt_set} {index}")
+            text = texts[index] if index < len(texts) else f"{arm} {changes.get('seed', 0)} {prompt_set} {index}"
+            key = f"{prompt_set}-{index}"
+            completions.append(Completion(id=key, prompt_set=prompt_set, prompt=(question,), text=text))
+            for name, found in judged.items():
+                verdicts[name].append(Verdict(id=key, prompt_set=prompt_set, judge=name, outcome=found[index]))
+    changes = {"provenance": {"inputs": {"model": f"sha256:{model or arm}"}}, **changes}
+    write_run(directory, [*collect_evidence(completions, verdicts, {}, {})], arm=arm, **changes)
+    write_jsonl(directory / COMPLETIONS_FILE, completions)
+    return directory

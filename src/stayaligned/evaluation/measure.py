@@ -170,7 +170,7 @@ def collect_evidence(
             judge_scores={name: v.score for name, v in own.items() if v.score is not None},
             score=scores.get(place),
             degenerate=degenerate.get(place),
-            completion=_short_hash(completion.text),
+            completion=text_hash(completion.text),
             cut=not completion.finished,
             group=known.group,
             sketch=known.whole,
@@ -208,8 +208,9 @@ def _own_texts(prompts: Sequence[Sequence[Message]]) -> list[str]:
 
 def prompt_hash(prompt: Sequence[Message]) -> str:
     """Return what identifies a prompt: the first 16 hex digits of the conversation's SHA-256."""
-    return _short_hash(json.dumps([(m.role, m.content) for m in prompt], ensure_ascii=False))
+    return text_hash(json.dumps([(m.role, m.content) for m in prompt], ensure_ascii=False))
 
 
-def _short_hash(text: str) -> str:
+def text_hash(text: str) -> str:
+    """Return what identifies a completion: the first 16 hex digits of the text's SHA-256."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -443,6 +443,19 @@ def _result_files(directory: Path) -> list[Path]:
     return paths
 
 
+def identify_weights(result: Result) -> str:
+    """Return what identifies the weights that a result measured: a stage, or a fingerprint; empty if it is unknown."""
+    if (result.experiment.get("generation") or {}).get("endpoint"):
+        return ""
+    made = [path for name, path in result.provenance.stages.items() if name == "train" or name.startswith("patch ")]
+    if made:
+        return Path(made[-1]).name
+    inputs = result.provenance.inputs
+    if result.experiment.get("adapter"):
+        return inputs.get("adapter", "")
+    return inputs.get("model", "")
+
+
 def read_index(out: Path) -> dict[str, Any]:
     """Read what `bench` recorded about its grid: `title`, `reference`, `trainings` and the grid itself.
 

@@ -13,12 +13,18 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import fingerprint, write_text
 from stayaligned.core.progress import Progress, silent
 from stayaligned.core.provenance import commit, versions
-from stayaligned.core.records import Completion, PromptSet, read_jsonl, write_jsonl
+from stayaligned.core.records import Completion, PromptSet, write_jsonl
 from stayaligned.evaluation import caveats
+from stayaligned.evaluation.completions import (
+    COMPLETIONS_FILE,
+    check_completions,
+    read_completions,
+    stored_completions,
+)
 from stayaligned.evaluation.degeneration import Degeneration, check
 from stayaligned.evaluation.foreign import read_foreign
 from stayaligned.evaluation.judges import Judge
-from stayaligned.evaluation.measure import JUDGED, Judged, prompt_hash
+from stayaligned.evaluation.measure import JUDGED, Judged
 from stayaligned.evaluation.results import (
     RESULT_FILE,
     Place,
@@ -31,7 +37,6 @@ from stayaligned.evaluation.results import (
 from stayaligned.evaluation.verdicts import LEDGER_FILE, Ledger
 from stayaligned.experiments.assemble import describe_stages, find_inputs, read_notes, write_measured
 from stayaligned.experiments.config.yaml_file import dump_yaml, load_yaml
-from stayaligned.experiments.stages.generate import COMPLETIONS_FILE
 from stayaligned.experiments.stages.judge import Judging, judge_all
 from stayaligned.experiments.stages.keys import stage_key
 from stayaligned.experiments.stages.store import Store, collect_warnings
@@ -142,11 +147,11 @@ def _read_sources(source: Path, name: str, prompt_set: PromptSet | None, prompts
                 hint="--prompt-set and --prompts are for files of other tools.",
             )
         return {
-            str(stored.directory.relative_to(source)): _Source(_stored_completions(stored), stored.result, stored)
+            str(stored.directory.relative_to(source)): _Source(stored_completions(stored), stored.result, stored)
             for stored in read_results([source])
         }
     if source.is_file() and _is_own(source):
-        return {"": _Source(_read_completions(source, _EDITED), _describe_file(source), None)}
+        return {"": _Source(read_completions(source), _describe_file(source), None)}
     if not source.exists() and "?" not in name and not name.startswith("hf://"):
         raise StayalignedError(
             f"{source}: no such file or directory",
@@ -154,7 +159,7 @@ def _read_sources(source: Path, name: str, prompt_set: PromptSet | None, prompts
         )
     with collect_warnings() as warnings:
         found = read_foreign(name, prompt_set, prompts)
-    _check_completions(name, found)
+    check_completions(name, found)
     return {"": _Source(tuple(found), _describe_file(Path(name.partition("?")[0])), None, tuple(warnings))}
 
 
@@ -166,50 +171,6 @@ def _is_own(path: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(first, dict) and {"prompt_set", "prompt", "text", "reference", "finished"} <= first.keys()
-
-
-def _stored_completions(stored: StoredResult) -> tuple[Completion, ...]:
-    """Read the completions of a result: beside it, where `judge` writes them, or else in its stage."""
-    path = stored.directory / COMPLETIONS_FILE
-    if not path.exists():
-        path = stored.root / stored.result.provenance.stages.get("generate", "") / COMPLETIONS_FILE
-    completions = _read_completions(path, f"Delete {path.parent} and rerun the command that wrote it.")
-    if {place: row.prompt for place, row in stored.rows.items()} != {
-        (c.prompt_set, c.id): prompt_hash(c.prompt) for c in completions
-    }:
-        raise StayalignedError(
-            f"{path}: not the completions that {stored.directory / RESULT_FILE} was computed from",
-            hint="They were edited or exchanged; rerun the command that wrote them.",
-        )
-    return completions
-
-
-_EDITED = "The file is incomplete or was edited; give the whole file, as the command wrote it."
-
-
-def _read_completions(path: Path, hint: str) -> tuple[Completion, ...]:
-    try:
-        completions = read_jsonl(path, Completion, hint=hint)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise StayalignedError(
-            f"{path}: {reason}", hint="`judge` needs the completions in the `stages` of the run."
-        ) from None
-    _check_completions(path, completions)
-    return tuple(completions)
-
-
-def _check_completions(path: Path | str, completions: Sequence[Completion]) -> None:
-    if not any(c.prompt_set in JUDGED for c in completions):
-        raise StayalignedError(
-            f"{path}: nothing to judge: no completion of a harmful or benign prompt",
-            hint="Set `harmful_prompts` or `benign_prompts` in the run.",
-        )
-    duplicates = len(completions) - len({(c.prompt_set, c.id) for c in completions})
-    if duplicates:
-        raise StayalignedError(
-            f"{path}: {duplicates} duplicate ids", hint="Give each completion of a prompt set its own id."
-        )
 
 
 def _describe(source: _Source, judged: Sequence[Judged], out: Path) -> Result:

@@ -12,7 +12,15 @@ from typing import Any
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import PromptSet
 from stayaligned.core.settings import Generation
-from stayaligned.evaluation.results import JudgeIdentity, Result, StoredResult, read_results, refuse_edited, shorten
+from stayaligned.evaluation.results import (
+    JudgeIdentity,
+    Result,
+    StoredResult,
+    identify_weights,
+    read_results,
+    refuse_edited,
+    shorten,
+)
 from stayaligned.gate.values import ComparedMetric
 
 _FREE_DECODING = Generation.operational | {"seed", "endpoint"}
@@ -122,7 +130,7 @@ def find_repeated(side: ComparedSide) -> tuple[StoredResult, StoredResult] | Non
     no texts are known, equal outcomes show it unless they are one outcome throughout.
     """
     for one, other in itertools.combinations(side.runs, 2):
-        known = [_weights(run.result) for run in (one, other)]
+        known = [identify_weights(run.result) for run in (one, other)]
         sampled = (one.result.experiment.get("generation") or {}).get("temperature")
         if known[0] and known[0] == known[1] and not sampled:
             return one, other
@@ -138,26 +146,13 @@ def find_repeated(side: ComparedSide) -> tuple[StoredResult, StoredResult] | Non
     return None
 
 
-def _weights(result: Result) -> str:
-    """Return what identifies the weights that a result measured: a stage, or a fingerprint; empty if it is unknown."""
-    if (result.experiment.get("generation") or {}).get("endpoint"):
-        return ""
-    made = [path for name, path in result.provenance.stages.items() if name == "train" or name.startswith("patch ")]
-    if made:
-        return Path(made[-1]).name
-    inputs = result.provenance.inputs
-    if result.experiment.get("adapter"):
-        return inputs.get("adapter", "")
-    return inputs.get("model", "")
-
-
 def same_weights(one: StoredResult, other: StoredResult) -> bool:
     """Whether two results are known to measure the same weights, or the same model of the same server."""
     served = [(run.result.experiment.get("generation") or {}).get("endpoint") for run in (one, other)]
     if all(served):
         return len({(found.get("base_url"), found.get("model")) for found in served if found}) == 1
-    weights = _weights(one.result)
-    return bool(weights) and weights == _weights(other.result)
+    weights = identify_weights(one.result)
+    return bool(weights) and weights == identify_weights(other.result)
 
 
 def pair_runs(baseline: ComparedSide, candidate: ComparedSide) -> list[tuple[StoredResult, StoredResult]]:

@@ -73,10 +73,7 @@ class LabelStore:
             raise StayalignedError(
                 f"{directory}: is not empty, and holds no {DESIGN_FILE}", hint="Choose another --out."
             )
-        design = design.model_copy(update={"content_sha256": design.computed_sha256()})
-        with writable(directory):
-            write_text(directory / DESIGN_FILE, design.model_dump_json(indent=1) + "\n")
-        return cls(directory, design)
+        return cls(directory, _write_design(directory, design))
 
     @classmethod
     def open(cls, directory: Path) -> LabelStore:
@@ -191,6 +188,15 @@ class LabelStore:
                 return item
         return None
 
+    def resize(self, wanted: int) -> None:
+        """Change the number of items to label; the order of the draw stays.
+
+        Raises:
+            StayalignedError: if the design can't be written.
+        """
+        with self._locked():
+            self.design = _write_design(self.directory, self.design.model_copy(update={"wanted": wanted}))
+
     def progress(self, wanted: int | None = None) -> LabelProgress:
         """Count the labelled items among the first `wanted` ones (by default the number that the design was for)."""
         items = self.design.items[: self.design.wanted if wanted is None else wanted]
@@ -274,6 +280,14 @@ class LabelStore:
     def _end(self, descriptor: int) -> int:
         """Return the offset after the last complete line."""
         return os.pread(descriptor, os.fstat(descriptor).st_size, 0).rfind(b"\n") + 1
+
+
+def _write_design(directory: Path, design: Design) -> Design:
+    """Write a design with the hash of its content, and return it."""
+    design = design.model_copy(update={"content_sha256": design.computed_sha256()})
+    with writable(directory):
+        write_text(directory / DESIGN_FILE, design.model_dump_json(indent=1) + "\n")
+    return design
 
 
 def read_labels(directory: Path | str) -> LabelSet:

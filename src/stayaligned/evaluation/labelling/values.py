@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Literal
@@ -80,6 +80,15 @@ class DrawnItem(Record):
         return found
 
 
+def hash_frame(items: Iterable[DrawnItem]) -> str:
+    """Return the hash of what is labelled: policies, prompts and completions, in any order of arms and items."""
+    rows = sorted(
+        [str(item.seed), item.prompt_set, item.prompt, *sorted(f"{c.policy} {c.completion}" for c in item.completions)]
+        for item in items
+    )
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
 class Design(Record):
     """A random order of all items that may be labelled: any first part of it is a stratified random sample."""
 
@@ -87,7 +96,7 @@ class Design(Record):
     seed: int
     """Seed of the order."""
     wanted: int
-    """Number of items that were to be labelled when the design was drawn."""
+    """Number of items to label."""
     judge: JudgeIdentity | None
     """Judge whose verdicts define the strata; None for a judge without a stored identity."""
     judge_name: str
@@ -103,17 +112,8 @@ class Design(Record):
 
     @cached_property
     def frame_hash(self) -> str:
-        """Hash of what is labelled: policies, prompts and completions, in any order of arms and items."""
-        rows = sorted(
-            [
-                str(item.seed),
-                item.prompt_set,
-                item.prompt,
-                *sorted(f"{c.policy} {c.completion}" for c in item.completions),
-            ]
-            for item in self.items
-        )
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        """Hash of what is labelled, as `hash_frame` returns it."""
+        return hash_frame(self.items)
 
     @cached_property
     def judge_hash(self) -> str:

@@ -8,11 +8,10 @@ from typing import Any
 
 from stayaligned.core.records import Completion, read_jsonl, write_jsonl
 from stayaligned.evaluation.answers import Ask, answer_all, ask_model, ask_server, check_adapter_is_live
+from stayaligned.evaluation.completions import COMPLETIONS_FILE
 from stayaligned.experiments.stages.context import Context
 from stayaligned.experiments.stages.data import load_prompt_sets
 from stayaligned.experiments.stages.patch import load_final_model
-
-COMPLETIONS_FILE = "completions.jsonl"
 
 
 def generate(context: Context) -> list[Completion]:
