@@ -64,7 +64,7 @@ PAGES = sorted(
         *(page for name in ("docs", "studies") for page in (ROOT / name).glob("**/*.md")),
         *ROOT.glob("examples/notebooks/*.ipynb"),
         *(path for name in ("examples", "studies", "src") for path in (ROOT / name).glob("**/*.y*ml")),
-        *(path for ending in ("j2", "txt", "js", "css") for path in (ROOT / "src").glob(f"**/*.{ending}")),
+        *(path for ending in ("j2", "txt", "js", "css", "html") for path in (ROOT / "src").glob(f"**/*.{ending}")),
         ROOT / "Makefile",
     ]
 )
