@@ -52,6 +52,7 @@ html_static_path = ["_static"]
 templates_path = ["_templates"]
 html_favicon = "_static/favicon.svg"
 html_css_files = ["site.css"]
+html_js_files = ["tables.js"]
 html_extra_path = ["_static/index.html"]
 html_search_scorer = "docs/_static/scorer.js"
 html_copy_source = False

@@ -19,16 +19,20 @@ ROOT = "docs/index"
 
 
 def pages_below(index: str, text: str, root: Path) -> dict[str, str]:
-    """Return the names, without ending, of an index page's pages in the navigation, and the texts of the links."""
+    """Return the names, without ending, of an index page's pages in the navigation, each with the text to show.
+
+    The text is empty where the page's own title is shown: a notebook is called as its link, and so is every page in the
+    header, which has little room.
+    """
     folder = posixpath.dirname(index)
     found: dict[str, str] = {}
-    for title, link, _ in LINK.findall(text):
+    for title, link, kind in LINK.findall(text):
         name = posixpath.normpath(posixpath.join(folder, link))
         home = posixpath.dirname(name)
         below = posixpath.basename(name) == "index" and posixpath.dirname(home) == folder
         elsewhere = home != folder and (root / home / "index.md").exists()
         if below or not elsewhere:
-            found.setdefault(name, title)
+            found.setdefault(name, title if index == ROOT or kind == "ipynb" else "")
     return found
 
 
@@ -41,8 +45,7 @@ def add_navigation(app: Sphinx, name: str, content: list[str]) -> None:
     """Append the table of contents that the links of an index page describe."""
     if is_index(name):
         pages = pages_below(name, content[0], Path(app.srcdir))
-        # The header has little room: there, a page is called as the front page calls it.
-        entries = "\n".join(f"{title} </{page}>" if name == ROOT else f"/{page}" for page, title in pages.items())
+        entries = "\n".join(f"{title} </{page}>" if title else f"/{page}" for page, title in pages.items())
         content[0] += f"\n```{{toctree}}\n:hidden:\n\n{entries}\n```\n"
 
 

@@ -95,13 +95,46 @@ def test_every_page_is_accessible_complete_and_quiet(browser, address, width, sc
     assert complaints == {}
 
 
-@pytest.mark.parametrize(("words", "page"), [("patch my adapter", "safe-lora"), ("gate in CI", "gate")])
-def test_the_front_page_and_the_search_lead_to_the_page(browser, address, words, page):
+@pytest.mark.parametrize("page", ["safe-lora", "gate", "lisa"])
+def test_the_front_page_leads_to_the_page_of_each_job(browser, address, page):
+    front = browser.new_page()
+    front.goto(f"{address}/docs/index.html")
+    assert front.locator(f".cards a[href$='{page}.html']").is_visible()
+    front.close()
+
+
+SEARCHES = {
+    "patch my adapter": "howto/safe-lora",
+    "gate in CI": "howto/gate",
+    "LoRA": "howto/safe-lora",
+    "over-refusal": "concepts/measures",
+    "refusal": "concepts/measures",
+    "harm": "concepts/measures",
+    "degenerate": "concepts/degeneration",
+    "install": "howto/install",
+    "TRL": "howto/lisa",
+}
+
+
+@pytest.mark.parametrize(("words", "page"), SEARCHES.items())
+def test_the_search_shows_the_right_page_first(browser, address, words, page):
     found = browser.new_page()
-    found.goto(f"{address}/docs/index.html")
-    assert found.locator(f".cards a[href$='{page}.html']").is_visible()
     found.goto(f"{address}/search.html?q={words}")
+    found.wait_for_selector("#search-progress:has-text('Search finished'), .search-summary", state="attached")
     found.wait_for_selector("ul.search li a")
-    first = [link.get_attribute("href") for link in found.locator("ul.search li a").all()[:3]]
-    assert any(f"{page}.html" in str(link) for link in first), first
+    assert f"docs/{page}.html" in str(found.locator("ul.search li a").first.get_attribute("href"))
     found.close()
+
+
+def test_a_table_that_is_wider_than_a_phone_says_so_and_keeps_its_first_column(browser, address):
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto(f"{address}/docs/reference/tasks.html")
+    assert "7 columns" in page.locator(".wide-table-hint").first.inner_text()
+    first = page.locator(".wide-table tbody td").first
+    before = first.bounding_box()["x"]
+    page.evaluate("document.querySelector('.wide-table').scrollLeft = 200")
+    assert abs(first.bounding_box()["x"] - before) <= 2
+    page.goto(f"{address}/docs/howto/install.html")
+    page.set_viewport_size({"width": 1400, "height": 844})
+    page.wait_for_function("document.querySelector('.wide-table-hint, .wide-table') === null")
+    page.close()

@@ -182,6 +182,8 @@ def _run(arguments: list[str], reply: CommandReply) -> None:
             _print_error("".join(traceback.format_exception(error)).rstrip())
             where = f"{culprit.filename}, line {culprit.lineno}, in {culprit.name}"
             _fail(reply, f"plug-in {where}: raised {type(error).__name__}: {error}")
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch":  # an installation for `gate` alone
+            _fail(reply, "not installed: torch, which this command needs", "pip install torch")
         if not isinstance(error, OSError):
             if not _decides():
                 raise
