@@ -1,7 +1,9 @@
 """Patching adapters on tiny checkpoints, compared with the paper's formula on dense matrices."""
 
 import json
+import math
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -243,6 +245,50 @@ def test_controls_change_exactly_the_layers_of_their_defense(
         if mine.selected and control == "random_subspace" and like != "scaled_gram":
             assert mine.subspace_rank == theirs.subspace_rank == 3
             assert (mine.captured_energy or 0) < (theirs.captured_energy or 0)
+
+
+@pytest.mark.parametrize("like", LIKE)
+@pytest.mark.parametrize("layers", ["random", "most_similar"])
+@pytest.mark.parametrize("match", ["norm", "count", "kind"])
+def test_other_layers_are_dropped_that_match_those_of_the_defense(
+    models: ModelPair, adapter: Adapter, like: str, layers: str, match: str
+) -> None:
+    reference = patch({"name": "drop", "like": LIKE[like]}, adapter, models)
+    spec = {"name": "drop_other", "like": LIKE[like], "layers": layers, "match": match, "seed": 3}
+    other = patch(spec, adapter, models)
+    norms = {report.module: report.update_norm for report in other.layers}
+    mine, theirs = selected(other), selected(reference)
+
+    def left(dropped: set[str]) -> float:
+        return math.hypot(*(norm for name, norm in norms.items() if name not in dropped))
+
+    assert {report.shrinkage for report in other.layers if report.selected} <= {0.0}
+    assert not [key for key in changed(adapter, other.adapter) if not any(f".{name}." in key for name in mine)]
+    if match == "count":
+        assert len(mine) == len(theirs)
+    elif match == "kind":
+        assert kinds(mine) == kinds(theirs)
+        assert layers != "random" or left(mine) == pytest.approx(left(theirs), rel=0.02)
+    else:
+        assert abs(left(mine) ** 2 - left(theirs) ** 2) <= max(norms.values()) ** 2 / 2 + 1e-9
+    if layers == "most_similar" and match != "kind":
+        found = {report.module: report.similarity for report in other.layers}
+        assert min(found[name] for name in mine) >= max(found[name] for name in found.keys() - mine)
+
+
+def kinds(names: set[str]) -> Counter[str]:
+    return Counter(name.rpartition(".")[2] for name in names)
+
+
+def test_draws_of_other_layers_depend_only_on_the_seed_and_differ(models: ModelPair, adapter: Adapter) -> None:
+    def draw(seed: int) -> frozenset[str]:
+        return frozenset(
+            selected(patch({"name": "drop_other", "like": LIKE["complement"], "seed": seed}, adapter, models))
+        )
+
+    draws = [draw(seed) for seed in range(8)]
+    assert draws == [draw(seed) for seed in range(8)]
+    assert len({*draws}) > 4
 
 
 @pytest.mark.parametrize("like", LIKE)

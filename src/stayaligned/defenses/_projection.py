@@ -17,7 +17,7 @@ from stayaligned.core.records import LayerReport
 from stayaligned.defenses import DEFENSES, Execution, ModelPair, PatchDefense, PatchedAdapter
 from stayaligned.defenses.patching.adapters import patch_adapters
 from stayaligned.defenses.patching.full_weights import patch_weights
-from stayaligned.defenses.patching.layers import LayerPatch, ProjectedLayer
+from stayaligned.defenses.patching.layers import LayerPatch, LayerSelector, ProjectedLayer
 
 if TYPE_CHECKING:
     from stayaligned.algorithms.alignment_delta import AlignmentDelta
@@ -94,12 +94,20 @@ Like = Annotated[
 
 
 class Control(PatchDefense):
-    """A patch of the layers that `like` would change, by another operation. Its reports give `like`'s similarities."""
+    """A patch that is compared with the projection defense `like`: its layers by another operation, or other layers.
+
+    Its reports give `like`'s similarities.
+    """
 
     patches_full_weights: ClassVar[bool] = True
 
     like: Like
     """The projection defense that this control is compared with; it selects the layers."""
+
+    @property
+    def selector(self) -> LayerSelector:
+        """What selects the layers to change: `like`."""
+        return self.like
 
     def identity(self) -> dict[str, Any]:
         """Return `spec()` with the versions of both defenses."""
@@ -115,8 +123,8 @@ class Control(PatchDefense):
 
     def patch_all(self, adapters: Sequence[Adapter], models: ModelPair, how: Execution) -> list[PatchedAdapter]:
         """Patch several adapters in one pass over the models' weights."""
-        return patch_adapters(self.like, self.patch_layer, adapters, models, how)
+        return patch_adapters(self.selector, self.patch_layer, adapters, models, how)
 
     def patch_model(self, finetuned: Checkpoint, out: Path, models: ModelPair, how: Execution) -> list[LayerReport]:
         """Change the layers of a full fine-tune that `like` selects, shard by shard."""
-        return patch_weights(self.like, self.patch_layer, finetuned, out, models, how)
+        return patch_weights(self.selector, self.patch_layer, finetuned, out, models, how)

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 OperatorName = Literal["scaled_gram", "orthogonal", "complement"]
 """The operators of the projection defenses; `complement` is that of the defense of this name, the others SafeLora's."""
-ControlName = Literal["drop", "shrink", "random"]
+ControlName = Literal["drop", "drop_other", "shrink", "random"]
 """The controls for a projection defense; `random` is the defense `random_subspace`."""
 
 

@@ -31,6 +31,7 @@ LEVEL = 0.05
 
 ACTIONS = {
     "drop": "dropping the same layers",
+    "drop_other": "dropping other layers",
     "shrink": "shrinking the same layers as much",
     "random_subspace": "removing a random part of the same layers",
 }

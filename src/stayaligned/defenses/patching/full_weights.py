@@ -18,6 +18,7 @@ from stayaligned.defenses import Execution, ModelPair
 from stayaligned.defenses.patching.ancestry import check_ancestry, check_records
 from stayaligned.defenses.patching.layers import (
     NO_DIRECTION,
+    LayerExchanger,
     LayerPatcher,
     LayerSelector,
     ProjectedLayer,
@@ -90,12 +91,13 @@ def patch_weights(
     items = patching.items()  # raises before gigabytes are copied if the checkpoints don't fit together
     _refuse_not_finite(finetuned, {block.name for weight in placed for block in weight.stored[1]})
     _copy_files(finetuned, out)
-    if selector.lowest is None and models.subspace is None:  # each layer is selected by its own similarity
+    by_itself = selector.lowest is None and not isinstance(selector, LayerExchanger)
+    if by_itself and models.subspace is None:  # each layer is selected by its own similarity
         reports = patching.run(items, None, out, how)
         select_layers(selector, reports, models, finetuned.directory)  # raises if no layer can be changed
         return [report if report.selected else report_unchanged(report) for report in reports]
-    # Which layers are the lowest, or decided, is known only after a pass over all, and their matrices don't fit in
-    # memory: two passes.
+    # Which layers are the lowest, decided or exchanged is known only after a pass over all, and their matrices don't
+    # fit in memory: two passes.
     reports = patching.run(items, frozenset(), out, how)
     selected = select_layers(selector, reports, models, finetuned.directory)
     if selected.chosen:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import LayerReport
@@ -57,8 +57,10 @@ LayerPatcher = Callable[[ProjectedLayer], LayerPatch]
 class LayerSelector(Protocol):
     """What patching needs from a projection defense: the operator, and which layers to change."""
 
-    name: ClassVar[str]
-    """The defense's name, for messages."""
+    @property
+    def name(self) -> str:
+        """The defense's name, for messages."""
+        ...
 
     @property
     def lowest(self) -> int | None:
@@ -71,6 +73,15 @@ class LayerSelector(Protocol):
 
     def select(self, similarities: Mapping[str, float]) -> frozenset[str]:
         """Return the layers to change, given the similarity of every layer."""
+        ...
+
+
+@runtime_checkable
+class LayerExchanger(LayerSelector, Protocol):
+    """A selector that replaces its choice once the report of every layer is known."""
+
+    def exchange(self, chosen: frozenset[str], reports: Mapping[str, LayerReport]) -> frozenset[str]:
+        """Return the layers to change instead of the chosen ones."""
         ...
 
 
@@ -178,6 +189,8 @@ def select_layers(selector: LayerSelector, reports: Sequence[LayerReport], model
             "or --energy decides more of them (with --energy 1 all, at more than the size of V), --all needs no "
             "decision, and --allow-undecided accepts the file's approximate similarities.",
         )
+    if isinstance(selector, LayerExchanger):
+        chosen = selector.exchange(chosen, candidates)
     return Selected(chosen, undecided)
 
 
