@@ -1,4 +1,4 @@
-"""Rates with intervals, comparisons over seeds and over prompts, planning, and agreement of judges. Imports no torch.
+"""Rates with intervals, comparisons, correction by labels, planning, and agreement of judges. Imports no torch.
 
 Rates and scores are shares from 0 to 1. Unscored items are excluded from rates and counted separately.
 """
@@ -11,6 +11,7 @@ from stayaligned.evaluation.metrics.comparisons import (
     holm,
     paired_difference,
 )
+from stayaligned.evaluation.metrics.corrected import CorrectedMean, LabelledValue, corrected_mean
 from stayaligned.evaluation.metrics.intervals import (
     exact_interval,
     t_interval,
@@ -37,12 +38,15 @@ from stayaligned.evaluation.metrics.rates import (
 )
 
 __all__ = [
+    "CorrectedMean",
+    "LabelledValue",
     "MeanOfPrompts",
     "PairedDifference",
     "across_seeds",
     "agreement",
     "ceiling_needed_n",
     "ceiling_power",
+    "corrected_mean",
     "detectable_difference",
     "discordance",
     "exact_interval",

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean, variance
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from stayaligned.evaluation.metrics.intervals import Interval
 
@@ -76,6 +76,14 @@ class MeanOfPrompts:
         satterthwaite = both**2 / (seeds**2 / (self.n_seeds - 1) + prompts**4 / free)
         return [(math.sqrt(seeds), self.n_seeds - 1), (math.sqrt(both), satterthwaite)]
 
+    @property
+    def _variance(self) -> float:
+        """Variance of the middle of the interval, if the variances are exact."""
+        n = self.n_prompts
+        seeds = self.seed_variance / self.n_seeds if self.n_seeds > 1 else 0.0
+        own = self.prompt_variance / n if self.shared or self.n_seeds < 2 else 0.0
+        return seeds + own * (n / (n + 2)) ** 2
+
     def half_width(self, confidence: float = 0.95) -> float:
         """Return half the width of the two-sided interval."""
         from scipy.special import stdtrit
@@ -107,12 +115,12 @@ class MeanOfPrompts:
         """
         return min(1.0, 2 * min(self.p_above(at), self.mirrored().p_above(-at)))
 
-    def mirrored(self) -> MeanOfPrompts:
+    def mirrored(self) -> Self:
         """Return the mean of the values with the opposite sign."""
         least, most = self.ends
         return replace(self, value=-self.value, ends=(-most, -least))
 
-    def resized(self, n_prompts: int) -> MeanOfPrompts:
+    def resized(self, n_prompts: int) -> Self:
         """Return the expected mean and variances for another number of similar prompts.
 
         One of the two pseudo-prompts is counted as observed: a few prompts without any event do not show that there
@@ -131,11 +139,8 @@ class MeanOfPrompts:
 
     def chance_above(self, limit: float, confidence: float = 0.95) -> float:
         """Return the (normal) probability that the interval lies above `limit`, if value and variances are exact."""
-        n = self.n_prompts
-        seeds = self.seed_variance / self.n_seeds if self.n_seeds > 1 else 0.0
-        own = self.prompt_variance / n if self.shared or self.n_seeds < 2 else 0.0
-        scatter = math.sqrt(seeds + own * (n / (n + 2)) ** 2)
         distance = self.center - self.half_width(confidence) - limit
+        scatter = math.sqrt(self._variance)
         return NormalDist().cdf(distance / scatter) if scatter > 0 else float(distance > 0)
 
     def prompts_to_decide(self, limit: float, *, power: float = 0.8, confidence: float = 0.95) -> int | None:
