@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import LayerReport
@@ -31,15 +31,12 @@ _MOST_DRAWS = 10_000
 class ExchangedLayers:
     """A selector that takes other layers than the projection defense `like`."""
 
+    name: ClassVar[str] = "drop_other"
+
     like: LayerSelector
     order: LayerOrder
     match: LayerMatch
     seed: int
-
-    @property
-    def name(self) -> str:
-        """The name of `like`."""
-        return self.like.name
 
     @property
     def lowest(self) -> int | None:
@@ -75,7 +72,7 @@ class ExchangedLayers:
             if self.match != "kind" or abs(left**0.5 - target**0.5) <= _TOLERANCE * target**0.5:
                 return drawn
         raise StayalignedError(
-            f"drop_other: none of {_MOST_DRAWS} random choices of as many layers of each kind as {self.name} leaves "
+            f"{self.name}: none of {_MOST_DRAWS} random choices of as many layers of each kind as {self.like.name} leaves "
             f"the same norm of the update to {_TOLERANCE:.0%}",
             hint="Set match to norm or count, or compare with another threshold.",
         )

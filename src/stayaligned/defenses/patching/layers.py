@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import LayerReport
@@ -57,10 +57,8 @@ LayerPatcher = Callable[[ProjectedLayer], LayerPatch]
 class LayerSelector(Protocol):
     """What patching needs from a projection defense: the operator, and which layers to change."""
 
-    @property
-    def name(self) -> str:
-        """The defense's name, for messages."""
-        ...
+    name: ClassVar[str]
+    """The defense's name, for messages."""
 
     @property
     def lowest(self) -> int | None:
