@@ -72,8 +72,8 @@ class ExchangedLayers:
             if self.match != "kind" or abs(left**0.5 - target**0.5) <= _TOLERANCE * target**0.5:
                 return drawn
         raise StayalignedError(
-            f"{self.name}: none of {_MOST_DRAWS} random choices of as many layers of each kind as {self.like.name} leaves "
-            f"the same norm of the update to {_TOLERANCE:.0%}",
+            f"{self.name}: none of {_MOST_DRAWS} random choices of as many layers of each kind as {self.like.name} "
+            f"leaves the same norm of the update to {_TOLERANCE:.0%}",
             hint="Set match to norm or count, or compare with another threshold.",
         )
 
