@@ -215,7 +215,7 @@ def _items(seed: int, runs: Sequence[StoredResult]) -> list[tuple[DrawnItem, lis
     completions = [{(c.prompt_set, c.id): c for c in stored_completions(one) if c.prompt_set in JUDGED} for one in runs]
     for one, found in zip(runs[1:], completions[1:], strict=True):
         _refuse_other_prompts(runs[0], completions[0], one, found)
-    policies = [_policy(one.result) for one in runs]
+    policies = [policy_hash(one.result) for one in runs]
     return [
         (
             DrawnItem(
@@ -260,7 +260,7 @@ def _refuse_other_prompts(
         )
 
 
-def _policy(result: Result) -> str:
+def policy_hash(result: Result) -> str:
     """Return the hash of what identifies the weights, the server or the file that gave a result's completions."""
     endpoint = (result.experiment.get("generation") or {}).get("endpoint") or {}
     served = endpoint and [endpoint.get("base_url"), endpoint.get("model")]

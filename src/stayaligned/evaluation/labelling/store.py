@@ -223,6 +223,7 @@ class LabelStore:
                     prompt_set=item.prompt_set,
                     prompt=item.prompt,
                     stratum=item.stratum,
+                    policies=frozenset(one.policy for one in item.completions),
                     completions={key[2]: majority(own.values()) for key, own in found.items()},
                     labelled=labelled,
                     complete=labelled and item.stratum not in open_strata,

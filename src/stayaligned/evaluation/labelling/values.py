@@ -153,6 +153,8 @@ class LabelledItem:
     prompt: str
     """Hash of the conversation, as `Evidence.prompt`."""
     stratum: str
+    policies: frozenset[str]
+    """Hashes of what identifies the weights, or the servers, that gave the completions."""
     completions: Mapping[str, Outcome | None]
     """Outcome by the hash of each completion: the majority of the labellers; None without a label, for a tie, and if
     every labeller is unsure."""
