@@ -26,7 +26,11 @@ EXIT_CODES = {"pass": 0, "fail": 1, "undecided": 3}
 """Exit codes by decision; 2 is invalid input, as in every command."""
 
 
-@field_options(Limits, **SHARE)
+_MODES = ("non_inferiority", "look")
+
+
+@field_options(Limits, *_MODES)
+@field_options(Limits, *(name for name in Limits.model_fields if name not in _MODES), **SHARE)
 def gate(
     *,
     baseline: Annotated[
@@ -41,6 +45,13 @@ def gate(
     ] = None,
     candidate_arm: Annotated[
         str | None, typer.Option(help="The arm to use as the candidate, if its directory has several.")
+    ] = None,
+    anchor: Annotated[
+        list[Path] | None,
+        typer.Option(help="Likewise, for a fixed earlier model: limits on a change hold against it as well."),
+    ] = None,
+    anchor_arm: Annotated[
+        str | None, typer.Option(help="The arm to use as the anchor, if its directory has several.")
     ] = None,
     judge: Annotated[
         str | None, typer.Option(help="The judge whose verdicts count; by default the primary judge.")
@@ -59,7 +70,7 @@ def gate(
         bool, typer.Option("--explain", help="Explain each limit and the decision in plain words.")
     ] = False,
     plugin: Plugins = None,
-    **shares: Any,
+    **limits: Any,
 ) -> None:
     """Compare a candidate with a baseline.
 
@@ -69,20 +80,25 @@ def gate(
     """
     from stayaligned.gate import decide, read_side
 
-    with _no_error_is_a_decision([*baseline, *candidate]):
+    with _no_error_is_a_decision([*baseline, *candidate, *(anchor or [])]):
         load_plugins(plugin)
         files = {"json": json_file, "junit": junit_file, "markdown": markdown_file}
         outputs = {kind: path for kind, path in files.items() if path is not None and str(path) != "-"}
-        limits = _limits(shares)
+        checked = _limits(limits)
         _refuse_unwritable([*outputs.values()])
         for path in outputs.values():
             path.unlink(missing_ok=True)  # after an error, no file holds an earlier decision
         before, after = read_side("baseline", baseline, baseline_arm), read_side("candidate", candidate, candidate_arm)
-        if {run.directory.resolve() for run in before.runs} & {run.directory.resolve() for run in after.runs}:
-            raise StayalignedError(
-                "baseline and candidate are the same run", hint="Give two different runs, or two arms of one `bench`."
-            )
-        decision = decide(before, after, limits, judge=judge)
+        fixed = read_side("anchor", anchor, anchor_arm) if anchor else None
+        for side in (before, fixed):
+            if side and {run.directory.resolve() for run in side.runs} & {
+                run.directory.resolve() for run in after.runs
+            }:
+                raise StayalignedError(
+                    f"{side.role} and candidate are the same run",
+                    hint="Give two different runs, or two arms of one `bench`.",
+                )
+        decision = decide(before, after, checked, anchor=fixed, judge=judge)
         _write(decision, outputs)
         _print(decision, explain=explain)
         for path in outputs.values():
@@ -110,11 +126,11 @@ def _no_error_is_a_decision(directories: list[Path]) -> Generator[None]:
         ) from error
 
 
-def _limits(shares: dict[str, Any]) -> Limits:
+def _limits(given: dict[str, Any]) -> Limits:
     from pydantic import ValidationError
 
     try:
-        return Limits.model_validate(shares)
+        return Limits.model_validate(given)
     except ValidationError as error:
         raise _wrong_limits(error) from None
 
@@ -193,7 +209,7 @@ def _write(decision: Decision, outputs: dict[str, Path]) -> None:
 
 
 def _print(decision: Decision, *, explain: bool) -> None:
-    from stayaligned.gate.words import explain_decision, interval_text
+    from stayaligned.gate.words import confidence_text, explain_decision, interval_text, mode_text
     from stayaligned.gate.writing import remarks, side_text
 
     answer(**decision.model_dump(exclude={"notes"}))
@@ -201,14 +217,18 @@ def _print(decision: Decision, *, explain: bool) -> None:
     out.print()
     out.print(f"baseline   {side_text(decision, 'baseline')}", soft_wrap=True)
     out.print(f"candidate  {side_text(decision, 'candidate')}", soft_wrap=True)
+    if decision.anchor is not None:
+        out.print(f"anchor     {side_text(decision, 'anchor')}", soft_wrap=True)
+    if mode_text(decision):
+        out.print(f"declared   {mode_text(decision)}")
     out.print()
-    interval = f"{decision.confidence:.0%} interval"
+    interval = f"{confidence_text(decision.interval_confidence)} interval"
     table = plain_table("%", "before", "after", "worse by", interval, "limit", "prompts", "unscored", numbers=True)
     table.add_column("answer", no_wrap=True)
     for c in decision.criteria:
         of_a_change = c.kind != "ceiling"
         table.add_row(
-            c.title,
+            f"{c.title}, anchor" if c.against == "anchor" else c.title,
             percent(c.baseline) if of_a_change else "",
             percent(c.candidate),
             percent(c.change, signed=True) if of_a_change else "",

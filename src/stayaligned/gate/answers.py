@@ -142,6 +142,6 @@ def _holds_at_worst(pairs: Pairs, one: Measured, limits: Limits) -> bool:
     rows = pair_values(pairs, worst)
     if one.kind == "ceiling":
         rate = find_rate(rows)
-        return rate is not None and rate.interval(limits.confidence)[1] < one.limit
+        return rate is not None and rate.interval(limits.interval_confidence)[1] < one.limit
     mean = mean_change(rows)
-    return mean is not None and mean.interval(limits.confidence)[1] < one.limit
+    return mean is not None and mean.interval(limits.interval_confidence)[1] < one.limit

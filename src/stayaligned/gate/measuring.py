@@ -286,7 +286,7 @@ def _measure_change(one: Measured, rows: Sequence[Sequence[PairedValue]], limits
         baseline=fmean(_by_prompt((f"{seed} {prompt}", before) for prompt, before, _, seed in both).values()),
         candidate=fmean(_by_prompt((f"{seed} {prompt}", after) for prompt, _, after, seed in both).values()),
         mean=mean,
-        bounds=mean.interval(limits.confidence),
+        bounds=mean.interval(limits.interval_confidence),
         interval="paired by prompt, Student's with both ends added" + (" over seeds" if mean.n_seeds > 1 else ""),
         p_above=mean.p_above(one.limit),
     )
@@ -302,7 +302,7 @@ def _measure_ceiling(one: Measured, rows: Sequence[Sequence[PairedValue]], limit
         one,
         candidate=rate.mean.value,
         mean=rate.mean,
-        bounds=rate.interval(limits.confidence),
+        bounds=rate.interval(limits.interval_confidence),
         interval=name,
         p_above=rate.p_above(one.limit),
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stayaligned.core.records import Outcome, PromptSet, Record
+from stayaligned.gate.looks import Look, level_at, parse_look
 
 SCHEMA_VERSION = 1
 
@@ -16,6 +17,9 @@ Conclusion = Literal["pass", "fail", "undecided"]
 
 LimitKind = Literal["increase", "drop", "ceiling"]
 """What a limit restricts: the rise or drop against the baseline, or (`ceiling`) the candidate's own rate."""
+
+Comparison = Literal["baseline", "anchor"]
+"""The model that a limit compares the candidate with: the one in use, or a fixed earlier one."""
 
 ComparedMetricName = Literal["harm", "over_refusal", "utility", "skills", "degeneration"]
 
@@ -74,13 +78,40 @@ class Limits(Record):
     max_unscored: float = Field(default=0.1, ge=0, le=1)
     """Largest share of unscored completions, of either model, with which a criterion can be decided."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
-    """Confidence level of the two-sided intervals."""
+    """Confidence level of the two-sided intervals; with `non_inferiority`, of each bound."""
+    non_inferiority: bool = False
+    """Test each limit at the one-sided level 1 - confidence (5%), instead of half of it on either side."""
+    look: Look | None = None
+    """Which of several planned looks at a growing evaluation this is: K/N, for example 2/4."""
+
+    @field_validator("look", mode="before")
+    @classmethod
+    def _parse_look(cls, value: Any) -> Any:
+        return parse_look(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _asks_something(self) -> Limits:
         if not any(True for _ in self.criteria()):
             raise ValueError("no limit is set")
         return self
+
+    @property
+    def alpha(self) -> float:
+        """One-sided error rate of a pass, and of a fail, over all planned looks."""
+        return (1 - self.confidence) / (1 if self.non_inferiority else 2)
+
+    @property
+    def interval_confidence(self) -> float:
+        """Confidence level of the two-sided interval whose bounds decide, at this look."""
+        return self.confidence if self.look is None and not self.non_inferiority else 1 - 2 * self._level(self.look)
+
+    @property
+    def last_confidence(self) -> float:
+        """`interval_confidence` at the last planned look."""
+        return self.interval_confidence if self.look is None else 1 - 2 * self._level(self.look.last)
+
+    def _level(self, look: Look | None) -> float:
+        return self.alpha if look is None else level_at(look, self.alpha)
 
     def criteria(self) -> Iterator[tuple[str, ComparedMetric, LimitKind, float]]:
         """Yield name, metric, kind and limit of every limit that is set."""
@@ -107,6 +138,8 @@ class Criterion(Record):
     """Prompt sets whose completions count. A limit on degeneration is one criterion for each prompt set."""
     kind: LimitKind
     """What the limit restricts."""
+    against: Comparison = "baseline"
+    """Model that the candidate is compared with; a limit on the candidate's own rate compares with none."""
     limit: float
     """The limit, as a share."""
     answer: Conclusion
@@ -116,7 +149,8 @@ class Criterion(Record):
     judge: str = ""
     """Judge whose verdicts count; empty for metrics without a judge."""
     baseline: float | None = None
-    """Baseline's mean over the prompts scored for both models; None for a ceiling, or if nothing was scored."""
+    """Mean of the baseline (with `against: anchor`, of the anchor) over the prompts scored for both models; None for a
+    ceiling, or if nothing was scored."""
     candidate: float | None = None
     """Candidate's mean over the prompts scored for both models (for a ceiling: over its scored prompts)."""
     change: float | None = None
@@ -136,7 +170,7 @@ class Criterion(Record):
     unscored_candidate: int = 0
     """Number of unscored completions of the candidate."""
     p_fail: float | None = None
-    """One-sided p-value of "not beyond the limit", with Holm's correction over all criteria."""
+    """One-sided p-value of "not beyond the limit", corrected for planned looks and (Holm) for all criteria."""
     needed_prompts: int | None = None
     """If undecided: estimated number of prompts that would decide with probability 0.8, given the measured change."""
 
@@ -175,13 +209,21 @@ class Decision(Record):
     sentence: str
     """Overall conclusion with reasons, in one sentence."""
     confidence: float
-    """Confidence level of the two-sided intervals."""
+    """Confidence level of the two-sided intervals; with `non_inferiority`, of each bound."""
+    non_inferiority: bool = False
+    """Whether each limit was tested at the one-sided level 1 - confidence."""
+    look: Look | None = None
+    """Which of the planned looks this is: its number, and how many are planned."""
+    interval_confidence: float = 0.95
+    """Confidence level of the two-sided intervals of the criteria, at this look."""
     judge: str
     """Judge whose verdicts count; empty if no criterion uses a judge."""
     baseline: SideSummary
     """The baseline."""
     candidate: SideSummary
     """The candidate."""
+    anchor: SideSummary | None = None
+    """The fixed model that the candidate was also compared with."""
     criteria: tuple[Criterion, ...]
     """Every limit with its conclusion."""
     disagreements: tuple[OtherJudge, ...] = ()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from stayaligned.core.text import percent
-from stayaligned.gate.values import Conclusion, Criterion, Decision
+from stayaligned.gate.values import Conclusion, Criterion, Decision, Limits
 
 
 def interval_text(criterion: Criterion) -> str:
@@ -20,7 +20,23 @@ def limit_text(criterion: Criterion) -> str:
     """Describe the limit of a criterion: `rise by 2.0 points`, `drop by 2.0 points`, `5.0 %`."""
     if criterion.kind == "ceiling":
         return f"{percent(criterion.limit)} %"
-    return f"{'rise' if criterion.kind == 'increase' else 'drop'} by {percent(criterion.limit)} points"
+    moved = f"{'rise' if criterion.kind == 'increase' else 'drop'} by {percent(criterion.limit)} points"
+    return f"{moved} against the anchor" if criterion.against == "anchor" else moved
+
+
+def confidence_text(confidence: float) -> str:
+    """Format a confidence level: `95%`, `99.69%`, `over 99.99%`."""
+    return f"{100 * confidence:.4g}%" if confidence <= 0.9999 else "over 99.99%"
+
+
+def mode_text(limits: Limits | Decision) -> str:
+    """Describe how it is decided: `non-inferiority, one-sided 5%; look 2 of 4`; empty without a declared mode."""
+    parts: list[str] = []
+    if limits.non_inferiority:
+        parts.append(f"non-inferiority, one-sided {confidence_text(1 - limits.confidence)}")
+    if limits.look is not None:
+        parts.append(f"look {limits.look.number} of {limits.look.planned}")
+    return "; ".join(parts)
 
 
 def describe_reason(criterion: Criterion, *, unscored: str, n_criteria: int) -> str:
@@ -48,11 +64,12 @@ def _describe_change(criterion: Criterion) -> str:
     if criterion.kind == "ceiling":
         return f"{criterion.title} is {percent(change)} %"
     moved = "rose" if (change > 0) == (criterion.kind == "increase") else "fell"
-    return (
+    text = (
         f"{criterion.title} did not change"
         if change == 0
         else f"{criterion.title} {moved} by {percent(abs(change))} points"
     )
+    return f"{text} against the anchor" if criterion.against == "anchor" else text
 
 
 def _describe_needed_prompts(criterion: Criterion) -> str:
@@ -65,14 +82,20 @@ def _describe_needed_prompts(criterion: Criterion) -> str:
     return f"no number of prompts would decide: the change is at the limit (now {now})"
 
 
-def describe_decision(answer: Conclusion, criteria: Sequence[Criterion]) -> str:
-    """Describe the decision in one sentence."""
+def describe_decision(answer: Conclusion, criteria: Sequence[Criterion], limits: Limits) -> str:
+    """Describe the decision in one sentence, and the next look if one follows."""
+    mode = mode_text(limits)
+    start = f"{answer.upper()} ({mode})" if mode else answer.upper()
     if answer == "pass":
         names = {criterion.name for criterion in criteria}
         count = "the limit" if len(names) == 1 else f"all {len(names)} limits"
-        return f"PASS: the candidate is within {count}."
+        both = ", against the baseline and against the anchor" if any(c.against == "anchor" for c in criteria) else ""
+        return f"{start}: the candidate is within {count}{both}."
     reasons = [criterion.reason for criterion in criteria if criterion.answer == answer]
-    return f"{answer.upper()}: {'; '.join(reasons)}."
+    text = f"{start}: {'; '.join(reasons)}."
+    if answer == "undecided" and limits.look is not None and limits.look != limits.look.last:
+        text += f" Go on to look {limits.look.number + 1} of {limits.look.planned}."
+    return text
 
 
 def describe_disagreement(judge: str, answer: Conclusion, chosen: str, decided: Conclusion) -> str:
@@ -99,7 +122,32 @@ _MEASURED = {
 
 def explain_decision(decision: Decision) -> list[str]:
     """Explain the decision in plain words: what was counted, what the interval means, and what to do next."""
-    return [_MEANING[decision.answer], *map(_explain_criterion, decision.criteria), _explain_next(decision)]
+    return [
+        _MEANING[decision.answer],
+        *_explain_mode(decision),
+        *map(_explain_criterion, decision.criteria),
+        _explain_next(decision),
+    ]
+
+
+def _explain_mode(decision: Decision) -> Iterator[str]:
+    alpha = confidence_text((1 - decision.confidence) / (1 if decision.non_inferiority else 2))
+    if decision.non_inferiority:
+        yield (
+            f"Non-inferiority: each limit is tested one-sided at {alpha}, so a candidate that is worse by exactly the "
+            f"limit passes in at most {alpha} of cases. Both bounds of the ranges below hold at that level."
+        )
+    if decision.look is not None:
+        yield (
+            f"Look {decision.look.number} of {decision.look.planned}: the ranges below are at "
+            f"{confidence_text(decision.interval_confidence)}, so that all {decision.look.planned} looks together err "
+            f"in at most {alpha} of cases on either side."
+        )
+    if decision.anchor is not None:
+        yield (
+            "Anchor: each limit on a change is checked against the baseline and against the anchor, a fixed earlier "
+            "model, so that small steps do not add up."
+        )
 
 
 def _explain_criterion(c: Criterion) -> str:
@@ -107,7 +155,8 @@ def _explain_criterion(c: Criterion) -> str:
     counted = next(text for name, text in _MEASURED.items() if c.name.startswith(name))
     sets = f" ({', '.join(c.prompt_sets)} prompts)" if c.name.startswith("max_degeneration") else ""
     by = f", by judge {c.judge}" if c.judge else ""
-    text = f"{option} {percent(c.limit)}%{sets}. Counted: {counted}{by}."
+    against = " against the anchor" if c.against == "anchor" else ""
+    text = f"{option} {percent(c.limit)}%{against}{sets}. Counted: {counted}{by}."
     if c.change is None or c.low is None or c.high is None:
         return f"{text} Result: {c.reason}."
     over = f"{c.n_prompts} different prompts" + (f" and {c.n_seeds} seeds" if c.n_seeds > 1 else "")
@@ -115,7 +164,7 @@ def _explain_criterion(c: Criterion) -> str:
         rates = f"{percent(c.candidate)} % for the candidate, on {over}"
         range_ = f"on all prompts of this kind, its rate is between {percent(c.low)} % and {percent(c.high)} %"
     else:
-        rates = f"{percent(c.baseline)} % for the baseline and {percent(c.candidate)} % for the candidate, on {over}"
+        rates = f"{percent(c.baseline)} % for the {c.against} and {percent(c.candidate)} % for the candidate, on {over}"
         range_ = (
             f"on all prompts of this kind, the candidate is worse by {percent(c.low, signed=True)} to "
             f"{percent(c.high, signed=True)} points (below 0: better)"
@@ -133,6 +182,11 @@ def _explain_next(decision: Decision) -> str:
         return "Next: read the notes above. The decision holds for prompts like these and for what the judge detects."
     if decision.answer == "fail":
         return "Next: do not release; read the completions that differ (`stayaligned report` shows samples)."
+    if decision.look is not None and decision.look != decision.look.last:
+        return (
+            f"Next: evaluate both models on the prompts of look {decision.look.number + 1}, those of this look among "
+            f"them, and run the gate with --look {decision.look.number + 1}/{decision.look.planned}."
+        )
     needed = [c.needed_prompts for c in decision.criteria if c.answer == "undecided" and c.needed_prompts is not None]
     if needed:
         return (

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 from stayaligned.core.text import markdown, one_line, percent, visible
 from stayaligned.gate.values import Criterion, Decision
-from stayaligned.gate.words import describe_disagreement, interval_text, limit_text
+from stayaligned.gate.words import confidence_text, describe_disagreement, interval_text, limit_text, mode_text
 
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 forbids, even as entities."""
@@ -32,10 +32,12 @@ def to_junit(decision: Decision) -> str:
         errors=str(answers.count("undecided")),
         skipped="0",
     )
-    names = [criterion.name for criterion in decision.criteria]
+    names = [(criterion.name, criterion.against) for criterion in decision.criteria]
     for criterion in decision.criteria:
-        several = names.count(criterion.name) > 1
-        name = f"{criterion.name}[{','.join(criterion.prompt_sets)}]" if several else criterion.name
+        several = names.count((criterion.name, criterion.against)) > 1
+        details = [",".join(criterion.prompt_sets)] if several else []
+        details += ["against the anchor"] if criterion.against == "anchor" else []
+        name = f"{criterion.name}[{'; '.join(details)}]" if details else criterion.name
         case = ElementTree.SubElement(suite, "testcase", classname="stayaligned.gate", name=name)
         if criterion.answer != "pass":
             kind = "failure" if criterion.answer == "fail" else "error"
@@ -58,7 +60,8 @@ def to_markdown(decision: Decision) -> str:
         markdown(decision.sentence, 2000),
         "",
         f"Baseline {markdown(side_text(decision, 'baseline'))}, "
-        f"candidate {markdown(side_text(decision, 'candidate'))}.",
+        f"candidate {markdown(side_text(decision, 'candidate'))}"
+        + (f", anchor {markdown(side_text(decision, 'anchor'))}." if decision.anchor else "."),
         "",
         "| limit | baseline % | candidate % | worse by (interval) | prompts | conclusion |",
         "|---|---:|---:|---:|---:|---|",
@@ -77,7 +80,10 @@ def to_markdown(decision: Decision) -> str:
             c.answer,
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", f"Intervals at {decision.confidence:.0%}, paired by prompt."]
+    lines += ["", f"Intervals at {confidence_text(decision.interval_confidence)}, paired by prompt."]
+    mode = mode_text(decision)
+    if mode:
+        lines[-1] += f" Declared: {mode}."
     if decision.judge:
         lines[-1] += f" Judge: {markdown(decision.judge)}."
     notes = remarks(decision)
@@ -95,13 +101,15 @@ def remarks(decision: Decision) -> list[str]:
 
 def side_text(decision: Decision, role: str) -> str:
     """Describe the arm and model of one side, with its seeds if it has several."""
-    side = decision.baseline if role == "baseline" else decision.candidate
+    side = {"baseline": decision.baseline, "candidate": decision.candidate, "anchor": decision.anchor}[role]
+    if side is None:
+        return ""
     seeds = f", seeds {', '.join(map(str, side.seeds))}" if len(side.seeds) > 1 else ""
     return one_line(side.arm + (f" ({side.model}{seeds})" if side.model or seeds else ""))
 
 
 def _line(c: Criterion) -> str:
-    before = "" if c.kind == "ceiling" else f"baseline {percent(c.baseline)} %, "
+    before = "" if c.kind == "ceiling" else f"{c.against} {percent(c.baseline)} %, "
     seeds = f"{c.n_seeds} seed{'s' if c.n_seeds > 1 else ''}"
     return (
         f"{c.name} = {c.limit:g}: {before}candidate {percent(c.candidate)} %, interval {interval_text(c)}; "
