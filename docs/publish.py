@@ -1,13 +1,16 @@
-"""Add a built site to the folder of all versions: python docs/publish.py build/docs SITES 0.2.0 ADDRESS.
+"""Build the site of every version: python docs/publish.py SITES ADDRESS, run in a checkout with all tags.
 
-SITES/0.2.0 becomes the built site, SITES/versions.json is what the menu of versions reads, and SITES/index.html leads
-to the newest release. `latest`, of the main branch, is a version like the others. Build each site with its version in
-the environment, so that it has the menu: STAYALIGNED_DOCS_VERSION=0.2.0 make docs.
+SITES/0.2.0 becomes the site of the tag v0.2.0 and SITES/latest that of the checkout; a version that is there is not
+built again, `latest` always is. SITES/versions.json is what the menu of versions reads, and SITES/index.html leads to
+the newest release. ADDRESS is where SITES will be: https://host/path, or /path alone.
 """
 
 import json
+import os
 import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from packaging.version import Version
@@ -46,5 +49,30 @@ def publish(built: Path, sites: Path, version: str, address: str) -> None:
     (sites / "index.html").write_text(PAGE.format(version=newest))
 
 
+def publish_all(checkout: Path, sites: Path, address: str) -> None:
+    """Publish each tag of a version that has no site yet, built by its own `make docs`, and the checkout as `latest`."""
+    tags = subprocess.check_output(["git", "tag", "--list", "v*"], cwd=checkout, text=True)
+    for tag in tags.split():
+        if (sites / tag[1:]).exists():
+            continue
+        with tempfile.TemporaryDirectory() as place:
+            tree = Path(place) / "tree"
+            _run(checkout, "git", "worktree", "add", "--detach", str(tree), tag)
+            try:
+                publish(_build(tree, tag[1:]), sites, tag[1:], address)
+            finally:
+                _run(checkout, "git", "worktree", "remove", "--force", str(tree))
+    publish(_build(checkout, LATEST), sites, LATEST, address)
+
+
+def _build(checkout: Path, version: str) -> Path:
+    _run(checkout, "make", "docs", STAYALIGNED_DOCS_VERSION=version)
+    return checkout / "build" / "docs"
+
+
+def _run(place: Path, *command: str, **variables: str) -> None:
+    subprocess.run(command, cwd=place, env=os.environ | variables, check=True)
+
+
 if __name__ == "__main__":
-    publish(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4])
+    publish_all(Path(__file__).resolve().parents[1], Path(sys.argv[1]), sys.argv[2])

@@ -39,10 +39,10 @@ def test_a_workflow_has_the_least_rights_and_is_off_until_it_is_switched_on(path
             assert made is None or f"\n{made[1]}:" in (ROOT / "Makefile").read_text()
 
 
-def test_only_publishing_follows_a_tag_and_it_needs_the_protected_environment() -> None:
+def test_packages_and_the_site_follow_a_tag_and_publishing_needs_the_protected_environment() -> None:
     assert [path.stem for path in WORKFLOWS] == ["ci", "docs", "publish"]
     tagged = [path.stem for path in WORKFLOWS if "tags" in (load(path)["on"].get("push") or {})]
-    assert tagged == ["publish"]
+    assert tagged == ["docs", "publish"]
     jobs = load(ROOT / ".github/workflows/publish.yml")["jobs"]
     assert [jobs[name].get("needs") for name in ("build", "attest", "publish")] == [None, "build", "attest"]
     assert jobs["publish"]["environment"] == "release"
