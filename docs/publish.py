@@ -50,7 +50,7 @@ def publish(built: Path, sites: Path, version: str, address: str) -> None:
 
 
 def publish_all(checkout: Path, sites: Path, address: str) -> None:
-    """Publish each tag of a version that has no site yet, built by its own `make docs`, and the checkout as `latest`."""
+    """Publish each tag of a version that has no site yet, built by its `make docs`, and the checkout as `latest`."""
     tags = subprocess.check_output(["git", "tag", "--list", "v*"], cwd=checkout, text=True)
     for tag in tags.split():
         if (sites / tag[1:]).exists():

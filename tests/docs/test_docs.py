@@ -103,7 +103,7 @@ def test_the_tree_of_the_readme_lists_every_part_of_the_package() -> None:
 
 def commands_in(page: Path) -> list[list[str]]:
     text = re.sub(r"\\\n\s*", " ", page.read_text())
-    found = re.findall(r"(?:^(?: {4}|\$ )|`)(stayaligned [a-z][^`\n]*)", text, flags=re.MULTILINE)
+    found = re.findall(r"(?:^(?: {4,}|\$ )|`)(stayaligned [a-z][^`\n]*)", text, flags=re.MULTILINE)
     return [shlex.split(re.sub(r"\s#.*", "", line.replace("…", "x"))) for line in found]
 
 

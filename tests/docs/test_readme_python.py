@@ -102,12 +102,12 @@ def test_the_examples_of_the_page_on_lisa_train_resume_and_probe(
     write_rows(tmp_path / "held-out-safety.jsonl", [{"prompt": f"h{i}", "completion": "I cannot"} for i in range(3)])
     # Again with a probe: the run resumes from its checkpoint, whose log has no probe.
     watched = run(LISA_BLOCKS[0].replace("trainer.train(resume_from_checkpoint=True)", ""), names("sft"), **short)
-    run(LISA_BLOCKS[2], watched, **{"every_steps=50": "every_steps=1"})
+    run(LISA_BLOCKS[1], watched, **{"every_steps=50": "every_steps=1"})
     watched["trainer"].train(resume_from_checkpoint=str(tmp_path / "sft" / "checkpoint-3"))
     assert [row["step"] for row in watched["trainer"].state.log_history if "watch/refusal_margin" in row] == [3, 4]
     assert [row["loss"] for row in watched["trainer"].state.log_history if "loss" in row] == [
         row["loss"] for row in first["trainer"].state.log_history if "loss" in row
     ]
-    preferring = run(LISA_BLOCKS[1], names("dpo"), **short)["trainer"]
+    preferring = run(LISA_BLOCKS[2], names("dpo"), **short)["trainer"]
     preferring.train()
     assert any("alignment/rewards/margins" in row for row in preferring.state.log_history)
