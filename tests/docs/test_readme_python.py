@@ -1,4 +1,4 @@
-"""The Python of the README and of the page on Lisa runs, with other file names and shorter trainings."""
+"""The Python of README and docs runs, with other file names and shorter trainings."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from stayaligned.core.records import Metric
+from support.runs import evidence, outcomes, write_run
 from support.world import write_rows, write_world
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +27,18 @@ def run(block: str, names: dict[str, Any] | None = None, **replaced: str) -> dic
     names = dict(names or {})
     exec(compile(block, "page", "exec"), names)  # noqa: S102
     return names
+
+
+def test_every_page_with_python_has_a_test_here() -> None:
+    pages = (str(page.relative_to(ROOT)) for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+    assert {page for page in pages if blocks_in(page)} == {
+        "README.md",
+        "docs/howto/lisa.md",
+        "docs/howto/align.md",
+        "docs/howto/safe-lora.md",
+        "docs/concepts/evidence.md",
+        "docs/results/testbed.md",
+    }
 
 
 def test_the_readme_has_the_two_examples() -> None:
@@ -58,11 +72,43 @@ def test_the_example_for_a_finished_adapter_patches_it(tmp_path: Path, monkeypat
     world = write_world(tmp_path)
     (world / "aligned").rename(world / "chat")
     config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(load_model(world / "chat"), config).save_pretrained(str(tmp_path / "adapter"))
+    model = get_peft_model(load_model(world / "chat"), config)
+    model.save_pretrained(str(tmp_path / "adapter"))
     monkeypatch.chdir(tmp_path)
     names = run(BLOCKS[1])
     assert len(names["layers"]) == 2
     assert (tmp_path / "adapter-safe" / "projection.json").is_file()
+    (in_memory,) = blocks_in("docs/howto/safe-lora.md")
+    patched = run(in_memory, {"peft_model": model})
+    assert [layer.module for layer in patched["reports"]] == [layer.module for layer in names["layers"]]
+    assert (tmp_path / "out" / "safe_lora" / "adapter_model.safetensors").is_file()
+
+
+def test_the_example_of_aligning_makes_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_world(tmp_path)
+    (tmp_path / "aligned").rename(tmp_path / "other")
+    write_rows(tmp_path / "safety.jsonl", [{"prompt": f"s{i}", "completion": "I cannot"} for i in range(5)])
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks_in("docs/howto/align.md")
+    record = run(block)["record"]
+    assert (record.rows, record.steps) == (5, 3)
+    assert (tmp_path / "aligned" / "model.safetensors").is_file()
+
+
+def test_the_example_of_results_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = (Metric(name="finetune_accuracy", value=0.5, n=40, low=0.3, high=0.7, higher_is_better=True),)
+    for name in ("before", "after"):
+        write_run(tmp_path / name, evidence({"keyword": outcomes(40, 4)}), arm=name, scores=scores)
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks_in("docs/concepts/evidence.md")
+    assert {row["arm"] for row in run(block)["rows"]} == {"before", "after"}
+
+
+@pytest.mark.slow
+def test_the_example_of_the_testbed_finds_its_rows() -> None:
+    (block,) = blocks_in("docs/results/testbed.md")
+    names = run(block)
+    assert Path(names["rows"]).is_relative_to(names["directory"])
 
 
 def test_the_examples_of_the_page_on_lisa_train_resume_and_probe(
