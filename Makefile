@@ -10,7 +10,7 @@ QUICK := tests/algorithms tests/attacks tests/core tests/data tests/evaluation/m
 	tests/test_layout.py tests/docs/test_docs.py tests/docs/test_doctests.py tests/docs/test_words.py
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup help demo quick test slow hosts servers check docs bench model real release-check clean
+.PHONY: setup help demo quick test slow hosts servers check docs notebooks bench model real release-check clean
 
 setup: $(STAMP)  ## create .venv with everything for development (the default)
 
@@ -50,6 +50,9 @@ check: $(STAMP)  ## check format, lint, types and import contracts
 
 docs: $(STAMP)  ## build the documentation site in build/docs, with warnings as errors
 	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees -c docs . build/docs
+
+notebooks: $(STAMP)  ## run the notebooks and store their outputs
+	$(BIN)/python examples/notebooks/refresh.py
 
 $(REAL): studies/real_model/requirements.txt studies/real_model/prepare.py | $(STAMP)
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary vaderSentiment \

@@ -1,6 +1,6 @@
 """Run the notebooks and store their outputs.
 
-    python examples/notebooks/refresh.py
+    make notebooks
 
 Only answers are stored: no progress, no warnings and no times of execution.
 """

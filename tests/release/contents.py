@@ -1,6 +1,7 @@
 """Check what an sdist and a wheel hold, and their metadata: `python tests/release/contents.py dist`."""
 
 import email
+import re
 import sys
 import tarfile
 import zipfile
@@ -20,6 +21,8 @@ def main() -> None:
     assert held == {str(file.relative_to(ROOT / "src")) for file in package}, "the wheel is not the package"
     assert all(any(place in name for name in held) for place in DATA)
     assert {"licenses/LICENSE", "entry_points.txt", "RECORD", "WHEEL", "METADATA"} == info.keys()
+    page = metadata.get_payload()
+    assert "](http" in page and not re.search(r"\]\((?!https?:|#)", page), "the README has links to files"
     with tarfile.open(source) as archive:
         files = {name.partition("/")[2] for name in archive.getnames()}
     allowed = {"src", "tests", "docs", "examples"}
