@@ -1,5 +1,7 @@
 """The interval decides, and results that cannot be compared are an error."""
 
+import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,8 @@ from hypothesis import strategies as st
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.evaluation.metrics import mean_of_prompts
-from stayaligned.gate import Limits, decide, read_side
+from stayaligned.gate import Limits, decide, read_side, to_json, to_junit, to_markdown
+from stayaligned.gate.words import explain_decision
 from support.runs import H, R, S, evidence, outcomes, side_in_memory, write_run
 
 
@@ -263,3 +266,61 @@ def test_the_package_exports_the_gate() -> None:
     from stayaligned import gate
 
     assert (gate.decide, gate.Limits) == (stayaligned.decide, stayaligned.Limits)
+
+
+def test_non_inferiority_is_one_sided_and_stated_everywhere(tmp_path: Path) -> None:
+    rows = [evidence({"keyword": outcomes(155, count)}) for count in (0, 0)]
+    both, one_sided = (decide(*sides_in_memory(*rows), Limits(max_harm_increase=0.02, **mode)) for mode in MODES)
+    assert (both.answer, one_sided.answer) == ("undecided", "pass")
+    assert one_sided.interval_confidence == pytest.approx(0.9)
+    assert one_sided.non_inferiority
+    assert one_sided.sentence.startswith("PASS (non-inferiority, one-sided 5%): ")
+    for text in (to_json(one_sided), to_junit(one_sided), to_markdown(one_sided), *explain_decision(one_sided)[1:2]):
+        assert re.search("non.inferiority", text, re.IGNORECASE)
+    many = [evidence({"keyword": outcomes(300, count)}) for count in (0, 14)]
+    both, one_sided = (decide(*sides_in_memory(*many), Limits(max_harm_increase=0.02, **mode)) for mode in MODES)
+    assert (both.answer, one_sided.answer) == ("undecided", "fail")
+
+
+MODES = ({}, {"non_inferiority": True})
+
+
+def test_small_steps_pass_one_by_one_until_the_anchor_stops_them() -> None:
+    """Each release adds 1.5 points of harm, the last is 6 points above the anchor."""
+    anchor, *releases = (evidence({"keyword": outcomes(1000, 20 + 15 * step)}) for step in range(5))
+    limits = Limits(max_harm_increase=0.03, max_harm=0.5)
+    answers: list[tuple[str, str]] = []
+    for before, after in itertools.pairwise([anchor, *releases]):
+        found = decide(*sides_in_memory(before, after), limits, anchor=side_in_memory("anchor", anchor))
+        answers.append((found.criteria[0].answer, found.answer))
+    assert answers == [("pass", "pass"), ("pass", "undecided"), ("pass", "undecided"), ("pass", "fail")]
+    assert [(c.name, c.against, c.answer) for c in found.criteria] == [
+        ("max_harm_increase", "baseline", "pass"),
+        ("max_harm_increase", "anchor", "fail"),
+        ("max_harm", "baseline", "pass"),
+    ]
+    assert "rose by 6.0 points against the anchor" in found.sentence
+    assert "max_harm_increase[against the anchor]" in to_junit(found)
+    assert "rise by 3.0 points against the anchor" in to_markdown(found)
+    assert found.anchor == found.baseline.model_copy(update={"directories": ("anchor",)})
+
+
+def test_the_correction_counts_the_criteria_of_the_anchor() -> None:
+    rows = [evidence({"keyword": outcomes(400, count)}) for count in (4, 24)]
+    limits = Limits(max_harm_increase=0.025)
+    alone = decide(*sides_in_memory(*rows), limits)
+    both = decide(*sides_in_memory(*rows), limits, anchor=side_in_memory("anchor", rows[0]))
+    assert both.criteria[0].p_fail == pytest.approx(2 * alone.criteria[0].p_fail)
+
+
+def test_an_anchor_that_cannot_be_compared_is_one_error() -> None:
+    rows = [evidence({"keyword": outcomes(100, 2)}) for _ in range(2)]
+    for other, message in (
+        (evidence({"keyword": outcomes(100, 2)}, world="other"), "same id but different text"),
+        (evidence({"keyword": outcomes(99, 2)}), "only one of the two"),
+        (evidence({"other": outcomes(100, 2)}), "anchor: judge 'keyword' did not judge it"),
+    ):
+        with pytest.raises(StayalignedError, match=message):
+            decide(*sides_in_memory(*rows), Limits(max_harm_increase=0.02), anchor=side_in_memory("anchor", other))
+    with pytest.raises(StayalignedError, match="needs a limit on a change"):
+        decide(*sides_in_memory(*rows), Limits(max_harm=0.02), anchor=side_in_memory("anchor", rows[0]))

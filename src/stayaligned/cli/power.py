@@ -36,7 +36,12 @@ def power(
     worse: Annotated[
         float | None, share("For a gate: how much worse a model that must fail is; by default twice the margin.")
     ] = None,
-    confidence: Annotated[float, share("Confidence level of the two-sided interval.")] = 0.95,
+    confidence: Annotated[
+        float, share("Confidence level of the two-sided interval; with --non-inferiority, of each bound.")
+    ] = 0.95,
+    non_inferiority: Annotated[
+        bool, typer.Option("--non-inferiority", help="For a gate with --non-inferiority: one-sided tests.")
+    ] = False,
 ) -> None:
     """Plan the number of prompts.
 
@@ -67,7 +72,12 @@ def power(
             "--unpaired excludes --margin, --seeds and --discordant",
             hint="A gate compares the models prompt by prompt.",
         )
-    plan = _Plan(rate, discordant, unpaired, seeds, seed_spread, confidence)
+    if non_inferiority and (unpaired or difference is not None):
+        raise StayalignedError(
+            "--non-inferiority excludes --difference and --unpaired",
+            hint="It is a mode of the gate: give --margin, --ceiling or --prompts.",
+        )
+    plan = _Plan(rate, discordant, unpaired, seeds, seed_spread, confidence, non_inferiority)
     for_gate = 0.9 if chance is None else chance
     if margin is not None:
         values = plan.for_gate(margin, plan.twice(margin) if worse is None else worse, for_gate, prompts)
@@ -83,14 +93,23 @@ class _Plan:
     """The inputs that all computations of one call share."""
 
     def __init__(
-        self, rate: float, discordant: float | None, unpaired: bool, seeds: int, seed_spread: float, confidence: float
+        self,
+        rate: float,
+        discordant: float | None,
+        unpaired: bool,
+        seeds: int,
+        seed_spread: float,
+        confidence: float,
+        non_inferiority: bool,
     ) -> None:
         self.rate = rate
         self.discordant = discordant
         self.unpaired = unpaired
-        self.options: dict[str, Any] = {"confidence": confidence}
+        self.inputs: dict[str, Any] = {"confidence": confidence, "non_inferiority": non_inferiority}
+        self.options: dict[str, Any] = {"confidence": 2 * confidence - 1 if non_inferiority else confidence}
         if not unpaired:
-            self.options |= {"seeds": seeds, "seed_spread": seed_spread}
+            self.inputs |= {"seeds": seeds, "seed_spread": seed_spread}
+            self.options |= {"seeds": seeds, "seed_spread": seed_spread, "exact": non_inferiority}
 
     def discordant_share(self, difference: float) -> float:
         """Return the share of discordant prompts at a difference: as given, or as for unrelated completions."""
@@ -172,7 +191,7 @@ class _Plan:
             raise StayalignedError(f"--ceiling {ceiling:.3g}: expected a share above 0 and below 100%")
         confidence: float = self.options["confidence"]
         needed = ceiling_needed_n(self.rate, ceiling, power=chance, confidence=confidence)
-        values: dict[str, Any] = {"rate": self.rate, "ceiling": ceiling, "confidence": confidence, "chance": chance}
+        values: dict[str, Any] = {"rate": self.rate, "ceiling": ceiling, **self.inputs, "chance": chance}
         values |= {"needed_to_decide": needed}
         if prompts is not None:
             reached = ceiling_power(self.rate, ceiling, prompts, confidence=confidence)
@@ -221,7 +240,7 @@ class _Plan:
 
     def _inputs(self, chance: float) -> dict[str, Any]:
         kind = "unpaired" if self.unpaired else "paired"
-        return {"rate": self.rate, "kind": kind, "discordant": self.discordant, "chance": chance, **self.options}
+        return {"rate": self.rate, "kind": kind, "discordant": self.discordant, "chance": chance, **self.inputs}
 
 
 _ROWS = {
@@ -235,6 +254,7 @@ _ROWS = {
     "seeds": "seeds",
     "seed_spread": "spread between seeds",
     "confidence": "confidence",
+    "non_inferiority": "test",
     "chance": "wanted probability",
     "prompts": "available prompts",
     "needed_prompts": "prompts needed",
@@ -256,7 +276,8 @@ _ROWS = {
 def _print(values: dict[str, Any]) -> None:
     table = plain_table("", "", numbers=True)
     for key, title in _ROWS.items():
-        if key in values and not (key in ("seeds", "seed_spread") and values["seeds"] == 1):
+        hidden = (key in ("seeds", "seed_spread") and values.get("seeds") == 1) or values.get(key) is False
+        if key in values and not hidden:
             table.add_row(title, _format(key, values[key]))
     out.print(table)
     out.print("Computed from the intervals that `gate` decides by; see docs/howto/gate.md.", soft_wrap=True)
@@ -265,6 +286,8 @@ def _print(values: dict[str, Any]) -> None:
 def _format(key: str, value: Any) -> str:
     if key == "kind":
         return "the same for both models" if value == "paired" else "different for each model"
+    if key == "non_inferiority":
+        return "non-inferiority, one-sided"
     if value is None:
         others = "no number of prompts is enough" if key.startswith("needed") else "none: too few prompts"
         return "unknown: as for unrelated completions" if key == "discordant" else others

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import get_args
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Outcome
@@ -47,7 +46,7 @@ from stayaligned.gate.words import describe_decision, describe_reason
 Counted = Mapping[Comparison, CountedPairs]
 """The results that are compared, by the model that the candidate is compared with."""
 
-_COMPARISONS: tuple[Comparison, ...] = get_args(Comparison)
+_COMPARISONS: tuple[Comparison, ...] = ("baseline", "anchor")
 
 
 def decide(
@@ -149,11 +148,12 @@ def _criteria(counted: Counted, limits: Limits, judge: str, *, fallback: str | N
 
     A conclusion has to hold with and without a template around the prompts.
     """
-    criteria = _conclude_all({key: one.pairs for key, one in counted.items()}, limits, judge, fallback)
+    compared: dict[Comparison, Pairs] = {key: one.pairs for key, one in counted.items()}
+    criteria = _conclude_all(compared, limits, judge, fallback)
     if all(one.strict is None for one in counted.values()):
         return criteria
-    compared_in_full = {key: one.strict or one.pairs for key, one in counted.items()}
-    strict = _conclude_all(compared_in_full, limits, judge, fallback)
+    compared |= {key: one.strict for key, one in counted.items() if one.strict is not None}
+    strict = _conclude_all(compared, limits, judge, fallback)
     return [_agree(one, other) for one, other in zip(criteria, strict, strict=True)]
 
 
@@ -176,7 +176,7 @@ def _conclude_all(
         cannot_tell = metric.outcome is Outcome.REFUSE and not tells_refusals(pairs, judge)
         return fallback if fallback is not None and cannot_tell else judge
 
-    found = [
+    found: list[tuple[Comparison, Measured]] = [
         (against, measure(pairs, limits, judge_of(pairs, one), name, one, kind, limit))
         for name, metric, kind, limit in limits.criteria()
         for against, pairs in compared.items()

@@ -211,7 +211,7 @@ def tells_refusals(pairs: Pairs, judge: str) -> bool:
     return all(row.outcomes.get(judge) is not Outcome.SAFE for run in runs for row in run.rows.values())
 
 
-def mean_change(rows: Sequence[Sequence[PairedValue]], sign: int = 1) -> MeanOfPrompts | None:
+def mean_change(rows: Sequence[Sequence[PairedValue]], sign: int = 1, *, exact: bool = False) -> MeanOfPrompts | None:
     """Compute the mean difference on the prompts that are scored for both; None if a seed has none."""
     changes = [
         _by_prompt(
@@ -219,7 +219,7 @@ def mean_change(rows: Sequence[Sequence[PairedValue]], sign: int = 1) -> MeanOfP
         )
         for seed in rows
     ]
-    return mean_of_prompts(dict(enumerate(changes))) if changes and all(changes) else None
+    return mean_of_prompts(dict(enumerate(changes)), exact=exact) if changes and all(changes) else None
 
 
 class Rate(NamedTuple):
@@ -252,13 +252,13 @@ class Rate(NamedTuple):
         return float(betainc(fewer, self.mean.n_prompts - fewer + 1, limit)) if fewer else 1.0
 
 
-def find_rate(rows: Sequence[Sequence[PairedValue]]) -> Rate | None:
+def find_rate(rows: Sequence[Sequence[PairedValue]], *, exact: bool = False) -> Rate | None:
     """Compute the candidate's rate on the prompts that are scored for it; None if a seed has none."""
     values = [_by_prompt((r.prompt, r.after) for r in seed if r.after is not None) for seed in rows]
     if not values or not all(values):
         return None
     means = [value for seed in values for value in seed.values()]
-    mean = mean_of_prompts(dict(enumerate(values)), ends=(0.0, 1.0))
+    mean = mean_of_prompts(dict(enumerate(values)), ends=(0.0, 1.0), exact=exact)
     return Rate(mean, (sum(value >= 1 for value in means), sum(value > 0 for value in means)))
 
 
@@ -272,7 +272,7 @@ def _by_prompt(values: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 def _measure_change(one: Measured, rows: Sequence[Sequence[PairedValue]], limits: Limits) -> Measured:
     """Measure the difference on prompts scored for both, positive if the candidate is worse."""
-    mean = mean_change(rows, 1 if one.metric.higher_is_worse else -1)
+    mean = mean_change(rows, 1 if one.metric.higher_is_worse else -1, exact=limits.non_inferiority)
     if mean is None:
         return one
     both = [
@@ -287,14 +287,16 @@ def _measure_change(one: Measured, rows: Sequence[Sequence[PairedValue]], limits
         candidate=fmean(_by_prompt((f"{seed} {prompt}", after) for prompt, _, after, seed in both).values()),
         mean=mean,
         bounds=mean.interval(limits.interval_confidence),
-        interval="paired by prompt, Student's with both ends added" + (" over seeds" if mean.n_seeds > 1 else ""),
+        interval="paired by prompt, "
+        + ("Dirichlet bounds" if limits.non_inferiority else "Student's with both ends added")
+        + (" over seeds" if mean.n_seeds > 1 else ""),
         p_above=mean.p_above(one.limit),
     )
 
 
 def _measure_ceiling(one: Measured, rows: Sequence[Sequence[PairedValue]], limits: Limits) -> Measured:
     """Measure the candidate's own rate."""
-    rate = find_rate(rows)
+    rate = find_rate(rows, exact=limits.non_inferiority)
     if rate is None:
         return one
     name = _EXACT if rate.exact else "Student's with both ends added over seeds"

@@ -6,11 +6,13 @@ The difference of two models on the same prompts is a mean over prompts on the s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean, variance
 from typing import Self, TypeVar
 
+from stayaligned.evaluation.metrics.exact import bounded_interval, bounded_tail
 from stayaligned.evaluation.metrics.intervals import Interval
 
 KeyT = TypeVar("KeyT", bound=Hashable)
@@ -50,11 +52,18 @@ class MeanOfPrompts:
     """Lowest and highest possible value of one prompt."""
     within_variance: float = 0.0
     """Variance of one value that neither its prompt nor its seed explains."""
+    spread: tuple[tuple[float, int], ...] = ()
+    """Means of the prompts, each with its number of prompts. If given, bounds are those of `bounded_tail`; over several
+    seeds, the wider of these and Student's."""
 
     @property
     def center(self) -> float:
         """The middle of the interval: the mean including the two pseudo-prompts."""
         return (self.value * self.n_prompts + sum(self.ends)) / (self.n_prompts + 2)
+
+    @property
+    def _counted(self) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        return tuple(value for value, _ in self.spread), tuple(count for _, count in self.spread)
 
     @property
     def _prompt_error(self) -> float:
@@ -94,7 +103,11 @@ class MeanOfPrompts:
     def interval(self, confidence: float = 0.95) -> Interval:
         """Return the two-sided interval, cut to the scale."""
         half, (least, most) = self.half_width(confidence), self.ends
-        return max(least, self.center - half), min(most, self.center + half)
+        student = max(least, self.center - half), min(most, self.center + half)
+        if not self.spread:
+            return student
+        low, high = bounded_interval(*self._counted, ends=self.ends, confidence=confidence)
+        return (low, high) if self.n_seeds < 2 else (min(low, student[0]), max(high, student[1]))
 
     def p_above(self, limit: float) -> float:
         """Return the one-sided p-value of "the mean is not above `limit`".
@@ -104,9 +117,13 @@ class MeanOfPrompts:
         from scipy.special import stdtr
 
         distance = self.center - self.step / 2 - limit
-        return max(
+        student = max(
             float(stdtr(free, -distance / error)) if error > 0 else float(distance <= 0) for error, free in self._errors
         )
+        if not self.spread:
+            return student
+        exact = float(bounded_tail(*self._counted, limit, end=self.ends[0]))
+        return exact if self.n_seeds < 2 else max(exact, student)
 
     def p_value(self, at: float = 0.0) -> float:
         """Return the two-sided p-value of "the mean is `at`".
@@ -118,7 +135,8 @@ class MeanOfPrompts:
     def mirrored(self) -> Self:
         """Return the mean of the values with the opposite sign."""
         least, most = self.ends
-        return replace(self, value=-self.value, ends=(-most, -least))
+        spread = tuple((-value, count) for value, count in self.spread)
+        return replace(self, value=-self.value, ends=(-most, -least), spread=spread)
 
     def resized(self, n_prompts: int) -> Self:
         """Return the expected mean and variances for another number of similar prompts.
@@ -131,6 +149,7 @@ class MeanOfPrompts:
         between = max(0.0, self.seed_variance - self.within_variance / n)
         return replace(
             self,
+            spread=(),
             n_prompts=n_prompts,
             prompt_variance=spread,
             seed_variance=between + self.within_variance / n_prompts,
@@ -169,12 +188,15 @@ def least_count(enough: Callable[[int], bool]) -> int | None:
 
 
 def mean_of_prompts(
-    values: Mapping[int, Mapping[KeyT, float | Sequence[float]]], *, ends: tuple[float, float] = (-1.0, 1.0)
+    values: Mapping[int, Mapping[KeyT, float | Sequence[float]]],
+    *,
+    ends: tuple[float, float] = (-1.0, 1.0),
+    exact: bool = False,
 ) -> MeanOfPrompts:
     """Compute the mean of values given by seed and prompt; seeds may share all, some or no prompts.
 
     A prompt that was asked several times, as copies or near copies, has several values. All of them count in the mean,
-    but for its error they are one prompt.
+    but for its error they are one prompt. With `exact`, bounds hold without assuming a distribution of the prompts.
 
     Raises:
         ValueError: If a seed has no value, or a value is outside the scale.
@@ -208,7 +230,13 @@ def mean_of_prompts(
         step=1 / len(cells) if all(value.is_integer() for value in numbers) else 0.0,
         ends=ends,
         within_variance=_residual_variance({(s, key): fmean(found) for s, key, found in cells}, seed_means, mean),
+        spread=_spread((mean + x for x in off), ends) if exact else (),
     )
+
+
+def _spread(means: Iterable[float], ends: tuple[float, float]) -> tuple[tuple[float, int], ...]:
+    """Count equal means of prompts; one that has more values than others may lie beyond the scale, and is cut."""
+    return tuple(sorted(Counter(min(ends[1], max(ends[0], round(value, 9) + 0.0)) for value in means).items()))
 
 
 def mean_of_seeds(

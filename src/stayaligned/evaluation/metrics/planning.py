@@ -8,6 +8,7 @@ from collections.abc import Callable
 from statistics import NormalDist
 from typing import Any
 
+from stayaligned.evaluation.metrics.exact import bounded_tail
 from stayaligned.evaluation.metrics.paired import MeanOfPrompts, least_count
 
 
@@ -84,16 +85,19 @@ def paired_power(
     confidence: float = 0.95,
     seeds: int = 1,
     seed_spread: float = 0.0,
+    exact: bool = False,
 ) -> float:
     """Return the probability that the interval of a difference on the same n prompts lies beyond `limit`.
 
-    For one seed it is exact, a sum over the numbers of prompts on which the models differ; from two thousand such
-    prompts on, and for several seeds, it is the normal approximation.
+    For one seed it is a sum over the numbers of prompts on which the models differ; from two thousand such prompts on,
+    and for several seeds, it is the normal approximation. `exact` as for `mean_of_prompts`.
     """
     sign = 1 if difference >= limit else -1
     expected = expected_difference(sign * difference, discordant, n, seeds=seeds, seed_spread=seed_spread)
     if seeds > 1 or n * discordant > _MOST_COUNTED:
         return expected.chance_above(sign * limit, confidence)
+    if exact:
+        return _count_exactly_above(sign * difference, discordant, n, sign * limit, (1 - confidence) / 2)
     return _count_above(sign * difference, discordant, n, sign * limit, confidence)
 
 
@@ -122,6 +126,35 @@ def _count_above(difference: float, discordant: float, n: int, limit: float, con
     return min(1.0, float(np.exp(logs)[center - half > limit].sum()))
 
 
+def _count_exactly_above(difference: float, discordant: float, n: int, limit: float, alpha: float) -> float:
+    """Return the probability that `bounded_tail` rejects "the mean is not above `limit`", for one seed."""
+    import numpy as np
+    from scipy.special import bdtrc, gammaln, xlog1py, xlogy
+
+    share, opposite = (discordant + difference) / 2, (discordant - difference) / 2
+    reach = 5 * math.sqrt(n * opposite * (1 - opposite)) + 5  # what lies beyond has a probability below 1e-5
+    less = np.arange(max(0, int(n * opposite - reach)), min(n, math.ceil(n * opposite + reach)) + 1)
+
+    def enough(more: Any) -> Any:
+        counts = np.stack([less, n - less - more, more], axis=-1)
+        return bounded_tail((-1.0, 0.0, 1.0), counts, limit, end=-1.0) <= alpha
+
+    # The greatest number that is too few, and one that is enough, near that of a normal distribution if possible.
+    rough = less + n * limit + NormalDist().inv_cdf(1 - alpha) * np.sqrt(np.maximum(0, 2 * less + n * limit))
+    low = np.clip(rough.astype(int) - 4, -1, n - less)
+    high = np.clip(low + 16, 0, n - less)
+    low = np.where((low >= 0) & enough(np.maximum(low, 0)), -1, low)
+    high = np.where(enough(high), high, n - less)
+    while (high - low > 1).any():
+        more = (low + high) // 2
+        found = enough(more)
+        low, high = np.where(found, low, more), np.where(found, more, high)
+    logs = gammaln(n + 1) - gammaln(less + 1) - gammaln(n - less + 1)
+    logs += xlogy(less, opposite) + xlog1py(n - less, -opposite)
+    rest = bdtrc(high - 1, n - less, min(1.0, share / (1 - opposite)))
+    return min(1.0, float((np.exp(logs) * np.where(high > 0, rest, 1.0)).sum()))
+
+
 def paired_needed_n(
     difference: float,
     discordant: float,
@@ -131,6 +164,7 @@ def paired_needed_n(
     confidence: float = 0.95,
     seeds: int = 1,
     seed_spread: float = 0.0,
+    exact: bool = False,
 ) -> int | None:
     """Return the prompts, answered by both models, for which `paired_power` reaches `power`; None if none suffice.
 
@@ -139,10 +173,8 @@ def paired_needed_n(
     """
 
     def enough(n: int) -> bool:
-        reached = paired_power(
-            difference, discordant, n, limit=limit, confidence=confidence, seeds=seeds, seed_spread=seed_spread
-        )
-        return reached >= power
+        options: dict[str, Any] = {"seeds": seeds, "seed_spread": seed_spread, "exact": exact}
+        return paired_power(difference, discordant, n, limit=limit, confidence=confidence, **options) >= power
 
     if difference == limit:
         return None
