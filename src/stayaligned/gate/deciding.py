@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Outcome
@@ -176,8 +177,8 @@ def _conclude_all(
         cannot_tell = metric.outcome is Outcome.REFUSE and not tells_refusals(pairs, judge)
         return fallback if fallback is not None and cannot_tell else judge
 
-    found: list[tuple[Comparison, Measured]] = [
-        (against, measure(pairs, limits, judge_of(pairs, one), name, one, kind, limit))
+    found = [
+        replace(measure(pairs, limits, judge_of(pairs, one), name, one, kind, limit), against=against)
         for name, metric, kind, limit in limits.criteria()
         for against, pairs in compared.items()
         if against == "baseline" or kind != "ceiling"  # the candidate's own rate is the same in all comparisons
@@ -187,11 +188,11 @@ def _conclude_all(
     def adjust(p_values: Iterator[float]) -> list[float]:
         return holm([repeated_p(p, limits.look) for p in p_values])
 
-    adjusted = adjust(1.0 if one.too_many_unscored else one.p_above for _, one in found)
-    at_best = adjust(1.0 if one.too_many_unscored else max(one.p_above, one.p_above_at_best) for _, one in found)
+    adjusted = adjust(1.0 if one.too_many_unscored else one.p_above for one in found)
+    at_best = adjust(1.0 if one.too_many_unscored else max(one.p_above, one.p_above_at_best) for one in found)
     return [
-        _conclude(compared[against], one, p_fail, p_best, limits, len(found)).model_copy(update={"against": against})
-        for (against, one), p_fail, p_best in zip(found, adjusted, at_best, strict=True)
+        _conclude(compared[one.against], one, p_fail, p_best, limits, len(found))
+        for one, p_fail, p_best in zip(found, adjusted, at_best, strict=True)
     ]
 
 
@@ -265,6 +266,7 @@ def _criterion(one: Measured, answer: Conclusion, p_fail: float, needed: int | N
         title=one.metric.title,
         prompt_sets=one.metric.prompt_sets,
         kind=one.kind,
+        against=one.against,
         limit=one.limit,
         answer=answer,
         reason="",

@@ -12,7 +12,7 @@ from stayaligned.core.records import Outcome, PromptSet
 from stayaligned.evaluation.metrics import MeanOfPrompts, ceiling_needed_n, exact_interval, mean_of_prompts
 from stayaligned.evaluation.results import EVIDENCE_FILE, Evidence, Place, StoredResult
 from stayaligned.gate.reading import Pairs
-from stayaligned.gate.values import ComparedMetric, LimitKind, Limits
+from stayaligned.gate.values import ComparedMetric, Comparison, LimitKind, Limits
 
 Values = Mapping[Place, float | None]
 """The value of every completion; None if it is unscored."""
@@ -44,6 +44,7 @@ class Measured:
     kind: LimitKind
     limit: float
     judge: str
+    against: Comparison = "baseline"
     baseline: float | None = None
     candidate: float | None = None
     mean: MeanOfPrompts | None = None
