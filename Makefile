@@ -72,6 +72,7 @@ bench: $(STAMP)  ## measure what docs/results/benchmarks.md claims
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/convergence.py
 	$(BIN)/python benchmarks/gate_statistics.py
+	$(BIN)/python benchmarks/label_statistics.py
 	$(BIN)/python benchmarks/report_intervals.py
 	$(BIN)/python benchmarks/endpoint.py
 	$(BIN)/python benchmarks/report.py  # needs chromium

@@ -15,8 +15,10 @@ from typer.main import get_command
 
 from stayaligned.cli import _COMMANDS, app, main
 from stayaligned.defenses.patching.subspace import build_subspace
+from stayaligned.evaluation.labelling.drawing import open_labelling, read_frame
 from stayaligned.experiments.grid import load_grid
 from stayaligned.testing import write_pico_adapter
+from support.labels import label_all, write_judged_run
 from support.runs import H, R, evidence, write_run
 from support.world import experiment, write_world
 
@@ -30,6 +32,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "report": ("report", "RUN", "OTHER", "--out", "out-report"),
     "evaluate": ("evaluate", "aligned", "--harmful-prompts", "harmful-prompts.jsonl", "--out", "out-evaluate"),
     "judge": ("judge", "out-evaluate", "--judge", "keyword", "--out", "out-judge"),
+    "label": ("label", "JUDGED", "--out", "out-label", "--summary"),
     "gate": ("gate", "--baseline", "RUN", "--candidate", "OTHER", "--max-harm-increase", "5%"),
     "power": ("power", "--rate", "5%", "--prompts", "400"),
     "align": ("align", "base", "--data", "alignment.jsonl", "training.max_steps=2", "max_length=64", "--out", "out-al"),
@@ -58,6 +61,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_subspace(str(root / "aligned"), str(root / "base"), root / "file.safetensors", rank=1)
     write_run(root / "RUN", evidence({"keyword": [H, R] * 20}), arm="zörb − ≠ 模型")
     write_run(root / "OTHER", evidence({"keyword": [R] * 40}), arm="wüg")
+    judged = write_judged_run(root / "JUDGED", {"keyword": [H, R] * 4}, arm="wüg")
+    label_all(open_labelling(root / "out-label", read_frame([judged])), 0, "harm")
     settings = experiment(root, limit=2)
     settings["training"]["max_steps"] = 1
     (root / "e.yaml").write_text(yaml.safe_dump(settings))

@@ -37,6 +37,7 @@ _COMMANDS = {
     "report": _Entry("output:report", "Write a report of finished runs"),
     "evaluate": _Entry("evaluate:evaluate", "Measure a finished model or adapter"),
     "judge": _Entry("judge:judge", "Judge the completions of a run again"),
+    "label": _Entry("label:label", "Label completions, and measure judges"),
     "gate": _Entry("gate:gate", "Compare a candidate with a baseline"),
     "power": _Entry("power:power", "Plan the number of prompts"),
     "align": _Entry("align:align", "Make an aligned model from a base model"),

@@ -14,6 +14,7 @@ _PAGES = {
     "howto/gate": ("cli.gate", "cli.power", "gate"),
     "howto/judges-endpoint": ("evaluation.endpoint",),
     "howto/judges-local": ("evaluation.judges", "hf.judge_models"),
+    "howto/label": ("cli.label", "evaluation.labelling"),
     "howto/lisa": (
         *("algorithms.lisa", "algorithms.lisa_schedule", "hf.training"),
         *("defenses.bso", "defenses.lisa", "defenses.mixing"),

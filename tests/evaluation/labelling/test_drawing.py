@@ -57,15 +57,15 @@ def test_strata_tell_verdicts_of_each_arm_and_whether_judges_differ(tmp_path: Pa
     ]
     strata = {item.id: item.stratum for item in draw(read_frame(runs), wanted=5).items}
     assert [strata[f"0/harmful/harmful-{index}"] for index in range(5)] == [
-        "harmful: harm, no harm",
-        "harmful: harm, harm; judges differ",
-        "harmful: no harm, no harm",
-        "harmful: no harm, no harm; judges differ",
-        "harmful: unscored, no harm",
+        "harmful: harm / no harm",
+        "harmful: harm / harm; judges differ",
+        "harmful: no harm / no harm",
+        "harmful: no harm / no harm; judges differ",
+        "harmful: unscored / no harm",
     ]
     assert [strata[f"0/benign/benign-{index}"] for index in range(2)] == [
-        "benign: refusal, no refusal",
-        "benign: no refusal, no refusal",
+        "benign: refusal / no refusal",
+        "benign: no refusal / no refusal",
     ]
     by_guard = draw(read_frame(runs), wanted=5, judge="guard")
     assert by_guard.judge_name == "guard"
@@ -110,7 +110,7 @@ def test_a_first_part_has_each_stratum_and_more_of_what_is_bad(tmp_path: Path) -
     counts = Counter(item.stratum for item in drawn.items[:100])
     assert all(counts[stratum] >= min(size, 4) for stratum, size in drawn.strata.items())
     shares = {stratum: counts[stratum] / size for stratum, size in drawn.strata.items()}
-    assert shares["harmful: no harm, harm"] > 1.8 * shares["harmful: no harm, no harm"]
+    assert shares["harmful: no harm / harm"] > 1.8 * shares["harmful: no harm / no harm"]
 
 
 def test_arms_with_one_result_each_may_have_other_seeds(tmp_path: Path) -> None:

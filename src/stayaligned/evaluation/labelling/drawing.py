@@ -12,11 +12,13 @@ from pathlib import Path
 from stayaligned.core.errors import StayalignedError, did_you_mean
 from stayaligned.core.records import Completion, Outcome, PromptSet
 from stayaligned.evaluation.completions import stored_completions
+from stayaligned.evaluation.labelling.store import DESIGN_FILE, LabelStore
 from stayaligned.evaluation.labelling.values import Design, DrawnCompletion, DrawnItem, hash_frame
 from stayaligned.evaluation.measure import JUDGED, prompt_hash, text_hash
 from stayaligned.evaluation.results import JudgeIdentity, Place, Result, StoredResult, identify_weights, read_results
 from stayaligned.evaluation.rows import distinguish_arms
 
+_WANTED = 100
 _LEAST = 5
 """Number of items that each stratum gets at least, if it has as many."""
 _BAD = {"harmful": Outcome.HARM, "benign": Outcome.REFUSE}
@@ -135,6 +137,43 @@ def draw_order(strata: Sequence[str], doubled: Collection[str], wanted: int, see
     return [index for *_, index in sorted(turns)]
 
 
+def open_labelling(
+    directory: Path, frame: Frame, *, wanted: int | None = None, seed: int | None = None, judge: str | None = None
+) -> LabelStore:
+    """Open the labels of a frame in a directory, or draw a design and store it if there is none.
+
+    Args:
+        directory: the directory of the labels.
+        frame: everything that may be labelled.
+        wanted: number of items to label; by default as stored, or 100.
+        seed: seed of the order; by default as stored, or 0.
+        judge: judge whose verdicts define the strata; by default as stored, or the primary judge.
+
+    Raises:
+        StayalignedError: if the stored design is of other completions, or was drawn with another seed or judge.
+    """
+    if not (directory / DESIGN_FILE).exists():
+        design = draw(frame, wanted=_WANTED if wanted is None else wanted, seed=seed or 0, judge=judge)
+        return LabelStore.create(directory, design)
+    store = LabelStore.open(directory)
+    design = store.design
+    if design.frame_hash != frame.hash:
+        raise StayalignedError(
+            f"{directory}: holds labels of other completions ({len(design.items)} items of "
+            f"{', '.join(map(repr, design.arms))})",
+            hint="Give the runs and arms that it was started with, or choose another --out.",
+        )
+    for name, given, stored in (("seed", seed, design.seed), ("judge", judge, design.judge_name)):
+        if given not in (None, stored):
+            raise StayalignedError(
+                f"{directory}: was drawn with --{name} {stored}, not {given}",
+                hint=f"Omit --{name} to continue, or choose another --out.",
+            )
+    if wanted is not None and min(wanted, len(design.items)) != design.wanted:
+        store.resize(min(wanted, len(design.items)))
+    return store
+
+
 def is_bad(outcome: Outcome | None, prompt_set: PromptSet) -> bool | None:
     """Return whether an outcome is harm, on harmful prompts, or a refusal, on benign ones; None if it is unscored."""
     return None if outcome is None else outcome is _BAD[prompt_set]
@@ -146,7 +185,7 @@ def _stratum(frame: Frame, item: DrawnItem, judge: str) -> tuple[str, bool]:
     found = [is_bad(own[judge], item.prompt_set) for own in verdicts]
     words = _WORDS[item.prompt_set]
     if len(found) <= 2:
-        pattern = ", ".join("unscored" if bad is None else words[bad] for bad in found)
+        pattern = " / ".join("unscored" if bad is None else words[bad] for bad in found)
     else:
         scored = [bad for bad in found if bad is not None]
         extent = "all" if scored and all(scored) else "some" if any(scored) else "no"

@@ -69,10 +69,12 @@ class LabelStore:
         """
         if directory.exists() and not directory.is_dir():
             raise StayalignedError(f"{directory}: is a file", hint="Give the labels a directory: --out DIR.")
-        if directory.exists() and any(path.name != _LOCK_FILE for path in directory.iterdir()):
-            raise StayalignedError(
-                f"{directory}: is not empty, and holds no {DESIGN_FILE}", hint="Choose another --out."
-            )
+        with writable(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            if any(path.name != _LOCK_FILE for path in directory.iterdir()):
+                raise StayalignedError(
+                    f"{directory}: is not empty, and not a directory of labels", hint="Choose another --out."
+                )
         return cls(directory, _write_design(directory, design))
 
     @classmethod
@@ -170,8 +172,9 @@ class LabelStore:
         except OSError as error:
             raise StayalignedError(f"{self.path}: {error.strerror}", hint="Check this path.") from None
         labels: list[Label] = []
+        path = str(self.path)
         for number, line in enumerate(content.split(b"\n")[:-1], start=1):
-            where = f"{self.path}, line {number}"
+            where = f"{path}, line {number}"
             try:
                 label = Label.model_validate_json(line)
             except ValidationError as error:
