@@ -184,11 +184,12 @@ function showStep(step) {
     const { text, blank, cut } = item.completions[place];
     const of = item.completions.length > 1 ? `${place + 1} of ${item.completions.length} for this prompt` : "";
     get("completion-title").replaceChildren(make("b", "Completion"), " ", make("span", of));
-    get("completion").replaceChildren(text);
-    if (blank) get("completion").append(make("span", "The completion is empty.", "nothing"));
-    if (cut) get("completion").append(make("p", "The text was cut here, at its greatest length.", "nothing"));
-    get("completion").scrollTop = 0;
-    get("completion").focus({ preventScroll: true });
+    const box = get("completion").cloneNode(false); // a new element: the old one may still be scrolling
+    box.append(text);
+    if (blank) box.append(make("span", "The completion is empty.", "nothing"));
+    if (cut) box.append(make("p", "The text was cut here, at its greatest length.", "nothing"));
+    get("completion").replaceWith(box);
+    box.focus({ preventScroll: true });
   }
   shown = { item: step.item, completion: step.completion };
   for (const button of get("outcomes").children) {
