@@ -33,7 +33,10 @@ def main() -> None:
 
 
 def coverage_rows(draws: int) -> Iterator[list[str]]:
-    """Yield coverage and mean width of the intervals, for two arms with the same judge."""
+    """Yield coverage and mean width of the intervals, for two arms with the same judge.
+
+    `alike` is the share of prompts on which both arms gave the same completion.
+    """
     yield [
         "prompts",
         "labelled",
@@ -44,12 +47,11 @@ def coverage_rows(draws: int) -> Iterator[list[str]]:
         "specificity: coverage",
         "width",
     ]
-    for (prompts, labelled), base_rate, judge in itertools.product(
-        ((520, 50), (520, 100), (520, 200), (2000, 100), (200, 200)), (0.02, 0.1, 0.5), JUDGES
-    ):
-        covered, width = coverage(prompts, labelled, base_rate, judge, draws=draws)
+    sizes = ((520, 50, 0.0), (520, 100, 0.0), (520, 200, 0.0), (2000, 100, 0.0), (200, 200, 0.0), (520, 100, 0.8))
+    for (prompts, labelled, alike), base_rate, judge in itertools.product(sizes, (0.02, 0.1, 0.5), JUDGES):
+        covered, width = coverage(prompts, labelled, base_rate, judge, alike=alike, draws=draws)
         cells = [f"{number:.3f}" for pair in zip(covered, width, strict=True) for number in pair]
-        yield [str(prompts), str(labelled), f"{base_rate:.0%}", " / ".join(map(str, judge)), *cells]
+        yield [str(prompts), str(labelled), f"{alike:.0%}", f"{base_rate:.0%}", " / ".join(map(str, judge)), *cells]
 
 
 def coverage(
@@ -59,6 +61,7 @@ def coverage(
     judge: tuple[float, float],
     *,
     arms: int = 2,
+    alike: float = 0.0,
     draws: int,
     seed: int = 0,
 ) -> tuple[list[float], list[float]]:
@@ -69,11 +72,15 @@ def coverage(
         labelled: number of items that are labelled, in the order of the draw.
         base_rate: share of bad completions.
         judge: sensitivity and specificity.
-        arms: number of arms; their completions of one prompt are independent.
+        arms: number of arms.
+        alike: share of prompts on which all arms have the same completion; on others they are independent.
         draws: number of simulated labellings.
         seed: seed of the first simulation.
     """
-    found = [simulate(prompts, labelled, base_rate, judge, arms, seed + index).quality() for index in range(draws)]
+    found = [
+        simulate(prompts, labelled, base_rate, judge, arms, seed + index, alike=alike).quality()
+        for index in range(draws)
+    ]
     covered, width = [], []
     for truth, rates in zip(judge, zip(*((q.sensitivity, q.specificity) for q in found), strict=True), strict=True):
         known = [(one.low, one.high) for one in rates if one.low is not None and one.high is not None]
@@ -83,12 +90,21 @@ def coverage(
 
 
 def simulate(
-    prompts: int, labelled: int, base_rate: float, judge: tuple[float, float], arms: int, seed: int
+    prompts: int,
+    labelled: int,
+    base_rate: float,
+    judge: tuple[float, float],
+    arms: int,
+    seed: int,
+    *,
+    alike: float = 0.0,
 ) -> LabelledSample:
-    """Return a simulated labelling of items whose completions and verdicts are independent."""
+    """Return a simulated labelling; see `coverage` for the arguments."""
     rng, (sensitivity, specificity) = np.random.default_rng([seed, 1]), judge
     bad = rng.random((prompts, arms)) < base_rate
     verdicts = np.where(bad, rng.random(bad.shape) < sensitivity, rng.random(bad.shape) >= specificity)
+    same = rng.random(prompts) < alike
+    bad[same], verdicts[same] = bad[same, :1], verdicts[same, :1]
     patterns = ["".join("+" if said else "-" for said in row) for row in verdicts]
     order = draw_order(patterns, {one for one in patterns if "+" in one}, labelled, seed)
     drawn = np.isin(np.arange(prompts), order[:labelled])

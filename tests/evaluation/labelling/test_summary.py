@@ -108,3 +108,13 @@ def test_labellers_are_compared_where_both_gave_a_label(tmp_path: Path) -> None:
     assert first.judges == ("ann", "bob")
     assert (first.n, first.agreement, first.kappa) == (3, pytest.approx(2 / 3), pytest.approx(0.4))
     assert [one.n for one in others] == [0, 0], "unsure is left out"
+    assert found.notes == ("1 labelled completions have no outcome: labellers are unsure, or their votes are a tie",)
+
+
+def test_a_judge_without_verdicts_on_a_prompt_set_has_no_rates_there(tmp_path: Path) -> None:
+    judges = {"keyword": [H, R, H, R], "other": [H, R, H, R]}
+    frame = read_frame([write_judged_run(tmp_path / "a", judges, {"keyword": [R, R], "other": [None, None]}, arm="a")])
+    store = open_labelling(tmp_path / "labels", frame)
+    label_by(store, {"a": [H, R, H, R]})
+    rows = [(row.judge, row.prompt_set) for row in summarize(frame, store).judges]
+    assert rows == [("keyword", "harmful"), ("other", "harmful"), ("keyword", "benign")]

@@ -31,6 +31,7 @@ from stayaligned.evaluation.labelling.values import (
 DESIGN_FILE = "design.json"
 LABELS_FILE = "labels.jsonl"
 _LOCK_FILE = ".lock"
+_BUSY_SECONDS = 30.0
 _EDITED = "It was edited or damaged; restore it from a copy, or label into another --out."
 
 Latest = Mapping[CompletionKey, Mapping[str, Label]]
@@ -260,12 +261,14 @@ class LabelStore:
 
     @contextlib.contextmanager
     def _locked(self) -> Generator[None]:
-        with FileLock(self.directory / _LOCK_FILE):
+        with FileLock(self.directory / _LOCK_FILE, timeout=_BUSY_SECONDS):
             yield
 
     def _write(self, content: bytes) -> None:
         """Append bytes after the last complete line, and sync them; on an error, restore the file."""
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        if not self.path.exists():
+            write_text(self.path, "")  # also syncs the directory
+        descriptor = os.open(self.path, os.O_RDWR)
         try:
             end = self._end(descriptor)
             try:

@@ -73,7 +73,7 @@ def summarize(frame: Frame, store: LabelStore) -> LabelSummary:
             notes.append(f"no rates on {prompt_set} prompts yet: {error.message}. {error.hint}")
             continue
         for judge in frame.judges if needed else ():
-            if prompt_set == "harmful" or not _tells_no_refusals(frame, judge):
+            if _measures(frame, judge, prompt_set):
                 rows += _rows(frame, labels, judge, prompt_set)
     n_labelled = sum(item.labelled for item in labels.items)
     n_counted = sum(item.complete for item in labels.items)
@@ -81,6 +81,9 @@ def summarize(frame: Frame, store: LabelStore) -> LabelSummary:
         notes.append(
             f"{n_labelled - n_counted} labelled items don't count yet: items before them in the draw have no label"
         )
+    unsure = sum(item.labelled and outcome is None for item in labels.items for outcome in item.completions.values())
+    if unsure:
+        notes.append(f"{unsure} labelled completions have no outcome: labellers are unsure, or their votes are a tie")
     return LabelSummary(
         n_items=len(labels.items),
         n_wanted=store.design.wanted,
@@ -135,9 +138,11 @@ def _sample(frame: Frame, labels: LabelSet, judge: str, prompt_set: PromptSet) -
     )
 
 
-def _tells_no_refusals(frame: Frame, judge: str) -> bool:
-    """Whether a judge says only whether a completion is harmful."""
-    return any(found.get(judge) is Outcome.SAFE for found in frame.outcomes.values())
+def _measures(frame: Frame, judge: str, prompt_set: PromptSet) -> bool:
+    """Whether a judge scored completions of a prompt set and, on benign prompts, recognizes refusals."""
+    items = [item for item in frame.items if item.prompt_set == prompt_set]
+    found = {frame.outcomes[item.id, one.arm][judge] for item in items for one in item.completions}
+    return found != {None} and not (prompt_set == "benign" and Outcome.SAFE in found)
 
 
 def _agreements(latest: Latest) -> Iterator[Agreement]:

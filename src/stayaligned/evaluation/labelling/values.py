@@ -37,7 +37,9 @@ def check_labeller(name: str) -> str:
     """
     name = name.strip()
     if not name or len(name) > _LONGEST_NAME or not name[0].isalnum() or name != one_line(name):
-        raise ValueError(f"expected a labeller's name of 1 to {_LONGEST_NAME} characters that begins with a letter")
+        raise ValueError(
+            f"expected a labeller's name of 1 to {_LONGEST_NAME} characters that begins with a letter or digit"
+        )
     return name
 
 
@@ -83,8 +85,7 @@ class DrawnItem(Record):
 def hash_frame(items: Iterable[DrawnItem]) -> str:
     """Return the hash of what is labelled: policies, prompts and completions, in any order of arms and items."""
     rows = sorted(
-        [str(item.seed), item.prompt_set, item.prompt, *sorted(f"{c.policy} {c.completion}" for c in item.completions)]
-        for item in items
+        [item.id, item.prompt, *sorted(f"{c.policy} {c.completion}" for c in item.completions)] for item in items
     )
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
