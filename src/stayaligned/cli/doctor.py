@@ -15,7 +15,9 @@ EXIT_WILL_FAIL = 1
 
 
 def doctor(
-    config: Annotated[Path | None, typer.Argument(help="An experiment; without it, only the machine.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="An experiment, a grid or an alignment; without it, only the machine.")
+    ] = None,
     overrides: Overrides = None,
     *,
     out_dir: Annotated[Path, typer.Option("--out", help="Where the run will write.")] = Path(),
@@ -25,8 +27,9 @@ def doctor(
 ) -> None:
     """Say what will fail and how long it takes.
 
-    Checks versions, machine, model, data and memory, and measures a few steps and completions of the experiment.
-    Nothing is kept. Exit code 0: nothing was found that fails, 1: something will fail, 2: the check itself failed.
+    Checks versions, machine, model, data and memory, and measures a few steps and completions of the experiment, of a
+    grid's arms, or of an alignment (the files of `run`, `bench` and `align`). Nothing is kept. Exit code 0: nothing was
+    found that fails, 1: something will fail, 2: the check itself failed.
     """
     from stayaligned.cli.progress import status
     from stayaligned.experiments.doctor import diagnose

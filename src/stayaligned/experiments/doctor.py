@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import shutil
@@ -14,12 +15,26 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.progress import Progress, silent
 from stayaligned.core.provenance import versions
 from stayaligned.core.records import Completion, Example, Message
+from stayaligned.core.settings import ChatTemplate
 from stayaligned.evaluation.caveats import note_overlaps
+from stayaligned.experiments.config.alignment import Alignment, load_alignment
 from stayaligned.experiments.config.experiment import Experiment, load_experiment
-from stayaligned.experiments.config.packages import require_installed
+from stayaligned.experiments.config.packages import require_for_training, require_installed
 from stayaligned.experiments.config.validation import resolve_references
 from stayaligned.experiments.config.yaml_file import load_yaml
-from stayaligned.experiments.estimate import TimeEstimate, estimate_generation, estimate_training
+from stayaligned.experiments.estimate import (
+    StepTimes,
+    TimeEstimate,
+    estimate_generation,
+    estimate_trainings,
+    generation_cost,
+    measure_alignment,
+    measure_training,
+    training_cost,
+)
+from stayaligned.experiments.executors.local import default_workers
+from stayaligned.experiments.grid import load_grid
+from stayaligned.experiments.plan import plan_experiment
 from stayaligned.experiments.preview import planned_steps, preview_training
 from stayaligned.experiments.stages.store import collect_warnings
 
@@ -66,10 +81,10 @@ def diagnose(
     out: Path = Path(),
     progress: Progress = silent,
 ) -> Diagnosis:
-    """Check the machine and, if one is given, an experiment on it; measure some of its steps and completions.
+    """Check the machine and, if a configuration is given, what it will do there; measure some steps and completions.
 
     Args:
-        config: an experiment; None checks the machine alone.
+        config: an experiment, a grid or an alignment; None checks the machine alone.
         overrides: `key=value` settings.
         quick: measure nothing.
         ask: ask each server that the experiment uses for one completion or verdict.
@@ -77,48 +92,64 @@ def diagnose(
         progress: called with what is being done.
 
     Raises:
-        StayalignedError: if the configuration can't be read at all, or is a grid.
+        StayalignedError: if the configuration can't be read at all, or is none of these.
     """
-    if config is not None and "model" not in load_yaml(config, overrides):
+    content = {} if config is None else load_yaml(config, overrides)
+    if config is not None and not content.keys() & {"model", "axes", "base_model"}:
         raise StayalignedError(
-            f"{config}: not one experiment", hint="Give the YAML file of an experiment, as for `run`."
+            f"{config}: no experiment, grid or alignment",
+            hint="Give a YAML file, as for `run`, `bench` or `align`.",
         )
-    doctor = _Doctor(progress)
+    doctor = _Doctor(progress, quick=quick, ask=ask)
     doctor.check_machine(out)
-    if config is None:
-        return Diagnosis(tuple(doctor.findings))
-    experiment = doctor.attempt("configuration", lambda: load_experiment(config, overrides))
-    if experiment is None:
-        return Diagnosis(tuple(doctor.findings))
-    doctor.found("configuration", "ok", f"a valid experiment ({experiment.arm}, seed {experiment.seed})")
-    resolved = doctor.attempt("model", lambda: resolve_references(experiment, experiment.seed, progress))
-    if resolved is not None:
-        doctor.check_experiment(experiment, resolved, quick=quick, ask=ask)
+    if config is not None and "axes" in content:
+        doctor.check_grid(config, overrides)
+    elif config is not None and "model" in content:
+        doctor.check_experiment(config, overrides)
+    elif config is not None:
+        doctor.check_alignment(config, overrides)
     return Diagnosis(tuple(doctor.findings), tuple(doctor.estimates))
 
 
 class _Doctor:
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, *, quick: bool, ask: bool) -> None:
         self.findings: list[Finding] = []
         self.estimates: list[TimeEstimate] = []
         self._progress = progress
+        self._quick, self._ask = quick, ask
+        self._arm = ""
+        self._known: dict[str, Any] = {}
+        """What the checks of earlier arms of a grid returned."""
+        self._said: set[tuple[str, str, str]] = set()
 
     def found(self, check: str, state: State, text: str, hint: str | None = None) -> None:
-        self.findings.append(Finding(check, state, text, hint))
+        if (check, state, text) not in self._said:
+            self._said.add((check, state, text))
+            where = f" (in {self._arm!r})" if self._arm and state != "ok" else ""
+            self.findings.append(Finding(check, state, text + where, hint))
 
-    def attempt(self, check: str, action: Callable[[], T]) -> T | None:
-        """Return what an action returns; an error of it is a finding, and its warnings are notes."""
+    def attempt(self, check: str, action: Callable[[], T], *same: object) -> T | None:
+        """Return what an action returns; an error of it is a finding, and its warnings are notes.
+
+        An action on the `same` things as an earlier one is not repeated.
+        """
+        key = repr((check, same))
+        if same and key in self._known:
+            return self._known[key]
         self._progress(f"check {check}", 0.0)
         value = None
         with collect_warnings() as notes:
             try:
                 value = action()
             except StayalignedError as error:
-                self.found(check, "fail", error.message, error.hint)
+                # The first such finding names every package.
+                if not (_lacks_packages(error.message) and any(_lacks_packages(f.text) for f in self.findings)):
+                    self.found(check, "fail", error.message, error.hint)
             except (OSError, MemoryError, RuntimeError) as error:
                 self.found(check, "fail", f"{type(error).__name__}: {error}")
         for text in notes:
             self.found(check, "note", text)
+        self._known[key] = value
         return value
 
     def check_machine(self, out: Path) -> None:
@@ -135,18 +166,67 @@ class _Doctor:
         else:
             self.found("machine", "ok", f"{_gb(free)} free at {place}")
 
-    def check_experiment(self, experiment: Experiment, resolved: Experiment, *, quick: bool, ask: bool) -> None:
-        self.attempt("configuration", lambda: require_installed([experiment], report=True))
-        self.attempt("configuration", lambda: self._check_length(experiment))
-        tokenizer = self.attempt("model", lambda: self._check_model(resolved))
-        rows = self.attempt("data", lambda: self._check_data(resolved, tokenizer))
-        if ask:
-            self._ask_servers(resolved)
-        fits = self.attempt("memory", lambda: self._check_memory(resolved))
-        if quick or rows is None or tokenizer is None or not fits or any(f.state == "fail" for f in self.findings):
-            self.found("time", "note", "not measured" if quick else "not measured: fix what fails first")
+    def check_experiment(self, config: Path, overrides: Sequence[str]) -> None:
+        experiment = self.attempt("configuration", lambda: load_experiment(config, overrides))
+        if experiment is not None:
+            self.found("configuration", "ok", f"a valid experiment ({experiment.arm}, seed {experiment.seed})")
+            self._check_each([experiment])
+
+    def check_grid(self, config: Path, overrides: Sequence[str]) -> None:
+        experiments = self.attempt("configuration", lambda: load_grid(config, overrides).expand(str(config)))
+        if experiments is not None:
+            arms = {experiment.arm for experiment in experiments}
+            self.found("configuration", "ok", f"a valid grid: {len(arms)} arms, {len(experiments)} experiments")
+            self._check_each(experiments)
+
+    def check_alignment(self, config: Path, overrides: Sequence[str]) -> None:
+        alignment = self.attempt("configuration", lambda: load_alignment(str(config), {}, overrides))
+        if alignment is None:
             return
-        self.attempt("time", lambda: self._measure(experiment))
+        self.found("configuration", "ok", "a valid alignment")
+        self.attempt("configuration", lambda: require_for_training(alignment.trainer))
+        a = self.attempt("model", lambda: resolve_references(alignment, alignment.seed, self._progress))
+        if a is None:
+            return
+        tokenizer = self.attempt("model", lambda: self._find_tokenizer(a.base_model, a.chat_template))
+        rows = self.attempt("data", lambda: self._check_safety_rows(a.data, a.limit, tokenizer, a.max_length))
+        fits = self.attempt("memory", lambda: self._check_memory(a.base_model, full=a.lora is None))
+        usable = tokenizer is not None and rows is not None and bool(fits)
+        self._measure_if(usable, lambda: self._measure_alignment(alignment))
+
+    def _check_each(self, experiments: Sequence[Experiment]) -> None:
+        """Check one experiment of each arm, and measure those whose parts take different times."""
+        self.attempt("configuration", lambda: require_installed(experiments, report=True))
+        arms = {experiment.arm: experiment for experiment in reversed(experiments)}
+        usable = True
+        for arm, experiment in reversed(arms.items()):
+            self._arm = arm if len(arms) > 1 else ""
+            usable = self._check_one(experiment) and usable
+        self._arm = ""
+        self._measure_if(usable, lambda: self._measure(experiments))
+
+    def _check_one(self, experiment: Experiment) -> bool:
+        """Return whether the experiment could be measured."""
+        e = self.attempt("model", lambda: resolve_references(experiment, experiment.seed, self._progress))
+        if e is None:
+            return False
+        self.attempt("configuration", lambda: self._check_length(experiment))
+        model = (e.model, e.base_model, e.chat_template, e.generation.backend)
+        tokenizer = self.attempt("model", lambda: self._check_model(e), *model)
+        prompts = (e.harmful_prompts, e.benign_prompts, e.limit)
+        trained = (e.trains, e.task, e.training_defense.needs_alignment_data, e.alignment_data, e.max_length)
+        rows = self.attempt("data", lambda: self._check_data(e, tokenizer), *model, *prompts, *trained)
+        if self._ask:
+            self._ask_servers(e)
+        full = e.trains and e.lora is None
+        fits = self.attempt("memory", lambda: self._check_memory(e.model, full=full), e.model, full)
+        return rows is not None and tokenizer is not None and bool(fits)
+
+    def _measure_if(self, usable: bool, measure: Callable[[], None]) -> None:
+        if self._quick or not usable or any(f.state == "fail" for f in self.findings):
+            self.found("time", "note", "not measured" if self._quick else "not measured: fix what fails first")
+        else:
+            self.attempt("time", measure)
 
     def _check_length(self, experiment: Experiment) -> None:
         for text in preview_training(experiment):
@@ -157,12 +237,16 @@ class _Doctor:
         if e.generation.backend == "endpoint":
             self.found("model", "ok", f"{e.model}: behind a server")
             return e.model
-        from stayaligned.hf import models
-
-        tokenizer = models.load_tokenizer(e.model, e.chat_template)
-        self.found("model", "ok", "found, and its chat template shows requests and answers")
+        tokenizer = self._find_tokenizer(e.model, e.chat_template)
         if e.base_model is not None:
             self._check_base(e.model, e.base_model)
+        return tokenizer
+
+    def _find_tokenizer(self, model: str, template: ChatTemplate) -> Any:
+        from stayaligned.hf import models
+
+        tokenizer = models.load_tokenizer(model, template)
+        self.found("model", "ok", "found, and its chat template shows requests and answers")
         return tokenizer
 
     def _check_base(self, model: str, base: str) -> None:
@@ -186,19 +270,13 @@ class _Doctor:
 
     def _check_data(self, e: Experiment, tokenizer: Any) -> dict[str, Sequence[Example]]:
         from stayaligned.data.prompts import load_prompts
-        from stayaligned.data.sources import read_examples
 
         trained_on: dict[str, Sequence[Example]] = {}
         if e.trains and e.task is not None:
             trained_on["training"] = e.task.load("train")
+            self._describe_rows("training", trained_on["training"], tokenizer, e.max_length)
         if e.alignment_data is not None and e.training_defense.needs_alignment_data:
-            rows = read_examples(e.alignment_data, origin="alignment")
-            trained_on["alignment"] = rows
-            if len(rows) < _FEW_SAFETY_ROWS:
-                few = f"{e.alignment_data}: {len(rows)} safety rows are few"
-                self.found("data", "note", few, "Some hundreds, of many kinds of harm, generalize better.")
-        for name, rows in trained_on.items():
-            self.found("data", "ok", f"{name}: {len(rows)} rows{self._describe_lengths(rows, tokenizer, e.max_length)}")
+            trained_on["alignment"] = self._check_safety_rows(e.alignment_data, None, tokenizer, e.max_length)
         prompts: dict[Any, Sequence[Example]] = {}
         if e.harmful_prompts is not None:
             prompts["harmful"] = load_prompts(e.harmful_prompts, "harmful")[: e.limit]
@@ -210,6 +288,19 @@ class _Doctor:
         for text in note_overlaps(trained_on, prompts):
             self.found("data", "note", text)
         return trained_on
+
+    def _check_safety_rows(self, data: str, limit: int | None, tokenizer: Any, max_length: int) -> Sequence[Example]:
+        from stayaligned.data.sources import read_examples
+
+        rows = read_examples(data, origin="alignment")[:limit]
+        if len(rows) < _FEW_SAFETY_ROWS:
+            few = f"{data}: {len(rows)} safety rows are few"
+            self.found("data", "note", few, "Some hundreds, of many kinds of harm, generalize better.")
+        self._describe_rows("alignment", rows, tokenizer, max_length)
+        return rows
+
+    def _describe_rows(self, name: str, rows: Sequence[Example], tokenizer: Any, limit: int) -> None:
+        self.found("data", "ok", f"{name}: {len(rows)} rows{self._describe_lengths(rows, tokenizer, limit)}")
 
     def _describe_lengths(self, rows: Sequence[Example], tokenizer: Any, limit: int) -> str:
         if tokenizer is None or isinstance(tokenizer, str):
@@ -224,13 +315,12 @@ class _Doctor:
             self.found("data", "note", text, "The end of these completions is not learned: raise max_length.")
         return f", {middle} tokens in the middle and at most {longest}"
 
-    def _check_memory(self, e: Experiment) -> bool:
+    def _check_memory(self, model: str, *, full: bool) -> bool:
         """Compare a lower bound with what is free, before anything is loaded; return whether it fits."""
-        place = Path(e.model).expanduser()
+        place = Path(model).expanduser()
         weights = sum(file.stat().st_size for file in place.glob("*.safetensors")) if place.is_dir() else 0
         if not weights:
             return True
-        full = e.trains and e.lora is None
         needed, free = weights * (_COPIES if full else 1), available_memory()
         how = f"full fine-tuning holds about {_COPIES} copies" if full else "the weights alone"
         if needed > free and _gpu() == "none":
@@ -246,27 +336,70 @@ class _Doctor:
         endpoint = e.generation.endpoint
         if endpoint is not None:
             one = Example(id="0", prompt=_ASK, completion="")
-            if self.attempt("server", lambda: list(complete_over_endpoint(endpoint, [one], "benign", max_tokens=4))):
+            call = functools.partial(complete_over_endpoint, endpoint, [one], "benign", max_tokens=4)
+            if self.attempt("server", lambda: list(call()), endpoint):
                 self.found("server", "ok", f"{endpoint.base_url}: generates")
         said = Completion(prompt_set="benign", id="0", prompt=_ASK, text="Hello!")
         for judge in e.judges:
             if "endpoint" not in type(judge).model_fields:
                 continue
-            verdicts = self.attempt("server", lambda judge=judge: list(judge.judge([said])))
+            verdicts = self.attempt("server", lambda judge=judge: list(judge.judge([said])), judge)
             if verdicts is None:
                 continue
             good = verdicts[0].outcome is not None
             self.found("server", "ok" if good else "fail", f"judge {judge.name}: {'judges' if good else verdicts[0]}")
 
-    def _measure(self, experiment: Experiment) -> None:
-        steps = planned_steps(experiment)
-        if experiment.trains and steps is None:
-            self.found("time", "note", "the length of the training is not known before its rows are read")
-        elif experiment.trains and steps is not None:
-            self.estimates.append(estimate_training(experiment, steps, self._progress))
-        if experiment.generation.backend != "endpoint":
-            found = estimate_generation(experiment, self._progress)
+    def _measure(self, experiments: Sequence[Experiment]) -> None:
+        trainings: dict[str, Experiment] = {}
+        generations: dict[str, Experiment] = {}
+        for e in experiments:
+            plan = plan_experiment(e)
+            if e.trains:
+                trainings.setdefault(plan.train, e)
+            if e.generation.backend != "endpoint":
+                generations.setdefault(plan.generate, e)
+        self._measure_trainings([*trainings.values()])
+        alike: dict[str, list[Experiment]] = {}
+        for e in generations.values():
+            alike.setdefault(generation_cost(e), []).append(e)
+        for group in alike.values():
+            found = estimate_generation(group[0], self._progress, runs=len(group))
             self.estimates += [found] if found else []
+        self._show_times()
+        if len(experiments) > 1:
+            total, jobs = sum(one.seconds for one in self.estimates), min(default_workers(), len(experiments))
+            self.found(
+                "time",
+                "ok",
+                f"all {len(experiments)} experiments: about {_span(total)} one after the other; `bench` runs {jobs} at "
+                "a time",
+            )
+
+    def _measure_trainings(self, experiments: Sequence[Experiment]) -> None:
+        """Measure one training of each cost; their lengths may differ."""
+        measured: dict[str, StepTimes] = {}
+        lengths: list[tuple[StepTimes, int]] = []
+        for e in experiments:
+            cost = training_cost(e)
+            if cost not in measured:
+                measured[cost] = measure_training(e, self._progress)
+            counted = None if e.training_defense.spec().get("budget") == "cover" else measured[cost].planned
+            steps = planned_steps(e) or counted
+            if steps is not None:
+                lengths.append((measured[cost], steps))
+        if len(lengths) < len(experiments):
+            text = f"the length of {len(experiments) - len(lengths)} trainings is not known before their rows are read"
+            self.found("time", "note", text)
+        if lengths:
+            self.estimates.append(estimate_trainings(lengths))
+
+    def _measure_alignment(self, alignment: Alignment) -> None:
+        times = measure_alignment(alignment, self._progress)
+        if times.planned is not None:
+            self.estimates.append(estimate_trainings([(times, times.planned)]))
+        self._show_times()
+
+    def _show_times(self) -> None:
         self.found(
             "memory", "ok", f"{_gb(peak_memory())} were used while measuring, {_gb(available_memory())} are free"
         )
@@ -278,6 +411,10 @@ class _Doctor:
             "note",
             "while nothing else uses this machine; without patches, judges that are models or servers, lm_eval, probes",
         )
+
+
+def _lacks_packages(text: str) -> bool:
+    return text.startswith("not installed: ")
 
 
 def available_memory() -> int:

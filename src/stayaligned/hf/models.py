@@ -440,6 +440,12 @@ def _load_pretrained(loader: Any, ref: str | Path, what: str, **options: Any) ->
         from huggingface_hub.constants import HF_HUB_OFFLINE
 
         text = str(error)
+        if what == "tokenizer" and "instantiate the backend tokenizer" in text:
+            raise StayalignedError(
+                f"{ref}: can't load the tokenizer: no tokenizer.json, and none can be made from its other files",
+                hint="Copy the tokenizer's files beside config.json. Vocabularies of SentencePiece and tiktoken need "
+                "`pip install sentencepiece tiktoken`.",
+            ) from None
         if "trust_remote_code" in text:
             hint = "It needs code from its own repository, which stayaligned does not run; use another architecture."
         elif isinstance(error, ImportError):
