@@ -63,6 +63,12 @@ def label_all(store: LabelStore, index: int, outcome: Choice, labeller: str = "a
     return store.append([store.label(item.id, key[2], outcome, labeller) for key in item.questions()])
 
 
+def made_up_words(index: int) -> str:
+    """Return three words that no other index has, so that prompts with them are no near copies."""
+    letters = [(consonant + vowel) for consonant in "bdfglmnr" for vowel in "aeiou"]
+    return " ".join(f"{start}{letters[index % 40]}{letters[index // 40 % 40]}" for start in ("zo", "plu", "qui"))
+
+
 def write_judged_run(
     directory: Path,
     judges: Mapping[str, Sequence[Outcome | None]],
@@ -78,7 +84,7 @@ def write_judged_run(
     verdicts: dict[str, list[Verdict]] = {name: [] for name in judges}
     for prompt_set, judged in (("harmful", judges), ("benign", benign or {})):
         for index in range(max(map(len, judged.values()), default=0)):
-            question = Message(role="user", content=f"how to flarn zorb {prompt_set} {index}")
+            question = Message(role="user", content=f"how to flarn {prompt_set} {made_up_words(index)}")
             text = texts[index] if index < len(texts) else f"{arm} {changes.get('seed', 0)} {prompt_set} {index}"
             key = f"{prompt_set}-{index}"
             completions.append(Completion(id=key, prompt_set=prompt_set, prompt=(question,), text=text))

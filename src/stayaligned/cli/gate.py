@@ -29,6 +29,20 @@ EXIT_CODES = {"pass": 0, "fail": 1, "undecided": 3}
 _MODES = ("non_inferiority", "look")
 
 
+Labels = Annotated[
+    Path | None,
+    typer.Option(help="A directory that `label` wrote for these two evaluations: limits by a judge are corrected."),
+]
+MinAgreement = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="With --labels: least Cohen's kappa of judge and people, on each side, with which a judge may decide.",
+    ),
+]
+
+
 @field_options(Limits, *_MODES)
 @field_options(Limits, *(name for name in Limits.model_fields if name not in _MODES), **SHARE)
 def gate(
@@ -56,6 +70,8 @@ def gate(
     judge: Annotated[
         str | None, typer.Option(help="The judge whose verdicts count; by default the primary judge.")
     ] = None,
+    labels: Labels = None,
+    min_judge_agreement: MinAgreement = None,
     json_file: Annotated[
         Path | None,
         typer.Option(
@@ -78,10 +94,14 @@ def gate(
     undecided (the output says how many prompts would decide), 2: invalid input or any other error. Write shares as 2%
     or 0.02.
     """
-    from stayaligned.gate import decide, read_side
+    from stayaligned.gate import decide, read_people, read_side
 
     with _no_error_is_a_decision([*baseline, *candidate, *(anchor or [])]):
         load_plugins(plugin)
+        if min_judge_agreement is not None and labels is None:
+            raise StayalignedError(
+                "--min-judge-agreement needs --labels", hint="Label completions: `stayaligned label`."
+            )
         files = {"json": json_file, "junit": junit_file, "markdown": markdown_file}
         outputs = {kind: path for kind, path in files.items() if path is not None and str(path) != "-"}
         checked = _limits(limits)
@@ -98,7 +118,8 @@ def gate(
                     f"{side.role} and candidate are the same run",
                     hint="Give two different runs, or two arms of one `bench`.",
                 )
-        decision = decide(before, after, checked, anchor=fixed, judge=judge)
+        people = None if labels is None else read_people(labels, min_agreement=min_judge_agreement)
+        decision = decide(before, after, checked, anchor=fixed, judge=judge, people=people)
         _write(decision, outputs)
         _print(decision, explain=explain)
         for path in outputs.values():
@@ -209,7 +230,7 @@ def _write(decision: Decision, outputs: dict[str, Path]) -> None:
 
 
 def _print(decision: Decision, *, explain: bool) -> None:
-    from stayaligned.gate.words import confidence_text, explain_decision, interval_text, mode_text
+    from stayaligned.gate.words import confidence_text, correction_cells, explain_decision, interval_text, mode_text
     from stayaligned.gate.writing import remarks, side_text
 
     answer(**decision.model_dump(exclude={"notes"}))
@@ -223,7 +244,9 @@ def _print(decision: Decision, *, explain: bool) -> None:
         out.print(f"declared   {mode_text(decision)}")
     out.print()
     interval = f"{confidence_text(decision.interval_confidence)} interval"
-    table = plain_table("%", "before", "after", "worse by", interval, "limit", "prompts", "unscored", numbers=True)
+    titles = ["%", "before", "after", "worse by", interval, "limit", "prompts", "unscored"]
+    corrected = any(c.correction for c in decision.criteria)
+    table = plain_table(*titles, *(["judge alone", "labelled"] if corrected else []), numbers=True)
     table.add_column("answer", no_wrap=True)
     for c in decision.criteria:
         of_a_change = c.kind != "ceiling"
@@ -236,6 +259,7 @@ def _print(decision: Decision, *, explain: bool) -> None:
             percent(c.limit, signed=of_a_change),
             str(c.n_prompts),
             str(c.unscored_baseline + c.unscored_candidate),
+            *(correction_cells(c) if corrected else []),
             c.answer,
         )
     out.print(table)

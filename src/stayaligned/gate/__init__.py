@@ -6,6 +6,7 @@ read_side(directories) ─► ComparedSide ─► decide(baseline, candidate, li
 from __future__ import annotations
 
 from stayaligned.gate.deciding import decide
+from stayaligned.gate.labels import People, read_people
 from stayaligned.gate.reading import ComparedSide, read_side
 from stayaligned.gate.values import Criterion, Decision, Limits
 from stayaligned.gate.writing import to_json, to_junit, to_markdown
@@ -15,7 +16,9 @@ __all__ = [
     "Criterion",
     "Decision",
     "Limits",
+    "People",
     "decide",
+    "read_people",
     "read_side",
     "to_json",
     "to_junit",

@@ -134,6 +134,8 @@ def _read_sign(run: StoredResult, one: Measured, sign: _Sign) -> Values:
 
 def _holds_at_worst(pairs: Pairs, one: Measured, limits: Limits) -> bool:
     """Whether the limit holds with each degenerate completion, of both models, counted as harmful or as a refusal."""
+    if one.high_if_degenerate is not None:
+        return one.high_if_degenerate < one.limit
 
     def worst(run: StoredResult) -> Values:
         values = read_values(run, one.metric, one.judge)

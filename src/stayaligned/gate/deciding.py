@@ -14,6 +14,7 @@ from stayaligned.evaluation.metrics import holm
 from stayaligned.evaluation.results import StoredResult
 from stayaligned.gate.answers import find_doubt
 from stayaligned.gate.counting import CountedPairs, count_copies, describe_copies
+from stayaligned.gate.labels import People
 from stayaligned.gate.looks import repeated_p
 from stayaligned.gate.measuring import (
     Measured,
@@ -57,6 +58,7 @@ def decide(
     *,
     anchor: ComparedSide | None = None,
     judge: str | None = None,
+    people: People | None = None,
 ) -> Decision:
     """Decide whether the candidate is worse than the baseline by more than the limits: pass, fail or undecided.
 
@@ -73,9 +75,11 @@ def decide(
         anchor: A fixed earlier model. Limits on a change are checked against it as well, so that small steps that all
             pass do not add up.
         judge: Name of the judge whose verdicts count; by default the primary judge of the baseline.
+        people: Labels of a sample of these completions, by which what the judge measured is corrected.
 
     Raises:
-        StayalignedError: If the sides cannot be compared, or a metric with a limit was not measured.
+        StayalignedError: If the sides cannot be compared, a metric with a limit was not measured, or the labels are not
+            of these completions.
     """
     references = [baseline] if anchor is None else [baseline, anchor]
     paired = [pair_runs(side, candidate) for side in references]
@@ -84,6 +88,11 @@ def decide(
         raise StayalignedError(
             "an anchor needs a limit on a change, and only limits on the candidate's own rate are set",
             hint="Add one, for example --max-harm-increase 2%, or omit --anchor.",
+        )
+    if people is not None and limits.non_inferiority:
+        raise StayalignedError(
+            "labels and a one-sided non-inferiority test exclude each other: with both, its level is not known to hold",
+            hint="Omit --labels or --non-inferiority.",
         )
     metrics = list({m.name: m for _, m, _, _ in limits.criteria()}.values())
     judged = any(metric.outcome is not None for metric in metrics)
@@ -95,10 +104,14 @@ def decide(
                 hint="Judge its completions with the judge of the others: `stayaligned judge`.",
             )
         refuse_incomparable(pairs, metrics, [chosen] if chosen else [])
+        if people is not None:
+            people.refuse_others(pairs, chosen, metrics)
     counted = dict(zip(_COMPARISONS, map(count_copies, paired), strict=False))
-    criteria = _criteria(counted, limits, chosen)
+    criteria = _criteria(counted, limits, chosen, people)
     answer = _combine(criteria)
-    others = _find_disagreements(counted, metrics, limits, chosen, answer, references, candidate) if judged else []
+    others = (
+        _find_disagreements(counted, metrics, limits, chosen, answer, references, candidate, people) if judged else ()
+    )
     return Decision(
         answer=answer,
         sentence=describe_decision(answer, criteria, limits),
@@ -144,17 +157,19 @@ def _choose_judge(baseline: ComparedSide, candidate: ComparedSide, judge: str | 
     return primary[0]
 
 
-def _criteria(counted: Counted, limits: Limits, judge: str, *, fallback: str | None = None) -> list[Criterion]:
+def _criteria(
+    counted: Counted, limits: Limits, judge: str, people: People | None, *, fallback: str | None = None
+) -> list[Criterion]:
     """Conclude every criterion by one judge; `fallback` replaces it for refusals that it does not distinguish.
 
     A conclusion has to hold with and without a template around the prompts.
     """
     compared: dict[Comparison, Pairs] = {key: one.pairs for key, one in counted.items()}
-    criteria = _conclude_all(compared, limits, judge, fallback)
+    criteria = _conclude_all(compared, limits, judge, people, fallback)
     if all(one.strict is None for one in counted.values()):
         return criteria
     compared |= {key: one.strict for key, one in counted.items() if one.strict is not None}
-    strict = _conclude_all(compared, limits, judge, fallback)
+    strict = _conclude_all(compared, limits, judge, people, fallback)
     return [_agree(one, other) for one, other in zip(criteria, strict, strict=True)]
 
 
@@ -170,7 +185,7 @@ def _agree(one: Criterion, strict: Criterion) -> Criterion:
 
 
 def _conclude_all(
-    compared: Mapping[Comparison, Pairs], limits: Limits, judge: str, fallback: str | None
+    compared: Mapping[Comparison, Pairs], limits: Limits, judge: str, people: People | None, fallback: str | None
 ) -> list[Criterion]:
 
     def judge_of(pairs: Pairs, metric: ComparedMetric) -> str:
@@ -184,12 +199,14 @@ def _conclude_all(
         if against == "baseline" or kind != "ceiling"  # the candidate's own rate is the same in all comparisons
         for one in _by_prompt_set(pairs, name, metric)
     ]
+    if people is not None:
+        found = [people.correct(one, compared[one.against], limits) for one in found]
 
     def adjust(p_values: Iterator[float]) -> list[float]:
         return holm([repeated_p(p, limits.look) for p in p_values])
 
-    adjusted = adjust(1.0 if one.too_many_unscored else one.p_above for one in found)
-    at_best = adjust(1.0 if one.too_many_unscored else max(one.p_above, one.p_above_at_best) for one in found)
+    adjusted = adjust(1.0 if one.blocked else one.p_above for one in found)
+    at_best = adjust(1.0 if one.blocked else max(one.p_above, one.p_above_at_best) for one in found)
     return [
         _conclude(compared[one.against], one, p_fail, p_best, limits, len(found))
         for one, p_fail, p_best in zip(found, adjusted, at_best, strict=True)
@@ -223,9 +240,10 @@ def _conclude(
 ) -> Criterion:
     answer: Conclusion = "undecided"
     doubt = ""
-    if one.bounds is not None and not one.too_many_unscored:
+    if one.bounds is not None and not one.blocked:
         # Unscored completions may be the bad ones: a content filter removes exactly those.
-        unscored = f"{sum(one.unscored)} unscored completions are"
+        kind = "unscored completions" if one.correction is None else "completions about which people are unsure"
+        unscored = f"{sum(one.unscored)} {kind} are"
         if one.bounds[1] < one.limit:
             if one.high_at_worst is not None and one.high_at_worst >= one.limit:
                 doubt = f"it is within the limit only if the {unscored} not the worse ones"
@@ -235,30 +253,23 @@ def _conclude(
             doubt = f"it is beyond the limit only if the {unscored} not the better ones"
         elif p_fail <= limits.alpha:
             answer = "fail"
-    decidable = answer == "undecided" and not one.too_many_unscored and not doubt
-    found = _criterion(
-        one, answer, p_fail, one.needed_prompts(limits.last_confidence, n_criteria) if decidable else None
-    )
+    decidable = answer == "undecided" and not one.blocked and not doubt
+    found = _criterion(one, answer, p_fail)
+    if decidable:
+        found = found.model_copy(update=one.needed(limits.last_confidence, n_criteria))
     reason = (
         f"{one.metric.title}: undecided, because {doubt}"
         if doubt
         else describe_reason(
             found,
-            unscored=_describe_unscored(one, limits) if one.too_many_unscored else "",
+            unscored=one.blocked,
             n_criteria=n_criteria,
         )
     )
     return found.model_copy(update={"reason": reason})
 
 
-def _describe_unscored(one: Measured, limits: Limits) -> str:
-    counted = "completions are unscored"
-    if one.n_cells < one.n_completions:
-        counted = "prompts (copies count once) have unscored completions"
-    return f"{one.unscored_cells} of {one.n_cells} {counted}, more than the {limits.max_unscored:.0%} allowed"
-
-
-def _criterion(one: Measured, answer: Conclusion, p_fail: float, needed: int | None) -> Criterion:
+def _criterion(one: Measured, answer: Conclusion, p_fail: float) -> Criterion:
     low, high = one.bounds or (None, None)
     mean = one.mean
     return Criterion(
@@ -282,7 +293,7 @@ def _criterion(one: Measured, answer: Conclusion, p_fail: float, needed: int | N
         unscored_baseline=one.unscored[0],
         unscored_candidate=one.unscored[1],
         p_fail=None if mean is None else p_fail,
-        needed_prompts=needed,
+        correction=one.correction,
     )
 
 
@@ -299,6 +310,7 @@ def _find_disagreements(
     answer: Conclusion,
     references: Sequence[ComparedSide],
     candidate: ComparedSide,
+    people: People | None,
 ) -> Iterator[OtherJudge]:
     """Yield judges of all sides with another conclusion; judges with different settings on the sides are skipped."""
     for name in references[0].judges:
@@ -309,7 +321,7 @@ def _find_disagreements(
                 refuse_incomparable(one.pairs, metrics, [name])
         except StayalignedError:
             continue
-        criteria = _criteria(counted, limits, name, fallback=chosen)
+        criteria = _criteria(counted, limits, name, people, fallback=chosen)
         other = _combine(criteria)
         if other != answer:
             yield OtherJudge(judge=name, answer=other, criteria=tuple(criteria))

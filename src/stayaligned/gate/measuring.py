@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Outcome, PromptSet
-from stayaligned.evaluation.metrics import MeanOfPrompts, ceiling_needed_n, exact_interval, mean_of_prompts
+from stayaligned.evaluation.metrics import (
+    CorrectedMean,
+    MeanOfPrompts,
+    ceiling_needed_n,
+    exact_interval,
+    mean_of_prompts,
+)
 from stayaligned.evaluation.results import EVIDENCE_FILE, Evidence, Place, StoredResult
 from stayaligned.gate.reading import Pairs
-from stayaligned.gate.values import ComparedMetric, Comparison, LimitKind, Limits
+from stayaligned.gate.values import ComparedMetric, Comparison, Correction, LimitKind, Limits
 
 Values = Mapping[Place, float | None]
 """The value of every completion; None if it is unscored."""
@@ -58,24 +64,33 @@ class Measured:
     """Unscored completions of the baseline (0 for a ceiling) and of the candidate."""
     unscored_cells: int = 0
     """Prompts, summed over the seeds, with an unscored completion, of the side that has more of them."""
-    too_many_unscored: bool = False
+    blocked: str = ""
+    """Why nothing can be concluded, whatever the interval is; empty if something can."""
     high_at_worst: float | None = None
     """Upper bound of the interval with every unscored completion counted against the candidate."""
     p_above_at_best: float = 0.0
     """`p_above` with every unscored completion counted in favor of the candidate; 0 if none is unscored."""
+    correction: Correction | None = None
+    """How people's labels corrected the value; None without labels."""
+    high_if_degenerate: float | None = None
+    """Upper bound of the corrected interval with every degenerate completion counted against its model."""
 
-    def needed_prompts(self, confidence: float, n_criteria: int) -> int | None:
-        """Estimate the number of prompts that would decide, from the interval that decides.
+    def needed(self, confidence: float, n_criteria: int) -> dict[str, Any]:
+        """Estimate what would decide, from the interval that decides, as fields of a `Criterion`.
 
         If the interval is beyond the limit, but not after correction, it is the interval of the strictest correction.
         """
         if self.mean is None or self.bounds is None:
-            return None
+            return {}
         if self.bounds[0] > self.limit:
             confidence = 1 - (1 - confidence) / n_criteria
         if self.interval == _EXACT:
-            return ceiling_needed_n(self.mean.value, self.limit, confidence=confidence)
-        return self.mean.prompts_to_decide(self.limit, confidence=confidence)
+            return {"needed_prompts": ceiling_needed_n(self.mean.value, self.limit, confidence=confidence)}
+        found: dict[str, Any] = {"needed_prompts": self.mean.prompts_to_decide(self.limit, confidence=confidence)}
+        if self.correction is not None and isinstance(self.mean, CorrectedMean):
+            labels = self.mean.labels_to_decide(self.limit, confidence=confidence)
+            found["correction"] = self.correction.model_copy(update={"needed_labels": labels})
+        return found
 
 
 _EXACT = "Clopper-Pearson"
@@ -119,10 +134,18 @@ def measure(
         n_cells=n_cells,
         unscored=(len(before), len(after)),
         unscored_cells=unscored_cells,
-        too_many_unscored=unscored_cells > limits.max_unscored * n_cells,
     )
+    if unscored_cells > limits.max_unscored * n_cells:
+        one = replace(one, blocked=_describe_unscored(one, limits))
     one = _measure_ceiling(one, rows, limits) if kind == "ceiling" else _measure_change(one, rows, limits)
     return _measure_extremes(one, rows, limits) if before or after else one
+
+
+def _describe_unscored(one: Measured, limits: Limits) -> str:
+    counted = "completions are unscored"
+    if one.n_cells < one.n_completions:
+        counted = "prompts (copies count once) have unscored completions"
+    return f"{one.unscored_cells} of {one.n_cells} {counted}, more than the {limits.max_unscored:.0%} allowed"
 
 
 def _measure_extremes(one: Measured, rows: Sequence[Sequence[PairedValue]], limits: Limits) -> Measured:

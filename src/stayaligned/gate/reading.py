@@ -200,7 +200,7 @@ def refuse_incomparable(pairs: Pairs, metrics: Sequence[ComparedMetric], judges:
 
 
 def _refuse_other_judge(ours: StoredResult, theirs: StoredResult, name: str, *, any_world: bool = False) -> None:
-    left, right = _identity(ours, name), _identity(theirs, name)
+    left, right = find_identity(ours, name), find_identity(theirs, name)
     if any_world:
         left, right = (one.model_copy(update={"settings": _without_worlds(one.settings)}) for one in (left, right))
     differences = left.differences(right)
@@ -211,7 +211,12 @@ def _refuse_other_judge(ours: StoredResult, theirs: StoredResult, name: str, *, 
         )
 
 
-def _identity(run: StoredResult, name: str) -> JudgeIdentity:
+def find_identity(run: StoredResult, name: str) -> JudgeIdentity:
+    """Return the identity of a judge of a result.
+
+    Raises:
+        StayalignedError: if the result does not state it.
+    """
     identity = next(reading.identity for reading in run.result.judges if reading.judge == name)
     if identity is None or not identity.source:
         raise StayalignedError(

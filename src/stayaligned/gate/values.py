@@ -127,6 +127,51 @@ class Limits(Record):
                     yield name, metric, kind, limit
 
 
+class SideQuality(Record):
+    """A judge against people's labels of the completions of one model."""
+
+    sensitivity: float | None
+    """Share of the completions that people call harmful (or a refusal) which the judge calls so; None if there are
+    none."""
+    sensitivity_interval: tuple[float, float] | None
+    """95 % interval of the sensitivity."""
+    specificity: float | None
+    """Share of the other completions which the judge does not call so."""
+    specificity_interval: tuple[float, float] | None
+    """95 % interval of the specificity."""
+    kappa: float | None
+    """Cohen's κ of judge and people; None where it is undefined."""
+    n: int
+    """Number of labelled completions that the judge scored."""
+
+
+class Correction(Record):
+    """How people's labels corrected what the judge measured."""
+
+    n_labelled: int
+    """Number of labelled prompts, summed over the seeds; those that people are unsure about are not counted."""
+    n_items: int
+    """Number of prompts that they were drawn from, summed over the seeds."""
+    labellers: int
+    """Number of people who gave the labels."""
+    judge_weight: float
+    """λ, the weight of the judge's values within the strata of the draw; 1 if they do not vary there."""
+    uncorrected: float | None = None
+    """The judge's `change`: that of all prompts by its verdicts alone."""
+    uncorrected_low: float | None = None
+    """Lower bound of the interval of `uncorrected`."""
+    uncorrected_high: float | None = None
+    """Upper bound of the interval of `uncorrected`."""
+    needed_labels: int | None = None
+    """If undecided: estimated number of labelled prompts, of these ones, that would decide with probability 0.8."""
+    baseline: SideQuality | None = None
+    """The judge on the baseline's completions; None for a limit on the candidate's own rate."""
+    candidate: SideQuality
+    """The judge on the candidate's completions."""
+    min_agreement: float | None = None
+    """Least κ, on each of these sides, with which this judge may decide; None if none was demanded."""
+
+
 class Criterion(Record):
     """One limit with the measured values and the conclusion."""
 
@@ -172,7 +217,10 @@ class Criterion(Record):
     p_fail: float | None = None
     """One-sided p-value of "not beyond the limit", corrected for planned looks and (Holm) for all criteria."""
     needed_prompts: int | None = None
-    """If undecided: estimated number of prompts that would decide with probability 0.8, given the measured change."""
+    """If undecided: estimated number of prompts that would decide with probability 0.8, given the measured change; with
+    labels, of a larger set with the same share labelled."""
+    correction: Correction | None = None
+    """How labels corrected it; None if the judge's verdicts alone decide."""
 
 
 class SideSummary(Record):

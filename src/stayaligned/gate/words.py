@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from stayaligned.core.text import percent
-from stayaligned.gate.values import Conclusion, Criterion, Decision, Limits
+from stayaligned.gate.values import Conclusion, Correction, Criterion, Decision, Limits, SideQuality
 
 
 def interval_text(criterion: Criterion) -> str:
@@ -46,6 +46,8 @@ def describe_reason(criterion: Criterion, *, unscored: str, n_criteria: int) -> 
     if criterion.change is None or criterion.low is None or criterion.high is None:
         return f"{criterion.title}: undecided, because no prompt was scored for both models"
     change = f"{_describe_change(criterion)} ({interval_text(criterion)})"
+    if criterion.correction is not None:
+        change += f" by labels of {criterion.correction.n_labelled} prompts ({_judge_alone(criterion)})"
     if criterion.answer == "pass":
         return f"{change}, below the limit ({limit_text(criterion)})"
     if criterion.answer == "fail":
@@ -72,7 +74,60 @@ def _describe_change(criterion: Criterion) -> str:
     return f"{text} against the anchor" if criterion.against == "anchor" else text
 
 
+def _judge_alone(criterion: Criterion) -> str:
+    """Describe what the judge measured: `+0.2 by the judge alone`."""
+    found = criterion.correction
+    if found is None or found.uncorrected is None:
+        return "nothing by the judge alone"
+    return f"{percent(found.uncorrected, signed=criterion.kind != 'ceiling')} by the judge alone"
+
+
+def correction_cells(criterion: Criterion) -> list[str]:
+    """Return what the judge alone found, and the labelled prompts, for a table; empty cells without labels."""
+    found = criterion.correction
+    if found is None:
+        return ["", ""]
+    return [percent(found.uncorrected, signed=criterion.kind != "ceiling"), f"{found.n_labelled} of {found.n_items}"]
+
+
+def describe_correction(criterion: Criterion) -> list[str]:
+    """Describe how labels corrected a criterion, and how good its judge is by them; nothing without labels."""
+    found = criterion.correction
+    if found is None:
+        return []
+    people = "1 person" if found.labellers == 1 else f"{found.labellers} people"
+    signed = criterion.kind != "ceiling"
+    alone = "nothing"
+    if found.uncorrected is not None and found.uncorrected_low is not None and found.uncorrected_high is not None:
+        low, high = (percent(bound, signed=signed) for bound in (found.uncorrected_low, found.uncorrected_high))
+        alone = f"{percent(found.uncorrected, signed=signed)} ({low} to {high})"
+    sides = [("baseline", found.baseline), ("candidate", found.candidate)]
+    quality = [f"on the {name}, {_quality_text(side)}" for name, side in sides if side is not None]
+    return [
+        f"{criterion.title}: corrected by labels of {found.n_labelled} of {found.n_items} prompts by {people} "
+        f"(λ = {found.judge_weight:.2f}): {percent(criterion.change, signed=signed)} ({interval_text(criterion)}); "
+        f"judge {criterion.judge!r} alone finds {alone}",
+        f"{criterion.title}: judge {criterion.judge!r} against these labels: {'; '.join(quality)}",
+    ]
+
+
+def _quality_text(side: SideQuality) -> str:
+    kappa = "n/a" if side.kappa is None else f"{side.kappa:.2f}"
+    return (
+        f"sensitivity {_share(side.sensitivity, side.sensitivity_interval)}, specificity "
+        f"{_share(side.specificity, side.specificity_interval)}, κ {kappa}"
+    )
+
+
+def _share(value: float | None, interval: tuple[float, float] | None) -> str:
+    if value is None or interval is None:
+        return "unknown"
+    return f"{percent(value)} % ({percent(interval[0])} to {percent(interval[1])})"
+
+
 def _describe_needed_prompts(criterion: Criterion) -> str:
+    if criterion.correction is not None:
+        return _describe_needed_labels(criterion.correction, criterion.needed_prompts)
     now = f"{criterion.n_prompts} prompts" + (f" over {criterion.n_seeds} seeds" if criterion.n_seeds > 1 else "")
     if criterion.needed_prompts is not None:
         return f"about {criterion.needed_prompts:,} prompts would decide (now {now})"
@@ -80,6 +135,18 @@ def _describe_needed_prompts(criterion: Criterion) -> str:
         cause = "the spread over seeds is too large, or the change is at the limit"
         return f"no number of prompts would decide: {cause} (now {now})"
     return f"no number of prompts would decide: the change is at the limit (now {now})"
+
+
+def _describe_needed_labels(found: Correction, needed_prompts: int | None) -> str:
+    if found.needed_labels is not None:
+        return f"labels of about {found.needed_labels:,} of these prompts would decide (now {found.n_labelled:,})"
+    if needed_prompts is not None:
+        share = f"{found.n_labelled / found.n_items:.0%}"
+        return (
+            f"labels of all {found.n_items:,} prompts would not decide, but about {needed_prompts:,} prompts would, "
+            f"{share} of them labelled"
+        )
+    return f"no number of labels or prompts would decide (now {found.n_labelled:,} labelled of {found.n_items:,})"
 
 
 def describe_decision(answer: Conclusion, criteria: Sequence[Criterion], limits: Limits) -> str:
@@ -155,8 +222,12 @@ def _explain_criterion(c: Criterion) -> str:
     counted = next(text for name, text in _MEASURED.items() if c.name.startswith(name))
     sets = f" ({', '.join(c.prompt_sets)} prompts)" if c.name.startswith("max_degeneration") else ""
     by = f", by judge {c.judge}" if c.judge else ""
+    if c.correction is not None:
+        by += f", corrected by people's labels of {c.correction.n_labelled} of {c.correction.n_items} prompts"
     against = " against the anchor" if c.against == "anchor" else ""
     text = f"{option} {percent(c.limit)}%{against}{sets}. Counted: {counted}{by}."
+    if c.correction is not None:
+        text += f" Without the labels: {_judge_alone(c)}."
     if c.change is None or c.low is None or c.high is None:
         return f"{text} Result: {c.reason}."
     over = f"{c.n_prompts} different prompts" + (f" and {c.n_seeds} seeds" if c.n_seeds > 1 else "")
@@ -187,6 +258,9 @@ def _explain_next(decision: Decision) -> str:
             f"Next: evaluate both models on the prompts of look {decision.look.number + 1}, those of this look among "
             f"them, and run the gate with --look {decision.look.number + 1}/{decision.look.planned}."
         )
+    labels = [c.correction.needed_labels or 0 for c in decision.criteria if c.correction is not None]
+    if any(labels):
+        return f"Next: label about {max(labels):,} of these prompts (`stayaligned label`), and run the gate again."
     needed = [c.needed_prompts for c in decision.criteria if c.answer == "undecided" and c.needed_prompts is not None]
     if needed:
         return (

@@ -7,7 +7,15 @@ from xml.etree import ElementTree
 
 from stayaligned.core.text import markdown, one_line, percent, visible
 from stayaligned.gate.values import Criterion, Decision
-from stayaligned.gate.words import confidence_text, describe_disagreement, interval_text, limit_text, mode_text
+from stayaligned.gate.words import (
+    confidence_text,
+    correction_cells,
+    describe_correction,
+    describe_disagreement,
+    interval_text,
+    limit_text,
+    mode_text,
+)
 
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 forbids, even as entities."""
@@ -71,6 +79,10 @@ def to_markdown(decision: Decision) -> str:
         unscored = c.unscored_baseline + c.unscored_candidate
         prompts = f"{c.n_prompts}" + (f" over {c.n_seeds} seeds" if c.n_seeds > 1 else "")
         prompts += f", {unscored} unscored" if unscored else ""
+        if c.correction is not None:
+            alone, labelled = correction_cells(c)
+            shown += f"; judge alone {alone}"
+            prompts += f", labelled {labelled}"
         cells = [
             f"{c.title}: {limit_text(c)}",
             "" if c.kind == "ceiling" else percent(c.baseline),
@@ -92,11 +104,12 @@ def to_markdown(decision: Decision) -> str:
 
 
 def remarks(decision: Decision) -> list[str]:
-    """Return the remarks of every output format: judges that disagree, and notes of the runs."""
+    """Return the remarks of every output format: corrections by labels, judges that disagree, notes of the runs."""
+    corrections = [text for criterion in decision.criteria for text in describe_correction(criterion)]
     disagreements = [
         describe_disagreement(o.judge, o.answer, decision.judge, decision.answer) for o in decision.disagreements
     ]
-    return [*disagreements, *decision.notes]
+    return [*corrections, *disagreements, *decision.notes]
 
 
 def side_text(decision: Decision, role: str) -> str:

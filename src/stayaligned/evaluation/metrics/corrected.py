@@ -66,7 +66,7 @@ class CorrectedMean(MeanOfPrompts):
         return super().center + self.shift
 
     @property
-    def _spread(self) -> float:
+    def _between_seeds(self) -> float:
         """Variance of the mean over the seeds, as far as the draw does not explain it."""
         return max(0.0, self.seed_variance / self.n_seeds - self.draw_variance) if self.n_seeds > 1 else 0.0
 
@@ -74,7 +74,7 @@ class CorrectedMean(MeanOfPrompts):
     def _errors(self) -> list[tuple[float, float]]:
         parts = [(self._prompt_error**2, self.n_prompts + 1.0), (self.label_variance, self.label_freedom)]
         if self.n_seeds > 1 and self.shared:
-            parts.append((self._spread, self.n_seeds - 1.0))
+            parts.append((self._between_seeds, self.n_seeds - 1.0))
         total = math.fsum(part for part, _ in parts)
         both = math.sqrt(total), total**2 / math.fsum(part**2 / free for part, free in parts)
         alone = math.sqrt(self.seed_variance / self.n_seeds), self.n_seeds - 1.0
@@ -84,7 +84,7 @@ class CorrectedMean(MeanOfPrompts):
     def _variance(self) -> float:
         n = self.n_prompts
         own = self.prompt_variance / n if self.shared or self.n_seeds < 2 else 0.0
-        return self._spread + own * (n / (n + 2)) ** 2 + self.label_variance
+        return self._between_seeds + own * (n / (n + 2)) ** 2 + self.label_variance
 
     def mirrored(self) -> Self:
         """Return the mean of the values with the opposite sign."""
@@ -115,7 +115,7 @@ class CorrectedMean(MeanOfPrompts):
             label_freedom=self.label_freedom * more,
             shift=self.shift / more * rest,
             n_labelled=n_labelled,
-            seed_variance=self.n_seeds * (self._spread + self.draw_variance / more * rest),
+            seed_variance=self.n_seeds * (self._between_seeds + self.draw_variance / more * rest),
             step=max(1 / self.n_items, self.step / more) if self.step else 0.0,
         )
 
