@@ -45,7 +45,7 @@ def install(name: str) -> Path:
     (torch,) = re.findall(r"^torch==\S+$", newest, re.MULTILINE)
     pins = ROOT / "tests" / "hosts" / f"{name}.txt"
     wanted = ["--requirement", str(pins)] if pins.exists() else ["--constraint", "constraints.txt", *HOSTS]
-    for packages in ([torch], [torch, *wanted, "--editable", ".[models]", *TOOLS]):
+    for packages in ([torch], [torch, *wanted, "--editable", ".[models,report]", *TOOLS]):
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], cwd=ROOT, check=True)
     return python
 
