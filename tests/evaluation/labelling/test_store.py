@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
-import os
+import resource
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -127,22 +129,31 @@ def test_processes_that_append_at_once_lose_nothing(tmp_path: Path) -> None:
     assert len(places) == len({*places}) == 40
 
 
-def test_a_full_disk_leaves_the_labels_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Generator[None]:
+    """Let writes beyond a size fail after a part was written, as on a full disk."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def test_a_full_disk_leaves_the_labels_as_they_were(tmp_path: Path) -> None:
     store = make_store(tmp_path / "labels")
     label_all(store, 0, "harm")
     before = store.path.read_bytes()
-    write = os.write
-
-    def half(descriptor: int, content: bytes) -> int:
-        write(descriptor, content[: len(content) // 2])
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as full:
-        full.setattr(os, "write", half)
-        with pytest.raises(StayalignedError, match=r"labels\.jsonl can't be written: No space left on device"):
-            label_all(store, 1, "harm")
+    with (
+        files_of_at_most(len(before) + 40),
+        pytest.raises(StayalignedError, match=r"labels\.jsonl can't be written: File too large"),
+    ):
+        label_all(store, 1, "harm")
     assert store.path.read_bytes() == before
     assert label_all(store, 1, "harm") == 2
+    with files_of_at_most(40), pytest.raises(StayalignedError, match="can't be written: File too large"):
+        make_store(tmp_path / "new")
+    assert [*(tmp_path / "new").iterdir()] == []
 
 
 def _edit(change: dict[str, object]) -> object:
