@@ -72,7 +72,7 @@ class LabelStore:
             raise StayalignedError(f"{directory}: is a file", hint="Give the labels a directory: --out DIR.")
         with writable(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            if any(path.name != _LOCK_FILE for path in directory.iterdir()):
+            if any(not path.name.startswith(".") for path in directory.iterdir()):  # a killed command leaves such files
                 raise StayalignedError(
                     f"{directory}: is not empty, and not a directory of labels", hint="Choose another --out."
                 )
