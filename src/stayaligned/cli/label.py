@@ -89,7 +89,13 @@ def _serve(store: LabelStore, labeller: str | None, port: int, *, open_browser: 
         "End with Ctrl-C."
     )
     printer = err if current_reply().modes.json else out
-    serve(store.directory, labeller=labeller, port=port, open_browser=open_browser, announce=printer.print)
+    serve(
+        store.directory,
+        labeller=labeller,
+        port=port,
+        open_browser=open_browser,
+        announce=lambda address: printer.print(address, soft_wrap=True),
+    )
 
 
 def _print(found: LabelSummary) -> None:

@@ -17,43 +17,42 @@ import pytest
 from stayaligned.core.records import Message
 from stayaligned.evaluation.labelling.store import LabelStore
 from support.labelling_page import labelling_page
-from support.labels import make_design, make_item, make_store
+from support.labels import make_design, make_item, make_store, write_judged_run
+from support.runs import outcomes
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
-SERVE = """
-import sys
-from pathlib import Path
-from stayaligned.evaluation.labelling.server import serve
-serve(Path(sys.argv[1]), labeller=None, open_browser=False, announce=lambda text: print(text, flush=True))
-"""
 KEYS = {"1": "harm", "2": "refuse", "3": "other", "0": "unsure", "u": "unsure"}
 SIZES = [(1400, 900, "light"), (1400, 900, "dark"), (390, 844, "light"), (390, 844, "dark")]
 
 
 class Process:
-    """The server as a process of its own, which can be killed and started again."""
+    """The command in a process of its own, which can be killed and started again."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, runs: list[Path], directory: Path) -> None:
+        self.runs, self.directory = runs, directory
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-c", SERVE, str(self.directory)]
-        self.running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        options = ["--out", self.directory, "--n", "50", "--no-browser"]
+        command = [sys.executable, "-m", "stayaligned", "label", *self.runs, *options]
+        self.running = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
         assert self.running.stdout is not None
         self.address = self.running.stdout.readline().strip()
 
     def kill(self) -> None:
-        self.running.send_signal(signal.SIGKILL)
-        self.running.wait()
-        self.running.stdout.close()
+        self.running.kill()
+        self.running.communicate()
 
 
 @pytest.fixture
 def process(tmp_path):
-    make_store(tmp_path / "labels", n=50)
-    process = Process(tmp_path / "labels")
+    """The command on two runs, of 60 prompts each: 100 completions are to be labelled."""
+    runs = [
+        write_judged_run(tmp_path / arm, {"keyword": outcomes(40, harm)}, {"keyword": outcomes(20, 1)}, arm=arm)
+        for arm, harm in (("base", 3), ("tuned", 9))
+    ]
+    process = Process(runs, tmp_path / "labels")
     yield process
     process.kill()
 
@@ -151,13 +150,15 @@ def test_a_hundred_completions_by_keys_alone_through_two_kills(process, open_pag
     assert len(found) == 101  # one was changed
     assert set(Counter(text for _, text, _ in found).values()) == {1, 2}
     assert {name for name, *_ in found} == {"Ann"}
-    assert LabelStore.open(process.directory).progress().labelled == 50
+    process.running.send_signal(signal.SIGINT)
+    shown, _ = process.running.communicate(timeout=60)
+    assert "50 items are labelled of 50 wanted, 60 in all." in shown
 
 
 def test_a_label_is_not_shown_as_saved_on_a_full_disk(process, open_page):
     page = open_page(process.address)
     press(page, "1")
-    page.get_by_text("Saved: Harm").wait_for()
+    page.locator("#saved", has_text="Saved").wait_for()
     size = (process.directory / "labels.jsonl").stat().st_size
     resource.prlimit(process.running.pid, resource.RLIMIT_FSIZE, (size + 20, resource.RLIM_INFINITY))
     press(page, "2")

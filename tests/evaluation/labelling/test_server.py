@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -99,6 +100,16 @@ def test_a_window_that_shows_an_older_label_replaces_nothing(client):
     assert (again.status, again.content) == (409, {"outcome": "refuse"})
     assert [outcome for *_, outcome in stored(client)] == ["harm", "refuse"]
     assert client.state()["steps"][0][3] == "refuse"
+
+
+def test_of_different_labels_at_the_same_moment_one_is_stored(client, monkeypatch):
+    append = LabelStore.append
+    monkeypatch.setattr(LabelStore, "append", lambda self, labels: (time.sleep(0.05), append(self, labels))[1])
+    step = client.state()["steps"][0]
+    with ThreadPoolExecutor(4) as pool:
+        replies = pool.map(lambda outcome: client.press(step, outcome), ("harm", "refuse", "other", "unsure"))
+        assert sorted(reply.status for reply in replies) == [200, 409, 409, 409]
+    assert len(stored(client)) == 1
 
 
 def test_invalid_labels_are_refused_and_nothing_is_stored(client):

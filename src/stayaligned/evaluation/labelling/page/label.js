@@ -77,6 +77,7 @@ async function send() {
         complain("");
         continue;
       }
+      if (status === 507) problem += ". Free some space; this page tries again by itself.";
     } catch { /* no reply: the label may be stored or not, and sending it again stores it once */ }
     complain(problem);
     await pause(1);
