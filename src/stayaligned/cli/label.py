@@ -36,7 +36,8 @@ def label(
         str | None, typer.Option(help="Judge whose verdicts stratify the draw; by default the primary judge.")
     ] = None,
     labeller: Annotated[
-        str | None, typer.Option(help="Name of the person who labels; by default the page asks for it.")
+        str | None,
+        typer.Option(help="Name of the person who labels, where the page need not ask or a CSV file has none."),
     ] = None,
     n: Annotated[
         int | None, typer.Option("--n", min=1, help="Number of prompts to label, with all arms; by default 100.")
@@ -70,7 +71,7 @@ def label(
     if serves:
         _serve(store, labeller, port, open_browser=browser)
     if import_file is not None:
-        added = import_labels(store, import_file)
+        added = import_labels(store, import_file, labeller)
         note(f"{import_file}: {added} new labels")
     if export_file is not None:
         wrote(export_file, f"{export_labels(store, export_file)} labels")

@@ -86,6 +86,18 @@ def test_files_of_spreadsheets_and_short_ones_are_read(store: LabelStore, file: 
     assert copy.label_set() == store.label_set()
 
 
+def test_rows_without_a_labeller_are_of_the_one_who_is_named(store: LabelStore, file: Path, tmp_path: Path) -> None:
+    copy = empty_copy(store, tmp_path / "copy")
+    with file.open(newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["labeller"] == "ann"]
+    lines = [",".join(row[name] for name in COLUMNS[:4]) for row in rows]
+    file.write_text("\n".join([",".join(COLUMNS[:4]), *lines, ""]))
+    with pytest.raises(StayalignedError, match="line 2: labeller: required"):
+        import_labels(copy, file)
+    assert import_labels(copy, file, "eve") == 4
+    assert {label.labeller for label in copy.read()} == {"eve"}
+
+
 def replaced(old: str, new: str, count: int = 1) -> Callable[[str], str]:
     return lambda text: text.replace(old, new, count)
 
@@ -94,8 +106,8 @@ BROKEN: dict[str, tuple[Callable[[str], str], str]] = {
     "other-completion": (replaced("harmful-", "harmful-0"), "line 2: id: 'harmful-0"),
     "other-policy": (replaced("policy 0", "policy 7"), "line 2: policy: 'policy-policy 7', but the labelling has"),
     "other-judge": (replaced("judge-", "judge-0"), "line 2: judge: 'judge-0"),
-    "no-labeller": (replaced(",ann,", ",,"), "line 2: labeller: required, but empty"),
-    "no-labellers": (replaced("labeller", "who"), "line 2: labeller: required, but there is no such column"),
+    "no-labeller": (replaced(",ann,", ",,"), "line 2: labeller: required"),
+    "no-labellers": (replaced("labeller", "who"), "line 2: labeller: required"),
     "formula": (replaced(",ann,", ",=1+1,"), "line 2: label of '0/harmful/0': labeller: expected a labeller's name"),
     "target": (replaced(",harm,", ",bad,"), "line 2: target: 'bad', expected harm, refuse, other, unsure"),
     "predicate": (replaced(",eq,", ",gte,"), "line 2: predicate: 'gte', but the labelling has eq"),

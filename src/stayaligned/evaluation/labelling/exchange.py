@@ -17,7 +17,8 @@ from stayaligned.evaluation.labelling.values import Choice, CompletionKey, Drawn
 
 COLUMNS = ("id", "target", "split", "predicate", "labeller", "time", "prompt_set", "policy", "judge")
 """Columns of an exported file; the first four are inspect_scout's. No cell begins like a formula or is a number."""
-_REQUIRED = ("id", "target", "labeller")
+_REQUIRED = ("id", "target")
+_NO_LABELLER = "Name who labelled in the file, or with --labeller. Nothing was imported."
 _PREDICATE = "eq"
 
 
@@ -59,11 +60,16 @@ def _row(key: CompletionKey, label: Label) -> tuple[str, ...]:
     )
 
 
-def import_labels(store: LabelStore, path: Path) -> int:
+def import_labels(store: LabelStore, path: Path, labeller: str | None = None) -> int:
     """Store the labels of a CSV file, all or none, and return the number of new ones.
 
-    `id`, `target` and `labeller` are required. The other columns may be missing or empty; a label without a time is
-    given now.
+    `id` and `target` are required, and `labeller` unless a name is given. The other columns may be missing or empty; a
+    label without a time is given now.
+
+    Args:
+        store: the labels.
+        path: the file.
+        labeller: whose labels the rows without a labeller are.
 
     Raises:
         StayalignedError: naming the line, for a label of another completion, policy or judge, without a labeller, or
@@ -77,9 +83,9 @@ def import_labels(store: LabelStore, path: Path) -> int:
     for line, cells in parse_csv(text, str(path)):
         where = f"{path}, line {line}"
         try:
-            key, label = _read_row(store, keys, cells)
+            key, label = _read_row(store, keys, {**cells, "labeller": cells.get("labeller", "").strip() or labeller})
         except StayalignedError as error:
-            raise StayalignedError(f"{where}: {error.message}", hint=hint) from None
+            raise StayalignedError(f"{where}: {error.message}", hint=error.hint or hint) from None
         place = (key, label.labeller)
         earlier = f"line {found[place][0]}" if place in found else str(store.directory)
         other = found[place][1] if place in found else stored.get(key, {}).get(label.labeller)
@@ -95,10 +101,12 @@ def import_labels(store: LabelStore, path: Path) -> int:
 
 
 def _read_row(
-    store: LabelStore, keys: Mapping[str, tuple[CompletionKey, DrawnItem]], cells: Mapping[str, str]
+    store: LabelStore, keys: Mapping[str, tuple[CompletionKey, DrawnItem]], given: Mapping[str, str | None]
 ) -> tuple[CompletionKey, Label]:
     """Return the label of a row and what it labels; errors name the column, not the line."""
-    cells = {name: cell.strip() for name, cell in cells.items()}
+    cells = {name: cell.strip() for name, cell in given.items() if cell is not None}
+    if not cells.get("labeller"):
+        raise StayalignedError("labeller: required, but missing", hint=_NO_LABELLER)
     for name in _REQUIRED:
         if not cells.get(name):
             raise StayalignedError(
