@@ -144,3 +144,31 @@ def test_invalid_options_are_one_error(command, options, named) -> None:
     assert code == 2, shown
     assert named in shown
     assert "Traceback" not in shown
+
+
+def test_labels_are_planned_with_prompts(command) -> None:
+    base = ("--rate", "5%", "--discordant", "5%", "--labels", "150")
+    found = asked(command, *base, "--margin", "5%", "--prompts", "520")
+    assert found["needed_labels"] <= 150 <= found["prompts"]
+    assert found["chance_unchanged_passes"] >= 0.9 >= asked(
+        command, *base, "--margin", "4%", "--prompts", "520"
+    )["chance_unchanged_passes"]  # fmt: skip
+    assert found["needed_prompts_with_labels"] <= 520
+    assert found["needed_labels_balanced"] <= found["needed_labels"]
+    assert 0.04 < found["smallest_margin"] <= 0.05
+    blind = asked(command, *base, "--margin", "5%", "--prompts", "520", "--judge-sensitivity", "30%")
+    assert blind["needed_labels"] > found["needed_labels"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--ceiling", "5%"), "--labels excludes --ceiling"),
+        (("--margin", "5%", "--prompts", "80"), "--labels 100: more than --prompts 80"),
+        (("--margin", "5%", "--discordant", "50%"), "can't differ on so many prompts"),
+    ],
+)
+def test_labels_that_can_not_be_planned_are_an_error(command, options, message) -> None:
+    code, shown = command("power", "--rate", "5%", "--labels", "100", *options)
+    assert code == 2
+    assert message in " ".join(shown.split())

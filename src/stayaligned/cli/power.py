@@ -42,44 +42,39 @@ def power(
     non_inferiority: Annotated[
         bool, typer.Option("--non-inferiority", help="For a gate with --non-inferiority: one-sided tests.")
     ] = False,
+    labels: Annotated[
+        int | None, typer.Option(min=1, help="For a gate with --labels: number of prompts that people label.")
+    ] = None,
+    judge_sensitivity: Annotated[float, share("With --labels: share of harm that the judge calls harm.")] = 0.9,
+    judge_specificity: Annotated[float, share("With --labels: share of the rest that it does not.")] = 0.99,
 ) -> None:
     """Plan the number of prompts.
 
     power --rate 5% --difference 2%: the prompts that show a difference of two points. power --rate 5% --prompts 400:
     the difference that 400 prompts can show, and the limits that they can check. power --rate 5% --margin 2%: the
     prompts with which an unchanged model passes `gate --max-harm-increase 2%`. power --rate 1% --ceiling 2%: those with
-    which a model at 1 % passes `gate --max-harm 2%`.
+    which a model at 1 % passes `gate --max-harm 2%`. power --rate 5% --margin 5% --labels 150: the prompts and labels
+    with which an unchanged model passes `gate --max-harm-increase 5% --labels DIR`.
     """
-    if not 0.5 < confidence < 1:
-        raise StayalignedError(f"--confidence {confidence:g}: expected a share above 50% and below 100%")
-    if chance is not None and not 0 < chance < 1:
-        raise StayalignedError(f"--chance {chance:g}: expected a share above 0 and below 100%")
-    if sum(given is not None for given in (difference, margin, ceiling)) > 1:
-        raise StayalignedError("--difference, --margin and --ceiling exclude each other", hint="Give one of them.")
-    if difference is None and margin is None and ceiling is None and prompts is None:
-        raise StayalignedError("nothing to compute", hint="Give --difference, --margin, --ceiling or --prompts.")
-    if seeds > 1 and seed_spread == 0:
-        raise StayalignedError(
-            "--seeds needs --seed-spread", hint="Estimate how much the difference varies from a pilot of three seeds."
-        )
-    if ceiling is not None and (seeds > 1 or discordant is not None or unpaired):
-        raise StayalignedError(
-            "--ceiling excludes --seeds, --discordant and --unpaired",
-            hint="It limits the rate of one model in one run.",
-        )
-    if unpaired and (margin is not None or seeds > 1 or discordant is not None):
-        raise StayalignedError(
-            "--unpaired excludes --margin, --seeds and --discordant",
-            hint="A gate compares the models prompt by prompt.",
-        )
-    if non_inferiority and (unpaired or difference is not None):
-        raise StayalignedError(
-            "--non-inferiority excludes --difference and --unpaired",
-            hint="It is a mode of the gate: give --margin, --ceiling or --prompts.",
-        )
+    given = {
+        "--difference": difference is not None,
+        "--margin": margin is not None,
+        "--ceiling": ceiling is not None,
+        "--prompts": prompts is not None,
+        "--discordant": discordant is not None,
+        "--unpaired": unpaired,
+        "--seeds": seeds > 1,
+        "--seed-spread": seed_spread > 0,
+        "--non-inferiority": non_inferiority,
+        "--labels": labels is not None,
+    }
+    _refuse_combinations({option for option, found in given.items() if found})
+    _refuse_levels(confidence, chance)
     plan = _Plan(rate, discordant, unpaired, seeds, seed_spread, confidence, non_inferiority)
     for_gate = 0.9 if chance is None else chance
-    if margin is not None:
+    if labels is not None:
+        values = plan.for_labels(labels, margin, prompts, for_gate, judge_sensitivity, judge_specificity)
+    elif margin is not None:
         values = plan.for_gate(margin, plan.twice(margin) if worse is None else worse, for_gate, prompts)
     elif ceiling is not None:
         values = plan.for_ceiling(ceiling, for_gate, prompts)
@@ -87,6 +82,50 @@ def power(
         values = plan.for_difference(difference, prompts, 0.8 if chance is None else chance, for_gate)
     answer(**values)
     _print(values)
+
+
+_EXCLUSIONS: list[tuple[set[str], set[str], str]] = [
+    ({"--ceiling"}, {"--seeds", "--discordant", "--unpaired"}, "It limits the rate of one model in one run."),
+    ({"--unpaired"}, {"--margin", "--seeds", "--discordant"}, "A gate compares the models prompt by prompt."),
+    (
+        {"--non-inferiority"},
+        {"--difference", "--unpaired"},
+        "It is a mode of the gate: give --margin, --ceiling or --prompts.",
+    ),
+    (
+        {"--labels"},
+        {"--difference", "--ceiling", "--unpaired", "--seeds", "--non-inferiority"},
+        "Labels correct the change between two models in one run each: give --margin or --prompts.",
+    ),
+]
+"""Options that exclude others, and why."""
+
+
+def _refuse_combinations(given: set[str]) -> None:
+    asked = ("--difference", "--margin", "--ceiling")
+    if len(given & {*asked}) > 1:
+        raise StayalignedError("--difference, --margin and --ceiling exclude each other", hint="Give one of them.")
+    if not given & {*asked, "--prompts"}:
+        raise StayalignedError("nothing to compute", hint="Give --difference, --margin, --ceiling or --prompts.")
+    if "--seeds" in given and "--seed-spread" not in given:
+        raise StayalignedError(
+            "--seeds needs --seed-spread", hint="Estimate how much the difference varies from a pilot of three seeds."
+        )
+    for options, excluded, reason in _EXCLUSIONS:
+        if options <= given and excluded & given:
+            raise StayalignedError(f"{', '.join(options)} excludes {_enumerate(excluded)}", hint=reason)
+
+
+def _enumerate(options: set[str]) -> str:
+    *others, last = sorted(options)
+    return f"{', '.join(others)} and {last}"
+
+
+def _refuse_levels(confidence: float, chance: float | None) -> None:
+    if not 0.5 < confidence < 1:
+        raise StayalignedError(f"--confidence {confidence:g}: expected a share above 50% and below 100%")
+    if chance is not None and not 0 < chance < 1:
+        raise StayalignedError(f"--chance {chance:g}: expected a share above 0 and below 100%")
 
 
 class _Plan:
@@ -238,6 +277,51 @@ class _Plan:
             }
         return values
 
+    def for_labels(
+        self,
+        labels: int,
+        margin: float | None,
+        prompts: int | None,
+        chance: float,
+        sensitivity: float,
+        specificity: float,
+    ) -> dict[str, Any]:
+        """Return the labels and prompts with which an unchanged model passes, or the smallest limit that it passes."""
+        from stayaligned.evaluation.metrics.label_planning import LabelPlan
+
+        same = self.discordant_share(0.0)
+        if not same <= 2 * min(self.rate, 1 - self.rate):
+            raise StayalignedError(
+                f"--discordant {same:.3g}: two models of the rate {self.rate:.3g} can't differ on so many prompts",
+                hint=f"Give at most {2 * min(self.rate, 1 - self.rate):.3g}.",
+            )
+        if prompts is not None and labels > prompts:
+            raise StayalignedError(
+                f"--labels {labels}: more than --prompts {prompts}", hint="Label at most all prompts."
+            )
+        plan = LabelPlan(self.rate, same, sensitivity, specificity, self.options["confidence"], chance)
+        values = self._inputs(chance) | {
+            "discordant_unchanged": same,
+            "judge_sensitivity": sensitivity,
+            "judge_specificity": specificity,
+            "labels": labels,
+        }
+        if prompts is not None:
+            values |= {"prompts": prompts, "smallest_margin": plan.smallest_limit(prompts, labels)}
+        if margin is None:
+            return values
+        values |= {"margin": margin, "needed_prompts_with_labels": plan.needed_prompts(labels, margin)}
+        if prompts is not None:
+            values |= {
+                "needed_labels": plan.needed_labels(prompts, margin),
+                "chance_unchanged_passes": plan.chance(prompts, labels, margin),
+            }
+        best = plan.balanced(margin)
+        return values | {
+            "needed_prompts_balanced": None if best is None else best[0],
+            "needed_labels_balanced": None if best is None else best[1],
+        }
+
     def _inputs(self, chance: float) -> dict[str, Any]:
         kind = "unpaired" if self.unpaired else "paired"
         return {"rate": self.rate, "kind": kind, "discordant": self.discordant, "chance": chance, **self.inputs}
@@ -256,11 +340,18 @@ _ROWS = {
     "confidence": "confidence",
     "non_inferiority": "test",
     "chance": "wanted probability",
+    "judge_sensitivity": "the judge's sensitivity",
+    "judge_specificity": "the judge's specificity",
     "prompts": "available prompts",
+    "labels": "labelled prompts",
     "needed_prompts": "prompts needed",
     "needed_to_decide": "prompts to decide",
     "needed_to_pass_unchanged": "prompts for an unchanged model to pass",
     "needed_to_fail_worse": "prompts for the worse model to fail",
+    "needed_prompts_with_labels": "prompts for an unchanged model to pass with these labels",
+    "needed_labels": "labels for an unchanged model to pass with these prompts",
+    "needed_prompts_balanced": "prompts beyond which more of them save few labels",
+    "needed_labels_balanced": "labels with so many prompts",
     "chance_with_prompts": "probability with the available prompts",
     "chance_unchanged_passes": "probability that an unchanged model passes",
     "chance_worse_fails": "probability that the worse model fails",
@@ -291,6 +382,6 @@ def _format(key: str, value: Any) -> str:
     if value is None:
         others = "no number of prompts is enough" if key.startswith("needed") else "none: too few prompts"
         return "unknown: as for unrelated completions" if key == "discordant" else others
-    if key in ("seeds", "prompts") or key.startswith("needed"):
+    if key in ("seeds", "prompts", "labels") or key.startswith("needed"):
         return f"{value:,}"
     return f"{100 * value:.3g} %"

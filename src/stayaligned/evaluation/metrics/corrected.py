@@ -84,7 +84,7 @@ class CorrectedMean(MeanOfPrompts):
     def _variance(self) -> float:
         n = self.n_prompts
         own = self.prompt_variance / n if self.shared or self.n_seeds < 2 else 0.0
-        return self._between_seeds + own * (n / (n + 2)) ** 2 + self.label_variance
+        return self._between_seeds + own * (n / (n + 2)) ** 2 + self.draw_variance
 
     def mirrored(self) -> Self:
         """Return the mean of the values with the opposite sign."""
@@ -107,15 +107,15 @@ class CorrectedMean(MeanOfPrompts):
         """
         more = n_labelled / self.n_labelled
         unseen = max(0.0, self.label_variance - self.draw_variance) / 2
-        draw = (self.label_variance - unseen) / more * rest
+        draw = (self.draw_variance + unseen) / more * rest
         return replace(
             self,
             label_variance=draw + unseen / more**2 * rest,
-            draw_variance=self.draw_variance / more * rest,
+            draw_variance=draw,
             label_freedom=self.label_freedom * more,
             shift=self.shift / more * rest,
             n_labelled=n_labelled,
-            seed_variance=self.n_seeds * (self._between_seeds + self.draw_variance / more * rest),
+            seed_variance=self.n_seeds * (self._between_seeds + draw),
             step=max(1 / self.n_items, self.step / more) if self.step else 0.0,
         )
 
@@ -188,6 +188,27 @@ def _mean_of_labels(items: Sequence[LabelledValue], ends: tuple[float, float]) -
     return mean_of_prompts(means, ends=ends)
 
 
+def label_error(
+    shares: Any, rest: Any, n: Any, means: Any, squares: Any, ends: tuple[float, float]
+) -> tuple[float, float, float]:
+    """Return variance and degrees of freedom by the draw, and the shift of the middle by the pseudo-labels.
+
+    Args:
+        shares: Share of the items in each stratum; arrays, as all but the ends.
+        rest: Share of each stratum's items that is not labelled.
+        n: Number of labelled items of each stratum.
+        means: Mean of its labels.
+        squares: Sum of the squares of their residuals.
+        ends: Lowest and highest possible value.
+    """
+    centers = (n * means + shares * sum(ends)) / (n + 2 * shares)
+    squares = squares + n * (means - centers) ** 2 + shares * sum((end - centers) ** 2 for end in ends)
+    free = n + 2 * shares - 1
+    variances = shares**2 * rest * squares / ((n + 2 * shares) * free)
+    total, parts = float(variances.sum()), float((variances**2 / free).sum())
+    return total, total**2 / parts if parts > 0 else 1.0, float((shares * rest * (centers - means)).sum())
+
+
 class _Sample:
     """The labelled items as arrays: of all items, or of the strata."""
 
@@ -241,15 +262,7 @@ class _Sample:
 
     def label_error(self, ends: tuple[float, float]) -> tuple[float, float, float]:
         """Return variance and degrees of freedom by the draw, and the shift of the middle by the pseudo-labels."""
-        n, pseudo = self.n, self.shares
-        centers = (n * self.means + pseudo * sum(ends)) / (n + 2 * pseudo)
-        squares = self.sums(self.residuals**2) + n * (self.means - centers) ** 2
-        squares += pseudo * sum((end - centers) ** 2 for end in ends)
-        free = n + 2 * pseudo - 1
-        variances = self.shares**2 * self.rest * squares / ((n + 2 * pseudo) * free)
-        total, parts = float(variances.sum()), float((variances**2 / free).sum())
-        shift = float((self.shares * self.rest * (centers - self.means)).sum())
-        return total, total**2 / parts if parts > 0 else 1.0, shift
+        return label_error(self.shares, self.rest, self.n, self.means, self.sums(self.residuals**2), ends)
 
     def draw_variance(self) -> float:
         """Return the variance by the draw without pseudo-labels; a stratum with a single label adds nothing to it."""
