@@ -177,3 +177,43 @@ def test_the_same_inputs_give_the_same_files_byte_for_byte(command, runs) -> Non
 def test_comparing_a_run_with_itself_is_an_error(command, runs) -> None:
     code, shown = command("gate", "--baseline", runs / "base", "--candidate", runs / "base", *LIMIT)
     assert (code, "are the same run" in shown) == (2, True)
+
+
+def test_the_self_test_needs_the_baseline_alone(command, runs) -> None:
+    code, shown = command("gate", "--self-test", "--baseline", runs / "base", *LIMIT, "--json", runs / "self.json")
+    assert code == 0, shown
+    assert "half against half" in shown
+    found = json.loads((runs / "self.json").read_text())
+    assert found["shares"][0]["n_prompts"] == {"harmful": 200}
+    for extra in (("--candidate", runs / "same"), ("--junit", runs / "a.xml"), ("--anchor", runs / "same")):
+        code, shown = command("gate", "--self-test", "--baseline", runs / "base", *LIMIT, *extra)
+        assert (code, f"--self-test excludes {extra[0]}" in shown) == (2, True), shown
+
+
+def test_a_previous_look_is_of_the_same_plan(command, runs) -> None:
+    for name, n in (("first", 60), ("second", 120)):
+        for side in ("a", "b"):
+            write_run(runs / f"{name}-{side}", evidence({"keyword": outcomes(n, n // 20)}), arm=side)
+
+    def look(name: str, number: str, *options: object):
+        sides = ("--baseline", runs / f"{name}-a", "--candidate", runs / f"{name}-b")
+        return command("gate", *sides, "--max-harm-increase", "4%", "--look", number, *options)
+
+    code, shown = look("first", "1/2", "--json", runs / "1.json")
+    assert (code, "Go on to look 2 of 2" in shown) == (3, True), shown
+    assert look("second", "2/2", "--previous", runs / "1.json")[0] == 0
+    for arguments, message in (
+        (("second", "2/3"), "the number of planned looks was 2, and is now 3"),
+        (("second", "1/2"), "look 1/2 is not earlier than look 1/2"),
+        (("first", "2/2"), "it had 60 prompts, and this look has 60"),
+        (("second", "2/2", "--non-inferiority"), "non-inferiority was False, and is now True"),
+        (("second", "2/2", "--max-harm", "5%"), "the list of limits was"),
+    ):
+        code, shown = look(*arguments, "--previous", runs / "1.json")
+        assert (code, message in " ".join(shown.split())) == (2, True), shown
+    code, shown = look("second", "2/2", "--previous", runs / "none.json")
+    assert (code, "--previous" in shown) == (2, True)
+    edited = json.loads((runs / "1.json").read_text()) | {"answer": "pass"}
+    (runs / "1.json").write_text(json.dumps(edited))
+    code, shown = look("second", "2/2", "--previous", runs / "1.json")
+    assert (code, "decided already: pass" in shown) == (2, True)

@@ -20,7 +20,7 @@ from stayaligned.gate import Limits
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-    from stayaligned.gate import Decision
+    from stayaligned.gate import ComparedSide, Decision
 
 EXIT_CODES = {"pass": 0, "fail": 1, "undecided": 3}
 """Exit codes by decision; 2 is invalid input, as in every command."""
@@ -43,6 +43,34 @@ MinAgreement = Annotated[
 ]
 
 
+Anchor = Annotated[
+    list[Path] | None,
+    typer.Option(help="Likewise, for a fixed earlier model: limits on a change hold against it as well."),
+]
+Previous = Annotated[
+    Path | None,
+    typer.Option(help="With --look: the decision (--json FILE) of an earlier look, which must be of the same plan."),
+]
+SelfTest = Annotated[
+    bool,
+    typer.Option(
+        "--self-test",
+        help="Compute instead how often equal models would pass and fail, from the baseline alone; exit code 3 if they "
+        "fail too often.",
+    ),
+]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="[FILE]", help="Write the decision to this JSON file; without FILE, print it as JSON."
+    ),
+]
+
+
+def _arm(role: str) -> Any:
+    return typer.Option(help=f"The arm to use as the {role}, if its directory has several.")
+
+
 @field_options(Limits, *_MODES)
 @field_options(Limits, *(name for name in Limits.model_fields if name not in _MODES), **SHARE)
 def gate(
@@ -52,32 +80,19 @@ def gate(
         typer.Option(help="A directory that `run`, `evaluate`, `judge` or `bench` wrote; repeat it for each seed."),
     ],
     candidate: Annotated[
-        list[Path], typer.Option(help="Likewise, for the model that would replace the baseline; repeatable.")
-    ],
-    baseline_arm: Annotated[
-        str | None, typer.Option(help="The arm to use as the baseline, if its directory has several.")
+        list[Path] | None, typer.Option(help="Likewise, for the model that would replace the baseline; repeatable.")
     ] = None,
-    candidate_arm: Annotated[
-        str | None, typer.Option(help="The arm to use as the candidate, if its directory has several.")
-    ] = None,
-    anchor: Annotated[
-        list[Path] | None,
-        typer.Option(help="Likewise, for a fixed earlier model: limits on a change hold against it as well."),
-    ] = None,
-    anchor_arm: Annotated[
-        str | None, typer.Option(help="The arm to use as the anchor, if its directory has several.")
-    ] = None,
+    baseline_arm: Annotated[str | None, _arm("baseline")] = None,
+    candidate_arm: Annotated[str | None, _arm("candidate")] = None,
+    anchor: Anchor = None,
+    anchor_arm: Annotated[str | None, _arm("anchor")] = None,
+    previous: Previous = None,
     judge: Annotated[
         str | None, typer.Option(help="The judge whose verdicts count; by default the primary judge.")
     ] = None,
     labels: Labels = None,
     min_judge_agreement: MinAgreement = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json", metavar="[FILE]", help="Write the decision to this JSON file; without FILE, print it as JSON."
-        ),
-    ] = None,
+    json_file: JsonFile = None,
     junit_file: Annotated[Path | None, typer.Option("--junit", help="Write the decision to this JUnit file.")] = None,
     markdown_file: Annotated[
         Path | None, typer.Option("--markdown", help="Write a comment for a code review to this Markdown file.")
@@ -85,6 +100,7 @@ def gate(
     explain: Annotated[
         bool, typer.Option("--explain", help="Explain each limit and the decision in plain words.")
     ] = False,
+    self_test: SelfTest = False,
     plugin: Plugins = None,
     **limits: Any,
 ) -> None:
@@ -95,36 +111,60 @@ def gate(
     or 0.02.
     """
     from stayaligned.gate import decide, read_people, read_side
+    from stayaligned.gate.earlier import read_decision, refuse_other_plan
 
-    with _no_error_is_a_decision([*baseline, *candidate, *(anchor or [])]):
+    with _no_error_is_a_decision([*baseline, *(candidate or []), *(anchor or [])]):
         load_plugins(plugin)
         if min_judge_agreement is not None and labels is None:
             raise StayalignedError(
                 "--min-judge-agreement needs --labels", hint="Label completions: `stayaligned label`."
             )
+        if self_test:
+            _refuse_beside_self_test(
+                candidate=candidate,
+                anchor=anchor,
+                previous=previous,
+                labels=labels,
+                junit=junit_file,
+                markdown=markdown_file,
+            )
         files = {"json": json_file, "junit": junit_file, "markdown": markdown_file}
         outputs = {kind: path for kind, path in files.items() if path is not None and str(path) != "-"}
         checked = _limits(limits)
+        earlier = read_decision(previous) if previous else None
         _refuse_unwritable([*outputs.values()])
         for path in outputs.values():
             path.unlink(missing_ok=True)  # after an error, no file holds an earlier decision
-        before, after = read_side("baseline", baseline, baseline_arm), read_side("candidate", candidate, candidate_arm)
-        fixed = read_side("anchor", anchor, anchor_arm) if anchor else None
-        for side in (before, fixed):
-            if side and {run.directory.resolve() for run in side.runs} & {
-                run.directory.resolve() for run in after.runs
-            }:
-                raise StayalignedError(
-                    f"{side.role} and candidate are the same run",
-                    hint="Give two different runs, or two arms of one `bench`.",
-                )
-        people = None if labels is None else read_people(labels, min_agreement=min_judge_agreement)
-        decision = decide(before, after, checked, anchor=fixed, judge=judge, people=people)
-        _write(decision, outputs)
-        _print(decision, explain=explain)
+        if self_test:
+            code = _test_itself(read_side("baseline", baseline, baseline_arm), checked, judge, outputs)
+        else:
+            before = read_side("baseline", baseline, baseline_arm)
+            if not candidate:
+                raise StayalignedError("--candidate is missing", hint="Give the directory of its evaluation.")
+            after = read_side("candidate", candidate, candidate_arm)
+            fixed = read_side("anchor", anchor, anchor_arm) if anchor else None
+            _refuse_same_run([before, fixed], after)
+            people = None if labels is None else read_people(labels, min_agreement=min_judge_agreement)
+            decision = decide(before, after, checked, anchor=fixed, judge=judge, people=people)
+            if earlier is not None:
+                refuse_other_plan(earlier, decision)
+            _write(decision, outputs)
+            _print(decision, explain=explain)
+            code = EXIT_CODES[decision.answer]
         for path in outputs.values():
             wrote(path)
-    raise typer.Exit(EXIT_CODES[decision.answer])
+    raise typer.Exit(code)
+
+
+def _refuse_same_run(references: list[ComparedSide | None], candidate: ComparedSide) -> None:
+    for side in references:
+        if side and {run.directory.resolve() for run in side.runs} & {
+            run.directory.resolve() for run in candidate.runs
+        }:
+            raise StayalignedError(
+                f"{side.role} and candidate are the same run",
+                hint="Give two different runs, or two arms of one `bench`.",
+            )
 
 
 @contextlib.contextmanager
@@ -227,6 +267,48 @@ def _write(decision: Decision, outputs: dict[str, Path]) -> None:
             failed.append(error)
     if failed:
         raise failed[0]
+
+
+def _refuse_beside_self_test(**given: object) -> None:
+    for name, value in given.items():
+        if value:
+            raise StayalignedError(
+                f"--self-test excludes --{name}",
+                hint="It needs --baseline, limits, and at most --json, --judge, --look.",
+            )
+
+
+def _test_itself(side: ComparedSide, limits: Limits, judge: str | None, outputs: dict[str, Path]) -> int:
+    """Run the self-test, write and print it, and return the exit code."""
+    from stayaligned.cli.progress import status
+    from stayaligned.core.files import writable, write_text
+    from stayaligned.evaluation.metrics import exact_interval
+    from stayaligned.gate.self_test import DRAWS, self_test
+    from stayaligned.gate.words import confidence_text, mode_text
+
+    with status("self-test") as progress:
+        found = self_test(side, limits, judge=judge, progress=progress)
+    for path in outputs.values():
+        with writable(path):
+            write_text(path, found.model_dump_json(indent=2) + "\n")
+    answer(**found.model_dump())
+    mode = f" ({mode_text(limits)})" if mode_text(limits) else ""
+    out.print(f"What this gate decides on equal models{mode}; at most {confidence_text(limits.alpha)} may fail.")
+    out.print()
+    table = plain_table(f"% of {DRAWS} draws", *(one.drawn for one in found.shares), numbers=True)
+    table.add_row("prompts", *(", ".join(map(str, one.n_prompts.values())) for one in found.shares))
+    for name in ("passes", "fails", "undecided"):
+        cells: list[str] = []
+        for one in found.shares:
+            low, high = exact_interval(getattr(one, name), one.n_draws)
+            share = percent(getattr(one, name) / one.n_draws)
+            cells.append(f"{share} ({percent(low)} to {percent(high)})")
+        table.add_row(name, *cells)
+    table.add_row("two such gates differ", *(percent(one.disagreement) for one in found.shares))
+    out.print(table)
+    for warning in found.warnings:
+        note(warning)
+    return 0 if found.sound else EXIT_CODES["undecided"]
 
 
 def _print(decision: Decision, *, explain: bool) -> None:
