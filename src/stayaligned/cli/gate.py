@@ -59,6 +59,7 @@ SelfTest = Annotated[
         "fail too often.",
     ),
 ]
+Explain = Annotated[bool, typer.Option("--explain", help="Explain each limit and the decision in plain words.")]
 JsonFile = Annotated[
     Path | None,
     typer.Option(
@@ -97,9 +98,7 @@ def gate(
     markdown_file: Annotated[
         Path | None, typer.Option("--markdown", help="Write a comment for a code review to this Markdown file.")
     ] = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Explain each limit and the decision in plain words.")
-    ] = False,
+    explain: Explain = False,
     self_test: SelfTest = False,
     plugin: Plugins = None,
     **limits: Any,
