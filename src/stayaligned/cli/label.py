@@ -139,7 +139,7 @@ def _print_judges(rows: list[QualityRow]) -> None:
             if p is not None and p < _CLEAR:
                 note(
                     f"the {name} of {one_line(row.judge, 40)!r} on {row.prompt_set} prompts differs between the arms "
-                    f"(p = {p:.1g}): a plain comparison of their rates is biased"
+                    f"(p = {p:.1g}): a plain comparison of their rates is biased; `gate --labels` corrects it"
                 )
 
 

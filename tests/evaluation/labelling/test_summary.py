@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,20 @@ def test_judges_that_were_added_later_are_compared_too(tmp_path: Path) -> None:
     again = open_labelling(store.directory, frame)
     (row, *_) = summarize(frame, again).judges
     assert (row.judge, row.quality.sensitivity.value, row.quality.kappa) == ("perfect", 1, 1)
+
+
+def test_near_copies_of_a_prompt_count_as_one(tmp_path: Path) -> None:
+    before, store = summary_of(tmp_path)
+    frame = read_frame([tmp_path / "a", tmp_path / "b"])
+    paired = {item.id: item.id.replace("-", " ")[:-1] for item in frame.items}  # ten by ten
+    after = summarize(replace(frame, groups=paired), store)
+    assert after.notes == tuple(
+        f"the {n} {name} prompts are {n // 10} different ones: copies and near copies of a prompt count as one"
+        for name, n in (("harmful", 60), ("benign", 10))
+    )
+    ours, theirs = (found.judges[0].quality.sensitivity for found in (before, after))
+    assert theirs.value == ours.value
+    assert theirs.low is not None and ours.low is not None and theirs.low < ours.low
 
 
 def test_labellers_are_compared_where_both_gave_a_label(tmp_path: Path) -> None:

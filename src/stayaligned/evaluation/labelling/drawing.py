@@ -15,7 +15,15 @@ from stayaligned.evaluation.completions import stored_completions
 from stayaligned.evaluation.labelling.store import DESIGN_FILE, LabelStore
 from stayaligned.evaluation.labelling.values import Design, DrawnCompletion, DrawnItem, hash_frame
 from stayaligned.evaluation.measure import JUDGED, prompt_hash, text_hash
-from stayaligned.evaluation.results import JudgeIdentity, Place, Result, StoredResult, identify_weights, read_results
+from stayaligned.evaluation.results import (
+    Evidence,
+    JudgeIdentity,
+    Place,
+    Result,
+    StoredResult,
+    identify_weights,
+    read_results,
+)
 from stayaligned.evaluation.rows import distinguish_arms
 
 _WANTED = 100
@@ -37,6 +45,8 @@ class Frame:
     """All items, without strata."""
     outcomes: Mapping[tuple[str, str], Mapping[str, Outcome | None]]
     """Outcome of each judge, by the item's id and the arm."""
+    groups: Mapping[str, str]
+    """What copies and near copies of a prompt have in common, by the item's id."""
 
     @cached_property
     def hash(self) -> str:
@@ -68,14 +78,16 @@ def read_frame(directories: Sequence[Path | str], arms: Sequence[str] = ()) -> F
         _refuse_other_judges(found, judges)
     items: list[DrawnItem] = []
     outcomes: dict[tuple[str, str], Mapping[str, Outcome | None]] = {}
+    groups: dict[str, str] = {}
     for seed, found in runs.items():
-        for item, verdicts in _items(seed, found):
+        for item, rows in _items(seed, found):
             items.append(item)
+            groups[item.id] = rows[0].group or rows[0].prompt
             outcomes |= {
-                (item.id, arm): {name: own.get(name) for name in judges}
-                for arm, own in zip(chosen, verdicts, strict=True)
+                (item.id, arm): {name: row.outcomes.get(name) for name in judges}
+                for arm, row in zip(chosen, rows, strict=True)
             }
-    return Frame(tuple(chosen), judges, tuple(items), outcomes)
+    return Frame(tuple(chosen), judges, tuple(items), outcomes, groups)
 
 
 def draw(frame: Frame, *, wanted: int, seed: int = 0, judge: str | None = None) -> Design:
@@ -258,8 +270,8 @@ def _refuse_other_judges(runs: Sequence[StoredResult], judges: Mapping[str, Judg
                 )
 
 
-def _items(seed: int, runs: Sequence[StoredResult]) -> list[tuple[DrawnItem, list[Mapping[str, Outcome | None]]]]:
-    """Return the items of one seed, each with the judges' verdicts for each arm."""
+def _items(seed: int, runs: Sequence[StoredResult]) -> list[tuple[DrawnItem, list[Evidence]]]:
+    """Return the items of one seed, each with the evidence on each arm."""
     completions = [_judged(one) for one in runs]
     for one, found in zip(runs[1:], completions[1:], strict=True):
         _refuse_other_prompts(runs[0], completions[0], one, found)
@@ -284,7 +296,7 @@ def _items(seed: int, runs: Sequence[StoredResult]) -> list[tuple[DrawnItem, lis
                     for one, own, policy in zip(runs, completions, policies, strict=True)
                 ),
             ),
-            [one.rows[place].outcomes for one in runs],
+            [one.rows[place] for one in runs],
         )
         for place, first in completions[0].items()
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from stayaligned.core.errors import StayalignedError
@@ -72,6 +72,7 @@ def summarize(frame: Frame, store: LabelStore) -> LabelSummary:
         except StayalignedError as error:
             notes.append(f"no rates on {prompt_set} prompts yet: {error.message}. {error.hint}")
             continue
+        notes += _note_copies(frame, prompt_set)
         for judge in frame.judges if needed else ():
             if _measures(frame, judge, prompt_set):
                 rows += _rows(frame, labels, judge, prompt_set)
@@ -94,6 +95,20 @@ def summarize(frame: Frame, store: LabelStore) -> LabelSummary:
         agreements=tuple(_agreements(latest)),
         notes=tuple(notes),
     )
+
+
+def _note_copies(frame: Frame, prompt_set: PromptSet) -> Iterator[str]:
+    """Yield a note if a seed has copies or near copies of a prompt."""
+    by_seed: defaultdict[int, list[str]] = defaultdict(list)
+    for item in frame.items:
+        if item.prompt_set == prompt_set:
+            by_seed[item.seed].append(frame.groups[item.id])
+    groups = next(iter(by_seed.values()), [])
+    if len({*groups}) < len(groups):
+        yield (
+            f"the {len(groups)} {prompt_set} prompts are {len({*groups})} different ones: copies and near copies of "
+            "a prompt count as one"
+        )
 
 
 def _rows(frame: Frame, labels: LabelSet, judge: str, prompt_set: PromptSet) -> Iterator[QualityRow]:
@@ -131,7 +146,7 @@ def _sample(frame: Frame, labels: LabelSet, judge: str, prompt_set: PromptSet) -
     truth[~complete] = np.nan
     return LabelledSample(
         stratum=np.unique([drawn[item.id].stratum for item in items], return_inverse=True)[1],
-        prompt=np.unique([item.prompt for item in items], return_inverse=True)[1],
+        prompt=np.unique([frame.groups[item.id] for item in items], return_inverse=True)[1],
         labelled=complete,
         verdicts=np.array(verdicts, dtype=float),
         labels=truth,
