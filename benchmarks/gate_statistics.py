@@ -38,6 +38,8 @@ GRID = np.unique(np.concatenate([np.linspace(0.0005, 0.03, 60), np.linspace(0.03
 
 def main() -> None:
     """Print every table."""
+    import mode_statistics
+
     started = time.monotonic()
     rng = np.random.default_rng(0)
     for title, rows in (
@@ -49,6 +51,17 @@ def main() -> None:
         ("The gate: largest share of passes of a candidate that is worse by exactly the limit", false_passes()),
         ("The gate: four criteria", criteria(rng)),
         ("The gate: candidates that do not answer, and evaluations that count twice", broken(rng)),
+        (
+            "Non-inferiority, exactly: largest error of a candidate worse by exactly the limit",
+            mode_statistics.one_sided(),
+        ),
+        ("Non-inferiority: prompts with which an unchanged model passes in 4 of 5 cases", mode_statistics.saved()),
+        (
+            "Non-inferiority: scores and several seeds, worse by exactly the limit",
+            mode_statistics.graded_and_seeds(rng),
+        ),
+        ("Planned looks: errors over all looks, limit 2 points", mode_statistics.looks(rng)),
+        ("An anchor: releases that each add 1.9 points", mode_statistics.anchor(rng)),
     ):
         print(f"\n### {title}\n")
         for index, row in enumerate(rows):
