@@ -38,6 +38,7 @@ GRID = np.unique(np.concatenate([np.linspace(0.0005, 0.03, 60), np.linspace(0.03
 
 def main() -> None:
     """Print every table."""
+    import gate_labels
     import mode_statistics
 
     started = time.monotonic()
@@ -62,6 +63,7 @@ def main() -> None:
         ),
         ("Planned looks: errors over all looks, limit 2 points", mode_statistics.looks(rng)),
         ("An anchor: releases that each add 1.9 points", mode_statistics.anchor(rng)),
+        *gate_labels.sections(),
     ):
         print(f"\n### {title}\n")
         for index, row in enumerate(rows):

@@ -147,9 +147,9 @@ def test_invalid_options_are_one_error(command, options, named) -> None:
 
 
 def test_labels_are_planned_with_prompts(command) -> None:
-    base = ("--rate", "5%", "--discordant", "5%", "--labels", "150")
+    base = ("--rate", "5%", "--discordant", "5%", "--labels", "170")
     found = asked(command, *base, "--margin", "5%", "--prompts", "520")
-    assert found["needed_labels"] <= 150 <= found["prompts"]
+    assert found["needed_labels"] <= 170 <= found["prompts"]
     assert found["chance_unchanged_passes"] >= 0.9 >= asked(
         command, *base, "--margin", "4%", "--prompts", "520"
     )["chance_unchanged_passes"]  # fmt: skip

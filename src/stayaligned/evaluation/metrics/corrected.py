@@ -51,6 +51,8 @@ class CorrectedMean(MeanOfPrompts):
     """The same without the pseudo-labels."""
     shift: float = 0.0
     """How far the pseudo-labels move the middle of the interval."""
+    unseen_variance: float = 0.0
+    """Part of `prompt_variance` that is due to the pseudo-labels."""
     n_labelled: int = 0
     """Number of labelled items."""
     n_items: int = 0
@@ -110,6 +112,8 @@ class CorrectedMean(MeanOfPrompts):
         draw = (self.draw_variance + unseen) / more * rest
         return replace(
             self,
+            prompt_variance=self.prompt_variance - self.unseen_variance * (1 - rest / more),
+            unseen_variance=self.unseen_variance * rest / more,
             label_variance=draw + unseen / more**2 * rest,
             draw_variance=draw,
             label_freedom=self.label_freedom * more,
@@ -171,6 +175,7 @@ def corrected_mean(items: Sequence[LabelledValue], *, ends: tuple[float, float] 
         label_freedom=freedom,
         draw_variance=sample.draw_variance(),
         shift=shift,
+        unseen_variance=0.0 if complete else base.prompt_variance * sample.unseen_share(ends),
         n_labelled=sum(item.label is not None for item in items),
         n_items=len(items),
         judge_weight=sample.judge_weight,
@@ -207,6 +212,24 @@ def label_error(
     variances = shares**2 * rest * squares / ((n + 2 * shares) * free)
     total, parts = float(variances.sum()), float((variances**2 / free).sum())
     return total, total**2 / parts if parts > 0 else 1.0, float((shares * rest * (centers - means)).sum())
+
+
+def label_spread(shares: Any, rest: Any, n: Any, squares: Any, value: float, ends: tuple[float, float]) -> float:
+    """Return the variance of one label, with pseudo-labels for the items that are not labelled.
+
+    With it, the interval from n labels of which the judge tells nothing is that of n prompts, however many there are.
+
+    Args:
+        shares: Share of the items in each stratum; arrays, as `rest`, `n` and `squares`.
+        rest: Share of each stratum's items that is not labelled.
+        n: Number of labelled items of each stratum.
+        squares: Mean of the squared differences of its labels to the value.
+        value: Mean of the labels of all items.
+        ends: Lowest and highest possible value.
+    """
+    pseudo = shares * rest
+    extra = pseudo * sum((end - value) ** 2 for end in ends)
+    return float((shares * (n * squares + extra) / (n + 2 * pseudo)).sum())
 
 
 class _Sample:
@@ -271,12 +294,23 @@ class _Sample:
         squares = self.sums(self.residuals**2) / (self.n * np.maximum(1, self.n - 1))
         return float((self.shares**2 * self.rest * squares).sum())
 
+    def spreads(self, value: float, ends: tuple[float, float]) -> tuple[float, float]:
+        """Return the variance of one label around a value, as observed and with pseudo-labels."""
+        squares = self.drawn_means((self.label - value) ** 2)
+        observed = float((self.shares * squares).sum())
+        return observed, label_spread(self.shares, self.rest, self.n, squares, value, ends)
+
+    def unseen_share(self, ends: tuple[float, float]) -> float:
+        """Return the share of the variance of one label that is due to pseudo-labels."""
+        observed, spread = self.spreads(float((self.shares * self.means).sum()), ends)
+        return max(0.0, 1 - observed / spread) if spread > 0 else 0.0
+
     def mean_of_prompts(self, items: Sequence[LabelledValue], ends: tuple[float, float]) -> MeanOfPrompts:
         """Estimate the mean with its errors over prompts and seeds."""
         import numpy as np
 
         value = float((self.shares * self.means).sum())
-        spread = float((self.shares * self.drawn_means((self.label - value) ** 2)).sum())
+        _, spread = self.spreads(value, ends)
         counts = Counter(prompt for _, prompt in {(item.seed, item.prompt) for item in items})
         n, each = len(counts), self.n_cells / len(counts)
         crowding = math.fsum((count / each) ** 2 for count in counts.values()) / n

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
-from stayaligned.evaluation.metrics.corrected import CorrectedMean, label_error
+from stayaligned.evaluation.metrics.corrected import CorrectedMean, label_error, label_spread
 from stayaligned.evaluation.metrics.planning import smallest_limit
 
 _MANY = 1_000_000
@@ -63,7 +63,9 @@ def expected_correction(
     return CorrectedMean(
         value=difference,
         n_prompts=n_prompts,
-        prompt_variance=discordant - difference**2,
+        prompt_variance=label_spread(
+            shares, rest, n, joint @ (values - difference) ** 2 / shares, difference, (-1.0, 1.0)
+        ),
         step=max(1 / n_prompts, float((shares / n).max())),
         label_variance=variance,
         label_freedom=freedom,
