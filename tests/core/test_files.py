@@ -1,5 +1,6 @@
 """Files and directories are written completely or not at all."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from stayaligned.core.files import (
     fingerprint,
     refuse_existing,
     refuse_inside,
+    refuse_unwritable_hub_cache,
     replace_directory,
     replace_file,
     write_text,
@@ -114,3 +116,19 @@ def test_an_output_that_is_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "absent")
     with pytest.raises(StayalignedError, match=r"out is a link to .*absent, which does not exist"):
         refuse_existing(tmp_path / "out")
+
+
+def test_a_hub_cache_that_cannot_be_written_names_the_variable_and_other_errors_are_left_alone() -> None:
+    from huggingface_hub.constants import HF_HOME
+
+    for place in (Path(HF_HOME) / "hub" / "zorb", Path(HF_HOME).parent):
+        with pytest.raises(StayalignedError, match="can't be written: Permission denied") as caught:
+            refuse_unwritable_hub_cache(PermissionError(errno.EACCES, "Permission denied", str(place)))
+        assert "export HF_HOME=DIR" in str(caught.value)
+    for error in (
+        PermissionError(errno.EACCES, "Permission denied", "zorb/train.jsonl"),
+        FileNotFoundError(errno.ENOENT, "No such file", str(Path(HF_HOME) / "zorb")),
+        PermissionError("no file"),
+        ValueError("zorb"),
+    ):
+        refuse_unwritable_hub_cache(error)

@@ -185,3 +185,15 @@ def test_a_damaged_index_is_one_error(world: Path, tmp_path: Path) -> None:
     (tmp_path / "format.json").write_text('{"format_version": 2}')
     with pytest.raises(StayalignedError, match=r"index\.json: damaged"):
         run_grid(grid_of(world, [SFT]), tmp_path, workers=1)
+
+
+def test_a_testbed_cache_that_cannot_be_written_is_one_error_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("STAYALIGNED_CACHE", str(tmp_path / "file" / "cache"))
+    base = {"model": "testbed:aligned", "training": None, "harmful_prompts": "testbed:data/harmful-prompts.jsonl"}
+    with pytest.raises(StayalignedError, match="cache of the testbed can't be written") as caught:
+        run_grid(Grid(base=base, axes={"seed": [0, 1]}), tmp_path / "out")
+    assert "export STAYALIGNED_CACHE=DIR" in str(caught.value)
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -289,3 +290,23 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def refuse_unwritable_hub_cache(error: BaseException) -> None:
+    """Raise an error that names the variable to set, if `error` is that the hub's cache can't be written.
+
+    Raises:
+        StayalignedError: if it is.
+    """
+    from huggingface_hub.constants import HF_HOME
+
+    named = getattr(error, "filename", None)
+    if not isinstance(error, OSError) or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not named:
+        return
+    place, cache = Path(os.fsdecode(named)), Path(HF_HOME)
+    if place.is_relative_to(cache) or cache.is_relative_to(place):
+        raise StayalignedError(
+            f"{place}: the cache of the hub can't be written: {error.strerror}",
+            hint="Name a directory that you can write: export HF_HOME=DIR",
+            page="howto/install",
+        ) from None

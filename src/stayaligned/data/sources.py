@@ -36,6 +36,7 @@ from typing import Any
 
 from stayaligned.core.errors import StayalignedError, did_you_mean
 from stayaligned.core.extras import require_packages
+from stayaligned.core.files import refuse_unwritable_hub_cache
 from stayaligned.core.records import Example, Origin
 from stayaligned.core.text import is_blank
 from stayaligned.data.files import Row as Row
@@ -143,6 +144,7 @@ def _hub_rows(source: Source) -> Iterator[Row]:
 def _hub_error(source: Source, error: Exception) -> StayalignedError:
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
+    refuse_unwritable_hub_cache(error)
     offline = "HF_HUB_OFFLINE is set and the data set is not cached: unset it once, or give a local file."
     online = "Check the name, `config=` and `split=`, the network, and your access (`hf auth login`)."
     return StayalignedError(

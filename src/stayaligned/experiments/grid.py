@@ -14,13 +14,14 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
+from stayaligned import testbed
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import write_text
 from stayaligned.core.records import Record
 from stayaligned.evaluation.results import INDEX_FILE, RESULT_FILE, Result, read_index, read_result
 from stayaligned.experiments.config.experiment import Experiment
 from stayaligned.experiments.config.packages import require_installed
-from stayaligned.experiments.config.validation import explain, missing_inputs, parse, raise_problems
+from stayaligned.experiments.config.validation import explain, missing_inputs, parse, raise_problems, strings_in
 from stayaligned.experiments.config.yaml_file import load_yaml, set_dotted
 from stayaligned.experiments.executors.local import default_workers, execute
 from stayaligned.experiments.jobs import Listener, plan_jobs, result_directory, result_job
@@ -135,11 +136,13 @@ def run_grid(
         listener: receives progress.
 
     Raises:
-        StayalignedError: if the grid has errors, a package that it needs is not installed, or `out` belongs to
-            something else or to another version.
+        StayalignedError: if the grid has errors, a package that it needs is not installed, the testbed's cache can't be
+            written, or `out` belongs to something else or to another version.
     """
     experiments = grid.expand()
     require_installed(experiments)
+    if any(testbed.is_reference(value) for e in experiments for _, value in strings_in(e.spec())):
+        testbed.require_cache()
     listener = listener or Listener()
     store = Store(out)
     store.refuse_foreign(INDEX_FILE)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stayaligned.core.errors import StayalignedError, did_you_mean
+from stayaligned.core.files import refuse_unwritable_hub_cache
 from stayaligned.core.settings import ChatTemplate
 from stayaligned.core.text import one_line
 from stayaligned.hf.hosts import tied_weights
@@ -439,6 +440,7 @@ def _load_pretrained(loader: Any, ref: str | Path, what: str, **options: Any) ->
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         from huggingface_hub.constants import HF_HUB_OFFLINE
 
+        refuse_unwritable_hub_cache(error)
         text = str(error)
         if what == "tokenizer" and "instantiate the backend tokenizer" in text:
             raise StayalignedError(

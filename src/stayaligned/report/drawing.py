@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import warnings
 from collections.abc import Generator
@@ -34,9 +35,14 @@ _PIXEL = 1 / 72
 def drawing(width: int, height: int) -> Generator[Figure]:
     """Create an empty figure of the given size in pixels, in a fixed style that ignores the user's matplotlibrc."""
     require_packages({"the report": EXTRAS["report"]})
+    log = logging.getLogger("matplotlib")
+    before = log.level
+    log.setLevel(logging.ERROR)  # when imported, it warns of a home that can't be written, and does without
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    log.setLevel(before)
 
     style: dict[Any, Any] = {
         "figure.dpi": 72,

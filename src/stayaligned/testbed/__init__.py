@@ -29,6 +29,7 @@ from stayaligned.testbed.store import (
     build_lora_aligned,
     is_reference,
     reference_key,
+    require_cache,
     resolve,
 )
 
@@ -41,5 +42,6 @@ __all__ = [
     "build_lora_aligned",
     "is_reference",
     "reference_key",
+    "require_cache",
     "resolve",
 ]

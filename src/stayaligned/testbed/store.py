@@ -143,19 +143,34 @@ def build_derived(
     return _construct_once(directory, construct)
 
 
+def require_cache() -> None:
+    """Refuse a cache in which nothing was built and nothing can be: before many processes would each find out.
+
+    Raises:
+        StayalignedError: naming the variable that moves the cache.
+    """
+    place = _cache_root(None) / "testbed"
+    if not place.is_dir():
+        _require_writable(place)
+
+
+def _require_writable(place: Path) -> None:
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        if not os.access(place, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise StayalignedError(
+            f"{place}: the cache of the testbed can't be written: {error.strerror}",
+            hint="Name a directory that you can write: export STAYALIGNED_CACHE=DIR",
+        ) from None
+
+
 def _construct_once(directory: Path, construct: Callable[[Path], None]) -> Path:
     """Fill `directory` with `construct` unless it exists, completely and by one process only; return it."""
     if directory.is_dir():
         return directory
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(directory.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise StayalignedError(
-            f"{directory.parent}: the cache of the testbed can't be written: {error.strerror}",
-            hint="Name a directory that you can write: export STAYALIGNED_CACHE=DIR",
-        ) from None
+    _require_writable(directory.parent)
     with FileLock(directory.parent / f".{directory.name}.lock"):
         if directory.is_dir():
             return directory

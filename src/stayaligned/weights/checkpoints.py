@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.core.files import parse_json
+from stayaligned.core.files import parse_json, refuse_unwritable_hub_cache
 from stayaligned.weights.directories import (
     MODEL_CONFIG,
     MODEL_INDEX,
@@ -225,6 +225,7 @@ def checkpoint_directory(ref: str | Path) -> Path:
             ignore_patterns=["*/*", "consolidated*.safetensors"],
         )
     except (OSError, ValueError) as error:
+        refuse_unwritable_hub_cache(error)
         raise StayalignedError(
             f"{ref}: no such directory, and no hub repository could be reached ({type(error).__name__})",
             hint="Check the spelling; offline, run `hf download` beforehand; for gated models, run `hf auth login`.",
