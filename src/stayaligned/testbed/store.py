@@ -144,7 +144,7 @@ def build_derived(
 
 
 def require_cache() -> None:
-    """Refuse a cache in which nothing was built and nothing can be: before many processes would each find out.
+    """Check that a cache in which nothing was built can be written, before many processes need it.
 
     Raises:
         StayalignedError: naming the variable that moves the cache.
