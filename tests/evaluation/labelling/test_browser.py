@@ -199,6 +199,14 @@ def test_two_windows_agree_and_store_nothing_twice(process, open_page, browser):
     one.locator("#outcomes [aria-pressed=true]", has_text="Refused").wait_for()
     three = open_page(process.address, "Bob", context=context)
     assert three.locator("#count").inner_text() == "0 labelled, 100 left"
+    three.get_by_role("button", name="Labeller Bob: change").click()
+    three.get_by_role("button", name="Ann").wait_for()
+    three.evaluate("dispatchEvent(new Event('focus'))")
+    three.keyboard.type("1")  # is part of a name now
+    three.wait_for_timeout(200)
+    assert three.get_by_label("Who labels?").input_value() == "1"
+    three.get_by_role("button", name="Ann").click()
+    three.get_by_text("2 labelled, 98 left").wait_for()
     context.close()
 
 

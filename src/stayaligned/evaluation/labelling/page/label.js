@@ -119,9 +119,9 @@ const stateOf = (name) => `state?labeller=${encodeURIComponent(name)}`;
 // Read the labels again when the window gets the focus: another window may have given some.
 async function refresh() {
   if (!steps.length || waiting.length) return;
-  const before = presses;
-  const state = await insist(stateOf(labeller));
-  if (presses !== before) return; // the reply is older than the last label
+  const [name, before] = [labeller, presses];
+  const state = await insist(stateOf(name));
+  if (labeller !== name || presses !== before) return; // the reply is another person's, or older than the last label
   adopt(state);
   complain("");
   show();
@@ -131,7 +131,7 @@ async function refresh() {
 async function load() {
   if (loading) return;
   loading = true;
-  for (;;) {
+  while (steps.length) {
     const near = steps[Math.min(at, steps.length - 1)].item;
     const last = steps[steps.length - 1].item;
     const missing = [near, near + 1, near - 1, ...Array.from({ length: AHEAD }, (_, i) => near + 2 + i)]
@@ -151,6 +151,7 @@ async function load() {
 let shown = null; // the step whose texts are on the page
 
 function show() {
+  if (!steps.length) return; // the page asks for a name
   const ended = at >= wanted;
   const step = steps[at];
   get("naming").hidden = true;
@@ -302,6 +303,9 @@ addEventListener("beforeunload", (event) => waiting.length && event.preventDefau
 
 async function choose() {
   const { labellers } = await insist("state");
+  labeller = null;
+  steps = [];
+  count();
   for (const part of ["keys", "step", "done", "who"]) get(part).hidden = true;
   get("naming").hidden = false;
   get("names").replaceChildren(...labellers.map((known) => {
@@ -310,6 +314,7 @@ async function choose() {
     button.addEventListener("click", () => start(known));
     return button;
   }));
+  get("name").value = "";
   get("name").focus();
 }
 
