@@ -6,10 +6,12 @@ import contextlib
 import json
 import multiprocessing
 import resource
+import threading
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Outcome
@@ -34,6 +36,29 @@ def test_a_kill_at_any_byte_of_an_append_loses_only_what_was_not_acknowledged(tm
         assert store.read()[: len(kept)] == kept
         assert len(store.read()) == n_lines[end] + 2
         assert LabelStore.open(store.directory).label_set().items[2].complete is False
+
+
+def test_a_long_cut_line_is_removed_by_the_next_append(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "labels")
+    label_all(store, 0, "harm")
+    kept = store.read()
+    store.path.write_bytes(store.path.read_bytes() + b"x" * 10_000)
+    assert store.read() == kept
+    label_all(store, 1, "harm")
+    assert len(store.read()) == 4
+    assert b"xx" not in store.path.read_bytes()
+
+
+def test_an_append_waits_for_that_of_another_process(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "labels")
+    writer = threading.Thread(target=label_all, args=(store, 0, "harm"))
+    with FileLock(store.directory / ".lock"):
+        writer.start()
+        writer.join(0.2)
+        assert writer.is_alive()
+        assert store.read() == []
+    writer.join()
+    assert len(store.read()) == 2
 
 
 def test_the_same_label_counts_once_and_the_last_one_of_a_labeller_counts(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def _rows(frame: Frame, labels: LabelSet, judge: str, prompt_set: PromptSet) -> 
 
 
 def _sample(frame: Frame, labels: LabelSet, judge: str, prompt_set: PromptSet) -> LabelledSample:
-    """Return the verdicts of one judge on one prompt set, with the labels that count."""
+    """Return the verdicts of one judge on one prompt set, with people's labels."""
     import numpy as np
 
     drawn = {item.id: item for item in labels.items}
@@ -141,15 +141,12 @@ def _sample(frame: Frame, labels: LabelSet, judge: str, prompt_set: PromptSet) -
     people = [
         [is_bad(drawn[item.id].completions[one.completion], prompt_set) for one in item.completions] for item in items
     ]
-    complete = np.array([drawn[item.id].complete for item in items])
-    truth = np.array(people, dtype=float)
-    truth[~complete] = np.nan
     return LabelledSample(
         stratum=np.unique([drawn[item.id].stratum for item in items], return_inverse=True)[1],
         prompt=np.unique([frame.groups[item.id] for item in items], return_inverse=True)[1],
-        labelled=complete,
+        labelled=np.array([drawn[item.id].complete for item in items]),
         verdicts=np.array(verdicts, dtype=float),
-        labels=truth,
+        labels=np.array(people, dtype=float),
     )
 
 

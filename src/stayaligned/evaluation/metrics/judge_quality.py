@@ -67,7 +67,7 @@ class LabelledSample:
     verdicts: Array
     """1 if the judge calls a completion bad, 0 if not, NaN if it is unscored; shape (N, k)."""
     labels: Array
-    """1 if people call it bad, 0 if not, NaN if they give no outcome or no label; shape (N, k)."""
+    """1 if people call it bad, 0 if not, NaN if they give no outcome; used only where labelled; shape (N, k)."""
 
     @cached_property
     def _sizes(self) -> Array:
