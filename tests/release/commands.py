@@ -69,6 +69,7 @@ def check_core() -> None:
     Path("p.jsonl").write_text('{"prompt": "zorb?"}\n')
     missing = "pip install 'stayaligned[models,report]'"
     run("evaluate", "chat", "--harmful-prompts", "p.jsonl", "--out", "out", code=2, says=missing)
+    run("demo", "--out", "out", code=2, says=missing)
     run("project", "adapter", "--aligned", "zorb/quib", "--base", "base", "--threshold", "0.3", "--out", "x", code=2,
         says="offline, run `hf download` beforehand")  # fmt: skip
     assert not [name for name in ("report", "scan", "out", "x") if Path(name).exists()]

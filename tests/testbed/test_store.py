@@ -1,3 +1,4 @@
+import importlib.metadata
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.testbed import NAMES, Recipe, build, building, is_reference, reference_key, resolve, store
+from stayaligned.testbed import NAMES, Recipe, build, building, is_reference, recipe, reference_key, resolve, store
 
 
 def test_naming_a_testbed_imports_no_torch() -> None:
@@ -137,3 +138,13 @@ def test_a_cache_that_cannot_be_written_names_the_variable_that_moves_it(miniatu
     with pytest.raises(StayalignedError, match="/proc/nowhere/testbed: the cache of the testbed can't be written") as e:
         build(0, recipe=miniature, cache=Path("/proc/nowhere"))
     assert "STAYALIGNED_CACHE" in (e.value.hint or "")
+
+
+def test_names_can_be_checked_without_the_packages_that_build_the_testbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    recipe._version.cache_clear()
+    monkeypatch.setattr(recipe, "version", version)
+    assert reference_key("testbed:aligned", 0)
+    recipe._version.cache_clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -20,8 +20,13 @@ LORA_BEHAVIOR_VERSION = 1
 """Increased when only the training of the LoRA-aligned model changes: existing testbeds stay valid."""
 
 
-_version = cache(version)
-"""The version of a package; cached, because a grid needs it in every key and the look-up is slow."""
+@cache  # a grid needs it in every key, and the look-up is slow
+def _version(package: str) -> str:
+    """Return the version of a package; without it the testbed can't be built, but its names can be checked."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 class Recipe(Record):
