@@ -192,7 +192,7 @@ def test_the_self_test_needs_the_baseline_alone(command, runs) -> None:
 
 
 def test_a_previous_look_is_of_the_same_plan(command, runs) -> None:
-    for name, n in (("first", 60), ("second", 120)):
+    for name, n in (("first", 60), ("second", 120), ("third", 150)):
         for side in ("a", "b"):
             write_run(runs / f"{name}-{side}", evidence({"keyword": outcomes(n, n // 20)}), arm=side)
 
@@ -207,6 +207,7 @@ def test_a_previous_look_is_of_the_same_plan(command, runs) -> None:
         (("second", "2/3"), "the number of planned looks was 2, and is now 3"),
         (("second", "1/2"), "look 1/2 is not earlier than look 1/2"),
         (("first", "2/2"), "it had 60 prompts, and this look has 60"),
+        (("third", "2/2"), "look 1/2 had 60 prompts, so look 2/2 has about 120, and not 150"),
         (("second", "2/2", "--non-inferiority"), "non-inferiority was False, and is now True"),
         (("second", "2/2", "--max-harm", "5%"), "the list of limits was"),
     ):

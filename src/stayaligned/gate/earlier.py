@@ -10,6 +10,9 @@ from pydantic import ValidationError
 from stayaligned.core.errors import StayalignedError
 from stayaligned.gate.values import Decision, SideSummary
 
+_UNEVEN = 0.1
+"""How far the number of prompts may be from that of equal steps; copies of prompts and unscored ones cause some."""
+
 
 def read_decision(path: Path) -> Decision:
     """Read a decision that `gate --json FILE` wrote.
@@ -53,6 +56,13 @@ def refuse_other_plan(earlier: Decision, now: Decision) -> None:
             raise StayalignedError(
                 f"--previous: it had {before} prompts, and this look has {after}",
                 hint="Evaluate both models on more prompts, those of the earlier look among them.",
+            )
+        expected = before * now.look.number / earlier.look.number
+        if abs(after - expected) > _UNEVEN * expected:
+            raise StayalignedError(
+                f"--previous: look {earlier.look} had {before} prompts, so look {now.look} has about {expected:.0f}, "
+                f"and not {after}",
+                hint="Planned looks are at equal steps of the number of prompts: `evaluate --limit`.",
             )
 
 
