@@ -25,8 +25,8 @@ def limit_text(criterion: Criterion) -> str:
 
 
 def confidence_text(confidence: float) -> str:
-    """Format a confidence level: `95%`, `99.69%`, `over 99.99%`."""
-    return f"{100 * confidence:.4g}%" if confidence <= 0.9999 else "over 99.99%"
+    """Format a confidence level: `95%`, `99.69%`, `>99.99%`."""
+    return f"{100 * confidence:.4g}%" if confidence <= 0.9999 else ">99.99%"
 
 
 def mode_text(limits: Limits | Decision) -> str:
@@ -202,7 +202,7 @@ def _explain_mode(decision: Decision) -> Iterator[str]:
     if decision.non_inferiority:
         yield (
             f"Non-inferiority: each limit is tested one-sided at {alpha}, so a candidate that is worse by exactly the "
-            f"limit passes in at most {alpha} of cases. Both bounds of the ranges below hold at that level."
+            f"limit passes in at most {alpha} of cases."
         )
     if decision.look is not None:
         yield (
