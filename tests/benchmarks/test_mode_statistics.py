@@ -47,11 +47,11 @@ def test_its_sums_are_the_planned_power() -> None:
 
 def test_all_looks_together_err_at_the_level_and_save_prompts() -> None:
     rng = numpy.random.default_rng(0)
-    for alpha, make in ((0.025, work.student), (0.05, work.dirichlet)):
+    for alpha in (0.025, 0.05):
         for planned in (2, 3, 5):
-            found = work._procedure(rng, 10_000, planned, 900, (0.03, 0.01), alpha, make)
+            found = work._procedure(rng, 10_000, planned, 900, (0.03, 0.01), alpha, work.dirichlet)
             assert max(found[:2]) <= alpha + 3 * (alpha / 10_000) ** 0.5
-            passed, failed, used = work._procedure(rng, 4000, planned, 900, (0.01, 0.01), alpha, make)
+            passed, failed, used = work._procedure(rng, 4000, planned, 900, (0.01, 0.01), alpha, work.dirichlet)
             assert (passed > 0.9, failed < 0.001, used < 800) == (True, True, True)
 
 

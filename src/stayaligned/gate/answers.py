@@ -143,7 +143,7 @@ def _holds_at_worst(pairs: Pairs, one: Measured, limits: Limits) -> bool:
 
     rows = pair_values(pairs, worst)
     if one.kind == "ceiling":
-        rate = find_rate(rows, exact=limits.non_inferiority)
+        rate = find_rate(rows, exact=limits.exact)
         return rate is not None and rate.interval(limits.interval_confidence)[1] < one.limit
-    mean = mean_change(rows, exact=limits.non_inferiority)
+    mean = mean_change(rows, exact=limits.exact)
     return mean is not None and mean.interval(limits.interval_confidence)[1] < one.limit

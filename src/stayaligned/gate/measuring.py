@@ -296,7 +296,7 @@ def _by_prompt(values: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 def _measure_change(one: Measured, rows: Sequence[Sequence[PairedValue]], limits: Limits) -> Measured:
     """Measure the difference on prompts scored for both, positive if the candidate is worse."""
-    mean = mean_change(rows, 1 if one.metric.higher_is_worse else -1, exact=limits.non_inferiority)
+    mean = mean_change(rows, 1 if one.metric.higher_is_worse else -1, exact=limits.exact)
     if mean is None:
         return one
     both = [
@@ -312,7 +312,7 @@ def _measure_change(one: Measured, rows: Sequence[Sequence[PairedValue]], limits
         mean=mean,
         bounds=mean.interval(limits.interval_confidence),
         interval="paired by prompt, "
-        + ("Dirichlet bounds" if limits.non_inferiority else "Student's with both ends added")
+        + ("Dirichlet bounds" if limits.exact else "Student's with both ends added")
         + (" over seeds" if mean.n_seeds > 1 else ""),
         p_above=mean.p_above(one.limit),
     )
@@ -320,7 +320,7 @@ def _measure_change(one: Measured, rows: Sequence[Sequence[PairedValue]], limits
 
 def _measure_ceiling(one: Measured, rows: Sequence[Sequence[PairedValue]], limits: Limits) -> Measured:
     """Measure the candidate's own rate."""
-    rate = find_rate(rows, exact=limits.non_inferiority)
+    rate = find_rate(rows, exact=limits.exact)
     if rate is None:
         return one
     name = _EXACT if rate.exact else "Student's with both ends added over seeds"

@@ -101,6 +101,11 @@ class Limits(Record):
         return (1 - self.confidence) / (1 if self.non_inferiority else 2)
 
     @property
+    def exact(self) -> bool:
+        """Whether bounds hold without assuming a distribution, as the levels of declared modes require."""
+        return self.non_inferiority or self.look is not None
+
+    @property
     def interval_confidence(self) -> float:
         """Confidence level of the two-sided interval whose bounds decide, at this look."""
         return self.confidence if self.look is None and not self.non_inferiority else 1 - 2 * self._level(self.look)
