@@ -17,7 +17,7 @@ def bounded_tail(values: Sequence[float], counts: Any, at: float, *, end: float)
     It is `dirichlet_tail` with a pseudo-prompt added at `end` (Learned-Miller and Thomas, arXiv:1905.06208, who
     conjecture that it holds for every distribution; for values of 0 and 1 it is Clopper and Pearson's). The
     pseudo-prompt counts 0.8 if the prompts with values of the opposite sign add up to 1 or more: for differences of
-    -1, 0 and 1, enumeration shows that the level is held, see docs/results/gate-modes.md.
+    -1, 0 and 1, enumeration shows that the level is held, see docs/results/gate-modes-error-rates.md.
 
     Args:
         values: Different values of a prompt, shaped (m,).
