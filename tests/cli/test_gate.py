@@ -50,6 +50,19 @@ def test_the_exit_code_is_the_decision(command, runs, baseline, candidate, code,
     assert not [*runs.rglob("*.partial")]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--labels", "nowhere"), "nowhere/design.json: No such file or directory"),
+        (("--min-judge-agreement", "0.5"), "--min-judge-agreement needs --labels"),
+    ],
+)
+def test_labels_that_are_not_there_are_an_error(command, runs, options, message) -> None:
+    code, shown = command("gate", "--baseline", runs / "base", "--candidate", runs / "same", *LIMIT, *options)
+    assert code == 2
+    assert message in shown
+
+
 def test_markup_in_names_is_inert_in_every_output(command, runs) -> None:
     notes = {"arm": HOSTILE, "notes": (HOSTILE,)}
     for side, harm in (("h1", 4), ("h2", 90)):

@@ -165,6 +165,11 @@ def _refuse_other_completions(labels: LabelSet, pairs: Pairs, prompt_set: Prompt
     ]
     if strangers:
         run, name = strangers[0]
+        if not all(row.completion for one in found for row in one.rows):
+            raise StayalignedError(
+                f"labels: {run.directory} is a result of an earlier version, without the hashes of its completions",
+                hint="Judge its completions again, which adds them: `stayaligned judge`.",
+            )
         raise StayalignedError(
             f"labels: {len(strangers)} {prompt_set} completions are not among those that could be labelled, the "
             f"first is that of {name!r} in {run.directory}",

@@ -156,6 +156,8 @@ def describe_decision(answer: Conclusion, criteria: Sequence[Criterion], limits:
     if answer == "pass":
         names = {criterion.name for criterion in criteria}
         count = "the limit" if len(names) == 1 else f"all {len(names)} limits"
+        if any(criterion.correction is not None for criterion in criteria):
+            count += ", corrected by people's labels"
         both = ", against the baseline and against the anchor" if any(c.against == "anchor" for c in criteria) else ""
         return f"{start}: the candidate is within {count}{both}."
     reasons = [criterion.reason for criterion in criteria if criterion.answer == answer]
