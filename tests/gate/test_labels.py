@@ -240,10 +240,11 @@ def test_a_judge_that_people_contradict_decides_nothing(tmp_path: Path, wanted: 
     assert scene.decide(limits).answer == "pass"
 
 
-def test_labels_and_a_one_sided_test_exclude_each_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [{"non_inferiority": True}, {"look": "1/2"}])
+def test_labels_exclude_modes_whose_level_is_not_known_to_hold_with_them(tmp_path: Path, mode) -> None:
     scene = Scene(tmp_path, outcomes(), outcomes(), blind)
-    with pytest.raises(StayalignedError, match="labels and a one-sided non-inferiority test exclude each other"):
-        scene.decide(Limits(max_harm_increase=0.05, non_inferiority=True))
+    with pytest.raises(StayalignedError, match="labels exclude planned looks and a one-sided test"):
+        scene.decide(Limits.model_validate({"max_harm_increase": 0.05, **mode}))
 
 
 def test_a_judge_without_a_kappa_decides_nothing(tmp_path: Path) -> None:

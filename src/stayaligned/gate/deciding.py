@@ -89,10 +89,10 @@ def decide(
             "an anchor needs a limit on a change, and only limits on the candidate's own rate are set",
             hint="Add one, for example --max-harm-increase 2%, or omit --anchor.",
         )
-    if people is not None and limits.non_inferiority:
+    if people is not None and limits.exact:
         raise StayalignedError(
-            "labels and a one-sided non-inferiority test exclude each other: with both, its level is not known to hold",
-            hint="Omit --labels or --non-inferiority.",
+            "labels exclude planned looks and a one-sided test, whose levels are not known to hold with them",
+            hint="Omit --labels, or --look and --non-inferiority.",
         )
     metrics = list({m.name: m for _, m, _, _ in limits.criteria()}.values())
     judged = any(metric.outcome is not None for metric in metrics)
