@@ -141,6 +141,19 @@ def test_it_covers_where_the_judge_is_worse_on_one_arm(sensitivity, specificity)
     assert plain < 0.85 * 80
 
 
+def test_labels_of_copies_do_not_stand_for_prompts_without_a_label() -> None:
+    """The judge is blind, 8 % of the prompts got worse, and most of what is labelled is copies of a single prompt."""
+    held = 0
+    for seed in range(40):
+        picks = random.Random(seed)
+        worse = {*picks.sample(range(200), 16)}
+        items = [LabelledValue(0, n, "a", 0.0, float(n in worse)) for n in range(200)]
+        items += [LabelledValue(0, "copied", "a", 0.0, 0.0)] * picks.choice([2000, 20_000])
+        low, high = corrected_mean(keep(items, {*picks.sample(range(len(items)), 100)})).interval()
+        held += low <= 16 / 201 <= high
+    assert held >= 38
+
+
 def test_more_labels_are_planned_by_the_variance_that_they_have() -> None:
     rng = random.Random(5)
     items = [LabelledValue(0, n, "ab"[n % 5 == 0], float(n % 5 == 0), float(n % 20 == 0)) for n in range(1000)]

@@ -150,10 +150,11 @@ class CorrectedMean(MeanOfPrompts):
 def corrected_mean(items: Sequence[LabelledValue], *, ends: tuple[float, float] = (-1.0, 1.0)) -> CorrectedMean:
     """Estimate the mean of what people would say of all items from labels of some, drawn at random in each stratum.
 
-    Copies of a prompt under one seed share one weight. Prompts and seeds have the errors of `mean_of_prompts`, with two
-    differences while labels are missing: the completions of one prompt are taken to be as alike as they can be (the
-    case with the largest error), and beside the other errors the spread of the seeds' means counts as far as the draw
-    does not explain it. With labels of all items, the result is that of `mean_of_prompts`.
+    Copies of a prompt under one seed share one weight, and labels of them count as fewer. Prompts and seeds have the
+    errors of `mean_of_prompts`, with two differences while labels are missing: the completions of one prompt are taken
+    to be as alike as they can be (the case with the largest error), and beside the other errors the spread of the
+    seeds' means counts as far as the draw does not explain it. With labels of all items, the result is that of
+    `mean_of_prompts`.
 
     Args:
         items: All items of the frame, labelled or not.
@@ -261,6 +262,8 @@ class _Sample:
         off = judged - (self.sums(self.share * judged) / self.shares)[self.stratum]
         self.adjusted = self.label - self.judge_weight * off
         self.means = self.drawn_means(self.adjusted)
+        self.effective = self._effective()
+        """Number of labels of each stratum, as many as equal shares would need for the same error."""
         self.residuals = self.drawn * self.relative * (self.adjusted - self.means[self.stratum])
 
     def sums(self, values: Any) -> Any:
@@ -272,6 +275,22 @@ class _Sample:
     def drawn_means(self, values: Any) -> Any:
         """Return the means over the labelled items by stratum."""
         return self.sums(self.drawn * self.share * values) / self.sums(self.drawn * self.share)
+
+    def _effective(self) -> Any:
+        """Return n_h·(Σa)²/(N_h·Σa²) of the shares a (Kish 1965), or the same of the labelled items if it is less.
+
+        Without it, labels of many copies of one prompt would stand for prompts of which few have a label.
+        """
+        import numpy as np
+
+        def kish(shares: Any) -> Any:
+            return self.sums(shares) ** 2 / self.sums(shares**2)
+
+        return np.maximum(1.0, np.minimum(kish(self.drawn * self.share), self.n / self.size * kish(self.share)))
+
+    def squares(self) -> Any:
+        """Return the sum of the squared residuals of each stratum, for as many labels as are effective."""
+        return self.sums(self.residuals**2) * (self.effective / self.n) ** 2
 
     def _judge_weight(self, judged: Any) -> float:
         """Return λ with the least variance of the draw: 1 if the judge's values do not vary within the strata."""
@@ -285,20 +304,20 @@ class _Sample:
 
     def label_error(self, ends: tuple[float, float]) -> tuple[float, float, float]:
         """Return variance and degrees of freedom by the draw, and the shift of the middle by the pseudo-labels."""
-        return label_error(self.shares, self.rest, self.n, self.means, self.sums(self.residuals**2), ends)
+        return label_error(self.shares, self.rest, self.effective, self.means, self.squares(), ends)
 
     def draw_variance(self) -> float:
         """Return the variance by the draw without pseudo-labels; a stratum with a single label adds nothing to it."""
         import numpy as np
 
-        squares = self.sums(self.residuals**2) / (self.n * np.maximum(1, self.n - 1))
+        squares = self.squares() / (self.effective * np.maximum(1, self.effective - 1))
         return float((self.shares**2 * self.rest * squares).sum())
 
     def spreads(self, value: float, ends: tuple[float, float]) -> tuple[float, float]:
         """Return the variance of one label around a value, as observed and with pseudo-labels."""
         squares = self.drawn_means((self.label - value) ** 2)
         observed = float((self.shares * squares).sum())
-        return observed, label_spread(self.shares, self.rest, self.n, squares, value, ends)
+        return observed, label_spread(self.shares, self.rest, self.effective, squares, value, ends)
 
     def unseen_share(self, ends: tuple[float, float]) -> float:
         """Return the share of the variance of one label that is due to pseudo-labels."""
