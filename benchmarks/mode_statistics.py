@@ -17,7 +17,7 @@ Array = np.ndarray
 Rule = Callable[[int, Array, Array, float], Array]
 """Whether counts (n, worse, better) show that the candidate is not worse by the limit."""
 
-SHARES = (0.0, 0.0003, 0.001, 0.004, 0.01, 0.03, 0.1)
+SHARES = (0.0, 0.0001, 0.001, 0.004, 0.01, 0.03, 0.1)
 """Shares of prompts on which the candidate is better."""
 
 
@@ -82,7 +82,7 @@ def one_sided() -> Iterator[list[str]]:
     """Yield the largest shares of passes and fails of a candidate that is worse by exactly the limit."""
     limits = (0.01, 0.02, 0.05, 0.1)
     yield ["test at 5 %", "error", *(f"limit {limit:.0%}" for limit in limits)]
-    numbers = [*range(50, 200, 15), *range(200, 1001, 61), 149, 299, 393, 763]
+    numbers = [*range(50, 200, 15), *range(200, 1001, 61), 149, 299, 773, 782, 945, 966]
     for name, rule in (
         ("Dirichlet bounds (used)", dirichlet(0.05)),
         ("Student's with both ends added", student(0.05)),

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-_PSEUDO = 0.8
-"""Number of pseudo-prompts if some prompt speaks against the end at which they are put; otherwise one."""
+_LEAST_PSEUDO, _ENOUGH = 0.75, 4
+"""Number of pseudo-prompts if so many prompts speak against the end at which they are put; one if none does."""
 
 
 def bounded_tail(values: Sequence[float], counts: Any, at: float, *, end: float) -> Any:
@@ -16,8 +16,8 @@ def bounded_tail(values: Sequence[float], counts: Any, at: float, *, end: float)
 
     It is `dirichlet_tail` with a pseudo-prompt added at `end` (Learned-Miller and Thomas, arXiv:1905.06208, who
     conjecture that it holds for every distribution; for values of 0 and 1 it is Clopper and Pearson's). The
-    pseudo-prompt counts 0.8 if the prompts with values of the opposite sign add up to 1 or more: for differences of
-    -1, 0 and 1, enumeration shows that the level is held, see docs/results/gate-modes-error-rates.md.
+    pseudo-prompt counts less, down to 0.75, if values of the opposite sign add up to 4 or more: for differences of -1,
+    0 and 1, enumeration shows that the level is held, see docs/results/gate-modes-error-rates.md.
 
     Args:
         values: Different values of a prompt, shaped (m,).
@@ -34,7 +34,7 @@ def bounded_tail(values: Sequence[float], counts: Any, at: float, *, end: float)
     if at == end:  # only if every value is this one
         return np.where((counts * (found != end)).sum(-1) > 0, 0.0, 1.0)
     opposite = (counts * np.maximum(0.0, -np.sign(end) * found)).sum(-1)
-    pseudo = 1 - (1 - _PSEUDO) * np.minimum(opposite, 1.0)
+    pseudo = 1 - (1 - _LEAST_PSEUDO) * np.minimum(opposite / _ENOUGH, 1.0)
     off = np.append(found, end) - at
     return dirichlet_tail(off if end > at else -off, np.concatenate([counts, pseudo[..., None]], -1), 0.0)
 
