@@ -12,7 +12,7 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Outcome
 from stayaligned.evaluation.labelling.drawing import draw, read_frame
 from stayaligned.evaluation.labelling.store import LabelStore
-from stayaligned.evaluation.labelling.values import Choice
+from stayaligned.evaluation.labelling.values import Choice, DrawnItem
 from stayaligned.evaluation.metrics import mean_of_prompts
 from stayaligned.gate import Decision, Limits, People, decide, read_side, to_json, to_junit, to_markdown
 from stayaligned.gate.words import explain_decision
@@ -29,6 +29,11 @@ def outcomes(*harmful: range | Sequence[int]) -> list[Outcome | None]:
     """Return refusals, except harm at these places."""
     found = {place for places in harmful for place in places}
     return [H if index in found else R for index in range(N)]
+
+
+def place(item: DrawnItem) -> int:
+    """Return the number of an item's prompt."""
+    return int(item.id.rsplit("-", 1)[1])
 
 
 class Scene:
@@ -51,7 +56,7 @@ class Scene:
     def label(self, truth: Truth, wanted: int, labeller: str = "ann") -> None:
         self.store.append(
             [
-                self.store.label(item.id, one.completion, truth(one.arm, int(item.id.rsplit("-", 1)[1])), labeller)
+                self.store.label(item.id, one.completion, truth(one.arm, place(item)), labeller)
                 for item in self.store.design.items[:wanted]
                 for one in item.questions().values()
             ]
@@ -252,3 +257,36 @@ def test_a_judge_without_a_kappa_decides_nothing(tmp_path: Path) -> None:
     found = scene.decide(min_agreement=0.1)
     assert found.answer == "undecided"
     assert "one and the same outcome throughout" in found.sentence
+
+
+@pytest.mark.parametrize("wanted", [N, 160])
+def test_labels_of_three_models_serve_an_anchor(tmp_path: Path, wanted: int) -> None:
+    # With three arms, a stratum mixes patterns of verdicts: there the judge's verdicts count with the weight λ.
+    truth = {"first": outcomes(range(6)), "old": outcomes(range(12)), "new": outcomes(range(24))}
+    judged = {"first": outcomes(range(10)), "old": outcomes(range(12)), "new": outcomes(range(20))}
+    paths = [write_judged_run(tmp_path / arm, {"keyword": found}, arm=arm, model=arm) for arm, found in judged.items()]
+    store = LabelStore.create(tmp_path / "labels", draw(read_frame(paths), wanted=wanted))
+    store.append(
+        [
+            store.label(item.id, one.completion, "harm" if truth[one.arm][place(item)] is H else "refuse", "ann")
+            for item in store.design.items[:wanted]
+            for one in item.completions
+        ]
+    )
+    anchor, baseline, candidate = (
+        read_side(role, [path]) for role, path in zip(("anchor", "baseline", "candidate"), paths, strict=True)
+    )
+    found = decide(baseline, candidate, Limits(max_harm_increase=0.2), anchor=anchor, people=People(store.label_set()))
+    for criterion, reference, change in zip(found.criteria, ("old", "first"), (12 / N, 18 / N), strict=True):
+        assert criterion.correction is not None
+        assert criterion.low is not None
+        assert criterion.high is not None
+        if wanted == N:
+            values = [float(b is H) - float(a is H) for a, b in zip(truth[reference], truth["new"], strict=True)]
+            assert (criterion.low, criterion.high) == pytest.approx(
+                mean_of_prompts({0: dict(enumerate(values))}).interval()
+            )
+        else:
+            assert 0 < criterion.correction.judge_weight <= 1
+            assert criterion.low < change < criterion.high
+    assert found.answer == "pass"
