@@ -290,7 +290,7 @@ def _test_itself(side: ComparedSide, limits: Limits, judge: str | None, outputs:
     for path in outputs.values():
         with writable(path):
             write_text(path, found.model_dump_json(indent=2) + "\n")
-    answer(**found.model_dump())
+    answer(**found.model_dump(exclude={"warnings"}))
     mode = f" ({mode_text(limits)})" if mode_text(limits) else ""
     out.print(f"What this gate decides on equal models{mode}; at most {confidence_text(limits.alpha)} may fail.")
     out.print()

@@ -172,7 +172,7 @@ def self_test(
             )
         )
         needed = needed or [*_needed(drawn, limits, chosen, {name: n / draws for name, n in passed.items()})]
-    warnings = [*_warn(shares, needed, limits.alpha)]
+    warnings = [*_warn(shares, needed, limits)]
     sound = not any(_fails_too_often(one, limits.alpha) for one in shares)
     return SelfTest(
         alpha=round(limits.alpha, 12),
@@ -233,8 +233,8 @@ def _draw(rng: random.Random, pair: tuple[StoredResult, StoredResult], kind: str
     return _Draw(pair, units)
 
 
-def _decide(drawn: _Draw, limits: Limits, judge: str) -> tuple[Conclusion, list[str]]:
-    """Return the conclusion and the names of the criteria that passed: at the last look, or the first that decides."""
+def _decide(drawn: _Draw, limits: Limits, judge: str) -> tuple[Conclusion, set[str]]:
+    """Return the conclusion and the names of the limits that passed: at the last look, or the first that decides."""
     number = limits.look.number if limits.look else 1
     for k in range(1, number + 1):
         look = limits.look and Look(number=k, planned=limits.look.planned)
@@ -242,7 +242,7 @@ def _decide(drawn: _Draw, limits: Limits, judge: str) -> tuple[Conclusion, list[
         criteria = conclude_all({"baseline": drawn.pairs(k / number)}, at_look, judge)
         answer = combine(criteria)
         if answer != "undecided" or k == number:
-            return answer, [one.name for one in criteria if one.answer == "pass"]
+            return answer, {one.name for one in criteria} - {one.name for one in criteria if one.answer != "pass"}
     raise AssertionError("a look has a number above 0")
 
 
@@ -269,14 +269,15 @@ def _fails_too_often(one: Shares, alpha: float) -> bool:
     return exact_interval(one.fails, one.n_draws)[0] > alpha
 
 
-def _warn(shares: Sequence[Shares], needed: Sequence[Needed], alpha: float) -> Iterator[str]:
+def _warn(shares: Sequence[Shares], needed: Sequence[Needed], limits: Limits) -> Iterator[str]:
     for one in shares:
-        if _fails_too_often(one, alpha):
+        if _fails_too_often(one, limits.alpha):
             yield (
                 f"{one.drawn}: equal models fail in {one.fails / one.n_draws:.1%} of the draws, more than the "
-                f"{alpha:.1%} that the gate allows: do not use it on these prompts"
+                f"{limits.alpha:.1%} that the gate allows: do not use it on these prompts"
             )
-    if shares[0].passes < _USEFUL * shares[0].n_draws:
+    early = limits.look is not None and limits.look != limits.look.last
+    if shares[0].passes < _USEFUL * shares[0].n_draws and not early:
         few = [one for one in needed if one.passes < _CHANCE]
         wanted = "; ".join(
             f"{one.title} needs " + (f"about {one.needed_prompts:,} prompts" if one.needed_prompts else "a wider limit")
