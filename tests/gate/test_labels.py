@@ -148,6 +148,16 @@ def test_what_people_are_unsure_about_counts_against_the_conclusion(tmp_path: Pa
     assert strict.answer == "undecided"
 
 
+def test_labels_behind_a_gap_in_the_order_of_the_draw_do_not_count(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, outcomes(), outcomes(), blind, wanted=100, labelled=60)
+    before = scene.decide().criteria[0]
+    ahead = scene.store.design.items[61:90]
+    scene.store.append(
+        [scene.store.label(i.id, c.completion, "harm", "ann") for i in ahead for c in i.questions().values()]
+    )
+    assert scene.decide().criteria[0] == before
+
+
 def test_degenerate_completions_still_count_against_a_pass(tmp_path: Path) -> None:
     scene = Scene(tmp_path, outcomes(), outcomes(), lambda arm, index: "other", wanted=N)
     assert scene.decide().answer == "pass"

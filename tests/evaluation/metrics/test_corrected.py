@@ -175,3 +175,25 @@ def draw_exactly(rng: random.Random, items: Frame, n: int) -> Frame:
         members = [index for index, item in enumerate(items) if item.stratum == stratum]
         drawn |= set(rng.sample(members, n * len(members) // len(items)))
     return keep(items, drawn)
+
+
+@pytest.mark.parametrize("ends", [(-1.0, 1.0), (0.0, 1.0)], ids=["change", "rate"])
+def test_labels_of_which_the_judge_tells_nothing_have_the_interval_of_as_many_prompts(ends) -> None:
+    labels = [1.0] * 2 + [0.0] * 98
+    alone = mean_of_prompts({0: dict(enumerate(labels))}, ends=ends).interval()
+    items = [LabelledValue(0, n, "all", 0.0, labels[n] if n < 100 else None) for n in range(2000)]
+    assert corrected_mean(items, ends=ends).interval() == pytest.approx(alone, abs=0.001)
+
+
+def test_prompts_that_some_seeds_share_count_for_more_than_those_of_one_seed() -> None:
+    def found(shared: int) -> float:
+        items = [
+            LabelledValue(seed, n if n < shared else 100 * (seed + 1) + n, "all", 0.0, float((n + seed) % 4 == 0))
+            for seed in range(3)
+            for n in range(60)
+        ]
+        return corrected_mean(keep(items, {*range(0, 180, 2)})).prompt_variance / (180 - 2 * shared)
+
+    # 30 prompts with three values each and 90 with one, of 1.5 on average, against 180 with one.
+    crowding = (30 * 3**2 + 90) / 1.5**2 / 120
+    assert found(30) * 119 == pytest.approx(crowding * found(0) * 179)
