@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -28,6 +28,7 @@ def sections() -> list[tuple[str, Iterator[list[str]]]]:
         ("Labels: most passes of a candidate worse by the limit, all unseen, exactly", blind_candidates()),
         ("Labels: passes of a candidate that is worse by exactly the limit", false_passes(rng)),
         ("Labels: labelled prompts with which an unchanged model passes in 9 of 10 cases", needed()),
+        ("Labels: several seeds that lie far apart", seeded(np.random.default_rng(7), [FAR_APART])),
     ]
 
 
@@ -69,6 +70,7 @@ SEEDED = (
     Case("blind to 5 points, seeds matter a little", (0.05, 0.1), (0.9, 0.45), (0.99, 0.99), between_seeds=0.15),
     Case("30 % harm, seeds matter more", (0.3, 0.3), (0.9, 0.8), (0.95, 0.95), alike=0.8, between_seeds=0.3),
 )
+FAR_APART = Case("30 % harm, seeds matter most", (0.3, 0.3), (0.9, 0.8), (0.95, 0.95), alike=0.8, between_seeds=0.6)
 
 
 def simulate(rng: np.random.Generator, case: Case, n_prompts: int, seeds: int = 1) -> tuple[Array, Array]:
@@ -143,10 +145,12 @@ def _cover(rng: np.random.Generator, case: Case, labelled: int, draws: int, *, r
     return [f"{shares[0]:.3f}", f"{means[0]:.1f}", f"{shares[1]:.3f}", f"{means[1]:.1f}", f"{shares[2]:.3f}", bias]
 
 
-def seeded(rng: np.random.Generator, draws: int = 200, n_prompts: int = 200) -> Iterator[list[str]]:
+def seeded(
+    rng: np.random.Generator, cases: Sequence[Case] = SEEDED, draws: int = 200, n_prompts: int = 200
+) -> Iterator[list[str]]:
     """Yield the coverage over several seeds that share their prompts, with labels of some items and of all."""
     yield ["judge", "seeds", "labels", "corrected: coverage", "width", "all labelled: coverage", f"± ({draws} draws)"]
-    for case in SEEDED:
+    for case in cases:
         truth = case.truth[1] - case.truth[0]
         for seeds in (3, 5):
             for labelled in (100, 300):
