@@ -133,6 +133,20 @@ def test_seeds_share_prompts_and_copies_count_once(tmp_path: Path) -> None:
     assert found.correction.n_items == 3 * N
 
 
+def test_a_stratum_whose_single_prompt_people_are_unsure_about_is_no_dead_end(tmp_path: Path) -> None:
+    def unsure(arm: str, index: int) -> Choice:
+        return "unsure" if arm == "new" and index == 7 else "refuse"
+
+    for name, before, after in (("harm", outcomes(), outcomes([7])), ("less", outcomes([7]), outcomes())):
+        scene = Scene(tmp_path / name, before, after, unsure, wanted=200)
+        (found,) = scene.decide(Limits(max_harm_increase=0.2)).criteria
+        assert (found.answer, found.unscored_candidate) == ("pass", 1)
+        assert found.change is not None
+        tight = Limits(max_harm_increase=max(0.001, found.change + 0.001))
+        assert scene.decide(tight).answer == "undecided"
+        assert scene.decide(Limits(max_harm=0.2)).answer == "pass"
+
+
 def test_what_people_are_unsure_about_counts_against_the_conclusion(tmp_path: Path) -> None:
     def unsure(arm: str, index: int) -> Choice:
         return "unsure" if arm == "new" and index % 20 == 0 else "refuse"

@@ -273,7 +273,7 @@ def _refuse_beside_self_test(**given: object) -> None:
         if value:
             raise StayalignedError(
                 f"--self-test excludes --{name}",
-                hint="It needs --baseline, limits, and at most --json, --judge, --look.",
+                hint="It needs --baseline, limits, and at most --json, --judge, --look, --non-inferiority.",
             )
 
 

@@ -99,7 +99,9 @@ def _find_disagreement(one: Measured) -> str:
     return ""
 
 
-_LABEL_THESE = "Label these two evaluations: `stayaligned label BASELINE CANDIDATE`."
+_LABEL_THESE = (
+    "Label what is compared: `stayaligned label BASELINE CANDIDATE`, with the directory of an anchor if there is one."
+)
 
 
 class _Match(NamedTuple):
@@ -146,6 +148,11 @@ class _LabelledPair(NamedTuple):
             for label, fill in zip(self.labels, (before, after), strict=True)
         ]
         return self._replace(labels=(found[0], found[1]))
+
+    def believed(self) -> _LabelledPair:
+        """Return the same with the judge's verdicts for labels of the sample that give no outcome."""
+        before, after = (one or 0.0 for one in self.judged)
+        return self.filled(before, after)
 
     def at_worst(self) -> _LabelledPair:
         """Return the same with each degenerate completion of the sample counted against its model."""
@@ -218,26 +225,23 @@ def _correct(one: Measured, pairs: Pairs, labels: LabelSet, limits: Limits, min_
     """Return a measured limit by people's labels: value, interval and p-value are corrected.
 
     A label that gives no outcome counts as an unscored completion does: it is left out of the value, and a conclusion
-    has to hold with all of them counted against the candidate, or in its favor.
+    has to hold with all of them counted against the candidate, or in its favor. Where a stratum has no other labels,
+    the value is by the judge's verdicts on these completions.
 
     Raises:
         StayalignedError: if a stratum has no label.
     """
     found = [*_labelled_pairs(one, pairs, labels)]
     labels.weights({pair.stratum for pair in found})
-    mean = _mean(found, one.kind)
-    if mean is None:
-        raise StayalignedError(
-            f"{one.name}: of some stratum of the draw, all labels are 'unsure'",
-            hint="Label more prompts: `stayaligned label`.",
-        )
+    counted = _believe_where_all_are_unsure(found, one.kind)
+    mean = _mean(counted, one.kind)
     drawn = [pair for pair in found if pair.drawn]
     unsure = [sum(pair.labels[side] is None for pair in drawn) for side in (0, 1)]
     unsure_pairs = sum(None in (pair.labels if one.kind != "ceiling" else pair.labels[1:]) for pair in drawn)
     against = in_favor = None
     if unsure_pairs:
         against, in_favor = (_mean([pair.filled(1 - bad, bad) for pair in found], one.kind) for bad in (1.0, 0.0))
-    at_worst = _mean([pair.at_worst() for pair in found], one.kind)
+    at_worst = _mean([pair.at_worst() for pair in counted], one.kind)
     both = [pair for pair in drawn if None not in pair.labels]
     quality = _measure_quality(found)
     blocked = (
@@ -246,8 +250,8 @@ def _correct(one: Measured, pairs: Pairs, labels: LabelSet, limits: Limits, min_
     )
     return replace(
         one,
-        baseline=None if one.kind == "ceiling" else _rate(found, 0),
-        candidate=_rate(found, 1),
+        baseline=None if one.kind == "ceiling" else _rate(counted, 0),
+        candidate=_rate(counted, 1),
         mean=mean,
         bounds=mean.interval(limits.interval_confidence),
         interval="corrected by labels, Student's with both ends added" + (" over seeds" if mean.n_seeds > 1 else ""),
@@ -256,7 +260,7 @@ def _correct(one: Measured, pairs: Pairs, labels: LabelSet, limits: Limits, min_
         blocked=blocked if unsure_pairs > limits.max_unscored * len(drawn) else "",
         high_at_worst=None if against is None else against.interval(limits.interval_confidence)[1],
         p_above_at_best=0.0 if in_favor is None else in_favor.p_above(one.limit),
-        high_if_degenerate=None if at_worst is None else at_worst.interval(limits.interval_confidence)[1],
+        high_if_degenerate=at_worst.interval(limits.interval_confidence)[1],
         correction=Correction(
             n_labelled=len(both),
             n_items=len(found),
@@ -331,19 +335,24 @@ def _labelled_pairs(one: Measured, pairs: Pairs, labels: LabelSet) -> Iterator[_
         )
 
 
-def _mean(found: Sequence[_LabelledPair], kind: LimitKind) -> CorrectedMean | None:
-    """Return the corrected mean of a limit; None if a stratum has no label with an outcome."""
+def _believe_where_all_are_unsure(found: Sequence[_LabelledPair], kind: LimitKind) -> list[_LabelledPair]:
+    """Return the pairs with the judge's verdicts in strata without a label that gives an outcome.
+
+    Such a stratum may be a single prompt. The conclusion does not rest on it: it has to hold with all of these labels
+    counted against the candidate, or in its favor.
+    """
+    sides = (1,) if kind == "ceiling" else (0, 1)
+    known = {pair.stratum for pair in found if None not in [pair.labels[side] for side in sides]}
+    return [pair if pair.stratum in known else pair.believed() for pair in found]
+
+
+def _mean(found: Sequence[_LabelledPair], kind: LimitKind) -> CorrectedMean:
+    """Return the corrected mean of a limit."""
     if kind == "ceiling":
-        return _corrected([pair.rate(1) for pair in found], (0.0, 1.0))
-    return _corrected([pair.change() for pair in found], (-1.0, 1.0))
+        return corrected_mean([pair.rate(1) for pair in found], ends=(0.0, 1.0))
+    return corrected_mean([pair.change() for pair in found])
 
 
-def _rate(found: Sequence[_LabelledPair], side: int) -> float | None:
+def _rate(found: Sequence[_LabelledPair], side: int) -> float:
     """Return the corrected rate of one side."""
-    mean = _corrected([pair.rate(side) for pair in found], (0.0, 1.0))
-    return None if mean is None else mean.value
-
-
-def _corrected(values: Sequence[LabelledValue], ends: tuple[float, float]) -> CorrectedMean | None:
-    known = {value.stratum for value in values if value.label is not None}
-    return corrected_mean(values, ends=ends) if known == {value.stratum for value in values} else None
+    return corrected_mean([pair.rate(side) for pair in found], ends=(0.0, 1.0)).value
