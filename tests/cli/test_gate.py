@@ -215,6 +215,9 @@ def test_a_previous_look_is_of_the_same_plan(command, runs) -> None:
 
     code, shown = look("first", "1/2", "--json", runs / "1.json")
     assert (code, "Go on to look 2 of 2" in shown) == (3, True), shown
+    assert "prompts would decide at the last look (now 60 prompts)" in " ".join(shown.split())
+    code, shown = look("second", "2/2", "--previous", runs / "1.json", "--json", runs / "1.json")
+    assert (code, "an output would replace" in " ".join(shown.split())) == (2, True), shown
     assert look("second", "2/2", "--previous", runs / "1.json")[0] == 0
     for arguments, message in (
         (("second", "2/3"), "the number of planned looks was 2, and is now 3"),

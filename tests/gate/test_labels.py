@@ -314,3 +314,4 @@ def test_labels_of_three_models_serve_an_anchor(tmp_path: Path, wanted: int) -> 
             assert 0 < criterion.correction.judge_weight <= 1
             assert criterion.low < change < criterion.high
     assert found.answer == "pass"
+    assert [f"on the {name}, sensitivity" in " ".join(remarks(found)) for name in ("baseline", "anchor")] == [True] * 2

@@ -131,7 +131,7 @@ def gate(
         outputs = {kind: path for kind, path in files.items() if path is not None and str(path) != "-"}
         checked = _limits(limits)
         earlier = read_decision(previous) if previous else None
-        _refuse_unwritable([*outputs.values()])
+        _refuse_unwritable([*outputs.values()], previous)
         for path in outputs.values():
             path.unlink(missing_ok=True)  # after an error, no file holds an earlier decision
         if self_test:
@@ -206,12 +206,20 @@ def _wrong_limits(error: ValidationError) -> StayalignedError:
     )
 
 
-def _refuse_unwritable(paths: list[Path]) -> None:
-    """Raise an error, before anything is computed, for a path that can't be written or that two outputs share."""
+def _refuse_unwritable(paths: list[Path], previous: Path | None) -> None:
+    """Raise an error, before anything is computed, for a path that can't be written or that two outputs share.
+
+    The decision of an earlier look is never replaced.
+    """
     from stayaligned.evaluation.results import EVIDENCE_FILE, INDEX_FILE, RESULT_FILE, TIMES_FILE
 
     if len({path.resolve() for path in paths}) < len(paths):
         raise StayalignedError("two outputs have the same path", hint="Give each output its own path.")
+    if previous is not None and previous.resolve() in {path.resolve() for path in paths}:
+        raise StayalignedError(
+            f"{previous} is the decision of the earlier look, which an output would replace",
+            hint="Give each look its own file.",
+        )
     for path in paths:
         reason = None
         if path.is_dir():

@@ -274,6 +274,7 @@ def _conclude(
             found,
             unscored=one.blocked,
             n_criteria=n_criteria,
+            look=limits.look,
         )
     )
     return found.model_copy(update={"reason": reason})

@@ -83,7 +83,7 @@ def _find_disagreement(one: Measured) -> str:
     found = one.correction
     if found is None or found.min_agreement is None:
         return ""
-    for name, side in (("baseline", found.baseline), ("candidate", found.candidate)):
+    for name, side in ((one.against, found.baseline), ("candidate", found.candidate)):
         if side is None:
             continue
         needed = f"to compare the agreement of judge {one.judge!r} with --min-judge-agreement"

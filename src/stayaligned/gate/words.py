@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from stayaligned.core.text import percent
+from stayaligned.gate.looks import Look
 from stayaligned.gate.values import Conclusion, Correction, Criterion, Decision, Limits, SideQuality
 
 
@@ -39,7 +40,7 @@ def mode_text(limits: Limits | Decision) -> str:
     return "; ".join(parts)
 
 
-def describe_reason(criterion: Criterion, *, unscored: str, n_criteria: int) -> str:
+def describe_reason(criterion: Criterion, *, unscored: str, n_criteria: int, look: Look | None = None) -> str:
     """Describe the reason for the conclusion on a criterion; `unscored` says that too many completions are."""
     if unscored:
         return f"{criterion.title}: undecided, because {unscored}"
@@ -58,7 +59,7 @@ def describe_reason(criterion: Criterion, *, unscored: str, n_criteria: int) -> 
         )
     else:
         reason = f"{change}, and the interval contains the limit ({limit_text(criterion)})"
-    return f"{reason}; {_describe_needed_prompts(criterion)}"
+    return f"{reason}; {_describe_needed_prompts(criterion, look)}"
 
 
 def _describe_change(criterion: Criterion) -> str:
@@ -95,19 +96,20 @@ def describe_correction(criterion: Criterion) -> list[str]:
     found = criterion.correction
     if found is None:
         return []
+    title = criterion.title + (", against the anchor" if criterion.against == "anchor" else "")
     people = "1 person" if found.labellers == 1 else f"{found.labellers} people"
     signed = criterion.kind != "ceiling"
     alone = "nothing"
     if found.uncorrected is not None and found.uncorrected_low is not None and found.uncorrected_high is not None:
         low, high = (percent(bound, signed=signed) for bound in (found.uncorrected_low, found.uncorrected_high))
         alone = f"{percent(found.uncorrected, signed=signed)} ({low} to {high})"
-    sides = [("baseline", found.baseline), ("candidate", found.candidate)]
+    sides = [(criterion.against, found.baseline), ("candidate", found.candidate)]
     quality = [f"on the {name}, {_quality_text(side)}" for name, side in sides if side is not None]
     return [
-        f"{criterion.title}: corrected by labels of {found.n_labelled} of {found.n_items} prompts by {people} "
+        f"{title}: corrected by labels of {found.n_labelled} of {found.n_items} prompts by {people} "
         f"(λ = {found.judge_weight:.2f}): {percent(criterion.change, signed=signed)} ({interval_text(criterion)}); "
         f"judge {criterion.judge!r} alone finds {alone}",
-        f"{criterion.title}: judge {criterion.judge!r} against these labels: {'; '.join(quality)}",
+        f"{title}: judge {criterion.judge!r} against these labels: {'; '.join(quality)}",
     ]
 
 
@@ -125,12 +127,13 @@ def _share(value: float | None, interval: tuple[float, float] | None) -> str:
     return f"{percent(value)} % ({percent(interval[0])} to {percent(interval[1])})"
 
 
-def _describe_needed_prompts(criterion: Criterion) -> str:
+def _describe_needed_prompts(criterion: Criterion, look: Look | None) -> str:
     if criterion.correction is not None:
         return _describe_needed_labels(criterion.correction, criterion.needed_prompts)
     now = f"{criterion.n_prompts} prompts" + (f" over {criterion.n_seeds} seeds" if criterion.n_seeds > 1 else "")
     if criterion.needed_prompts is not None:
-        return f"about {criterion.needed_prompts:,} prompts would decide (now {now})"
+        last = " at the last look" if look is not None and look != look.last else ""
+        return f"about {criterion.needed_prompts:,} prompts would decide{last} (now {now})"
     if criterion.n_seeds > 1:
         cause = "the spread over seeds is too large, or the change is at the limit"
         return f"no number of prompts would decide: {cause} (now {now})"
