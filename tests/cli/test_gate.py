@@ -63,6 +63,17 @@ def test_labels_that_are_not_there_are_an_error(command, runs, options, message)
     assert message in shown
 
 
+@pytest.mark.parametrize("name", ["labels.jsonl", "design.json", "address.json"])
+def test_an_output_never_replaces_a_file_of_labels(command, runs, name) -> None:
+    (runs / "labels").mkdir()
+    for file in ("labels.jsonl", "design.json", "address.json"):
+        (runs / "labels" / file).write_text("{}\n")
+    sides = ("--baseline", runs / "base", "--candidate", runs / "same")
+    code, shown = command("gate", *sides, *LIMIT, "--labels", runs / "labels", "--json", runs / "labels" / name)
+    assert (code, "of labels" in " ".join(shown.split())) == (2, True), shown
+    assert (runs / "labels" / name).read_text() == "{}\n"
+
+
 def test_markup_in_names_is_inert_in_every_output(command, runs) -> None:
     notes = {"arm": HOSTILE, "notes": (HOSTILE,)}
     for side, harm in (("h1", 4), ("h2", 90)):

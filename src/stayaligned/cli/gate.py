@@ -229,7 +229,7 @@ def _refuse_unwritable(paths: list[Path], previous: Path | None) -> None:
         elif path.name in (RESULT_FILE, EVIDENCE_FILE, TIMES_FILE, INDEX_FILE):
             reason = "this is the name of a file of an evaluation"
         elif path.exists() and _is_in_results(path) and not _is_decision(path):
-            reason = "it is a file of an evaluation"
+            reason = "it is a file of an evaluation or of labels"
         above = next(place for place in path.absolute().parents if place.exists())
         if reason is None and not above.is_dir():
             reason = f"{above} is not a directory"
@@ -240,12 +240,15 @@ def _refuse_unwritable(paths: list[Path], previous: Path | None) -> None:
 
 
 def _is_in_results(path: Path) -> bool:
-    """Whether a file lies in an output directory of `run`, `evaluate`, `judge` or `bench`, or below one."""
+    """Whether a file lies in an output directory of `run`, `evaluate`, `judge`, `bench` or `label`, or below one."""
+    from stayaligned.evaluation.labelling.store import DESIGN_FILE
     from stayaligned.evaluation.results import INDEX_FILE, RESULT_FILE
 
     above = {*path.absolute().parents, *path.resolve().parents}
     return any(
-        (place / RESULT_FILE).is_file() or ((place / INDEX_FILE).is_file() and (place / "runs").is_dir())
+        (place / RESULT_FILE).is_file()
+        or (place / DESIGN_FILE).is_file()
+        or ((place / INDEX_FILE).is_file() and (place / "runs").is_dir())
         for place in above
     )
 
