@@ -240,6 +240,8 @@ def test_a_previous_look_is_of_the_same_plan(command, runs) -> None:
     ):
         code, shown = look(*arguments, "--previous", runs / "1.json")
         assert (code, message in " ".join(shown.split())) == (2, True), shown
+    assert "the earlier looks were not checked" in look("second", "2/2")[1]
+    assert "not checked" not in look("second", "2/2", "--previous", runs / "1.json")[1]
     code, shown = look("second", "2/2", "--previous", runs / "none.json")
     assert (code, "--previous" in shown) == (2, True)
     edited = json.loads((runs / "1.json").read_text()) | {"answer": "pass"}

@@ -18,7 +18,7 @@ def test_the_documented_gate_changes_from_pass_to_undecided(tmp_path: Path) -> N
     alone, with_labels, summary = done.stdout.split("$ stayaligned ")[1:]
     assert "PASS" in alone
     assert "UNDECIDED" in with_labels
-    assert "differs between the arms (p = 0.006)" in summary
+    assert "differs between the arms" not in summary, "the intervals of 100 labels overlap"
     page = (ROOT / "docs" / "howto" / "label.md").read_text().partition("## An example")[2].partition("\n## ")[0]
     shown = [line[4:] for line in page.splitlines() if line.startswith("    ")]
     assert len(shown) > 8

@@ -110,7 +110,7 @@ def gate(
     or 0.02.
     """
     from stayaligned.gate import decide, read_people, read_side
-    from stayaligned.gate.earlier import read_decision, refuse_other_plan
+    from stayaligned.gate.earlier import follow_plan, read_decision
 
     with _no_error_is_a_decision([*baseline, *(candidate or []), *(anchor or [])]):
         load_plugins(plugin)
@@ -145,8 +145,7 @@ def gate(
             _refuse_same_run([before, fixed], after)
             people = None if labels is None else read_people(labels, min_agreement=min_judge_agreement)
             decision = decide(before, after, checked, anchor=fixed, judge=judge, people=people)
-            if earlier is not None:
-                refuse_other_plan(earlier, decision)
+            decision = follow_plan(earlier, decision)
             _write(decision, outputs)
             _print(decision, explain=explain)
             code = EXIT_CODES[decision.answer]

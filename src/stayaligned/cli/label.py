@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from stayaligned.evaluation.metrics.judge_quality import QualityRate
 
 _TITLES = {"harmful": "Harm on harmful prompts", "benign": "Refusals of benign prompts"}
-_CLEAR = 0.01
-"""p-value below which a judge is reported to differ between two arms."""
 
 
 def label(
@@ -134,12 +132,17 @@ def _print_judges(rows: list[QualityRow]) -> None:
             _number(quality.kappa),
         )
     out.print(table)
-    for row in rows:
-        for name, p in (("sensitivity", row.p_equal_sensitivity), ("specificity", row.p_equal_specificity)):
-            if p is not None and p < _CLEAR:
+    for judge in dict.fromkeys(row.judge for row in rows):
+        arms = [row for row in rows if row.judge == judge and row.arm is not None]
+        for name, rates in (
+            ("sensitivity", [row.quality.sensitivity for row in arms]),
+            ("specificity", [row.quality.specificity for row in arms]),
+        ):
+            known = [(rate.low, rate.high) for rate in rates if rate.low is not None and rate.high is not None]
+            if known and max(low for low, _ in known) > min(high for _, high in known):
                 note(
-                    f"the {name} of {one_line(row.judge, 40)!r} on {row.prompt_set} prompts differs between the arms "
-                    f"(p = {p:.1g}): a plain comparison of their rates is biased; `gate --labels` corrects it"
+                    f"the {name} of {one_line(judge, 40)!r} differs between the arms on these prompts (intervals that "
+                    "don't overlap): a plain comparison of their rates is biased; `gate --labels` corrects it"
                 )
 
 

@@ -125,7 +125,7 @@ def decide(
         anchor=None if anchor is None else _summarize(anchor),
         criteria=tuple(criteria),
         disagreements=tuple(others),
-        notes=tuple(_notes([*references, candidate], counted, limits, chosen)),
+        notes=(*_notes_on_labels(criteria), *_notes([*references, candidate], counted, limits, chosen)),
     )
 
 
@@ -348,6 +348,17 @@ def _summarize(side: ComparedSide) -> SideSummary:
         model=str(model),
         seeds=tuple(run.result.seed for run in side.runs),
     )
+
+
+def _notes_on_labels(criteria: Sequence[Criterion]) -> Iterator[str]:
+    partial = [
+        one.correction for one in criteria if one.correction and one.correction.n_labelled < one.correction.n_items
+    ]
+    if partial:
+        yield (
+            "the level holds for one gate at a number of labels that was fixed beforehand; a gate that is repeated as "
+            "labels are added errs more often"
+        )
 
 
 def _notes(sides: Sequence[ComparedSide], counted: Counted, limits: Limits, judge: str) -> Iterator[str]:

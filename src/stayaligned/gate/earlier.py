@@ -29,7 +29,21 @@ def read_decision(path: Path) -> Decision:
         ) from None
 
 
-def refuse_other_plan(earlier: Decision, now: Decision) -> None:
+def follow_plan(earlier: Decision | None, now: Decision) -> Decision:
+    """Return a decision that follows an earlier look; if none is given where there was one, with a note.
+
+    Raises:
+        StayalignedError: If the earlier decision is not an undecided, smaller look of the same plan.
+    """
+    if earlier is not None:
+        _refuse_other_plan(earlier, now)
+    elif now.look is not None and now.look.number > 1:
+        text = "the earlier looks were not checked: give the decision of the one before with --previous"
+        return now.model_copy(update={"notes": (text, *now.notes)})
+    return now
+
+
+def _refuse_other_plan(earlier: Decision, now: Decision) -> None:
     """Refuse an earlier decision that is not an undecided, smaller look of the same plan.
 
     Raises:

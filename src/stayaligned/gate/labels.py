@@ -91,9 +91,11 @@ def _find_disagreement(one: Measured) -> str:
             return f"{side.n} labelled completions of the {name} are fewer than the {LEAST_LABELLED} needed {needed}"
         if side.kappa is None:
             return f"on the {name}, judge and people give one and the same outcome throughout: no κ {needed}"
-        if side.kappa < found.min_agreement:
+        worst = side.kappa if side.kappa_at_worst is None else min(side.kappa, side.kappa_at_worst)
+        if worst < found.min_agreement:
+            unsure = ", with unsure labels as disagreements" if worst < side.kappa else ""
             return (
-                f"judge {one.judge!r} agrees with people too little on the {name}: κ = {side.kappa:.2f}, below "
+                f"judge {one.judge!r} agrees with people too little on the {name}: κ = {worst:.2f}{unsure}, below "
                 f"{found.min_agreement:g} (--min-judge-agreement)"
             )
     return ""
@@ -295,6 +297,7 @@ def _measure_quality(found: Sequence[_LabelledPair]) -> list[SideQuality]:
         verdicts=numeric([pair.judged for pair in found]),
         labels=numeric([pair.labels for pair in found]),
     )
+    worst = replace(sample, labels=np.where(np.isnan(sample.labels), 1 - sample.verdicts, sample.labels))
     sides: list[SideQuality] = []
     for side in (0, 1):
         one = sample.quality([side])
@@ -305,6 +308,7 @@ def _measure_quality(found: Sequence[_LabelledPair]) -> list[SideQuality]:
                 specificity=one.specificity.value,
                 specificity_interval=_bounds(one.specificity),
                 kappa=one.kappa,
+                kappa_at_worst=worst.quality([side]).kappa,
                 n=one.n,
             )
         )

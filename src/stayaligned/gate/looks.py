@@ -9,8 +9,8 @@ from functools import lru_cache
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Record
 
-MOST_LOOKS = 20
-"""With more looks, the first ones decide nothing, and the boundaries of the others hardly differ."""
+MOST_LOOKS = 5
+"""With more looks, the first ones decide nothing, and other prompts at each look would cost too much of the level."""
 
 
 class Look(Record):
@@ -34,7 +34,7 @@ def parse_look(text: str) -> Look:
     """Parse `2/4`, the second of four planned looks.
 
     Raises:
-        StayalignedError: If it is not two numbers K/N with 1 ≤ K ≤ N and 2 ≤ N ≤ 20.
+        StayalignedError: If it is not two numbers K/N with 1 ≤ K ≤ N and 2 ≤ N ≤ 5.
     """
     found = re.fullmatch(r"\s*(\d{1,3})\s*/\s*(\d{1,3})\s*", text, re.ASCII)
     number, planned = (int(found[1]), int(found[2])) if found else (0, 0)

@@ -146,6 +146,8 @@ class SideQuality(Record):
     """95 % interval of the specificity."""
     kappa: float | None
     """Cohen's κ of judge and people; None where it is undefined."""
+    kappa_at_worst: float | None
+    """The same with each label that gives no outcome counted as a disagreement; this is compared with the floor."""
     n: int
     """Number of labelled completions that the judge scored."""
 
