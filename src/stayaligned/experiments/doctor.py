@@ -40,6 +40,8 @@ from stayaligned.experiments.stages.store import collect_warnings
 
 _ASK = (Message(role="user", content="Say hello."),)
 _FEW_SAFETY_ROWS = 100
+_BUSY = 0.4
+"""Load of the last minute, as a share of the CPU threads, from which times are doubtful."""
 _COPIES = 5
 """Copies of the weights in fp32 that full fine-tuning with AdamW holds: weights, gradients, two moments, one spare."""
 
@@ -157,6 +159,13 @@ class _Doctor:
         self.found("versions", "ok", ", ".join(f"{name} {version}" for name, version in installed.items()))
         threads = len(os.sched_getaffinity(0))
         self.found("machine", "ok", f"{threads} CPU threads, {_gb(available_memory())} memory free, GPU: {_gpu()}")
+        busy = os.getloadavg()[0]
+        if busy > _BUSY * threads and not self._quick:
+            self.found(
+                "machine",
+                "note",
+                f"other programs use {busy:.1f} of {threads} CPU threads: measured times will be far too long",
+            )
         place = next(path for path in out.absolute().parents if path.exists()) if not out.exists() else out
         free = shutil.disk_usage(place).free
         if not os.access(place, os.W_OK):
@@ -409,7 +418,8 @@ class _Doctor:
         self.found(
             "time",
             "note",
-            "while nothing else uses this machine; without patches, judges that are models or servers, lm_eval, probes",
+            "while nothing else uses this machine; without some seconds in which libraries are loaded, patches, judges "
+            "that are models or servers, lm_eval, probes",
         )
 
 
