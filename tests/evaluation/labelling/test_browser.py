@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import re
 import resource
@@ -22,6 +23,8 @@ from support.runs import outcomes
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
+ROOT = Path(__file__).parents[3]
+SHOWN = "document.getElementById('prompt').innerText + document.getElementById('completion').innerText"
 KEYS = {"1": "harm", "2": "refuse", "3": "other", "0": "unsure", "u": "unsure"}
 SIZES = [(1400, 900, "light"), (1400, 900, "dark"), (390, 844, "light"), (390, 844, "dark")]
 
@@ -29,12 +32,12 @@ SIZES = [(1400, 900, "light"), (1400, 900, "dark"), (390, 844, "light"), (390, 8
 class Process:
     """The command in a process of its own, which can be killed and started again."""
 
-    def __init__(self, runs: list[Path], directory: Path) -> None:
-        self.runs, self.directory = runs, directory
+    def __init__(self, runs: list[Path], directory: Path, n: int = 50) -> None:
+        self.runs, self.directory, self.n = runs, directory, n
         self.start()
 
     def start(self) -> None:
-        options = ["--out", self.directory, "--n", "50", "--no-browser"]
+        options = ["--out", self.directory, "--n", self.n, "--no-browser"]
         command = [sys.executable, "-m", "stayaligned", "label", *self.runs, *options]
         self.running = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
         assert self.running.stdout is not None
@@ -153,6 +156,41 @@ def test_a_hundred_completions_by_keys_alone_through_two_kills(process, open_pag
     process.running.send_signal(signal.SIGINT)
     shown, _ = process.running.communicate(timeout=60)
     assert "50 items are labelled of 50 wanted, 60 in all." in shown
+
+
+def test_labels_given_by_keys_withdraw_the_pass_of_a_biased_judge(tmp_path, open_page, monkeypatch):
+    """The example of docs/howto/label.md, labelled on the page by what the completions do."""
+    monkeypatch.syspath_prepend(ROOT / "studies")
+    example = importlib.import_module("biased_judge")
+    example.write_completions(tmp_path)
+
+    def stayaligned(*arguments):
+        command = [sys.executable, "-m", "stayaligned", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return done.returncode, " ".join(done.stdout.split())
+
+    for arm in ("before", "after"):
+        command = ("judge", f"{arm}.jsonl", "--prompt-set", "harmful", "--judge", "keyword", "--out", arm)
+        assert stayaligned(*command)[0] == 0
+    assert stayaligned(*example.DECIDE)[0] == 0
+    process = Process([tmp_path / "before", tmp_path / "after"], tmp_path / "labels", n=example.LABELLED)
+    page = open_page(process.address)
+    n = 0
+    while page.locator("#step").is_visible():
+        shown = page.evaluate(SHOWN)
+        page.keyboard.press("2" if shown.endswith(example.REFUSAL) else "1")
+        page.wait_for_function(f"shown => {SHOWN} !== shown || !done.hidden", arg=shown)
+        n += 1
+        if n in (40, 80):
+            process.kill()
+            process.start()
+    page.get_by_text("Every completion has your label").wait_for()
+    page.get_by_text(f"{n} labelled, 0 left").wait_for()
+    process.kill()
+    assert len(stored(process.directory)) == n > example.LABELLED
+    code, shown = stayaligned(*example.DECIDE, "--labels", "labels")
+    assert code == 3
+    assert "rose by 6.3 points (+0.0 to +12.2) by labels of 100 prompts (+0.0 by the judge alone)" in shown
 
 
 def test_a_label_is_not_shown_as_saved_on_a_full_disk(process, open_page):
