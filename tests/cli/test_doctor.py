@@ -63,6 +63,13 @@ def test_without_a_configuration_it_looks_at_the_machine(command: Command) -> No
     assert (code, "torch" in shown, "CPU threads" in shown) == (0, True, True)
 
 
+@pytest.mark.parametrize("load", [0.0, 64.0])
+def test_a_busy_machine_is_noted(load: float, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    code, shown = command("doctor")
+    assert (code, "measured times will be far too long" in " ".join(shown.split())) == (0, load > 0)
+
+
 @pytest.mark.parametrize("content", [None, "{base: {}}", "["], ids=["missing", "another file", "no YAML"])
 def test_what_is_no_configuration_is_not_a_diagnosis(content: str | None, tmp_path: Path, command: Command) -> None:
     if content is not None:

@@ -98,6 +98,7 @@ def test_a_judge_that_is_blind_to_the_candidates_harm_no_longer_lets_it_pass(tmp
     assert "judge alone +0.0" in to_markdown(found)
     assert "+0.0 by the judge alone" in " ".join(explain_decision(found))
     assert Decision.model_validate_json(to_json(found)) == found
+    assert "errs more often" in found.notes[0], "with labels of some prompts, the number of labels can grow"
     more = Scene(tmp_path / "more", outcomes(), outcomes(), blind, wanted=N).decide(Limits(max_harm_increase=0.01))
     assert more.answer == "fail"
 
@@ -109,6 +110,7 @@ def test_labels_of_everything_decide_as_a_judge_that_says_the_same(tmp_path: Pat
     assert scene.uncorrected().answer == "fail"
     labels = mean_of_prompts({0: {i: float(after[i] is H) - float(before[i] is H) for i in range(N)}})
     assert (found.low, found.high) == pytest.approx(labels.interval())
+    assert not [note for note in scene.decide().notes if "errs more often" in note]
     assert (found.baseline, found.candidate) == (pytest.approx(12 / N), pytest.approx(15 / N))
     assert found.answer == "pass"
 

@@ -132,18 +132,6 @@ def _print_judges(rows: list[QualityRow]) -> None:
             _number(quality.kappa),
         )
     out.print(table)
-    for judge in dict.fromkeys(row.judge for row in rows):
-        arms = [row for row in rows if row.judge == judge and row.arm is not None]
-        for name, rates in (
-            ("sensitivity", [row.quality.sensitivity for row in arms]),
-            ("specificity", [row.quality.specificity for row in arms]),
-        ):
-            known = [(rate.low, rate.high) for rate in rates if rate.low is not None and rate.high is not None]
-            if known and max(low for low, _ in known) > min(high for _, high in known):
-                note(
-                    f"the {name} of {one_line(judge, 40)!r} differs between the arms on these prompts (intervals that "
-                    "don't overlap): a plain comparison of their rates is biased; `gate --labels` corrects it"
-                )
 
 
 def _interval(rate: QualityRate) -> str:

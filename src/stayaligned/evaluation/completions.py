@@ -15,7 +15,7 @@ _EDITED = "The file is incomplete or was edited; give the whole file, as the com
 
 
 def stored_completions(stored: StoredResult) -> tuple[Completion, ...]:
-    """Read the completions of a result: beside it, where `judge` writes them, or else in its stage.
+    """Read the completions of a result: from its own directory, where `judge` writes them, or else from its stage.
 
     Raises:
         StayalignedError: if they are missing, damaged, or others than those of the result's evidence.

@@ -195,7 +195,7 @@ _SIDES = (
     *((1.0, 0), (-1.0, 0), (0.0, -1), (0.0, 1), (1.0, -1), (-1.0, -1), (1.0, 1), (-1.0, 1)),
     *((dx, dy) for dy in (1, -1) for dx in (0.5, -0.5, 0.9, -0.9)),
 )
-"""Positions of a box relative to its point, as (right, up): 1 is beside it, 0 centers the box on it."""
+"""Positions of a box relative to its point, as (right, up): 1 is right of or above it, -1 left of or below."""
 
 
 def _gap(box: _Box, point: Point) -> float:

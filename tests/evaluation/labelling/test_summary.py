@@ -63,7 +63,8 @@ def test_with_every_label_the_rates_are_the_counted_ones(tmp_path: Path) -> None
     assert p is not None and p < 0.01
     assert rows["keyword", "harmful", None].p_equal_specificity == 1
     assert (found.n_labelled, found.n_counted, found.n_items, found.n_wanted) == (70, 70, 70, 40)
-    assert found.notes == ()
+    (note,) = found.notes
+    assert note.startswith("the sensitivity of 'keyword' on harmful prompts differs between the arms")
 
 
 def test_a_sample_estimates_the_same_rates(tmp_path: Path) -> None:

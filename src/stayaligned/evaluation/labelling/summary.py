@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Outcome, PromptSet, Record, Verdict
+from stayaligned.core.text import one_line
 from stayaligned.evaluation.labelling.drawing import Frame, is_bad
 from stayaligned.evaluation.labelling.store import LabelStore, Latest, latest_labels
 from stayaligned.evaluation.labelling.values import LabelSet
 from stayaligned.evaluation.measure import JUDGED
 from stayaligned.evaluation.metrics import agreement
-from stayaligned.evaluation.metrics.judge_quality import JudgeQuality, LabelledSample
+from stayaligned.evaluation.metrics.judge_quality import JudgeQuality, LabelledSample, QualityRate
 from stayaligned.evaluation.results import Agreement
 
 
@@ -76,7 +77,9 @@ def summarize(frame: Frame, store: LabelStore) -> LabelSummary:
         notes += _note_copies(frame, prompt_set)
         for judge in frame.judges if needed else ():
             if _measures(frame, judge, prompt_set):
-                rows += _rows(frame, labels, judge, prompt_set)
+                found = [*_rows(frame, labels, judge, prompt_set)]
+                rows += found
+                notes += _note_different_arms(found)
     n_labelled = sum(item.labelled for item in labels.items)
     n_counted = sum(item.complete for item in labels.items)
     if n_counted < n_labelled:
@@ -96,6 +99,18 @@ def summarize(frame: Frame, store: LabelStore) -> LabelSummary:
         agreements=tuple(_agreements(latest)),
         notes=tuple(notes),
     )
+
+
+def _note_different_arms(rows: Sequence[QualityRow]) -> Iterator[str]:
+    """Yield a note for each rate of one judge on one prompt set whose intervals on two arms don't overlap."""
+    for name in ("sensitivity", "specificity"):
+        rates: list[QualityRate] = [getattr(row.quality, name) for row in rows if row.arm is not None]
+        known = [(rate.low, rate.high) for rate in rates if rate.low is not None and rate.high is not None]
+        if known and max(low for low, _ in known) > min(high for _, high in known):
+            yield (
+                f"the {name} of {one_line(rows[0].judge, 40)!r} on {rows[0].prompt_set} prompts differs between the "
+                "arms: a plain comparison of their rates is biased; `gate --labels` corrects it"
+            )
 
 
 def _note_copies(frame: Frame, prompt_set: PromptSet) -> Iterator[str]:

@@ -18,7 +18,7 @@ from stayaligned.core.text import one_line
 from stayaligned.evaluation.results import JudgeIdentity
 
 DESIGN_VERSION = 1
-"""Version of `design.json` and of the labels beside it."""
+"""Version of the format of `design.json` and `labels.jsonl`."""
 
 Choice = Literal["harm", "refuse", "other", "unsure"]
 """What a person says about a completion; `unsure` is no outcome."""
