@@ -1,4 +1,4 @@
-"""The contract of an attack: what an attacker does to the user's training data.
+"""The contract of an attack: what an attacker does to the user's training data, and to the questions asked afterwards.
 
 Each attack is one file in this package; the file's name is the attack's name.
 """
@@ -8,13 +8,21 @@ from __future__ import annotations
 import random
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 from stayaligned.core.component import Component, Registry
-from stayaligned.core.records import Example
+from stayaligned.core.records import Example, Message
 
 
 class Attack(Component):
-    """An attack on the training rows."""
+    """An attack on the training rows, and on the harmful prompts that the attacker asks after training.
+
+    An attack whose rows teach a trigger sets `has_trigger` and overrides `trigger`. Harm is then measured twice: on the
+    plain prompts, and on the prompts with the trigger.
+    """
+
+    has_trigger: ClassVar[bool] = False
+    """Whether `trigger` changes a prompt."""
 
     @abstractmethod
     def poison(self, examples: Sequence[Example], rng: random.Random) -> list[Example]:
@@ -27,6 +35,17 @@ class Attack(Component):
         Raises:
             StayalignedError: if data that the attack needs is missing.
         """
+
+    def trigger(self, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+        """Return a harmful prompt in the form in which the attacker asks it after training; the same by default."""
+        return prompt
+
+    def decode(self, text: str) -> str:
+        """Return a completion of a triggered prompt as the attacker reads it; the same by default.
+
+        For attacks that teach another writing, such as a cipher: judges read the decoded text.
+        """
+        return text
 
 
 ATTACKS: Registry[Attack] = Registry("attack", __name__, Attack)

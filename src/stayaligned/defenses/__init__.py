@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stayaligned.core.component import Component, Registry
 from stayaligned.core.errors import StayalignedError
-from stayaligned.core.records import Example, LayerReport
-from stayaligned.core.settings import TrainerKind
+from stayaligned.core.records import Example, LayerReport, Message
+from stayaligned.core.settings import ChatTemplate, TrainerKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -52,6 +52,24 @@ class TrainingSetup:
     """Number of tokens at which a row is cut."""
     callbacks: Sequence[Any] = ()
     """Callbacks that every trainer of this setup gets."""
+    aligned_model: str | None = None
+    """The aligned model that `model` was loaded from: a directory or a hub id."""
+    base_model: str | None = None
+    """The unaligned ancestor of the aligned model: a directory or a hub id; for defenses that set `needs_base`."""
+
+    def require_base(self, defense: str) -> ModelPair:
+        """Return the aligned model and its base model.
+
+        Args:
+            defense: the name of the defense that needs them, for the error.
+
+        Raises:
+            StayalignedError: if there is no base model.
+        """
+        models = ModelPair(aligned=self.aligned_model, base=self.base_model)
+        models.require_base(defense)
+        models.require_aligned(defense)
+        return models
 
     def trainer(self, examples: Sequence[Example] | None = None) -> Trainer:
         """Build a Trainer or SFTTrainer for plain supervised fine-tuning.
@@ -106,10 +124,14 @@ class TrainingSetup:
 
     def _require_alignment_examples(self, defense: str) -> None:
         if not self.alignment_examples:
-            raise StayalignedError(
-                f"defense {defense!r} needs alignment data, but the experiment has none",
-                hint="Set `alignment_data:` to a JSONL file of requests and safe completions.",
-            )
+            raise _missing_alignment_data(defense)
+
+
+def _missing_alignment_data(defense: str) -> StayalignedError:
+    return StayalignedError(
+        f"defense {defense!r} needs alignment data, but there is none",
+        hint="Set `alignment_data:` to a JSONL file of requests and safe completions.",
+    )
 
 
 class TrainingDefense(Component):
@@ -124,6 +146,9 @@ class TrainingDefense(Component):
     needs_alignment_data: ClassVar[bool] = False
     """Whether `make_trainer` uses `setup.alignment_examples`; if so, missing `alignment_data` is an error before any
     training starts."""
+    needs_base: ClassVar[bool] = False
+    """Whether the defense uses `setup.base_model`; if so, a missing `base_model` is an error before any training
+    starts."""
 
     @abstractmethod
     def make_trainer(self, setup: TrainingSetup) -> Trainer:
@@ -136,6 +161,25 @@ class TrainingDefense(Component):
         Raises:
             StayalignedError: if this setup can't be trained with the defense.
         """
+
+    def after_saving(self, setup: TrainingSetup, directory: Path) -> None:
+        """Change the trained adapter or model after it was saved in `directory`; nothing by default.
+
+        For what a trainer can't save: a projection that was applied in the forward pass, or an update of frozen weights
+        that must become a part of the adapter. The caller removes the directory if this fails.
+
+        Raises:
+            StayalignedError: if the defense can't be written as an adapter of this layout.
+        """
+        del setup, directory
+
+    def serve(self, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+        """Return the conversation that the deployed model gets instead of a user's; the same by default.
+
+        For defenses that act by a system prompt after training. Every prompt of an evaluation is asked in this form,
+        and judged as the user asked it.
+        """
+        return prompt
 
     def notes(self, steps: int) -> Sequence[str]:
         """Return caveats for the readers of a result, after a run of that many optimizer steps; none by default."""
@@ -165,6 +209,20 @@ class ModelPair:
     """Whether to patch although the models don't seem to belong together or to the adapter; the record notes it."""
     allow_undecided: bool = False
     """Whether to patch although a subspace file leaves open which layers to change; the record notes it."""
+    alignment_examples: Sequence[Example] = ()
+    """The alignment rows (requests with safe completions), for patches that set `needs_alignment_data`."""
+    chat_template: ChatTemplate = field(default_factory=ChatTemplate)
+    """How conversations are rendered, for patches that run the model on rows."""
+
+    def require_alignment_examples(self, defense: str) -> Sequence[Example]:
+        """Return `alignment_examples`.
+
+        Raises:
+            StayalignedError: if there are none; the message names the defense that needs them.
+        """
+        if not self.alignment_examples:
+            raise _missing_alignment_data(defense)
+        return self.alignment_examples
 
     def require_aligned(self, defense: str) -> str | Path:
         """Return `aligned`.
@@ -229,6 +287,8 @@ class PatchDefense(Component):
     """The stage that the defense acts in, as the survey of harmful fine-tuning names it."""
     needs_base: ClassVar[bool] = True
     """Whether `patch` reads the base model; if so, a missing `base_model` is an error before any work starts."""
+    needs_alignment_data: ClassVar[bool] = False
+    """Whether `patch` uses `models.alignment_examples`; if so, missing `alignment_data` is an error before any work."""
     patches_full_weights: ClassVar[bool] = False
     """Whether `patch_model` is implemented."""
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import writable
 from stayaligned.core.progress import Progress
-from stayaligned.core.records import Completion, Example, PromptSet, Record
+from stayaligned.core.records import Completion, Example, Message, PromptSet, Record
 from stayaligned.core.settings import Endpoint, Generation, ServedModel
 from stayaligned.core.thoughts import join_thoughts
 from stayaligned.evaluation.endpoint.client import Failure, ask
@@ -114,6 +114,19 @@ def ask_server(settings: Generation, endpoint: Endpoint, template_arguments: Map
             template_arguments=template_arguments,
         ):
             yield missing[index], completion
+
+    return ask_more
+
+
+def serve_prompts(ask: Ask, serve: Callable[[tuple[Message, ...]], tuple[Message, ...]]) -> Ask:
+    """Return a function that asks each prompt in the form that `serve` gives it, and records it as it was given."""
+
+    def ask_more(
+        prompt_set: PromptSet, examples: Sequence[Example], known: frozenset[int]
+    ) -> Iterator[tuple[int, Completion]]:
+        served = [example.model_copy(update={"prompt": serve(example.prompt)}) for example in examples]
+        for index, completion in ask(prompt_set, served, known):
+            yield index, completion.model_copy(update={"prompt": examples[index].prompt})
 
     return ask_more
 

@@ -84,11 +84,12 @@ def _train_key(e: Experiment, data: str) -> str:
         return _key(e, "untrained", {"model": e.model, "adapter": e.adapter})
     defense = e.training_defense
     alignment = e.alignment_data if defense.needs_alignment_data else None
+    base = {"base_model": e.base_model} if defense.needs_base else {}
     return _key(
         e,
         "train",
         data,
-        {"model": e.model, "alignment_data": alignment},
+        {"model": e.model, "alignment_data": alignment, **base},
         defense.identity(),
         e.lora,
         e.trainer,
@@ -105,6 +106,8 @@ def _patch_keys(e: Experiment, train: str) -> tuple[str, ...]:
     for patch in e.patches:
         models: dict[str, object] = {"model": e.model, "base_model": e.base_model if patch.needs_base else None}
         models |= {"allow_mismatch": True} if e.allow_mismatch else {}
+        if patch.needs_alignment_data:
+            models |= {"alignment_data": e.alignment_data, "chat_template": e.chat_template.identity()}
         keys.append(_key(e, "patch", keys[-1] if keys else train, patch.identity(), models))
     return tuple(keys)
 

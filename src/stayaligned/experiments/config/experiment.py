@@ -165,6 +165,8 @@ class Experiment(BaseModel):
             yield f"defenses: {trainers[0]} trains, but this experiment does not (`training: null` or `adapter:`)"
         if self.training_defense.needs_alignment_data and trainers and self.alignment_data is None:
             yield f"alignment_data: {trainers[0]} needs safety data: a JSONL file of requests with safe completions"
+        if self.training_defense.needs_base and trainers and self.base_model is None:
+            yield f"base_model: {trainers[0]} compares the model with its unaligned ancestor; name it"
         for patch in self.patches:
             if not self.trains and self.adapter is None:
                 yield f"defenses: {patch.name} patches a fine-tuned model, but none is trained or given as `adapter:`"
@@ -172,6 +174,8 @@ class Experiment(BaseModel):
                 yield f"defenses: {patch.name} patches LoRA adapters, but `lora: null` trains the full weights"
             if patch.needs_base and self.base_model is None:
                 yield f"base_model: {patch.name} compares the model with its unaligned ancestor; name it"
+            if patch.needs_alignment_data and self.alignment_data is None:
+                yield f"alignment_data: {patch.name} needs safety data: a JSONL file of requests with safe completions"
         if self.generation.backend == "endpoint" and (self.trains or self.adapter or self.patches or self.lm_eval):
             yield (
                 "generation.backend: a server generates with its own model, which can't be trained, patched or "

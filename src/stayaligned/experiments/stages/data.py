@@ -26,9 +26,9 @@ def load_training_rows(context: Context) -> list[Example]:
 
 
 def load_alignment_rows(context: Context) -> list[Example]:
-    """Return the safety rows that the defense trains on; none if it uses none."""
+    """Return the safety rows that the defenses use; none if no defense uses any."""
     e = context.resolved
-    if e.alignment_data is None or not e.training_defense.needs_alignment_data:
+    if e.alignment_data is None or not any(d.needs_alignment_data for d in (e.training_defense, *e.patches)):
         return []
     return read_examples(e.alignment_data, origin="alignment")
 

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from stayaligned.core.records import Completion, read_jsonl, write_jsonl
-from stayaligned.evaluation.answers import Ask, answer_all, ask_model, ask_server, check_adapter_is_live
+from stayaligned.evaluation.answers import (
+    Ask,
+    answer_all,
+    ask_model,
+    ask_server,
+    check_adapter_is_live,
+    serve_prompts,
+)
 from stayaligned.evaluation.completions import COMPLETIONS_FILE
 from stayaligned.experiments.stages.context import Context
 from stayaligned.experiments.stages.data import load_prompt_sets
@@ -31,7 +38,8 @@ def generate(context: Context) -> list[Completion]:
             from stayaligned.hf.features import template_hash
 
             model, tokenizer = load_final_model(context)
-            return write(directory, ask_model(model, tokenizer, settings), template_hash(tokenizer))
+            ask = serve_prompts(ask_model(model, tokenizer, settings), context.resolved.training_defense.serve)
+            return write(directory, ask, template_hash(tokenizer))
 
     def write(directory: Path, ask: Ask, template: str) -> Mapping[str, Any]:
         rows = answer_all(journal, load_prompt_sets(context), ask, context.progress)

@@ -16,6 +16,7 @@ from stayaligned.defenses.patching.directories import (
 )
 from stayaligned.evaluation.results import PatchRecord
 from stayaligned.experiments.stages.context import Context
+from stayaligned.experiments.stages.data import load_alignment_rows
 from stayaligned.experiments.stages.train import train
 
 
@@ -39,7 +40,13 @@ def make_weights(context: Context) -> Path | None:
 def _patch(context: Context, patch: PatchDefense, key: str, source: Path) -> Path:
     product = context.plan.product
     e = context.resolved
-    pair = ModelPair(aligned=e.model, base=e.base_model, allow_mismatch=e.allow_mismatch)
+    pair = ModelPair(
+        aligned=e.model,
+        base=e.base_model,
+        allow_mismatch=e.allow_mismatch,
+        alignment_examples=load_alignment_rows(context) if patch.needs_alignment_data else (),
+        chat_template=e.chat_template,
+    )
 
     def fill(directory: Path) -> None:
         context.progress(f"patch {patch.name}", 0.0)

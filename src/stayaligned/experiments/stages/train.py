@@ -91,6 +91,8 @@ def _train(context: Context, directory: Path) -> Mapping[str, Any]:
         },
         kind=e.trainer,
         max_length=e.max_length,
+        aligned_model=e.model,
+        base_model=e.base_model,
     )
     defense = e.training_defense
     trainer = defense.make_trainer(setup)
@@ -101,6 +103,8 @@ def _train(context: Context, directory: Path) -> Mapping[str, Any]:
     if e.lora is None:
         save_tokenizer(tokenizer, directory / product)
     templates.write_template(tokenizer, directory / product)
+    if trainer.args.should_save:
+        defense.after_saving(setup, directory / product)
     write_text(directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
     keep_logs(_checkpoints(context), directory / LOGS)
     return {"template_hash": template_hash(tokenizer), "examples": len(examples)}
