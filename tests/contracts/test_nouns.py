@@ -21,6 +21,7 @@ from support.world import write_rows, write_world
 
 ALL = [(registry, name) for registry in REGISTRIES for name in registry.names()]
 SERVER = Asked()
+RANKS = {"r", "lora_alpha", "rank_pattern", "alpha_pattern"}
 HOSTILE = ["", "  \n", "I cannot", "sure step one", "</script><b>", "\u202eabc\x00", "x" * 5000, "é" * 300]
 
 
@@ -233,15 +234,22 @@ def test_a_training_defense_returns_a_trainer_that_changes_only_the_trainable_we
 
 
 @pytest.mark.parametrize("name", of_kind("defense", PatchDefense))
-def test_a_patch_preserves_rank_and_configuration_and_reports_every_layer(name: str, world: Path) -> None:
+def test_a_patch_preserves_configuration_and_rank_unless_it_says_so_and_reports_every_layer(
+    name: str, world: Path
+) -> None:
     defense = make(DEFENSES, name, world)
     files = {path.name: path.read_bytes() for path in (world / "adapter").iterdir()}
     adapter = read_adapter(world / "adapter")
     models = ModelPair(aligned=world / "aligned", base=world / "base")
     patched = defense.patch(adapter, models)
-    assert patched.adapter.config == adapter.config
-    shapes = {key: (value.shape, value.dtype) for key, value in adapter.tensors.items()}
-    assert {key: (value.shape, value.dtype) for key, value in patched.adapter.tensors.items()} == shapes
+    may_differ = RANKS if defense.raises_rank else set()
+    before, after = ({k: v for k, v in a.config.items() if k not in may_differ} for a in (adapter, patched.adapter))
+    assert before == after
+    assert patched.adapter.tensors.keys() == adapter.tensors.keys()
+    for key, value in adapter.tensors.items():
+        new = patched.adapter.tensors[key]
+        assert new.dtype == value.dtype
+        assert new.shape == value.shape or (defense.raises_rank and sum(new.shape) > sum(value.shape))
     assert len(patched.layers) == 4
     assert {path.name: path.read_bytes() for path in (world / "adapter").iterdir()} == files
     again = defense.patch(adapter, models)

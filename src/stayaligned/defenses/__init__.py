@@ -291,10 +291,14 @@ class PatchDefense(Component):
     """Whether `patch` uses `models.alignment_examples`; if so, missing `alignment_data` is an error before any work."""
     patches_full_weights: ClassVar[bool] = False
     """Whether `patch_model` is implemented."""
+    raises_rank: ClassVar[bool] = False
+    """Whether the new adapter may have a higher rank, by further factors beside its own."""
 
     @abstractmethod
     def patch(self, adapter: Adapter, models: ModelPair) -> PatchedAdapter:
-        """Return a new adapter of the same rank and configuration, with a report for each LoRA layer.
+        """Return a new adapter, with a report for each LoRA layer.
+
+        It has the same configuration; of a defense that sets `raises_rank`, other ranks and alphas.
 
         Raises:
             StayalignedError: if the adapter or the models can't be patched.
