@@ -98,7 +98,7 @@ class TrainingSetup:
         Raises:
             StayalignedError: if there are no alignment rows.
         """
-        self._require_alignment_examples(defense)
+        self.require_alignment_examples(defense)
         from stayaligned.hf.training.finetuning import build_dataset
 
         return build_dataset(
@@ -115,16 +115,22 @@ class TrainingSetup:
         Raises:
             StayalignedError: if there are no alignment rows.
         """
-        self._require_alignment_examples(defense)
+        self.require_alignment_examples(defense)
         from stayaligned.hf.training.preferences import build_preference_trainer
 
         return lambda model: build_preference_trainer(
             model, self.tokenizer, self.alignment_examples, self.arguments, max_length=self.max_length, beta=beta
         )
 
-    def _require_alignment_examples(self, defense: str) -> None:
+    def require_alignment_examples(self, defense: str) -> Sequence[Example]:
+        """Return `alignment_examples`.
+
+        Raises:
+            StayalignedError: if there are none; the message names the defense that needs them.
+        """
         if not self.alignment_examples:
             raise _missing_alignment_data(defense)
+        return self.alignment_examples
 
 
 def _missing_alignment_data(defense: str) -> StayalignedError:
