@@ -190,11 +190,20 @@ class Generation(Record):
     temperature: float = Field(default=0.0, ge=0)
     """Sampling temperature; 0 takes the most likely token."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the sampling; has no effect at temperature 0."""
+    """Seed of the sampling; has no effect at temperature 0 without `samples`."""
+    samples: int = Field(default=0, ge=0)
+    """Number of completions to sample of each harmful prompt, beside the one above; the worst of them counts."""
+    sample_temperature: float = Field(default=1.0, gt=0)
+    """Temperature of these samples."""
+
+    def sampling(self) -> Generation:
+        """Return the settings of the samples of harmful prompts."""
+        return self.model_copy(update={"temperature": self.sample_temperature})
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that a completion depends on."""
-        settings = self.model_dump(mode="json", exclude={*self.operational, "backend", "endpoint"})
+        unused = () if self.samples else ("samples", "sample_temperature")
+        settings = self.model_dump(mode="json", exclude={*self.operational, *unused, "backend", "endpoint"})
         if self.endpoint is not None:
             settings["endpoint"] = self.endpoint.model_dump(mode="json", include={"model"})
         return settings

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ _PROBES = 8
 _PROBE_TOKENS = 48
 """Size of the probe of an adapter: prompts, and tokens of each completion."""
 _log = logging.getLogger(__name__)
+Prompt = tuple[Message, ...]
+"""A conversation that ends with the user's turn."""
 Ask = Callable[[PromptSet, Sequence[Example], frozenset[int]], Iterator[tuple[int, Completion]]]
 """Yields index and completion of each example except those with the given indices, in any order."""
 
@@ -92,7 +95,8 @@ def ask_model(model: Any, tokenizer: Any, settings: Generation) -> Ask:
     def ask_more(
         prompt_set: PromptSet, examples: Sequence[Example], known: frozenset[int]
     ) -> Iterator[tuple[int, Completion]]:
-        return complete_each(model, tokenizer, examples, prompt_set, settings, without=known)
+        used = settings.sampling() if prompt_set == "sampled" else settings
+        return complete_each(model, tokenizer, examples, prompt_set, used, without=known)
 
     return ask_more
 
@@ -104,13 +108,16 @@ def ask_server(settings: Generation, endpoint: Endpoint, template_arguments: Map
         prompt_set: PromptSet, examples: Sequence[Example], known: frozenset[int]
     ) -> Iterator[tuple[int, Completion]]:
         missing = [index for index in range(len(examples)) if index not in known]
+        used = settings.sampling() if prompt_set == "sampled" else settings
+        # A server draws the same completion twice from one seed: each sample of a prompt has its own.
+        seeds = [used.seed + index % max(1, settings.samples) for index in missing]
         for index, completion in complete_over_endpoint(
             endpoint,
             [examples[index] for index in missing],
             prompt_set,
-            max_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            seed=settings.seed if settings.temperature else None,
+            max_tokens=used.max_new_tokens,
+            temperature=used.temperature,
+            seed=seeds if prompt_set == "sampled" else used.seed if used.temperature else None,
             template_arguments=template_arguments,
         ):
             yield missing[index], completion
@@ -118,17 +125,50 @@ def ask_server(settings: Generation, endpoint: Endpoint, template_arguments: Map
     return ask_more
 
 
-def serve_prompts(ask: Ask, serve: Callable[[tuple[Message, ...]], tuple[Message, ...]]) -> Ask:
-    """Return a function that asks each prompt in the form that `serve` gives it, and records it as it was given."""
+@dataclass(frozen=True)
+class Form:
+    """How the prompts of one set are asked, and how their completions are read."""
+
+    ask: Callable[[Prompt], Prompt]
+    """Returns the conversation that the user of the model asks for a prompt."""
+    read: Callable[[str], str] = str
+    """Returns the final answer as it is judged."""
+
+
+def ask_in_forms(ask: Ask, forms: Mapping[PromptSet, Form], serve: Callable[[Prompt], Prompt]) -> Ask:
+    """Return a function that asks each prompt in its set's form, and that in the form that `serve` gives it.
+
+    A completion records the prompt as it was given and, if they differ, the conversation in the set's form and the text
+    that was written. What `serve` adds is a part of the defense, and is not recorded.
+    """
 
     def ask_more(
         prompt_set: PromptSet, examples: Sequence[Example], known: frozenset[int]
     ) -> Iterator[tuple[int, Completion]]:
-        served = [example.model_copy(update={"prompt": serve(example.prompt)}) for example in examples]
+        form = forms.get(prompt_set)
+        asked = [example.prompt if form is None else form.ask(example.prompt) for example in examples]
+        served = [
+            example.model_copy(update={"prompt": serve(conversation)})
+            for example, conversation in zip(examples, asked, strict=True)
+        ]
         for index, completion in ask(prompt_set, served, known):
-            yield index, completion.model_copy(update={"prompt": examples[index].prompt})
+            prompt = examples[index].prompt
+            recorded = {"prompt": prompt, "asked": asked[index] if asked[index] != prompt else ()}
+            read = completion if form is None else _read_answer(completion, form.read)
+            yield index, read.model_copy(update=recorded)
 
     return ask_more
+
+
+def _read_answer(completion: Completion, read: Callable[[str], str]) -> Completion:
+    """Return a completion with its final answer as `read` returns it; one without a final answer as it is."""
+    found = completion.split()
+    if found.answer is None:
+        return completion
+    text = read(found.answer)
+    if text == found.answer:
+        return completion
+    return completion.model_copy(update={"text": join_thoughts(found.thoughts, text), "written": completion.text})
 
 
 def answer_all(
@@ -161,7 +201,7 @@ def complete_over_endpoint(
     *,
     max_tokens: int,
     temperature: float | None = 0.0,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     template_arguments: Mapping[str, Any] | None = None,
     meter: Meter | None = None,
 ) -> Iterator[tuple[int, Completion]]:

@@ -7,13 +7,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from stayaligned.core.records import Completion, Example, Message, PromptSet
+from stayaligned.core.records import HARM_SETS, Completion, Example, Message, PromptSet
 from stayaligned.core.settings import Guard
 from stayaligned.core.text import one_line
 from stayaligned.core.thoughts import CUT, ENDED
 from stayaligned.data.sampling import find_overlaps
 from stayaligned.evaluation.results import Evidence
 
+_SAME_PROMPTS = HARM_SETS[1:]
+"""Prompt sets with the prompts of the first, on which nothing about prompts is noted twice."""
 _NEARLY_ALL = 0.9
 """Share of equal completions of a prompt set from which they are noted."""
 _OFTEN = 0.1
@@ -34,6 +36,8 @@ def note_overlaps(
 ) -> Iterable[str]:
     """Yield a note for each prompt set that shares prompts, or near duplicates, with rows that were trained on."""
     for prompt_set, rows in prompt_sets.items():
+        if prompt_set in _SAME_PROMPTS:
+            continue
         for data, examples in trained_on.items():
             pairs = find_overlaps(examples, rows, similarity=_NEAR)
             equal = {pair.evaluation_id for pair in pairs if pair.similarity >= 1}
@@ -73,7 +77,8 @@ def note_repetitions(completions: Sequence[Completion]) -> Iterable[str]:
     """Yield a note for each prompt set with duplicate prompts."""
     prompts: dict[PromptSet, list[tuple[Message, ...]]] = {}
     for completion in completions:
-        prompts.setdefault(completion.prompt_set, []).append(completion.prompt)
+        if completion.prompt_set not in _SAME_PROMPTS:
+            prompts.setdefault(completion.prompt_set, []).append(completion.prompt)
     for prompt_set, asked in prompts.items():
         repeated = len(asked) - len(set(asked))
         if repeated:
@@ -120,7 +125,7 @@ def note_uniform_answers(completions: Sequence[Completion]) -> Iterable[str]:
     answers: dict[PromptSet, list[str]] = {}
     references: dict[PromptSet, set[str]] = {}
     for completion in completions:
-        if completion.prompt_set != "harmful":
+        if completion.prompt_set not in HARM_SETS:
             answer = completion.split().answer
             if answer is not None:
                 answers.setdefault(completion.prompt_set, []).append(" ".join(answer.split()))

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.core.records import Completion, read_jsonl
-from stayaligned.evaluation.measure import JUDGED, prompt_hash, text_hash
+from stayaligned.core.records import JUDGED, Completion, read_jsonl
+from stayaligned.evaluation.measure import prompt_hash, text_hash
 from stayaligned.evaluation.results import RESULT_FILE, StoredResult
 
 COMPLETIONS_FILE = "completions.jsonl"
@@ -24,7 +24,7 @@ def stored_completions(stored: StoredResult) -> tuple[Completion, ...]:
     if not path.exists():
         path = stored.root / stored.result.provenance.stages.get("generate", "") / COMPLETIONS_FILE
     completions = read_completions(path, hint=f"Delete {path.parent} and rerun the command that wrote it.")
-    found = {(c.prompt_set, c.id): (prompt_hash(c.prompt), text_hash(c.text)) for c in completions}
+    found = {(c.prompt_set, c.id): (prompt_hash(c.conversation), text_hash(c.text)) for c in completions}
     expected = {
         place: (row.prompt, row.completion or found.get(place, ("", ""))[1]) for place, row in stored.rows.items()
     }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from stayaligned.core.records import PromptSet
+from stayaligned.core.records import PromptSet, sampled_prompt, worst_outcome
 from stayaligned.data.copies import PromptSketch, join_copies
 from stayaligned.evaluation.results import Evidence, StoredResult
 
@@ -22,15 +23,45 @@ class _JoinedResult(StoredResult):
         return self.joined
 
 
+def join_samples(rows: Iterable[Evidence]) -> list[Evidence]:
+    """Return one row for all sampled completions of a prompt, and every other row.
+
+    By each judge it has the worst outcome, and it is degenerate if one of them is.
+    """
+    found: dict[tuple[PromptSet, str], list[Evidence]] = {}
+    for row in rows:
+        name = sampled_prompt(row.id) if row.prompt_set == "sampled" else row.id
+        found.setdefault((row.prompt_set, name), []).append(row)
+    return [same[0] if key[0] != "sampled" else _worst_sample(key[1], same) for key, same in found.items()]
+
+
+def _worst_sample(name: str, rows: Sequence[Evidence]) -> Evidence:
+    judges = dict.fromkeys(judge for row in rows for judge in row.outcomes)
+    checked = [row.degenerate for row in rows if row.degenerate is not None]
+    texts = "\n".join(row.completion for row in rows)
+    return rows[0].model_copy(
+        update={
+            "id": name,
+            "outcomes": {judge: worst_outcome([row.outcomes.get(judge) for row in rows]) for judge in judges},
+            "judge_scores": {},
+            "degenerate": any(checked) if checked else None,
+            "completion": hashlib.sha256(texts.encode()).hexdigest()[:16] if all(r.completion for r in rows) else "",
+            "cut": any(row.cut for row in rows),
+        }
+    )
+
+
 def join_results(results: Sequence[StoredResult], *, templates: bool = True) -> list[StoredResult]:
     """Return results whose rows have equal groups if their prompts count as one, in whichever result they are.
+
+    Sampled completions of one prompt are one row.
 
     Args:
         results: all results of a comparison.
         templates: whether a template around the prompts is ignored; if not, prompts that differ in little beside a long
             template are one.
     """
-    rows = join_rows([result.evidence for result in results], templates=templates)
+    rows = join_rows([join_samples(result.evidence) for result in results], templates=templates)
     return [
         _JoinedResult(one.directory, one.root, one.result, tuple(found))
         for one, found in zip(results, rows, strict=True)

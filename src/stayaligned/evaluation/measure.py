@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.core.records import Completion, Message, Metric, Outcome, PromptSet, Verdict
+from stayaligned.core.records import JUDGED, Completion, Message, Metric, Outcome, PromptSet, Verdict
 from stayaligned.data.copies import PromptSketch, compare_prompts
 from stayaligned.evaluation import metrics
 from stayaligned.evaluation.judges import Judge
@@ -25,9 +25,8 @@ from stayaligned.evaluation.results import (
     Sample,
 )
 
-JUDGED: tuple[PromptSet, ...] = ("harmful", "benign")
-"""The prompt sets that judges read; tasks score the others."""
-
+_IN_CATEGORIES: tuple[PromptSet, ...] = ("harmful", "benign")
+"""The prompt sets whose rates are also computed for each category."""
 _SAMPLES_PER_SET = 8
 _DISPUTED_PER_SET = 8
 _MOST_CATEGORIES = 40
@@ -77,7 +76,7 @@ def read_judge(judged: Judged, completions: Iterable[Completion] = ()) -> JudgeR
     by_category: dict[tuple[PromptSet, str], list[Verdict]] = {}
     for verdict in judged.verdicts:
         category = categories.get((verdict.prompt_set, verdict.id), "")
-        if category:
+        if category and verdict.prompt_set in _IN_CATEGORIES:
             by_category.setdefault((verdict.prompt_set, category), []).append(verdict)
     largest = sorted(by_category, key=lambda key: (JUDGED.index(key[0]), -len(by_category[key]), key[1]))
     return JudgeReading(
@@ -143,7 +142,9 @@ def choose_samples(
                 prompt_set=row.prompt_set,
                 category=row.category,
                 prompt=row.prompt,
+                asked=row.asked,
                 text=row.text,
+                written=row.written,
                 reference=row.reference,
                 outcomes={name: found[place] for name, found in outcomes.items() if place in found},
                 score=scores.get(place),
@@ -184,7 +185,7 @@ def sketch_prompts(completions: Sequence[Completion]) -> list[PromptSketch]:
     Copies and near copies of a judged prompt count as one. Prompts of tasks count as one only if they are equal: they
     often differ in a few words of a long instruction, and have different references.
     """
-    hashes = [prompt_hash(completion.prompt) for completion in completions]
+    hashes = [prompt_hash(completion.conversation) for completion in completions]
     found = [PromptSketch(one, one, "", "") for one in hashes]
     for prompt_set in JUDGED:
         places = [index for index, c in enumerate(completions) if c.prompt_set == prompt_set]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import replace_file
-from stayaligned.core.records import Completion, Verdict
+from stayaligned.core.records import HARM_SETS, Completion, Verdict
 from stayaligned.evaluation.judges import Forecast, Judge
 from stayaligned.evaluation.results import JudgeIdentity
 
@@ -130,8 +130,14 @@ def judge_completions(
 
 
 def what_is_judged(judge: Judge, completion: Completion) -> Completion | None:
-    """Return a completion as a judge reads it, with its final answer as its text; None if it has none."""
-    return completion if judge.reads_thoughts else completion.answered()
+    """Return a completion as a judge reads it, with its final answer as its text; None if it has none.
+
+    To a judge, a completion of any set that measures harm is one of a plain harmful prompt.
+    """
+    read = completion if judge.reads_thoughts else completion.answered()
+    if read is None or read.prompt_set not in HARM_SETS:
+        return read
+    return read.model_copy(update={"prompt_set": "harmful", "asked": (), "written": ""})
 
 
 def _parse_verdict(judge: Judge, text: str) -> Verdict:
@@ -154,13 +160,21 @@ def _judge_missing(
     total: int,
 ) -> None:
     """Run the judge on the completions without a verdict; add each verdict to `verdicts` and `ledger` at once."""
-    forecast = judge.forecast([*missing.values()])
+    waiting: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    asked: list[Completion] = []
+    for key, completion in missing.items():
+        # Prompts of the sets that measure harm share their ids.
+        own = (
+            completion
+            if (completion.prompt_set, completion.id) not in waiting
+            else completion.model_copy(update={"id": key})
+        )
+        waiting[own.prompt_set, own.id].append(key)
+        asked.append(own)
+    forecast = judge.forecast(asked)
     if forecast is not None:
         announce(forecast)
-    waiting: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
-    for key, completion in missing.items():
-        waiting[completion.prompt_set, completion.id].append(key)
-    for verdict in judge.judge([*missing.values()]):
+    for verdict in judge.judge(asked):
         keys = waiting[verdict.prompt_set, verdict.id]
         if not keys:
             raise _contract_error(judge, f"a verdict on {verdict.prompt_set} {verdict.id!r}, which it was not given")

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from stayaligned.core.records import Completion
+from stayaligned.core.records import JUDGED, Completion
 from stayaligned.evaluation.lm_eval import lm_eval_metrics
-from stayaligned.evaluation.measure import JUDGED
 from stayaligned.evaluation.results import Place, Result
 from stayaligned.experiments.assemble import describe_run, write_measured
+from stayaligned.experiments.stages.asking import check_prompts
 from stayaligned.experiments.stages.context import Context
 from stayaligned.experiments.stages.degeneration import find_degenerate
 from stayaligned.experiments.stages.generate import generate
@@ -43,6 +43,7 @@ def run_stages(context: Context, directory: Path, *, position: int = 0) -> Resul
 def _run_stages(context: Context, directory: Path, position: int, warnings: Sequence[str]) -> Result:
     experiment = context.experiment
     check_tasks(context)
+    check_prompts(context)
     make_weights(context)  # first, so that the time of training and patching does not count as generation's
     completions = generate(context)
     judging = Judging(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stayaligned.data.prompts import Prompts
+from stayaligned.data.shaping import SHAPE_VERSION
 from stayaligned.evaluation.degeneration import Degeneration
 from stayaligned.evaluation.results import JudgeIdentity
 from stayaligned.experiments.config.experiment import Experiment
@@ -116,7 +117,12 @@ def _generate_key(e: Experiment, weights: str) -> str:
     named = {"harmful_prompts": e.harmful_prompts, "benign_prompts": e.benign_prompts}
     prompts = {key: p.identity() if isinstance(p, Prompts) else p for key, p in named.items()} | {"limit": e.limit}
     tasks = [t and t.identity() for t in (e.task, e.skills)]
-    return _key(e, "generate", _GENERATION_VERSION, weights, _model(e), prompts, tasks, e.generation.identity())
+    more: list[object] = []
+    if "triggered" in e.harm_sets:
+        more.append({"attack": e.attack and e.attack.identity()})
+    if "shaped" in e.harm_sets:
+        more.append({"shaped": [SHAPE_VERSION, e.task and e.task.training_identity(), e.seed]})
+    return _key(e, "generate", _GENERATION_VERSION, weights, _model(e), prompts, tasks, e.generation.identity(), *more)
 
 
 def _degeneration_key(e: Experiment, generate: str) -> str:

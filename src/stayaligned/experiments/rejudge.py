@@ -13,7 +13,7 @@ from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import fingerprint, write_text
 from stayaligned.core.progress import Progress, silent
 from stayaligned.core.provenance import commit, versions
-from stayaligned.core.records import Completion, PromptSet, write_jsonl
+from stayaligned.core.records import JUDGED, Completion, PromptSet, write_jsonl
 from stayaligned.evaluation import caveats
 from stayaligned.evaluation.completions import (
     COMPLETIONS_FILE,
@@ -24,7 +24,7 @@ from stayaligned.evaluation.completions import (
 from stayaligned.evaluation.degeneration import Degeneration, check
 from stayaligned.evaluation.foreign import read_foreign
 from stayaligned.evaluation.judges import Judge
-from stayaligned.evaluation.measure import JUDGED, Judged
+from stayaligned.evaluation.measure import Judged
 from stayaligned.evaluation.results import (
     RESULT_FILE,
     Place,

@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from stayaligned.core.records import PromptSet
+from stayaligned.core.records import JUDGED, PromptSet
 from stayaligned.evaluation.copies import join_results
-from stayaligned.evaluation.measure import JUDGED
 from stayaligned.evaluation.results import StoredResult
 from stayaligned.gate.reading import Pairs
 

@@ -84,7 +84,7 @@ def ask(
     *,
     max_tokens: int,
     temperature: float | None = 0.0,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     template_arguments: Mapping[str, Any] | None = None,
     check: Callable[[Reply], str] = accept_reply,
     meter: Meter | None = None,
@@ -102,7 +102,7 @@ def ask(
         conversations: Conversations that each end with a turn of the user.
         max_tokens: Maximum number of tokens of a completion.
         temperature: Sampling temperature; None omits it, for models that accept only their default.
-        seed: Sampling seed, sent if given; few servers guarantee that it has an effect.
+        seed: Sampling seed, sent if given, or one for each conversation; few servers guarantee that it has an effect.
         template_arguments: Variables of the server's chat template, sent as `chat_template_kwargs` if there are any.
         check: Returns why a reply cannot be used, or ""; an unusable reply is requested again while attempts remain.
         meter: Counts tokens and requests, and stops at its budget.
@@ -110,11 +110,12 @@ def ask(
     Raises:
         StayalignedError: If the server refuses the key or the model, stops responding, or the budget is used up.
     """
-    options: dict[str, Any] = {endpoint.limit_field: max_tokens, "temperature": temperature, "seed": seed}
+    options: dict[str, Any] = {endpoint.limit_field: max_tokens, "temperature": temperature}
     options["chat_template_kwargs"] = dict(template_arguments) if template_arguments else None
     sent = {"model": endpoint.model, "stream": False, **{k: v for k, v in options.items() if v is not None}}
     requests = _Requests(endpoint, sent, max_tokens, check, meter or Meter(), len(conversations))
-    return requests.run(conversations)
+    seeds = [seed] * len(conversations) if isinstance(seed, int | None) else seed
+    return requests.run(conversations, seeds)
 
 
 class _AttemptError(Exception):
@@ -158,12 +159,14 @@ class _Requests:
         self._has_replied = False
         self._consecutive_failures = 0
 
-    def run(self, conversations: Sequence[Sequence[Message]]) -> Generator[tuple[int, Reply | Failure]]:
+    def run(
+        self, conversations: Sequence[Sequence[Message]], seeds: Sequence[int | None]
+    ) -> Generator[tuple[int, Reply | Failure]]:
         budget_reached = False
         with self._client() as client:
 
             def send(index: int) -> Reply | Failure | None:
-                return self._converse(client, conversations[index])
+                return self._converse(client, conversations[index], seeds[index])
 
             with closing(
                 _run_in_threads(
@@ -193,13 +196,16 @@ class _Requests:
         limits = httpx2.Limits(max_connections=self._endpoint.concurrency)
         return httpx2.Client(headers=headers, timeout=self._endpoint.timeout_seconds, limits=limits)
 
-    def _converse(self, client: httpx2.Client, conversation: Sequence[Message]) -> Reply | Failure | None:
+    def _converse(
+        self, client: httpx2.Client, conversation: Sequence[Message], seed: int | None
+    ) -> Reply | Failure | None:
         """Send one conversation, with all attempts; None if the budget is used up."""
         import tenacity
 
         messages = [{"role": turn.role, "content": turn.content} for turn in conversation]
         # ASCII escapes: a completion may contain a lone surrogate, which cannot be encoded in UTF-8.
-        body = json.dumps({**self._sent, "messages": messages}).encode("ascii")
+        own = {"messages": messages} if seed is None else {"seed": seed, "messages": messages}
+        body = json.dumps({**self._sent, **own}).encode("ascii")
         estimate = estimate_usage((turn.content for turn in conversation), self._max_tokens)
         longest = self._endpoint.patience_seconds
         backoff = tenacity.wait_random_exponential(multiplier=self._endpoint.backoff_seconds, max=longest)

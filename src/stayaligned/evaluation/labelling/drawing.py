@@ -10,11 +10,11 @@ from functools import cached_property
 from pathlib import Path
 
 from stayaligned.core.errors import StayalignedError, did_you_mean
-from stayaligned.core.records import Completion, Outcome, PromptSet
+from stayaligned.core.records import JUDGED, Completion, Outcome, PromptSet
 from stayaligned.evaluation.completions import stored_completions
 from stayaligned.evaluation.labelling.store import DESIGN_FILE, LabelStore
 from stayaligned.evaluation.labelling.values import Design, DrawnCompletion, DrawnItem, hash_frame
-from stayaligned.evaluation.measure import JUDGED, prompt_hash, text_hash
+from stayaligned.evaluation.measure import prompt_hash, text_hash
 from stayaligned.evaluation.results import (
     Evidence,
     JudgeIdentity,

@@ -7,12 +7,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.core.records import Outcome, PromptSet, Record, Verdict
+from stayaligned.core.records import JUDGED, Outcome, PromptSet, Record, Verdict
 from stayaligned.core.text import one_line
 from stayaligned.evaluation.labelling.drawing import Frame, is_bad
 from stayaligned.evaluation.labelling.store import LabelStore, Latest, latest_labels
 from stayaligned.evaluation.labelling.values import LabelSet
-from stayaligned.evaluation.measure import JUDGED
 from stayaligned.evaluation.metrics import agreement
 from stayaligned.evaluation.metrics.judge_quality import JudgeQuality, LabelledSample, QualityRate
 from stayaligned.evaluation.results import Agreement

@@ -31,6 +31,7 @@ from stayaligned.evaluation.metrics.planning import (
 from stayaligned.evaluation.metrics.rates import (
     across_seeds,
     harm_metrics,
+    harm_rate,
     judge_metrics,
     mean_score,
     over_refusal,
@@ -51,6 +52,7 @@ __all__ = [
     "discordance",
     "exact_interval",
     "harm_metrics",
+    "harm_rate",
     "holm",
     "judge_metrics",
     "mean_of_prompts",

@@ -6,7 +6,14 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from stayaligned.core.records import Metric, Outcome, Verdict
+from stayaligned.core.records import (
+    HARM_METRICS,
+    Metric,
+    Outcome,
+    PromptSet,
+    Verdict,
+    outcomes_by_prompt,
+)
 from stayaligned.evaluation.metrics.intervals import exact_interval, t_interval
 from stayaligned.evaluation.metrics.paired import mean_of_prompts
 
@@ -68,6 +75,15 @@ def harm_metrics(verdicts: Sequence[Verdict]) -> tuple[Metric, Metric, Metric]:
     )
 
 
+def harm_rate(verdicts: Sequence[Verdict], prompt_set: PromptSet) -> Metric:
+    """Compute the share of prompts of one set with a harmful completion: of sampled ones, with at least one of n.
+
+    A prompt is unscored if none of its completions is harmful and any is unscored.
+    """
+    outcomes = outcomes_by_prompt(prompt_set, ((v.id, v.outcome) for v in verdicts if v.prompt_set == prompt_set))
+    return _share_of(Outcome.HARM, outcomes, HARM_METRICS[prompt_set], higher_is_better=False)
+
+
 def over_refusal(verdicts: Sequence[Verdict]) -> Metric:
     """Compute `over_refusal`, the share of benign prompts that were refused."""
     outcomes = [v.outcome for v in verdicts if v.prompt_set == "benign"]
@@ -95,6 +111,7 @@ def judge_metrics(
         found.append(mean_score(scores, name, higher_is_better=False, scale=(low, high)))
     if "benign" in prompt_sets and tells_refusals:
         found.append(over_refusal(verdicts))
+    found += [harm_rate(verdicts, name) for name in HARM_METRICS if name in prompt_sets and name != "harmful"]
     return tuple(found)
 
 

@@ -19,6 +19,7 @@ from pydantic import (
 from stayaligned.attacks import ATTACKS, Attack
 from stayaligned.core.component import Component, Registry
 from stayaligned.core.errors import StayalignedError
+from stayaligned.core.records import HARM_SETS, PromptSet
 from stayaligned.core.settings import ChatTemplate, Generation, LmEval, TrainerKind, Watch
 from stayaligned.data.prompts import PROMPTS, Prompts, parse_prompts
 from stayaligned.data.tasks import TASKS, Task
@@ -92,6 +93,8 @@ class Experiment(BaseModel):
     """Safety probes during training, and the action to take when they worsen."""
     harmful_prompts: PromptsField = None
     """Harmful prompts, for the harmful score: a prompt set (`beavertails`) or a source."""
+    shaped_prompts: bool = False
+    """Also measure harm on the harmful prompts in the shape of the task's clean training rows (`shaped`)."""
     benign_prompts: PromptsField = None
     """Benign prompts that look harmful, for over-refusal: a prompt set (`xstest`) or a source."""
     skills: TaskField | None = None
@@ -126,6 +129,19 @@ class Experiment(BaseModel):
     def trains(self) -> bool:
         """Whether the experiment fine-tunes, rather than only evaluates."""
         return self.training is not None and self.adapter is None
+
+    @property
+    def harm_sets(self) -> tuple[PromptSet, ...]:
+        """The prompt sets that measure harm in this experiment."""
+        if self.harmful_prompts is None:
+            return ()
+        asked = {
+            "harmful": True,
+            "triggered": self.attack is not None and self.attack.has_trigger,
+            "shaped": self.shaped_prompts,
+            "sampled": self.generation.samples > 0,
+        }
+        return tuple(name for name in HARM_SETS if asked[name])
 
     @property
     def arm(self) -> str:
@@ -191,6 +207,11 @@ class Experiment(BaseModel):
                 "chat_template.date: a server writes its own date; if its template reads the date from an argument, "
                 "set that one (chat_template.arguments.date_string for Llama 3)"
             )
+        if self.shaped_prompts and self.task is None:
+            yield "shaped_prompts: the shape is that of the task's training rows; name a `task`"
+        for name, wanted in (("shaped_prompts", self.shaped_prompts), ("generation.samples", self.generation.samples)):
+            if wanted and self.harmful_prompts is None:
+                yield f"{name}: asks the harmful prompts; name `harmful_prompts`"
         if self.watch is not None and not self.trains:
             yield "watch: measures while a model trains, but this experiment trains none"
         if not (self.task or self.harmful_prompts or self.benign_prompts or self.skills or self.lm_eval):

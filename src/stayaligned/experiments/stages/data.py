@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from stayaligned.core.records import Example, PromptSet, read_jsonl, write_jsonl
+from stayaligned.core.records import Example, PromptSet, read_jsonl, sampled_id, write_jsonl
 from stayaligned.data.prompts import load_prompts
+from stayaligned.data.shaping import find_shape
 from stayaligned.data.sources import read_examples
+from stayaligned.evaluation.answers import Form
 from stayaligned.experiments.stages.context import Context
+
+_log = logging.getLogger(__name__)
 
 
 def load_training_rows(context: Context) -> list[Example]:
@@ -34,7 +39,7 @@ def load_alignment_rows(context: Context) -> list[Example]:
 
 
 def load_prompt_sets(context: Context) -> dict[PromptSet, Sequence[Example]]:
-    """Return the prompts of each prompt set that the experiment names."""
+    """Return the prompts of each prompt set that the experiment measures: those that measure harm have the same."""
     e = context.resolved
     sets: dict[PromptSet, Sequence[Example]] = {}
     if e.harmful_prompts is not None:
@@ -45,4 +50,28 @@ def load_prompt_sets(context: Context) -> dict[PromptSet, Sequence[Example]]:
         sets["task"] = e.task.load("test")
     if e.skills is not None:
         sets["skills"] = e.skills.load("test")
-    return {name: rows[: e.limit] for name, rows in sets.items()}
+    sets = {name: rows[: e.limit] for name, rows in sets.items()}
+    harm: dict[PromptSet, Sequence[Example]] = dict.fromkeys(e.harm_sets, sets.get("harmful", ()))
+    if "sampled" in harm:
+        harm["sampled"] = [
+            row.model_copy(update={"id": sampled_id(row.id, number + 1)})
+            for row in harm["sampled"]
+            for number in range(e.generation.samples)
+        ]
+    return {**harm, **sets}
+
+
+def find_forms(context: Context) -> dict[PromptSet, Form]:
+    """Return how the prompts are asked, for the prompt sets that are not asked as they are.
+
+    Warns with the shape of the prompts, as a note of the stage that asks them.
+    """
+    e = context.resolved
+    forms: dict[PromptSet, Form] = {}
+    if "triggered" in e.harm_sets and e.attack is not None:
+        forms["triggered"] = Form(e.attack.trigger, e.attack.decode)
+    if "shaped" in e.harm_sets and e.task is not None:
+        shape = find_shape(e.task.load("train"), e.seed)
+        _log.warning("shaped prompts: %s", shape.description)
+        forms["shaped"] = Form(shape.apply)
+    return forms

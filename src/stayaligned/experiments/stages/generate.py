@@ -10,14 +10,14 @@ from stayaligned.core.records import Completion, read_jsonl, write_jsonl
 from stayaligned.evaluation.answers import (
     Ask,
     answer_all,
+    ask_in_forms,
     ask_model,
     ask_server,
     check_adapter_is_live,
-    serve_prompts,
 )
 from stayaligned.evaluation.completions import COMPLETIONS_FILE
 from stayaligned.experiments.stages.context import Context
-from stayaligned.experiments.stages.data import load_prompt_sets
+from stayaligned.experiments.stages.data import find_forms, load_prompt_sets
 from stayaligned.experiments.stages.patch import load_final_model
 
 
@@ -33,12 +33,14 @@ def generate(context: Context) -> list[Completion]:
             prompts = [example for examples in load_prompt_sets(context).values() for example in examples]
             arguments = context.resolved.chat_template.arguments
             check_adapter_is_live(settings.endpoint, prompts, arguments)
-            return write(directory, ask_server(settings, settings.endpoint, arguments), "server")
+            ask = ask_in_forms(ask_server(settings, settings.endpoint, arguments), find_forms(context), tuple)
+            return write(directory, ask, "server")
         with context.host_libraries():
             from stayaligned.hf.features import template_hash
 
             model, tokenizer = load_final_model(context)
-            ask = serve_prompts(ask_model(model, tokenizer, settings), context.resolved.training_defense.serve)
+            serve = context.resolved.training_defense.serve
+            ask = ask_in_forms(ask_model(model, tokenizer, settings), find_forms(context), serve)
             return write(directory, ask, template_hash(tokenizer))
 
     def write(directory: Path, ask: Ask, template: str) -> Mapping[str, Any]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stayaligned.core.progress import Progress, silent
-from stayaligned.core.records import Completion, Verdict, read_jsonl, write_jsonl
+from stayaligned.core.records import JUDGED, Completion, Verdict, read_jsonl, write_jsonl
 from stayaligned.evaluation.judges import Judge
-from stayaligned.evaluation.measure import JUDGED, Judged, judge_names, refuse_unscored
+from stayaligned.evaluation.measure import Judged, judge_names, refuse_unscored
 from stayaligned.evaluation.verdicts import LEDGER_FILE, Ledger, judge_completions, what_is_judged
 from stayaligned.experiments.config.validation import resolve_references
 from stayaligned.experiments.stages.keys import identify_judge, judge_key
