@@ -100,6 +100,16 @@ def dense_complement(delta: torch.Tensor, update: torch.Tensor, rank: int = 3) -
     return keep_left @ update @ keep_right
 
 
+def dense_csulora(delta: torch.Tensor, update: torch.Tensor, rank: int = 3) -> torch.Tensor:
+    u, _, vh = torch.linalg.svd(delta)
+    left, right = (side[:, :rank] @ side[:, :rank].T for side in (u, vh.T))
+    aligned = left @ update @ right
+    off = update - left @ update - update @ right + aligned
+    partial = update - aligned - off
+    shares = [float(part.norm() ** 2 / update.norm() ** 2) for part in (partial, off)]
+    return aligned + partial / (1 + 2 * shares[0]) + off / (1 + 5 * shares[1])
+
+
 def cosine(x: torch.Tensor, y: torch.Tensor) -> float:
     return float((x * y).sum() / (x.norm() * y.norm()))
 
@@ -112,6 +122,7 @@ OPERATORS: dict[str, tuple[dict[str, Any], Dense]] = {
         dense_orthogonal,
     ),
     "complement": ({"name": "complement", "rank": 3}, dense_complement),
+    "csulora": ({"name": "csulora", "rank": 3, "partial": 2, "off": 5}, dense_csulora),
 }
 
 

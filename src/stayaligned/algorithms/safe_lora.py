@@ -1,7 +1,7 @@
 """Safe LoRA's mathematics (arXiv 2405.16833, section 3): operators on an update, and rules that select layers.
 
 V = W_aligned - W_base is the alignment delta of one weight, ΔW the update: scaling·BA of a LoRA, or W_ft - W_aligned
-of a fully fine-tuned model. Every operator maps the factors (A, B) to new factors of the same rank. For a LoRA neither
+of a fully fine-tuned model. Every operator maps the factors (A, B) to new factors. For a LoRA neither
 ΔW nor any out × out matrix is formed: C·B is V(VᵀB)/‖V‖_F, and norms and cosines are computed from rank × rank Gram
 matrices.
 
@@ -14,10 +14,10 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -67,12 +67,24 @@ Update = LoraFactors | Tensor
 
 
 class Operator(ABC):
-    """A linear map of updates: of their outputs (B's columns), of their inputs (A's rows), or of both."""
+    """A linear map of updates."""
 
     @property
     def subspace(self) -> AlignmentSubspace | None:
         """The directions that the operator is built on; None for the paper's C, which weights all directions."""
         return None
+
+    @abstractmethod
+    def __call__(self, update: Update) -> Update:
+        """Map an update: factors to factors, a matrix to a matrix."""
+
+    def map_all(self, updates: Sequence[LoraFactors]) -> list[LoraFactors]:
+        """Map the updates of several adapters."""
+        return [cast("LoraFactors", self(update)) for update in updates]
+
+
+class SidedOperator(Operator):
+    """A linear map of the outputs of updates (B's columns), of their inputs (A's rows), or of both."""
 
     @abstractmethod
     def map_outputs(self, columns: Float[Tensor, "out_features m"]) -> Float[Tensor, "out_features m"]:
@@ -88,9 +100,19 @@ class Operator(ABC):
             return LoraFactors(self.map_inputs(update.a), self.map_outputs(update.b), update.scaling)
         return self.map_inputs(self.map_outputs(update))
 
+    def map_all(self, updates: Sequence[LoraFactors]) -> list[LoraFactors]:
+        """Map several updates in one product, because each column of B and each row of A is mapped by itself."""
+        ranks = [update.b.shape[1] for update in updates]
+        stacked = torch.cat([update.a for update in updates])
+        outputs = self.map_outputs(torch.cat([update.b for update in updates], dim=1)).split(ranks, dim=1)
+        mapped = self.map_inputs(stacked)
+        # `compare` reuses the Gram matrix of an A that is the same tensor before and after.
+        inputs = [update.a for update in updates] if mapped is stacked else mapped.split(ranks)
+        return [LoraFactors(a, b, update.scaling) for a, b, update in zip(inputs, outputs, updates, strict=True)]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ScaledGram(Operator):
+class ScaledGram(SidedOperator):
     """The paper's C = V Vᵀ / ‖V‖_F (section 3.4): ΔW ← C ΔW.
 
     C is not a projector: its eigenvalues are σ²/‖V‖_F, so C(cV) = |c|·C(V) and the norm of the mapped update depends on
@@ -143,7 +165,7 @@ class ScaledGram(Operator):
         if found.norm == 0:
             return 0.0, 1.0
         largest = delta.largest_missing
-        inside = min(1.0, (update_norm(_coordinates(delta.left, update)) / found.norm) ** 2)
+        inside = min(1.0, (update_norm(coordinates(delta.left, update)) / found.norm) ** 2)
         outside = 1.0 - inside
         length = found.shrinkage * delta.norm  # √g
         dot, limit = found.similarity * length, largest * outside
@@ -161,7 +183,7 @@ class ScaledGram(Operator):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Orthogonal(Operator):
+class Orthogonal(SidedOperator):
     """The rank-k orthogonal projector ΔW ← U_k U_kᵀ ΔW, idempotent and independent of the size of V.
 
     Replaces the paper's "exact" V(VᵀV)⁻¹Vᵀ (equation 2), which is the identity when V is square with full rank.
@@ -180,7 +202,7 @@ class Orthogonal(Operator):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ComplementOperator(Operator):
+class ComplementOperator(SidedOperator):
     """The removal of a subspace: ΔW ← (I - U_k U_kᵀ) ΔW (I - Q_k Q_kᵀ), or one side only.
 
     Idempotent. Not in the paper; it belongs to the family of null-space and gradient projections.
@@ -209,7 +231,7 @@ class ComplementOperator(Operator):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RandomlyRotated(Operator):
+class RandomlyRotated(SidedOperator):
     """R C Rᵀ instead of C, with R a uniformly random rotation: an operator with C's spectrum, but not V's directions.
 
     R is not formed for a LoRA: with B = Q S (QR) only Z = RᵀQ and R on the part of C·Z outside Z's span matter, both
@@ -240,7 +262,7 @@ class RandomlyRotated(Operator):
         return random_frame(columns.shape[0], count, self.generator).to(columns.device)
 
 
-def _coordinates(basis: Tensor, update: Update) -> Update:
+def coordinates(basis: Tensor, update: Update) -> Update:
     """Compute UᵀΔW for orthonormal columns U."""
     if isinstance(update, LoraFactors):
         return update._replace(b=basis.T @ update.b.to(basis.dtype))

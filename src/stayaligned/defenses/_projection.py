@@ -58,7 +58,7 @@ class ProjectionDefense(PatchDefense):
 
     def patch_all(self, adapters: Sequence[Adapter], models: ModelPair, how: Execution) -> list[PatchedAdapter]:
         """Patch several adapters in one pass over the models' weights."""
-        return patch_adapters(self, self.patch_layer, adapters, models, how)
+        return patch_adapters(self, self.patch_layer, adapters, models, how, raises_rank=self.raises_rank)
 
     def patch_model(self, finetuned: Checkpoint, out: Path, models: ModelPair, how: Execution) -> list[LayerReport]:
         """W ← W_aligned + P(W_ft - W_aligned) in the selected layers (paper, equation 4), shard by shard."""
@@ -80,10 +80,37 @@ class ProjectionDefense(PatchDefense):
         return rule(similarities)
 
 
+class SubspaceDefense(ProjectionDefense):
+    """A projection by V's k leading directions, of every layer unless `threshold` or `lowest` is given."""
+
+    all_layers: bool = True
+    """Change every layer. Excludes `threshold` and `lowest`."""
+    rank: int | None = Field(default=8, ge=1)
+    """Number k of V's leading directions. Excludes `energy`."""
+    energy: float | None = Field(default=None, gt=0, le=1)
+    """Take the fewest leading directions that hold this share of ‖V‖². Excludes `rank`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _replace_defaults(cls, data: Any) -> Any:
+        # A default applies only if no alternative to it is given.
+        if not isinstance(data, dict):
+            return data
+        selected = data.get("threshold") is not None or data.get("lowest") is not None
+        replaced = {"all_layers": False} if selected else {}
+        return replaced | ({"rank": None} if data.get("energy") is not None else {}) | data
+
+    @model_validator(mode="after")
+    def _check_size(self) -> Self:
+        if (self.rank is None) == (self.energy is None):
+            raise ValueError("set exactly one of `rank` and `energy`")
+        return self
+
+
 def _parse_projection_defense(spec: object) -> ProjectionDefense:
     defense = DEFENSES.parse(spec)
     if not isinstance(defense, ProjectionDefense):
-        raise ValueError(f"{defense.name!r} is not a projection; name safe_lora or complement")
+        raise ValueError(f"{defense.name!r} is not a projection; name safe_lora, complement or csulora")
     return defense
 
 

@@ -16,13 +16,14 @@ from stayaligned.defenses.patching.layers import LayerPatch, ProjectedLayer
 class RandomSubspace(Control):
     """Control: in the layers that a projection would change, the same operator with random directions of the same rank.
 
-    Where a projection does better than this control, the reason is not the number of directions alone. For `complement`
-    and `operator: orthogonal`, V's directions are replaced by as many uniformly random ones; for the paper's C, V is
-    rotated by a uniformly random rotation (C ← R C Rᵀ), which keeps its spectrum. The norms are not matched (random
-    directions hold less of an update than V's); `shrink` matches them.
+    Where a projection does better than this control, the reason is not the number of directions alone. For
+    `complement`, `csulora` and `operator: orthogonal`, V's directions are replaced by as many uniformly random ones;
+    for the paper's C, V is rotated by a uniformly random rotation (C ← R C Rᵀ), which keeps its spectrum. The norms are
+    not matched (random directions hold less of an update than V's); `shrink` matches them.
     """
 
     name: ClassVar[str] = "random_subspace"
+    raises_rank: ClassVar[bool] = True
 
     like: Like = Field(default_factory=Complement)
     """The projection defense that this control is compared with; it selects the layers."""
@@ -34,6 +35,7 @@ class RandomSubspace(Control):
         import torch
 
         from stayaligned.algorithms.alignment_delta import random_subspace
+        from stayaligned.algorithms.csulora import BlockAttenuation
         from stayaligned.algorithms.safe_lora import ComplementOperator, Orthogonal, RandomlyRotated, ScaledGram
 
         digest = hashlib.sha256(f"{self.seed}/{layer.name}".encode()).digest()
@@ -41,7 +43,7 @@ class RandomSubspace(Control):
         operator = layer.operator
         if isinstance(operator, ScaledGram):
             return LayerPatch(RandomlyRotated(operator, generator)(layer.before), None)
-        if not isinstance(operator, ComplementOperator | Orthogonal):
+        if not isinstance(operator, BlockAttenuation | ComplementOperator | Orthogonal):
             raise TypeError(f"{type(operator).__name__} has no directions to replace")
         randomized = replace(operator, directions=random_subspace(layer.delta, operator.subspace, generator))
         return LayerPatch(randomized(layer.before), randomized.subspace)

@@ -38,7 +38,9 @@ def layers_by_module(adapter: Adapter) -> dict[str, LoraLayer]:
         a, b = (adapter.tensors.get(f"{PREFIX}{module}.lora_{factor}.weight") for factor in "AB")
         return None if a is None or b is None else (b.shape[0], a.shape[-1])
 
-    layers = plain_layers(adapter, shape_of)
+    # PEFT adds a copy of the weight of a head that is tied to the embedding.
+    factors = {key: tensor for key, tensor in adapter.tensors.items() if ".lora_" in key}
+    layers = plain_layers(replace(adapter, tensors=factors), shape_of)
     if layers is None or adapter.config.get("target_parameters"):
         raise StayalignedError(
             f"{adapter.directory}: only an adapter with one A and one B for each linear module, as its configuration "
@@ -49,12 +51,16 @@ def layers_by_module(adapter: Adapter) -> dict[str, LoraLayer]:
     return {layer.name: layer for layer in layers}
 
 
+def module_of(layer: LoraLayer) -> str:
+    """Return the module of a layer as the adapter's file names it."""
+    return layer.a_key.removeprefix(PREFIX).partition(".lora_")[0]
+
+
 def concatenate(adapter: Adapter, further: Mapping[str, LoraFactors]) -> Adapter:
     """Return the adapter whose update is BA plus the further one, exactly but for rounding B₂ to the stored type.
 
-    A', B' = [A; A₂], [B, B₂/s], with the adapter's scaling s; its own factors keep their bits. An adapter whose
-    scaling is the same in all layers, without patterns, gets one rank for all of them (the others are padded with
-    zeros) and no pattern, which servers may ignore. Any other gets a rank and an alpha for each module.
+    A', B' = [A; A₂], [B, B₂/s], with the adapter's scaling s; its own factors keep their bits. Ranks and alphas are
+    those of `with_ranks`.
 
     Args:
         adapter: the adapter.
@@ -67,37 +73,74 @@ def concatenate(adapter: Adapter, further: Mapping[str, LoraFactors]) -> Adapter
     import torch
 
     layers = layers_by_module(adapter)
-    like = next(iter(layers.values()))
-    shared = like.scaling
+    shared = next(iter(layers.values())).scaling
+    new: dict[str, LoraFactors] = {}
+    for module, added in further.items():
+        layer = layers.get(module)
+        _refuse_misfit(module, layer, added)
+        scaling = layer.scaling if layer else shared
+        value = _stored(adapter, module, layer or next(iter(layers.values())), added, scaling)
+        if layer is not None:
+            own = adapter.tensors[layer.a_key], adapter.tensors[layer.b_key]
+            value = value._replace(a=torch.cat([own[0], value.a]), b=torch.cat([own[1], value.b], dim=1))
+        new[module] = value
+    return with_ranks(adapter, new)
+
+
+def with_ranks(adapter: Adapter, factors: Mapping[str, LoraFactors]) -> Adapter:
+    """Return the adapter with new factors of any rank in some modules, and ranks and alphas that keep its scalings.
+
+    An adapter whose scaling is the same in all layers, without patterns, gets one rank for all of them (the others are
+    padded with zeros) and no pattern, which servers may ignore. Any other gets a rank and an alpha for each module.
+
+    Args:
+        adapter: the adapter.
+        factors: {module: its new factors, of the adapter's scaling}; a new module is added to the targets.
+
+    Raises:
+        StayalignedError: if the adapter has another layout, or a factor is not finite or overflows.
+    """
+    import torch
+
+    layers = layers_by_module(adapter)
+    first = next(iter(layers.values()))
     patterned = bool(adapter.config.get("rank_pattern") or adapter.config.get("alpha_pattern"))
-    joined: dict[str, tuple[Tensor, Tensor]] = {}
-    scalings: dict[str, float] = {}
-    for module in sorted({*layers, *further}, key=natural_key):
-        layer, added = layers.get(module), further.get(module)
-        scalings[module] = layer.scaling if layer else shared
-        parts = [(adapter.tensors[layer.a_key], adapter.tensors[layer.b_key])] if layer else []
-        if added is not None:
-            _refuse_misfit(module, layer, added)
-            scaled = added._replace(b=added.b * (added.scaling / scalings[module]))
-            stored = adapter.to_stored_dtype(layer or like, scaled)
-            if not (all_finite(stored.a) and all_finite(stored.b)):
-                raise StayalignedError(
-                    f"{module}: the factors to join are not finite in {stored.b.dtype}",
-                    hint="Save the adapter in fp32 or bf16 first.",
-                )
-            parts.append((stored.a, stored.b))
-        joined[module] = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1)
+    found: dict[str, tuple[Tensor, Tensor]] = {
+        module: (adapter.tensors[layer.a_key], adapter.tensors[layer.b_key]) for module, layer in layers.items()
+    }
+    scalings = {module: layer.scaling for module, layer in layers.items()}
+    for module, value in factors.items():
+        scalings.setdefault(module, first.scaling)
+        stored = _stored(adapter, module, layers.get(module, first), value, scalings[module])
+        found[module] = stored.a, stored.b
     tensors = dict(adapter.tensors)
-    rank = max(len(a) for a, _ in joined.values())
-    for module, (a, b) in joined.items():
-        if not patterned:
-            missing = rank - len(a)
-            a, b = (torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing)))
-        joined[module] = a, b
-        tensors |= {f"{PREFIX}{module}.lora_{key}.weight": value.contiguous() for key, value in (("A", a), ("B", b))}
-    ranks = {module: len(a) for module, (a, _) in joined.items()}
-    config = _configure(adapter.config, ranks, scalings, patterned=patterned, added=not further.keys() <= layers.keys())
+    rank = max(len(a) for a, _ in found.values())
+    ranks: dict[str, int] = {}
+    for module in sorted(found, key=natural_key):
+        a, b = found[module]
+        ranks[module] = len(a) if patterned else rank
+        missing = ranks[module] - len(a)
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, missing)).contiguous()
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = torch.nn.functional.pad(b, (0, missing)).contiguous()
+    added = not factors.keys() <= layers.keys()
+    config = _configure(adapter.config, ranks, scalings, patterned=patterned, added=added)
     return replace(adapter, config=MappingProxyType(config), tensors=MappingProxyType(tensors))
+
+
+def _stored(adapter: Adapter, module: str, like: LoraLayer, value: LoraFactors, scaling: float) -> LoraFactors:
+    """Return factors with another scaling, in the types in which the adapter stores a layer.
+
+    Raises:
+        StayalignedError: if they are not finite.
+    """
+    scaled = value if value.scaling == scaling else value._replace(b=value.b * (value.scaling / scaling))
+    stored = adapter.to_stored_dtype(like, scaled._replace(scaling=scaling))
+    if not (all_finite(stored.a) and all_finite(stored.b)):
+        raise StayalignedError(
+            f"{module}: the new factors are not finite in {stored.b.dtype}",
+            hint="Save the adapter in fp32 or bf16 first.",
+        )
+    return stored
 
 
 def _configure(

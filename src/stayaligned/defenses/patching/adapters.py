@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from stayaligned.defenses import Execution, ModelPair, PatchedAdapter
 from stayaligned.defenses.patching.layers import (
@@ -16,15 +16,22 @@ from stayaligned.defenses.patching.layers import (
     skip_layer,
 )
 from stayaligned.defenses.patching.sources import open_source
+from stayaligned.weights.concatenation import layers_by_module, module_of, with_ranks
 
 if TYPE_CHECKING:
     from stayaligned.algorithms.alignment_delta import AlignmentDelta
-    from stayaligned.algorithms.safe_lora import LoraFactors, Operator
+    from stayaligned.algorithms.safe_lora import LoraFactors
     from stayaligned.weights.adapters import Adapter, LoraLayer
 
 
 def patch_adapters(
-    selector: LayerSelector, patcher: LayerPatcher, adapters: Sequence[Adapter], models: ModelPair, how: Execution
+    selector: LayerSelector,
+    patcher: LayerPatcher,
+    adapters: Sequence[Adapter],
+    models: ModelPair,
+    how: Execution,
+    *,
+    raises_rank: bool = False,
 ) -> list[PatchedAdapter]:
     """Patch the layers that `selector` selects in each adapter, in one pass over the models' weights.
 
@@ -37,6 +44,9 @@ def patch_adapters(
     from stayaligned.algorithms.safe_lora import move_powers, powers_of_two
 
     source = open_source(models, selector.name)
+    if raises_rank:
+        for adapter in adapters:
+            layers_by_module(adapter)  # raises before the work if its rank can't be changed
     placed, notes = zip(*(source.layers_of(adapter) for adapter in adapters), strict=True)
     users: dict[str, list[tuple[int, LoraLayer]]] = {}
     for index, layers in enumerate(placed):
@@ -52,7 +62,7 @@ def patch_adapters(
             powers = [powers_of_two(before[i]) for i in live]
             scaled = [move_powers(before[i], power) for i, power in zip(live, powers, strict=True)]
             operator = selector.operator_for(delta)
-            images = map_updates(operator, scaled)
+            images = operator.map_all(scaled)
             for i, power, one, image in zip(live, powers, scaled, images, strict=True):
                 patched = patch_and_report(ProjectedLayer(name, delta, operator, one, image), patcher)
                 update = move_powers(cast("LoraFactors", patched.update), (-power[0], -power[1]))
@@ -70,21 +80,6 @@ def patch_adapters(
     return [_apply_selected(selector, models, *each) for each in zip(adapters, in_order, notes, strict=True)]
 
 
-def map_updates(operator: Operator, updates: Sequence[LoraFactors]) -> list[LoraFactors]:
-    """Apply the operator to several updates in one product: it maps each column of B and each row of A separately."""
-    import torch
-
-    from stayaligned.algorithms.safe_lora import LoraFactors
-
-    ranks = [update.b.shape[1] for update in updates]
-    stacked = torch.cat([update.a for update in updates])
-    outputs = operator.map_outputs(torch.cat([update.b for update in updates], dim=1)).split(ranks, dim=1)
-    mapped = operator.map_inputs(stacked)
-    # `compare` reuses the Gram matrix of an A that is the same tensor before and after.
-    inputs = [update.a for update in updates] if mapped is stacked else mapped.split(ranks)
-    return [LoraFactors(a, b, update.scaling) for a, b, update in zip(inputs, outputs, updates, strict=True)]
-
-
 def _apply_selected(
     selector: LayerSelector,
     models: ModelPair,
@@ -93,8 +88,14 @@ def _apply_selected(
     notes: Sequence[str],
 ) -> PatchedAdapter:
     selected = select_layers(selector, [patched.report for _, patched in found.values()], models, adapter.directory)
-    changed: dict[LoraLayer, Any] = {
-        layer: patched.update for name, (layer, patched) in found.items() if name in selected.chosen
+    changed: dict[LoraLayer, LoraFactors] = {
+        layer: cast("LoraFactors", patched.update)
+        for name, (layer, patched) in found.items()
+        if name in selected.chosen
     }
     reports = [selected.finish(patched.report) for _, patched in found.values()]
-    return PatchedAdapter(adapter.with_factors(changed), reports, notes)
+    if all(len(update.a) == layer.rank for layer, update in changed.items()):
+        return PatchedAdapter(adapter.with_factors(changed), reports, notes)
+    return PatchedAdapter(
+        with_ranks(adapter, {module_of(each): update for each, update in changed.items()}), reports, notes
+    )
