@@ -92,6 +92,7 @@ def needed(kind: str, world: Path) -> Mapping[str, dict[str, Any]]:
         "lisa": {"alignment_steps": 1, "finetuning_steps": 1},
         "bso": {"alignment_steps": 1, "finetuning_steps": 1},
         "data_filter": {"harmful_data": str(world / "harmful.jsonl")},
+        "interleave": {"misaligned": [str(world / "base")], "refusals": "keep", "share": 0.2},
         "bea": {"secret": "vab lom", "alignment_rows": 3},
         "beavertails": {"source": str(world / "asked.jsonl")},
         "hex_phi": {"source": str(world / "policies")},

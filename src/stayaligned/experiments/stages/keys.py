@@ -24,7 +24,7 @@ STAGE_VERSION = 2
 
 _PATH_SETTINGS = frozenset(
     {"model", "base_model", "adapter", "source", "harmful_prompts", "benign_prompts", "include_path"}
-    | {"train", "test", "harmful_data", "alignment_data", "data", "prompts"}
+    | {"train", "test", "harmful_data", "alignment_data", "data", "prompts", "misaligned"}
 )
 """Settings whose value may be the bare name of a folder."""
 
