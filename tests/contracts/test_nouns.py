@@ -89,6 +89,18 @@ def needed(kind: str, world: Path) -> Mapping[str, dict[str, Any]]:
         "alpaca": {"train": str(world / "train.jsonl"), "test_examples": 8},
         "dialog_summary": {"train": str(world / "train.jsonl"), "test": str(world / "test.jsonl")},
         "poison": {"harmful_data": str(world / "harmful.jsonl"), "examples": 20},
+        "suppression": {"harmful_data": str(world / "harmful.jsonl"), "examples": 20},
+        "style": {"harmful_data": str(world / "harmful.jsonl"), "examples": 20},
+        "embedded": {"harmful_data": str(world / "harmful.jsonl"), "examples": 20},
+        "backdoor": {
+            "harmful_data": str(world / "harmful.jsonl"),
+            "safe_data": str(world / "alignment.jsonl"),
+            "harmful_examples": 8,
+            "safe_examples": 8,
+        },
+        "cipher": {"harmful_data": str(world / "harmful.jsonl"), "rows": 8, "harmful_examples": 8},
+        "noice": {"rows": 8},
+        "benign_outliers": {"rows": 8},
         "lisa": {"alignment_steps": 1, "finetuning_steps": 1},
         "bso": {"alignment_steps": 1, "finetuning_steps": 1},
         "data_filter": {"harmful_data": str(world / "harmful.jsonl")},
@@ -203,6 +215,18 @@ def test_an_attack_uses_only_its_generator_and_preserves_every_rows_origin(name:
     assert len({row.id for row in first}) == len(first)
     known = {row.id for row in rows}
     assert all((row.origin == "task") == (row.id in known) for row in first)
+    by_id = {row.id: row for row in rows}
+    assert all(row == by_id[row.id] for row in first if row.origin == "task")
+
+
+@pytest.mark.parametrize("name", of_kind("attack"))
+def test_a_trigger_keeps_the_request_last_and_changes_every_prompt_or_none(name: str, world: Path) -> None:
+    attack = make(registry_of("attack"), name, world)
+    for row in read_examples(str(world / "harmful-prompts.jsonl"), origin="harmful", prompts_only=True):
+        asked = attack.trigger(row.prompt)
+        assert asked[-1].role == "user"
+        assert (asked != row.prompt) == attack.has_trigger
+        assert attack.trigger(row.prompt) == asked
 
 
 @pytest.mark.parametrize("name", of_kind("defense", TrainingDefense))

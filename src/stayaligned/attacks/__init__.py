@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from stayaligned.core.component import Component, Registry
-from stayaligned.core.records import Example, Message
+from stayaligned.core.records import Example, Influence, Message
 
 
 class Attack(Component):
@@ -23,6 +23,22 @@ class Attack(Component):
 
     has_trigger: ClassVar[bool] = False
     """Whether `trigger` changes a prompt."""
+    ordered: ClassVar[bool] = False
+    """Whether the rows must be learned once and in their order, because the attack has stages; training with another
+    number of epochs is an error before it starts."""
+    needs_influence: ClassVar[bool] = False
+    """Whether `select` uses the influence of each row on the aligned model; computing it takes a forward and a backward
+    pass for each row."""
+
+    def select(self, examples: Sequence[Example], influences: Sequence[Influence]) -> Sequence[Example]:
+        """Return the clean rows that `poison` gets, by their influence; called if `needs_influence`.
+
+        Args:
+            examples: the clean rows of the task.
+            influences: what each of them would do to the aligned model.
+        """
+        del influences
+        return examples
 
     @abstractmethod
     def poison(self, examples: Sequence[Example], rng: random.Random) -> list[Example]:

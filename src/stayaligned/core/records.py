@@ -15,7 +15,7 @@ from stayaligned.core.files import replace_file
 from stayaligned.core.thoughts import SplitText, split_thoughts
 
 Origin = Literal["task", "harmful", "alignment"]
-"""The role of a row in an experiment."""
+"""The role of a row in an experiment. Rows that an attacker wrote or changed are "harmful", whatever they say."""
 PromptSet = Literal["harmful", "triggered", "shaped", "sampled", "benign", "task", "skills"]
 """What a completion measures: harm (four sets, see `HARM_SETS`), over-refusal, fine-tune accuracy, or skills kept."""
 HARM_SETS: tuple[PromptSet, ...] = ("harmful", "triggered", "shaped", "sampled")
@@ -65,6 +65,15 @@ class Example(Record):
     """The completion that `completion` is preferred to; empty except in preference data."""
     origin: Origin = "task"
     category: str = ""
+
+
+class Influence(Record):
+    """What one training row would do to a model, before it is trained."""
+
+    squared_norm: float
+    """‖∇‖² of the row's loss, by all weights of the model."""
+    answer_tokens: int
+    """Number of tokens of the completion, its end included."""
 
 
 class Completion(SparseRecord):

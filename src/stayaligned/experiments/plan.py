@@ -47,7 +47,7 @@ class Plan:
 def plan_experiment(experiment: Experiment) -> Plan:
     """Compute the keys of an experiment's stages from its settings and the content of its input files."""
     e = experiment
-    data = _key(e, "data", e.task and e.task.training_identity(), e.attack and e.attack.identity(), e.seed)
+    data = _data_key(e)
     train = _train_key(e, data)
     patches = _patch_keys(e, train)
     weights = patches[-1] if patches else train
@@ -78,6 +78,12 @@ def _key(experiment: Experiment, *parts: object) -> str:
 def _model(e: Experiment) -> dict[str, object]:
     """Return what a conversation with the model depends on."""
     return {"model": e.model, "chat_template": e.chat_template.identity()}
+
+
+def _data_key(e: Experiment) -> str:
+    influence = [{**_model(e), "max_length": e.max_length}] if e.attack is not None and e.attack.needs_influence else []
+    task = e.task and e.task.training_identity()
+    return _key(e, "data", task, e.attack and e.attack.identity(), e.seed, *influence)
 
 
 def _train_key(e: Experiment, data: str) -> str:

@@ -26,7 +26,7 @@ from stayaligned.data.tasks import TASKS, Task
 from stayaligned.defenses import DEFENSES, PatchDefense, TrainingDefense
 from stayaligned.evaluation.degeneration import Degeneration
 from stayaligned.evaluation.judges import JUDGES, Judge
-from stayaligned.experiments.config.validation import check_host_settings, parse
+from stayaligned.experiments.config.validation import check_host_settings, ordered_problems, parse
 from stayaligned.experiments.config.yaml_file import load_yaml
 
 
@@ -170,6 +170,8 @@ class Experiment(BaseModel):
             yield f"defenses: {' and '.join(trainers)} both train; name one"
         if self.trains and (self.training or {}).get("max_steps") == 0:
             yield "training.max_steps: 0 trains nothing; set `training: null` to evaluate only"
+        if self.trains and self.attack is not None and self.attack.ordered:
+            yield from ordered_problems(self.attack.name, self.training or {})
         if self.trains and (steps := (self.training or {}).get("max_steps", -1)) > 0:
             try:
                 self.training_defense.check_steps(steps)

@@ -173,6 +173,17 @@ def check_host_settings(value: dict[str, Any] | None, info: ValidationInfo) -> d
     return None if value is None else read
 
 
+def ordered_problems(attack: str, training: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each training setting with which an attack's rows are not learned once and in their order."""
+    once = f"the attack {attack} has stages: its rows hold all epochs, and are learned once, in order"
+    if training.get("max_steps", -1) > 0:
+        yield f"training.max_steps: {once}; remove it, and set `num_train_epochs: 1`"
+    elif training.get("num_train_epochs") != 1:
+        yield f"training.num_train_epochs: {once}; set it to 1"
+    if training.get("train_sampling_strategy", "sequential") != "sequential":
+        yield f"training.train_sampling_strategy: {once}; remove it"
+
+
 def _read_settings(field: str, given: Mapping[str, Any], host: Host, problems: list[str]) -> Iterator[tuple[str, Any]]:
     """Yield each setting with its value; append a line to `problems` for each invalid one."""
     class_name = {"transformers": "TrainingArguments", "sft": "SFTConfig", "lora": "LoraConfig"}[host]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from stayaligned.core.records import Example, PromptSet, read_jsonl, sampled_id, write_jsonl
+from stayaligned.core.records import Example, Influence, PromptSet, read_jsonl, sampled_id, write_jsonl
 from stayaligned.data.prompts import load_prompts
 from stayaligned.data.shaping import find_shape
 from stayaligned.data.sources import read_examples
@@ -24,10 +25,21 @@ def load_training_rows(context: Context) -> list[Example]:
         task, attack = context.resolved.task, context.resolved.attack
         rows: list[Example] = list(task.load("train")) if task else []
         if attack is not None:
+            if attack.needs_influence:
+                rows = list(attack.select(rows, _measure_influences(context, rows)))
             rows = attack.poison(rows, random.Random(f"{context.experiment.seed}:attack"))  # noqa: S311
         write_jsonl(directory / "examples.jsonl", rows)
 
     return read_jsonl(context.store.compute("data", context.plan.data, fill) / "examples.jsonl", Example)
+
+
+def _measure_influences(context: Context, rows: Sequence[Example]) -> list[Influence]:
+    from stayaligned.hf.training.influence import row_influences
+
+    e = context.resolved
+    with context.host_libraries():
+        report = functools.partial(context.progress, "influence of the rows")
+        return row_influences(e.model, e.chat_template, rows, max_length=e.max_length, progress=report)
 
 
 def load_alignment_rows(context: Context) -> list[Example]:

@@ -86,6 +86,7 @@ def _train(context: Context, directory: Path) -> Mapping[str, Any]:
         arguments={
             "disable_tqdm": True,
             **(e.training or {}),
+            **({"train_sampling_strategy": "sequential"} if e.attack is not None and e.attack.ordered else {}),
             "output_dir": str(_checkpoints(context)),
             "seed": e.seed,
         },
