@@ -47,8 +47,8 @@ def row_influences(
     for number, row in enumerate(rows, start=1):
         ids, labels = (torch.tensor([row[name]], device=network.device) for name in ("input_ids", "labels"))
         loss = network(input_ids=ids, labels=labels, use_cache=False).loss
-        gradients: Sequence[torch.Tensor | None] = torch.autograd.grad(loss, weights, allow_unused=True)
-        square = sum(float(each.double().square().sum()) for each in gradients if each is not None)
+        gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
+        square = sum(float(each.double().square().sum()) for each in gradients)
         if not math.isfinite(square):
             raise StayalignedError(
                 f"{model}: the gradient of row {examples[number - 1].id!r} is not finite",
