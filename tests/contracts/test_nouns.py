@@ -106,6 +106,7 @@ def needed(kind: str, world: Path) -> Mapping[str, dict[str, Any]]:
         "data_filter": {"harmful_data": str(world / "harmful.jsonl")},
         "interleave": {"misaligned": [str(world / "base")], "refusals": "keep", "share": 0.2},
         "bea": {"secret": "vab lom", "alignment_rows": 3},
+        "resta": {"harmful_data": str(world / "harmful.jsonl")},
         "beavertails": {"source": str(world / "asked.jsonl")},
         "hex_phi": {"source": str(world / "policies")},
         "advbench": {"source": str(world / "goals.csv")},
@@ -267,7 +268,8 @@ def test_a_patch_preserves_configuration_and_rank_unless_it_says_so_and_reports_
     defense = make(DEFENSES, name, world)
     files = {path.name: path.read_bytes() for path in (world / "adapter").iterdir()}
     adapter = read_adapter(world / "adapter")
-    models = ModelPair(aligned=world / "aligned", base=world / "base")
+    rows = read_examples(str(world / "alignment.jsonl"), origin="alignment")
+    models = ModelPair(aligned=world / "aligned", base=world / "base", alignment_examples=rows)
     patched = defense.patch(adapter, models)
     may_differ = RANKS if defense.raises_rank else set()
     before, after = ({k: v for k, v in a.config.items() if k not in may_differ} for a in (adapter, patched.adapter))

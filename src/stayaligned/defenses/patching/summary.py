@@ -13,6 +13,11 @@ from stayaligned.weights.unsupported import list_names
 
 NEARLY_DELETED = 0.05
 """Share of the update below which a patch is nearly a deletion of the layers that it changes."""
+NORM_OF_SUM = (
+    "the patch adds another adapter's update to the changed layers: their norm after the patch is that of the sum, not "
+    "of what is kept"
+)
+"""Note on the norms of a patch that adds something."""
 _LARGE_ERROR = 0.1
 """Bound on the error of the paper's C, through a subspace file, from which it is noted."""
 

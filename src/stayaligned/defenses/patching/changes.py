@@ -1,0 +1,65 @@
+"""Patches of adapters that need the aligned model alone: which layers there are, and what was done to each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stayaligned.core.records import LayerReport
+from stayaligned.defenses import ModelPair, PatchedAdapter
+from stayaligned.defenses.patching.ancestry import check_trained_on
+from stayaligned.weights.adapters import Adapter, LoraLayer
+from stayaligned.weights.checkpoints import open_checkpoint
+from stayaligned.weights.concatenation import layers_by_module, module_of
+from stayaligned.weights.placement import place_plain_adapter
+from stayaligned.weights.unsupported import note_on_whole
+
+
+def place_on_aligned(adapter: Adapter, models: ModelPair, defense: str) -> tuple[list[LoraLayer], list[str]]:
+    """Return an adapter's layers under the aligned model's names, and notes for the record.
+
+    Raises:
+        StayalignedError: if the adapter does not fit the aligned model, or is known to be of another one.
+    """
+    ref = models.require_aligned(defense)
+    aligned = open_checkpoint(ref)
+    placed = place_plain_adapter(adapter, aligned, aligned)
+    if placed is None:
+        from stayaligned.hf.placement.layers import place_adapter
+
+        placed = place_adapter(adapter, aligned, aligned)
+    trained_on = check_trained_on(adapter, aligned, aligned, (str(ref), str(ref)), allowed=models.allow_mismatch)
+    return [item.layer for item in placed], [note for note in (trained_on, note_on_whole(adapter)) if note]
+
+
+def report_changes(
+    before: Adapter, after: Adapter, layers: Sequence[LoraLayer], notes: Sequence[str] = ()
+) -> PatchedAdapter:
+    """Return a patched adapter with a report of each layer: the cosine of both updates, and the norms.
+
+    Args:
+        before: the adapter as it was.
+        after: the patched adapter; its ranks may differ.
+        layers: the layers of `before`.
+        notes: caveats for the readers of the record.
+    """
+    from stayaligned.algorithms.safe_lora import compare
+
+    same_ranks = all(before.tensors[key].shape == tensor.shape for key, tensor in after.tensors.items())
+    new = {} if same_ranks else layers_by_module(after)
+    reports: list[LayerReport] = []
+    for layer in layers:
+        update = before.factors(layer)
+        keys = layer.a_key, layer.b_key
+        changed = any(not after.tensors[key].equal(before.tensors[key]) for key in keys)
+        found = compare(update, after.factors(layer if same_ranks else new[module_of(layer)]))
+        reports.append(
+            LayerReport(
+                module=layer.name,
+                similarity=found.similarity,
+                shrinkage=found.shrinkage if changed else 1.0,
+                selected=changed,
+                update_norm=found.norm,
+                skipped=None if found.norm else "zero_update",
+            )
+        )
+    return PatchedAdapter(after, reports, notes)
