@@ -239,7 +239,6 @@ def test_a_training_defense_returns_a_trainer_that_changes_only_the_trainable_we
 
     defense = make(DEFENSES, name, world)
     model = models.attach_lora(models.load_model(world / "aligned"), {"r": 2, "target_modules": ["q_proj"]})
-    before = {name: value.detach().clone() for name, value in model.named_parameters()}
     setup = TrainingSetup(
         model=model,  # type: ignore[arg-type]
         tokenizer=models.load_tokenizer(world / "aligned"),
@@ -253,8 +252,12 @@ def test_a_training_defense_returns_a_trainer_that_changes_only_the_trainable_we
             "logging_steps": 1,
         },
         max_length=64,
+        aligned_model=str(world / "aligned"),
+        base_model=str(world / "base"),
     )
-    log = finetuning.train(defense.make_trainer(setup))
+    trainer = defense.make_trainer(setup)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    log = finetuning.train(trainer)
     assert [row["step"] for row in log if "loss" in row] == [1, 2, 3, 4]
     changed = {name for name, value in model.named_parameters() if not value.equal(before[name])}
     assert changed

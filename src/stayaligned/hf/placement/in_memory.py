@@ -1,8 +1,9 @@
-"""Copy adapters out of a PeftModel, and add them to one."""
+"""Copy adapters out of a PeftModel, add them to one, and add updates to the weights of a model."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from stayaligned.weights.adapters import Adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from stayaligned.algorithms.safe_lora import LoraFactors
 
 
 def active_adapter(peft_model: PeftModel) -> str:
@@ -54,6 +57,26 @@ def adapter_in_memory(peft_model: PeftModel, name: str) -> Adapter:
     tensors = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
     copies = {key: value.detach().to(torch.device("cpu"), copy=True) for key, value in tensors.items()}
     return Adapter(MappingProxyType(config), MappingProxyType(copies), Path(f"<adapter {name!r} in memory>"))
+
+
+def add_to_weights(model: Any, updates: Mapping[str, LoraFactors]) -> None:
+    """Add an update to the weights of linear modules, in place: to the frozen weights, where a LoRA changes a module.
+
+    The sum is computed in fp32 and rounded once.
+
+    Args:
+        model: a model in memory, or a PeftModel.
+        updates: {module of the model without its adapter: the factors of its update}.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    core = model.get_base_model() if hasattr(model, "peft_config") else model
+    for name, update in updates.items():
+        module = core.get_submodule(name)
+        module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        weight, change = module.weight.data, update.scaling * (update.b @ update.a)
+        change = change.T if isinstance(module, Conv1D) else change
+        weight.copy_(weight.float() + change.to(weight.device))
 
 
 def add_adapter(peft_model: PeftModel, adapter: Adapter, name: str, *, like: str) -> None:
