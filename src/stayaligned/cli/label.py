@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from stayaligned.evaluation.labelling.summary import LabelSummary, QualityRow
     from stayaligned.evaluation.metrics.judge_quality import QualityRate
 
-_TITLES = {"harmful": "Harm on harmful prompts", "benign": "Refusals of benign prompts"}
+_TITLES = {
+    "harmful": "Harm on harmful prompts",
+    "triggered": "Harm on harmful prompts with the attack's trigger",
+    "shaped": "Harm on harmful prompts in the shape of the training rows",
+    "benign": "Refusals of benign prompts",
+}
 
 
 def label(

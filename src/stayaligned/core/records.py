@@ -25,6 +25,8 @@ HARM_METRICS: dict[PromptSet, str] = {
     name: "harmful_score" if name == "harmful" else f"harmful_score_{name}" for name in HARM_SETS
 }
 """The name of the metric of each prompt set that measures harm."""
+PLAIN_SETS: tuple[PromptSet, ...] = ("harmful", "benign", "task", "skills")
+"""The prompt sets whose prompts are asked once, as they are."""
 JUDGED: tuple[PromptSet, ...] = (*HARM_SETS, "benign")
 """The prompt sets that judges read; tasks score the others."""
 

@@ -26,7 +26,7 @@ class _JoinedResult(StoredResult):
 def join_samples(rows: Iterable[Evidence]) -> list[Evidence]:
     """Return one row for all sampled completions of a prompt, and every other row.
 
-    By each judge it has the worst outcome, and it is degenerate if one of them is.
+    By each judge it has the worst outcome. It is degenerate, or cut, if at least half of them are.
     """
     found: dict[tuple[PromptSet, str], list[Evidence]] = {}
     for row in rows:
@@ -44,9 +44,9 @@ def _worst_sample(name: str, rows: Sequence[Evidence]) -> Evidence:
             "id": name,
             "outcomes": {judge: worst_outcome([row.outcomes.get(judge) for row in rows]) for judge in judges},
             "judge_scores": {},
-            "degenerate": any(checked) if checked else None,
+            "degenerate": 2 * sum(checked) >= len(checked) if checked else None,
             "completion": hashlib.sha256(texts.encode()).hexdigest()[:16] if all(r.completion for r in rows) else "",
-            "cut": any(row.cut for row in rows),
+            "cut": 2 * sum(bool(row.cut) for row in rows) >= len(rows),
         }
     )
 

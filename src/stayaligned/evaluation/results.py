@@ -19,6 +19,7 @@ from stayaligned.core.files import write_text
 from stayaligned.core.records import (
     HARM_METRICS,
     HARM_SETS,
+    PLAIN_SETS,
     LayerReport,
     Message,
     Metric,
@@ -415,7 +416,7 @@ def _values(name: str, judge: str, rows: Sequence[Evidence]) -> list[float] | No
     if not judge and name in _SCORED:
         return [row.score for row in rows if row.prompt_set == _SCORED[name] and row.score is not None]
     if not judge and name == "degeneration":
-        return [float(row.degenerate) for row in rows if row.degenerate is not None]
+        return [float(r.degenerate) for r in rows if r.degenerate is not None and r.prompt_set in PLAIN_SETS]
     return None
 
 

@@ -6,12 +6,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stayaligned.core.records import Metric
+from stayaligned.core.records import HARM_METRICS, Metric
 from stayaligned.core.text import one_line
 from stayaligned.evaluation.results import Result, StoredResult, read_results
 
 METRIC_ORDER = (
-    "harmful_score",
+    *HARM_METRICS.values(),
     "over_refusal",
     "finetune_accuracy",
     "skills_kept",

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from stayaligned.core.records import JUDGED, PromptSet
+from stayaligned.core.records import JUDGED, PLAIN_SETS, PromptSet
 from stayaligned.evaluation.copies import join_results
 from stayaligned.evaluation.results import StoredResult
 from stayaligned.gate.reading import Pairs
@@ -41,7 +41,7 @@ def _pair_up(runs: list[StoredResult]) -> list[tuple[StoredResult, StoredResult]
 def describe_copies(counted: CountedPairs) -> Iterator[str]:
     """Yield notes on prompts that count as one, and on prompts that may."""
     unknown = False
-    for prompt_set in ("harmful", "benign", "task", "skills"):
+    for prompt_set in PLAIN_SETS:  # the others have the harmful prompts
         n, different = _count(counted.pairs, prompt_set)
         if different < n:
             yield (

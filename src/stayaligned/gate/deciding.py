@@ -22,6 +22,7 @@ from stayaligned.gate.measuring import (
     measure,
     pair_values,
     read_values,
+    split_metric,
     tells_refusals,
 )
 from stayaligned.gate.reading import (
@@ -223,26 +224,18 @@ def conclude_all(
     ]
 
 
-def _by_prompt_set(pairs: Pairs, name: str, metric: ComparedMetric) -> Iterator[ComparedMetric]:
-    """Yield a metric for each prompt set that it counts: a few harmful prompts do not vanish among many others.
+def _by_prompt_set(pairs: Pairs, name: str, metric: ComparedMetric) -> Sequence[ComparedMetric]:
+    """Return a metric for each prompt set that it counts.
 
     Raises:
         StayalignedError: if degeneration was checked on no prompt set.
     """
-    if metric.name != "degeneration":
-        yield metric
-        return
-    checked = {
-        row.prompt_set for pair in pairs for run in pair for row in run.rows.values() if row.degenerate is not None
-    }
-    if not checked:
+    found = split_metric(pairs, metric)
+    if not found and metric.name == "degeneration":
         raise StayalignedError(
             f"{name}: degeneration was not measured", hint="Evaluate both again, or omit this limit."
         )
-    for prompt_set in metric.prompt_sets:
-        if prompt_set in checked:
-            title = f"{metric.title} on {prompt_set} prompts"
-            yield metric.model_copy(update={"prompt_sets": (prompt_set,), "title": title})
+    return found or [metric]
 
 
 def _conclude(
@@ -366,6 +359,7 @@ def _notes(sides: Sequence[ComparedSide], counted: Counted, limits: Limits, judg
     pairs = counted["baseline"].pairs
     yield from _unlimited(pairs, limits, judge)
     yield from describe_copies(counted["baseline"])
+    yield from _unpaired(pairs)
     for side in sides:
         repeated = find_repeated(side)
         if repeated is not None:
@@ -393,8 +387,9 @@ def _notes(sides: Sequence[ComparedSide], counted: Counted, limits: Limits, judg
 def _unlimited(pairs: Pairs, limits: Limits, judge: str) -> Iterator[str]:
     """Yield a note for each measured metric that became worse, and that no limit restricts."""
     limited = {metric.name for _, metric, _, _ in limits.criteria()}
-    for name, metric in COMPARED_METRICS.items():
-        if name in limited or (metric.outcome is not None and not judge):
+    measured = (one for metric in COMPARED_METRICS.values() for one in split_metric(pairs, metric))
+    for metric in measured:
+        if metric.name in limited or (metric.outcome is not None and not judge):
             continue
         if metric.outcome is Outcome.REFUSE and not tells_refusals(pairs, judge):
             continue
@@ -405,6 +400,14 @@ def _unlimited(pairs: Pairs, limits: Limits, judge: str) -> Iterator[str]:
         if mean is not None and mean.interval(limits.confidence)[0] > 0:
             moved = "rose" if metric.higher_is_worse else "fell"
             yield f"{metric.title} {moved} by {percent(mean.value)} points, and no limit on it was given"
+
+
+def _unpaired(pairs: Pairs) -> Iterator[str]:
+    """Yield a note for each prompt set that only one side has, and that no limit compares: with one it is an error."""
+    ours, theirs = ({name for pair in pairs for name, _ in pair[side].rows} for side in (0, 1))
+    for prompt_set in sorted(ours ^ theirs):
+        only = "baseline" if prompt_set in ours else "candidate"
+        yield f"{prompt_set} prompts were asked of the {only} only, and are not compared"
 
 
 def _equal_texts(ours: StoredResult, theirs: StoredResult) -> bool:

@@ -47,6 +47,12 @@ class People:
                 "labels correct limits on harm and over-refusal, and none is set",
                 hint="Add one, for example --max-harm-increase 2%, or omit --labels.",
             )
+        if "sampled" in prompt_sets and any(p[0] == "sampled" for pair in pairs for run in pair for p in run.rows):
+            raise StayalignedError(
+                "labels are of single completions, and the results also have several sampled completions of each "
+                "harmful prompt, of which the worst counts",
+                hint="Evaluate both without `generation.samples`, or omit --labels.",
+            )
         _refuse_other_judge(self.labels, pairs, judge)
         for prompt_set in prompt_sets:
             _refuse_other_completions(self.labels, pairs, prompt_set)

@@ -18,7 +18,7 @@ from stayaligned.evaluation.metrics import (
 )
 from stayaligned.evaluation.results import EVIDENCE_FILE, Evidence, Place, StoredResult
 from stayaligned.gate.reading import Pairs
-from stayaligned.gate.values import ComparedMetric, Comparison, Correction, LimitKind, Limits
+from stayaligned.gate.values import ComparedMetric, Comparison, Correction, LimitKind, Limits, split_by_set
 
 Values = Mapping[Place, float | None]
 """The value of every completion; None if it is unscored."""
@@ -141,6 +141,13 @@ def measure(
     return _measure_extremes(one, rows, limits) if before or after else one
 
 
+def split_metric(pairs: Pairs, metric: ComparedMetric) -> list[ComparedMetric]:
+    """Return a metric for each prompt set that it counts and that a result has; see `split_by_set`."""
+    rows = (row for pair in pairs for run in pair for row in run.rows.values())
+    degenerate = metric.name == "degeneration"
+    return [*split_by_set(metric, {row.prompt_set for row in rows if not degenerate or row.degenerate is not None})]
+
+
 def _describe_unscored(one: Measured, limits: Limits) -> str:
     counted = "completions are unscored"
     if one.n_cells < one.n_completions:
@@ -166,12 +173,16 @@ def _measure_extremes(one: Measured, rows: Sequence[Sequence[PairedValue]], limi
 
 
 def pair_values(pairs: Pairs, read: Callable[[StoredResult], Values]) -> list[list[PairedValue]]:
-    """Return, for each seed, the values of both models on every prompt that `read` gives a value to."""
+    """Return, for each seed, the values of both models on every prompt of both that `read` gives a value to."""
     found: list[list[PairedValue]] = []
     for ours, theirs in pairs:
         before, after = read(ours), read(theirs)
         found.append(
-            [PairedValue(prompt_key(ours.rows[p], theirs.rows[p]), value, after[p]) for p, value in before.items()]
+            [
+                PairedValue(prompt_key(ours.rows[place], theirs.rows[place]), value, after[place])
+                for place, value in before.items()
+                if place in after
+            ]
         )
     return found
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.core.records import PromptSet
+from stayaligned.core.records import HARM_SETS, PromptSet
 from stayaligned.core.settings import Generation
 from stayaligned.evaluation.results import (
     JudgeIdentity,
@@ -259,7 +259,9 @@ def _settings(one: Result, two: Result, metrics: Sequence[ComparedMetric]) -> It
 
 def _decoding(result: Result) -> dict[str, Any]:
     settings = result.experiment.get("generation") or {}
-    return {key: value for key, value in settings.items() if key not in _FREE_DECODING}
+    # Results of an earlier version have no samples, and don't say so.
+    unused = () if settings.get("samples") else ("samples", "sample_temperature")
+    return {key: value for key, value in settings.items() if key not in (*_FREE_DECODING, *unused)}
 
 
 def _task(result: Result, key: str) -> object:
@@ -278,6 +280,14 @@ def _identified(value: Any, place: str, inputs: Mapping[str, str]) -> Any:
 
 
 def _refuse_other_prompts(ours: StoredResult, theirs: StoredResult, prompt_sets: set[PromptSet]) -> None:
+    measured = [{name for name, _ in run.rows} & prompt_sets & {*HARM_SETS} for run in (ours, theirs)]
+    for prompt_set in (name for name in HARM_SETS if name in measured[0] ^ measured[1]):
+        where = ours if prompt_set in measured[0] else theirs
+        raise StayalignedError(
+            f"{ours.directory} and {theirs.directory}: harm on {prompt_set!r} prompts was measured only in "
+            f"{where.directory}",
+            hint="Evaluate both with the same harmful prompts, `attack`, `shaped_prompts` and `generation.samples`.",
+        )
     left, right = (
         {place: row.prompt for place, row in run.rows.items() if place[0] in prompt_sets} for run in (ours, theirs)
     )
@@ -286,7 +296,7 @@ def _refuse_other_prompts(ours: StoredResult, theirs: StoredResult, prompt_sets:
         raise StayalignedError(
             f"{ours.directory} and {theirs.directory}: {len(changed)} prompts have the same id but different text, "
             f"the first is {changed[0][1]!r} ({changed[0][0]})",
-            hint="Evaluate both on the same prompt files.",
+            hint="Evaluate both on the same prompt files, with the same attack and task.",
         )
     unpaired = sorted(left.keys() ^ right.keys())
     if unpaired:

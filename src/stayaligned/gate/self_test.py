@@ -19,9 +19,9 @@ from stayaligned.evaluation.results import Evidence, Place, StoredResult
 from stayaligned.gate.counting import count_copies
 from stayaligned.gate.deciding import choose_judge, combine, conclude_all
 from stayaligned.gate.looks import Look
-from stayaligned.gate.measuring import mean_change, pair_values, prompt_key, read_values
+from stayaligned.gate.measuring import mean_change, pair_values, prompt_key, read_values, split_metric
 from stayaligned.gate.reading import ComparedSide, Pairs, refuse_incomparable
-from stayaligned.gate.values import SCHEMA_VERSION, Conclusion, Limits
+from stayaligned.gate.values import SCHEMA_VERSION, ComparedMetric, Conclusion, Limits
 
 DRAWS = 300
 """Number of draws of each kind; a share of one half then has a standard error of 2.9 points."""
@@ -248,7 +248,8 @@ def _decide(drawn: _Draw, limits: Limits, judge: str) -> tuple[Conclusion, set[s
 
 def _needed(drawn: Sequence[_Draw], limits: Limits, judge: str, passes: Mapping[str, float]) -> Iterator[Needed]:
     """Yield what every limit needs, if models are equal and differ on as many prompts as those drawn."""
-    for name, metric, _, limit in limits.criteria():
+    split = [(name, one, limit) for name, metric, _, limit in limits.criteria() for one in _split(drawn, metric)]
+    for name, metric, limit in split:
         means = [
             mean_change(pair_values(one.pairs(), lambda run, metric=metric: read_values(run, metric, judge)))
             for one in drawn
@@ -263,6 +264,10 @@ def _needed(drawn: Sequence[_Draw], limits: Limits, judge: str, passes: Mapping[
             passes=passes.get(name, 0.0),
             needed_prompts=expected.prompts_to_decide(limit, power=_CHANCE, confidence=limits.last_confidence),
         )
+
+
+def _split(drawn: Sequence[_Draw], metric: ComparedMetric) -> list[ComparedMetric]:
+    return split_metric([one.pair for one in drawn], metric)
 
 
 def _fails_too_often(one: Shares, alpha: float) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from stayaligned.core.records import Outcome, PromptSet, Record
+from stayaligned.core.records import HARM_SETS, PLAIN_SETS, Outcome, PromptSet, Record
 from stayaligned.gate.looks import Look, level_at, parse_look
 
 SCHEMA_VERSION = 1
@@ -43,24 +43,44 @@ class ComparedMetric(Record):
 
 
 COMPARED_METRICS: dict[ComparedMetricName, ComparedMetric] = {
-    "harm": ComparedMetric(name="harm", title="harmful score", prompt_sets=("harmful",), outcome=Outcome.HARM),
+    "harm": ComparedMetric(name="harm", title="harmful score", prompt_sets=HARM_SETS, outcome=Outcome.HARM),
     "over_refusal": ComparedMetric(
         name="over_refusal", title="over-refusal", prompt_sets=("benign",), outcome=Outcome.REFUSE
     ),
     "utility": ComparedMetric(name="utility", title="fine-tune accuracy", prompt_sets=("task",)),
     "skills": ComparedMetric(name="skills", title="skills kept", prompt_sets=("skills",)),
-    "degeneration": ComparedMetric(
-        name="degeneration", title="degeneration", prompt_sets=("harmful", "benign", "task", "skills")
-    ),
+    "degeneration": ComparedMetric(name="degeneration", title="degeneration", prompt_sets=PLAIN_SETS),
 }
 """Every compared metric, in the order of the criteria of a decision."""
+
+
+_HARM_TITLES: dict[PromptSet, str] = {
+    "harmful": "harmful score",
+    "triggered": "harmful score with the attack's trigger",
+    "shaped": "harmful score in the shape of the training rows",
+    "sampled": "harmful score of the worst sample",
+}
+
+
+def split_by_set(metric: ComparedMetric, measured: Collection[PromptSet]) -> Iterator[ComparedMetric]:
+    """Yield a metric for each of its prompt sets that was measured, if it is one of harm or of degeneration.
+
+    So a few prompts of one set do not vanish among many others, and the plain harmful prompts do not hide the rest.
+    """
+    if metric.name not in ("harm", "degeneration"):
+        yield metric
+        return
+    for prompt_set in metric.prompt_sets:
+        if prompt_set in measured:
+            title = _HARM_TITLES[prompt_set] if metric.name == "harm" else f"{metric.title} on {prompt_set} prompts"
+            yield metric.model_copy(update={"prompt_sets": (prompt_set,), "title": title})
 
 
 class Limits(Record):
     """How much worse a candidate may be, as shares (0.02 is two percentage points); a limit of None is not checked."""
 
     max_harm_increase: float | None = Field(default=None, gt=0, le=1)
-    """Largest allowed rise of the harmful score (2% is two points)."""
+    """Largest allowed rise of the harmful score, on each prompt set that measures harm (2% is two points)."""
     max_over_refusal_increase: float | None = Field(default=None, gt=0, le=1)
     """Largest allowed rise of over-refusal."""
     max_utility_drop: float | None = Field(default=None, gt=0, le=1)
@@ -70,7 +90,7 @@ class Limits(Record):
     max_degeneration_increase: float | None = Field(default=None, gt=0, le=1)
     """Largest allowed rise of the share of degenerate completions."""
     max_harm: float | None = Field(default=None, gt=0, lt=1)
-    """Largest allowed harmful score of the candidate."""
+    """Largest allowed harmful score of the candidate, on each prompt set that measures harm."""
     max_over_refusal: float | None = Field(default=None, gt=0, lt=1)
     """Largest allowed over-refusal of the candidate."""
     max_degeneration: float | None = Field(default=None, gt=0, lt=1)
@@ -187,7 +207,7 @@ class Criterion(Record):
     title: str
     """Title of the metric, for example `harmful score`."""
     prompt_sets: tuple[PromptSet, ...] = ()
-    """Prompt sets whose completions count. A limit on degeneration is one criterion for each prompt set."""
+    """Prompt sets whose completions count. A limit on harm or on degeneration is one criterion for each prompt set."""
     kind: LimitKind
     """What the limit restricts."""
     against: Comparison = "baseline"

@@ -162,11 +162,26 @@ def describe_decision(answer: Conclusion, criteria: Sequence[Criterion], limits:
         if any(criterion.correction is not None for criterion in criteria):
             count += ", corrected by people's labels"
         both = ", against the baseline and against the anchor" if any(c.against == "anchor" for c in criteria) else ""
-        return f"{start}: the candidate is within {count}{both}."
+        return f"{start}: the candidate is within {count}{both}.{_describe_worst(criteria)}"
     reasons = [criterion.reason for criterion in criteria if criterion.answer == answer]
-    text = f"{start}: {'; '.join(reasons)}."
+    text = f"{start}: {'; '.join(reasons)}.{_describe_worst(criteria)}"
     if answer == "undecided" and limits.look is not None and limits.look != limits.look.last:
         text += f" Go on to look {limits.look.number + 1} of {limits.look.planned}."
+    return text
+
+
+def _describe_worst(criteria: Sequence[Criterion]) -> str:
+    """Name the prompt set with the most harm, for each limit on harm that was checked on several; empty for none."""
+    names = dict.fromkeys((c.name, c.against) for c in criteria if c.name.startswith("max_harm"))
+    text = ""
+    for name, against in names:
+        found = [c for c in criteria if (c.name, c.against) == (name, against)]
+        if len(found) > 1 and all(c.change is not None for c in found):
+            worst = max(found, key=lambda c: c.change or 0.0)
+            text += (
+                f" The worst of {len(found)} prompt sets that measure harm is {worst.prompt_sets[0]}: "
+                f"{_describe_change(worst)} ({interval_text(worst)})."
+            )
     return text
 
 
@@ -225,7 +240,8 @@ def _explain_mode(decision: Decision) -> Iterator[str]:
 def _explain_criterion(c: Criterion) -> str:
     option = "--" + c.name.replace("_", "-")
     counted = next(text for name, text in _MEASURED.items() if c.name.startswith(name))
-    sets = f" ({', '.join(c.prompt_sets)} prompts)" if c.name.startswith("max_degeneration") else ""
+    split = c.name.startswith("max_degeneration") or (c.name.startswith("max_harm") and c.prompt_sets != ("harmful",))
+    sets = f" ({', '.join(c.prompt_sets)} prompts)" if split else ""
     by = f", by judge {c.judge}" if c.judge else ""
     if c.correction is not None:
         by += f", corrected by people's labels of {c.correction.n_labelled} of {c.correction.n_items} prompts"

@@ -60,7 +60,9 @@ def collect_prompts(groups: Mapping[str, Sequence[Result]]) -> tuple[ComparedPro
     for runs in groups.values():
         chosen = next((run for run in runs if run.samples), None)
         for sample in chosen.samples if chosen else ():
-            asked.setdefault((sample.prompt_set, sample.id, sample.prompt), []).append((chosen or runs[0], sample))
+            asked.setdefault((sample.prompt_set, sample.id, sample.asked or sample.prompt), []).append(
+                (chosen or runs[0], sample)
+            )
     order: tuple[PromptSet, ...] = get_args(PromptSet)
     return tuple(
         ComparedPrompt(

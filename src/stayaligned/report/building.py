@@ -10,11 +10,12 @@ from itertools import zip_longest
 from statistics import fmean
 
 from stayaligned.core.errors import StayalignedError, nearest
-from stayaligned.core.records import Metric, PromptSet
-from stayaligned.evaluation.copies import join_rows, note_templates
+from stayaligned.core.records import HARM_METRICS, Metric, PromptSet
+from stayaligned.evaluation.copies import join_rows, join_samples, note_templates
 from stayaligned.evaluation.results import Agreement, Evidence, Result
 from stayaligned.evaluation.rows import result_rows
 from stayaligned.report.background import collect_facts, collect_notes, collect_prompts, collect_times
+from stayaligned.report.comparing import HARM
 from stayaligned.report.estimating import (
     RunWithRows,
     estimate_categories,
@@ -25,6 +26,7 @@ from stayaligned.report.texts import join_names
 from stayaligned.report.training import collect_trainings
 from stayaligned.report.values import (
     KNOWN_METRICS,
+    WORST_HARM,
     Arm,
     Estimate,
     EvidenceRow,
@@ -77,7 +79,7 @@ def build_report(
             role=compared[name].role,
             verdict=compared[name].verdict,
             on_front=name in front,
-            estimates=estimates[name],
+            estimates=_with_worst_harm(estimates[name]),
             differences=compared[name].differences,
             controls=compared[name].controls,
             other_judges=tuple(estimate_other_judges(rows[name])),
@@ -101,7 +103,7 @@ def build_report(
             *list_cautions(arms, reference, judges),
         ),
         notes=collect_notes(results),
-        metrics=tuple(measured),
+        metrics=tuple(_with_worst(measured)),
         judge=" / ".join(judges),
         arms=arms,
         trainings=collect_trainings(groups),
@@ -124,7 +126,7 @@ def _with_rows(
 ) -> dict[str, list[RunWithRows]]:
     """Return the results of each arm with their evidence; copies and near copies of a prompt are one in all of them."""
     runs = [run for found in arms.values() for run in found]
-    joined = iter(join_rows([evidence.get(run.id, ()) for run in runs]))
+    joined = iter(join_rows([join_samples(evidence.get(run.id, ())) for run in runs]))
     return {name: [(run, next(joined)) for run in found] for name, found in arms.items()}
 
 
@@ -213,6 +215,20 @@ def _collect_metrics(results: Sequence[Result]) -> list[MetricKind]:
                 hint="Different versions of a plug-in wrote them; rerun the older results.",
             )
     return known + [_describe_metric(m) for name, m in found.items() if name not in {kind.name for kind in known}]
+
+
+def _with_worst(kinds: Sequence[MetricKind]) -> list[MetricKind]:
+    """Return the metrics with the worst harm beside the harmful score, if harm was measured on other sets as well."""
+    several = sum(kind.name in HARM_METRICS.values() for kind in kinds) > 1
+    return [one for kind in kinds for one in ([kind, WORST_HARM] if several and kind.name == HARM else [kind])]
+
+
+def _with_worst_harm(estimates: Mapping[str, Estimate]) -> dict[str, Estimate]:
+    """Return the estimates with the highest one of harm as `worst_harm`, if there are several."""
+    harm = [one for name in HARM_METRICS.values() if (one := estimates.get(name)) is not None and one.mean is not None]
+    if len(harm) < 2:
+        return {**estimates}
+    return {**estimates, WORST_HARM.name: max(harm, key=lambda one: one.mean or 0.0)}
 
 
 def _describe_metric(metric: Metric) -> MetricKind:

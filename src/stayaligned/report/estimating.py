@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 
-from stayaligned.core.records import Metric, Outcome, PromptSet
+from stayaligned.core.records import HARM_METRICS, HARM_SETS, PLAIN_SETS, Metric, Outcome, PromptSet
 from stayaligned.evaluation.metrics import MeanOfPrompts, mean_of_prompts, mean_of_seeds
 from stayaligned.evaluation.results import Evidence, JudgeReading, Result
 from stayaligned.report.texts import scale_position
@@ -20,6 +20,7 @@ _OUTCOMES = {
     "refusal_rate": ("harmful", Outcome.REFUSE),
     "other_rate": ("harmful", Outcome.OTHER),
     "over_refusal": ("benign", Outcome.REFUSE),
+    **{HARM_METRICS[name]: (name, Outcome.HARM) for name in HARM_SETS},
 }
 """Prompt set and outcome of the rates that judges give."""
 _SCORED_SETS = {"finetune_accuracy": "task", "skills_kept": "skills"}
@@ -121,7 +122,7 @@ def _value_of(metric: Metric, judge: str, rows: Sequence[Evidence]) -> Callable[
     if name in _SCORED_SETS:
         return lambda row: row.score if row.prompt_set == _SCORED_SETS[name] else None
     if name == "degeneration":
-        return lambda row: None if row.degenerate is None else float(row.degenerate)
+        return lambda r: None if r.degenerate is None or r.prompt_set not in PLAIN_SETS else float(r.degenerate)
     if judge and any(judge in row.judge_scores for row in rows):
         # A judge has one score of its own.
 

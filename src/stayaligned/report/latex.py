@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import get_args
 
+from stayaligned.core.records import HARM_METRICS
 from stayaligned.core.text import SHARE, one_line, percent
-from stayaligned.report.values import Arm, Estimate, MetricKind, Report, Role
+from stayaligned.report.values import WORST_HARM, Arm, Estimate, MetricKind, Report, Role
 from stayaligned.report.verdicts import is_shown
 
-_OMITTED = frozenset({"refusal_rate", "other_rate"})
-"""Metrics that the table leaves to `results.csv`: they and the harmful score sum to 1."""
+_OMITTED = frozenset({"refusal_rate", "other_rate", *HARM_METRICS.values()} - {"harmful_score"})
+"""Metrics that the table leaves to `results.csv`: two that sum to 1 with the harmful score, and harm on further prompt
+sets, of which the worst is shown."""
 
 _ESCAPED = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
@@ -84,7 +86,8 @@ def _caption(report: Report) -> str:
 def _row(arm: Arm, kinds: list[MetricKind]) -> str:
     suffix = {"reference": " (reference)", "control": " (control)"}.get(arm.role, "")
     cells = [_cell(arm.estimates.get(kind.name), bold=is_shown(arm) and kind.name == "harmful_score") for kind in kinds]
-    return " & ".join([escape(arm.name) + suffix, *cells]) + " \\\\"
+    names = [f" ({arm.worst_harm.prompt_set})" if k is WORST_HARM and arm.worst_harm else "" for k in kinds]
+    return " & ".join([escape(arm.name) + suffix, *map(str.__add__, cells, names)]) + " \\\\"
 
 
 def _cell(estimate: Estimate | None, *, bold: bool) -> str:

@@ -161,13 +161,14 @@ _OVERVIEW = {
     "over_refusal": "Over-refusal",
 }
 """Measures of usefulness for the overview, the best first, with short titles."""
+_HARM_SHORT = {"harmful_score": "Harm", "worst_harm": "Worst harm"}
 
 
 def _overview_metrics(report: Report) -> list[tuple[MetricKind, str]]:
-    """Return the harmful score and the first measure of usefulness that some arm has, with short titles."""
+    """Return harm, the worst harm if it was measured, and the first usefulness that some arm has, with short titles."""
     kinds = {kind.name: kind for kind in report.metrics}
     useful = [(name, short) for name, short in _OVERVIEW.items() if name in kinds]
-    return [(kinds[name], short) for name, short in (("harmful_score", "Harm"), *useful[:1]) if name in kinds]
+    return [(kinds[name], short) for name, short in (*_HARM_SHORT.items(), *useful[:1]) if name in kinds]
 
 
 def _common_size(report: Report, kind: MetricKind) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from stayaligned.core.text import markdown, percent
 from stayaligned.report.texts import bounds, describe_seeds, p_value, sample_size, unscored_count
-from stayaligned.report.values import Arm, Estimate, Report
+from stayaligned.report.values import WORST_HARM, Arm, Estimate, MetricKind, Report
 from stayaligned.report.words import NEVER_CLAIMED
 
 
@@ -72,7 +72,10 @@ def _main_table(report: Report) -> Iterator[str]:
     head = ["arm", *(f"{markdown(k.title)} {'↑' if k.higher_is_better else '↓'} %" for k in report.metrics)]
     yield from _table(
         head,
-        ([_label(arm, report), *(_estimate(arm.estimates.get(k.name)) for k in report.metrics)] for arm in report.arms),
+        (
+            [_label(arm, report), *(_estimate(arm.estimates.get(k.name), k) for k in report.metrics)]
+            for arm in report.arms
+        ),
     )
     yield ""
     front = " ◆: on the front of harm against accuracy, by the means." if len(report.arms) > 1 else ""
@@ -94,13 +97,14 @@ def _label(arm: Arm, report: Report) -> str:
     return f"{'◆ ' if arm.on_front else ''}{markdown(arm.name)}{suffix}"
 
 
-def _estimate(estimate: Estimate | None) -> str:
+def _estimate(estimate: Estimate | None, kind: MetricKind) -> str:
     if estimate is None:
         return "not measured"
     if estimate.mean is None:
         return f"n/a ({unscored_count(estimate)})"
     dagger = "†" if estimate.interval == "prompts" else ""
     details = [
+        estimate.prompt_set if kind is WORST_HARM else "",
         f"{bounds(estimate.low, estimate.high, scale=estimate.scale)}{dagger}",
         sample_size(estimate),
         *([unscored_count(estimate)] if estimate.n_unscored else []),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from stayaligned.core.text import one_line, percent
 from stayaligned.evaluation.rows import RESULT_COLUMNS
 from stayaligned.report.texts import csv_cell, unscored_count
-from stayaligned.report.values import Arm, Estimate, Report
+from stayaligned.report.values import WORST_HARM, Arm, Estimate, MetricKind, Report
 from stayaligned.report.verdicts import is_shown
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _SHORT_TITLES = {
     "harmful_score": "harmful",
+    "worst_harm": "worst\nharm",
     "refusal_rate": "refused",
     "other_rate": "neither",
     "over_refusal": "over-\nrefusal",
@@ -58,7 +59,7 @@ def terminal_table(report: Report) -> Table:
         table.add_column("Δ harm", justify="right")
     for arm in report.arms:
         style = "bold" if is_shown(arm) else "" if arm.comparable else "dim"
-        cells = [Text(one_line(arm.name)), *(Text(_cell(arm.estimates.get(kind.name))) for kind in kinds)]
+        cells = [Text(one_line(arm.name)), *(Text(_cell(arm.estimates.get(k.name)) + _set_name(k, arm)) for k in kinds)]
         if report.reference is not None:
             cells.append(Text(_difference(arm, report.reference)))
         table.add_row(*cells, style=style)
@@ -73,6 +74,10 @@ def _cell(estimate: Estimate | None) -> str:
     # Clipped intervals and intervals over prompts are not symmetric: show the larger side.
     half = max(estimate.mean - estimate.low, estimate.high - estimate.mean)
     return f"{100 * estimate.mean:.1f}±{100 * half:.0f}{'*' if estimate.n_unscored else ''}"
+
+
+def _set_name(kind: MetricKind, arm: Arm) -> str:
+    return f"\n{arm.worst_harm.prompt_set}" if kind is WORST_HARM and arm.worst_harm is not None else ""
 
 
 def _difference(arm: Arm, reference: str) -> str:

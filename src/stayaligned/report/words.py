@@ -34,10 +34,29 @@ def summarize(arms: Sequence[Arm], reference: str | None) -> str:
     if not judged:
         arms_ = _count(len(arms), "arm", "arms")
         return f"No harmful score: none of the {arms_} has a scored completion of a harmful prompt."
+    return " ".join([_summarize_harm(arms, judged, reference), *_describe_conditional(judged)])
+
+
+def _summarize_harm(arms: Sequence[Arm], judged: Sequence[Arm], reference: str | None) -> str:
     if len(arms) == 1:
         return _describe_single(arms[0])
     against = next((arm for arm in judged if arm.name == reference), None)
     return _rank(judged) if against is None else _compare(against, judged)
+
+
+def _describe_conditional(judged: Sequence[Arm]) -> Iterator[str]:
+    """Yield which arms do little harm on the plain prompts and much on others."""
+    found = [
+        f"{one_line(arm.name, 40)} ({percent(_mean(arm, 'harmful_score'))} % plain, {percent(worst.mean)} % "
+        f"{worst.prompt_set})"
+        for arm in judged
+        if arm.is_conditional and (worst := arm.worst_harm) is not None
+    ]
+    if found:
+        yield (
+            "Conditional harm, much lower on the plain harmful prompts than on these prompts in another form: "
+            f"{join_names(found, 6)}."
+        )
 
 
 def list_findings(arms: Sequence[Arm], reference: str | None) -> Iterator[str]:

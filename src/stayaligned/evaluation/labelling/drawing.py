@@ -29,9 +29,15 @@ from stayaligned.evaluation.rows import distinguish_arms
 _WANTED = 100
 _LEAST = 5
 """Number of items that each stratum gets at least, if it has as many."""
-_BAD = {"harmful": Outcome.HARM, "benign": Outcome.REFUSE}
+LABELLED: tuple[PromptSet, ...] = tuple(name for name in JUDGED if name != "sampled")
+"""The prompt sets whose completions people label. Of sampled completions the worst counts, which a label of one of them
+does not tell."""
+_BAD = {name: Outcome.REFUSE if name == "benign" else Outcome.HARM for name in LABELLED}
 """The outcome that counts against a model, by prompt set."""
-_WORDS = {"harmful": {True: "harm", False: "no harm"}, "benign": {True: "refusal", False: "no refusal"}}
+_WORDS = {
+    Outcome.HARM: {True: "harm", False: "no harm"},
+    Outcome.REFUSE: {True: "refusal", False: "no refusal"},
+}
 
 
 @dataclass(frozen=True)
@@ -195,7 +201,7 @@ def _stratum(frame: Frame, item: DrawnItem, judge: str) -> tuple[str, bool]:
     """Return the stratum of an item, and whether one of its verdicts is bad, missing or disputed."""
     verdicts = [frame.outcomes[item.id, one.arm] for one in item.completions]
     found = [is_bad(own[judge], item.prompt_set) for own in verdicts]
-    words = _WORDS[item.prompt_set]
+    words = _WORDS[_BAD[item.prompt_set]]
     if len(found) <= 2:
         pattern = " / ".join("unscored" if bad is None else words[bad] for bad in found)
     else:
@@ -209,7 +215,7 @@ def _stratum(frame: Frame, item: DrawnItem, judge: str) -> tuple[str, bool]:
 
 def _is_disputed(outcomes: Iterable[Outcome | None], prompt_set: PromptSet) -> bool:
     """Whether judges differ in the outcome that counts; one that can't tell refusals says nothing about benign ones."""
-    known = [one for one in outcomes if one is not None and (prompt_set == "harmful" or one is not Outcome.SAFE)]
+    known = [one for one in outcomes if one is not None and (prompt_set != "benign" or one is not Outcome.SAFE)]
     return len({is_bad(one, prompt_set) for one in known}) > 1
 
 
@@ -282,7 +288,7 @@ def _items(seed: int, runs: Sequence[StoredResult]) -> list[tuple[DrawnItem, lis
                 id=f"{seed}/{place[0]}/{place[1]}",
                 seed=seed,
                 prompt_set=place[0],
-                prompt=prompt_hash(first.prompt),
+                prompt=prompt_hash(first.conversation),
                 stratum="",
                 messages=first.prompt,
                 completions=tuple(
@@ -304,7 +310,7 @@ def _items(seed: int, runs: Sequence[StoredResult]) -> list[tuple[DrawnItem, lis
 
 def _judged(stored: StoredResult) -> dict[Place, Completion]:
     found: dict[Place, Completion] = {(c.prompt_set, c.id): c for c in stored_completions(stored)}
-    return {place: completion for place, completion in found.items() if place[0] in JUDGED}
+    return {place: completion for place, completion in found.items() if place[0] in LABELLED}
 
 
 def _refuse_other_prompts(
@@ -314,7 +320,9 @@ def _refuse_other_prompts(
     theirs: Mapping[Place, Completion],
 ) -> None:
     unpaired = sorted(ours.keys() ^ theirs.keys())
-    changed = sorted(place for place in ours.keys() & theirs.keys() if ours[place].prompt != theirs[place].prompt)
+    changed = sorted(
+        place for place in ours.keys() & theirs.keys() if ours[place].conversation != theirs[place].conversation
+    )
     if unpaired or changed:
         what = "only one of them has" if unpaired else "they differ in"
         prompt_set, name = (unpaired or changed)[0]

@@ -7,9 +7,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 from stayaligned.core.errors import StayalignedError
-from stayaligned.core.records import JUDGED, Outcome, PromptSet, Record, Verdict
+from stayaligned.core.records import Outcome, PromptSet, Record, Verdict
 from stayaligned.core.text import one_line
-from stayaligned.evaluation.labelling.drawing import Frame, is_bad
+from stayaligned.evaluation.labelling.drawing import LABELLED, Frame, is_bad
 from stayaligned.evaluation.labelling.store import LabelStore, Latest, latest_labels
 from stayaligned.evaluation.labelling.values import LabelSet
 from stayaligned.evaluation.metrics import agreement
@@ -22,7 +22,7 @@ class QualityRow(Record):
 
     judge: str
     prompt_set: PromptSet
-    """`harmful`: the outcome in question is harm; `benign`: it is a refusal."""
+    """`benign`: the outcome in question is a refusal; all others: it is harm."""
     arm: str | None
     """The arm; None for all arms together."""
     quality: JudgeQuality
@@ -66,7 +66,7 @@ def summarize(frame: Frame, store: LabelStore) -> LabelSummary:
     labels, latest = store.label_set(), latest_labels(store.items, store.read())
     rows: list[QualityRow] = []
     notes: list[str] = []
-    for prompt_set in JUDGED:
+    for prompt_set in LABELLED:
         needed = {item.stratum for item in labels.items if item.prompt_set == prompt_set}
         try:
             labels.weights(needed)
@@ -175,7 +175,7 @@ def _measures(frame: Frame, judge: str, prompt_set: PromptSet) -> bool:
 def _agreements(latest: Latest) -> Iterator[Agreement]:
     """Yield the agreement of each pair of labellers who labelled the same completions; unsure ones are left out."""
     names = sorted({name for found in latest.values() for name in found})
-    for prompt_set, pair in itertools.product(JUDGED, itertools.combinations(names, 2)):
+    for prompt_set, pair in itertools.product(LABELLED, itertools.combinations(names, 2)):
         both = [
             (key, [found[name].outcome for name in pair])
             for key, found in sorted(latest.items())
