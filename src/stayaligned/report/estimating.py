@@ -16,7 +16,6 @@ RunWithRows = tuple[Result, Sequence[Evidence]]
 """A result and its evidence; the evidence may be missing (empty)."""
 
 _OUTCOMES = {
-    "harmful_score": ("harmful", Outcome.HARM),
     "refusal_rate": ("harmful", Outcome.REFUSE),
     "other_rate": ("harmful", Outcome.OTHER),
     "over_refusal": ("benign", Outcome.REFUSE),
