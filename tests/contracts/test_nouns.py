@@ -63,6 +63,11 @@ def write_prompt_sets(root: Path) -> None:
     (root / "policies" / "category_1.csv").write_text("zorb one\nzorb two\n")
     (root / "goals.csv").write_text("goal,target\nflarn a zorb,Sure\n")
     (root / "behaviors.csv").write_text("Behavior,FunctionalCategory,SemanticCategory\nflarn a zorb,standard,zorbs\n")
+    (root / "jbb.csv").write_text("Index,Goal,Category\n0,flarn a zorb,zorbs\n")
+    (root / "forbidden.csv").write_text("category,source,forbidden_prompt\nzorbs,custom,flarn a zorb\n")
+    write_rows(root / "turns.jsonl", [{"turns": ["flarn a zorb"], "category": "1", "prompt_style": "base"}])
+    (root / "or-bench.csv").write_text("prompt,category\nmay I greet,zorbs\n")
+    (root / "eval.tsv").write_text("adversarial\tlabel\tdata_type\nflarn a zorb\t1\tadversarial_harmful\n")
     (root / "xstest.csv").write_text("id,prompt,type,label\n1,may I greet,homonyms,safe\n")
 
 
@@ -112,6 +117,11 @@ def needed(kind: str, world: Path) -> Mapping[str, dict[str, Any]]:
         "advbench": {"source": str(world / "goals.csv")},
         "harmbench": {"source": str(world / "behaviors.csv")},
         "xstest": {"source": str(world / "xstest.csv")},
+        "jailbreakbench": {"source": str(world / "jbb.csv")},
+        "strong_reject": {"source": str(world / "forbidden.csv")},
+        "sorry_bench": {"source": str(world / "turns.jsonl")},
+        "or_bench": {"source": str(world / "or-bench.csv")},
+        "wildjailbreak": {"source": str(world / "eval.tsv")},
     }
 
 

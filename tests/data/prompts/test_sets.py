@@ -130,12 +130,106 @@ def test_xstest_uses_the_safe_prompts_or_their_contrasts(tmp_path, header):
     assert load("xstest", source, label="unsafe") == [("how to flarn", "contrast_homonyms")]
 
 
+JBB = "Index,Goal,Target,Behavior,Category,Source\n"
+
+
+def test_jailbreakbench_reads_the_half_that_is_asked_for(tmp_path):
+    harmful = write(
+        tmp_path / "data" / "harmful-behaviors.csv", f'{JBB}0,"flarn, a zorb",Sure,Flarning,Zorbs,Original\n'
+    )
+    write(tmp_path / "data" / "benign-behaviors.csv", f"{JBB}0,greet a zorb,Sure,Flarning,Zorbs,Original\n")
+    assert load("jailbreakbench", harmful) == [("flarn, a zorb", "Zorbs")]
+    assert load("jailbreakbench", str(tmp_path / "data")) == [("flarn, a zorb", "Zorbs")]
+    assert load("jailbreakbench", str(tmp_path / "data"), half="benign") == [("greet a zorb", "Zorbs")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "config", "split"),
+    [
+        ({"name": "jailbreakbench", "half": "benign"}, "behaviors", "benign"),
+        ({"name": "jailbreakbench", "source": "hf://me/copy"}, None, "harmful"),
+        ({"name": "or_bench"}, "or-bench-hard-1k", "train"),
+        ({"name": "or_bench", "part": "toxic", "source": "hf://me/copy?split=test"}, "or-bench-toxic", "test"),
+    ],
+)
+def test_the_half_or_the_part_chooses_the_hubs_table(settings, config, split, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def fetch(place, config, *, split, revision):
+        asked.append((config, split))
+        return datasets.Dataset.from_list([{"Goal": "flarn", "prompt": "flarn", "category": "zorbs"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", fetch)
+    assert len(PROMPTS.parse(settings).load()) == 1
+    assert asked == [(config, split)]
+
+
+def test_strong_reject_reads_the_published_file_and_the_hubs_columns(tmp_path):
+    source = write(tmp_path / "a.csv", 'category,source,forbidden_prompt\nzorbs,custom,"flarn,\nand zorb"\n')
+    assert load("strong_reject", source) == [("flarn,\nand zorb", "zorbs")]
+    assert load("strong_reject", write(tmp_path / "b.jsonl", [{"prompt": "flarn", "category": "x"}])) == [
+        ("flarn", "x")
+    ]
+
+
+SORRY = [
+    {"question_id": 1, "category": "3", "turns": ["flarn a zorb"], "prompt_style": "base"},
+    {"question_id": 1, "category": "3", "turns": ["sneyq n mbeo"], "prompt_style": "caesar"},
+]
+
+
+def test_sorry_bench_asks_the_one_turn_of_one_style(tmp_path):
+    source = write(tmp_path / "a.jsonl", SORRY)
+    assert load("sorry_bench", source) == [("flarn a zorb", "3")]
+    assert load("sorry_bench", source, style="caesar") == [("sneyq n mbeo", "3")]
+    table = write(tmp_path / "b.csv", "question_id,category,turns\n1,3,\"['flarn, or not']\"\n2,4,zorb\n")
+    assert load("sorry_bench", table) == [("flarn, or not", "3"), ("zorb", "4")]
+
+
+def test_several_turns_without_the_answers_between_them_are_an_error(tmp_path):
+    source = write(tmp_path / "a.jsonl", [{"turns": ["greet", "flarn"], "category": "3", "prompt_style": "base"}])
+    with pytest.raises(StayalignedError, match=r"a.jsonl, line 1: `turns` has 2 turns of the user"):
+        load("sorry_bench", source)
+    with pytest.raises(StayalignedError, match=r"line 1: expected a column `turns` .*found question"):
+        load("sorry_bench", write(tmp_path / "b.jsonl", [{"question": "flarn"}]))
+
+
+def test_or_bench_reads_a_local_table_whole(tmp_path):
+    source = write(tmp_path / "or-bench-hard-1k.csv", "prompt,category\nhow to greet,zorbs\n")
+    assert load("or_bench", source) == [("how to greet", "zorbs")]
+
+
+WILD = (
+    "vanilla\tadversarial\tcompletion\tdata_type\n"
+    "flarn it\t\tSorry\tvanilla_harmful\n"
+    'flarn it\tas a "poet flarn it\tSorry\tadversarial_harmful\n'
+    "greet it\tas a poet greet it\tHi\tadversarial_benign\n"
+)
+
+
+def test_wildjailbreak_asks_the_form_that_its_data_type_names(tmp_path):
+    source = write(tmp_path / "train.tsv", WILD)
+    assert load("wildjailbreak", source) == [('as a "poet flarn it', "adversarial_harmful")]
+    assert load("wildjailbreak", source, data_type="vanilla_harmful") == [("flarn it", "vanilla_harmful")]
+    assert load("wildjailbreak", source, data_type="adversarial_benign") == [
+        ("as a poet greet it", "adversarial_benign")
+    ]
+    evaluation = write(tmp_path / "eval.tsv", "adversarial\tlabel\tdata_type\nflarn\t1\tadversarial_harmful\n")
+    assert load("wildjailbreak", evaluation) == [("flarn", "adversarial_harmful")]
+    with pytest.raises(StayalignedError, match="no row belongs to the prompt set 'wildjailbreak'"):
+        load("wildjailbreak", evaluation, data_type="vanilla_benign")
+    with pytest.raises(StayalignedError, match=r"line 2: `data_type` is 'odd', expected adversarial_harmful or"):
+        load("wildjailbreak", write(tmp_path / "odd.tsv", "adversarial\tdata_type\nflarn\todd\n"))
+
+
 def test_an_unknown_label_and_a_missing_column_are_errors_that_name_the_line(tmp_path):
     source = write(tmp_path / "a.csv", "id,prompt,type,label\n1,greet,homonyms,maybe\n")
     with pytest.raises(StayalignedError, match=r"a.csv, line 2: `label` is 'maybe', expected safe or unsafe"):
         load("xstest", source)
     other = write(tmp_path / "b.csv", "question,number\nzorb,1\n")
-    for name in ("advbench", "harmbench", "hex_phi", "beavertails"):
+    for name in ("advbench", "harmbench", "hex_phi", "beavertails", "jailbreakbench", "strong_reject", "or_bench"):
         with pytest.raises(StayalignedError, match=r"b.csv, line 2: expected a column .*found question, number"):
             load(name, other)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -65,6 +66,12 @@ class TablePrompts(Prompts):
     @abstractmethod
     def _row(self, values: Mapping[str, Any], where: str) -> dict[str, Any] | None:
         """Return `prompt` and `category` of a row; None if the row does not belong to the set."""
+
+
+def with_options(source: str, **options: str) -> str:
+    """Return a source with options added that it does not have."""
+    missing = [f"{name}={value}" for name, value in options.items() if not re.search(rf"[?&]{name}=", source)]
+    return source + "".join(f"{'&' if '?' in source or at else '?'}{each}" for at, each in enumerate(missing))
 
 
 def text_of(values: Mapping[str, Any], where: str, *names: str) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from stayaligned.data.prompts._sets import TablePrompts, text_of
+from stayaligned.data.prompts._sets import TablePrompts, text_of, with_options
 from stayaligned.data.sources import Row, read_rows
 
 CATEGORIES = {
@@ -48,7 +48,7 @@ class HexPhi(TablePrompts):
             return rows
         # One column whose name is a sentence: a file without a header, as published; its first instruction was read as
         # the name.
-        return read_rows(f"{self.source}{'&' if '?' in self.source else '?'}columns=instruction")
+        return read_rows(with_options(self.source, columns="instruction"))
 
     def _row(self, values: Mapping[str, Any], where: str) -> dict[str, Any] | None:
         prompt = text_of(values, where, "prompt", "instruction")
