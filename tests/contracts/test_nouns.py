@@ -1,6 +1,7 @@
 """The contract of each noun, tested for every registered defense, judge, task, attack and prompt set."""
 
 import random
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -241,37 +242,47 @@ def test_a_trigger_keeps_the_request_last_and_changes_every_prompt_or_none(name:
 
 
 @pytest.mark.parametrize("name", of_kind("defense", TrainingDefense))
-def test_a_training_defense_returns_a_trainer_that_changes_only_the_trainable_weights(
+def test_a_training_defense_changes_only_the_trainable_weights_and_resumes_bit_for_bit(
     name: str, world: Path, tmp_path: Path
 ) -> None:
     from stayaligned.hf import models
     from stayaligned.hf.training import finetuning
 
-    defense = make(DEFENSES, name, world)
-    model = models.attach_lora(models.load_model(world / "aligned"), {"r": 2, "target_modules": ["q_proj"]})
-    setup = TrainingSetup(
-        model=model,  # type: ignore[arg-type]
-        tokenizer=models.load_tokenizer(world / "aligned"),
-        examples=read_examples(str(world / "train.jsonl"), origin="task"),
-        alignment_examples=read_examples(str(world / "alignment.jsonl"), origin="alignment"),
-        arguments={
-            "output_dir": str(tmp_path),
-            "max_steps": 4,
-            "learning_rate": 0.01,
-            "save_strategy": "no",
-            "logging_steps": 1,
-        },
-        max_length=64,
-        aligned_model=str(world / "aligned"),
-        base_model=str(world / "base"),
-    )
-    trainer = defense.make_trainer(setup)
-    before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    log = finetuning.train(trainer)
+    def fine_tune(directory: Path) -> tuple[Any, Any, list[dict[str, Any]]]:
+        finetuning.seed_everything(3)
+        lora = {"r": 2, "target_modules": ["q_proj"], "lora_dropout": 0.1}
+        model: Any = models.attach_lora(models.load_model(world / "aligned"), lora)
+        setup = TrainingSetup(
+            model=model,
+            tokenizer=models.load_tokenizer(world / "aligned"),
+            examples=read_examples(str(world / "train.jsonl"), origin="task"),
+            alignment_examples=read_examples(str(world / "alignment.jsonl"), origin="alignment"),
+            arguments={
+                "output_dir": str(directory),
+                "max_steps": 4,
+                "learning_rate": 0.01,
+                "save_steps": 2,
+                "logging_steps": 1,
+                "per_device_train_batch_size": 2,
+            },
+            max_length=64,
+            aligned_model=str(world / "aligned"),
+            base_model=str(world / "base"),
+        )
+        trainer = make(DEFENSES, name, world).make_trainer(setup)
+        before = {name: value.detach().clone() for name, value in model.named_parameters()}
+        log = finetuning.train(trainer)
+        return before, dict(model.named_parameters()), log
+
+    before, after, log = fine_tune(tmp_path / "whole")
     assert [row["step"] for row in log if "loss" in row] == [1, 2, 3, 4]
-    changed = {name for name, value in model.named_parameters() if not value.equal(before[name])}
+    changed = {name for name, value in after.items() if not value.equal(before[name])}
     assert changed
     assert all("lora_" in name for name in changed)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "interrupted" / "checkpoint-2")
+    _, resumed, again = fine_tune(tmp_path / "interrupted")
+    assert [row for row in again if "loss" in row] == [row for row in log if "loss" in row]
+    assert all(value.equal(after[name]) for name, value in resumed.items())
 
 
 @pytest.mark.parametrize("name", of_kind("defense", PatchDefense))

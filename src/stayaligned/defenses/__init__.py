@@ -20,6 +20,7 @@ from stayaligned.core.settings import ChatTemplate, TrainerKind
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+    from stayaligned.hf.training.objective import AlignmentRows
     from stayaligned.weights.adapters import Adapter
     from stayaligned.weights.checkpoints import Checkpoint
     from stayaligned.weights.deltas import BytesDone
@@ -104,6 +105,22 @@ class TrainingSetup:
         return build_dataset(
             self.tokenizer, self.alignment_examples, kind=self.kind, max_length=self.max_length, name="alignment"
         )
+
+    def alignment_rows(self, trainer: Trainer, defense: str, per_step: int | None = None) -> AlignmentRows:
+        """Encode the alignment rows for an objective, which takes some of them in every optimizer step.
+
+        Args:
+            trainer: the trainer that the objective is attached to.
+            defense: the name of the defense that needs them, for the error.
+            per_step: number of rows in each optimizer step; None for as many as the user's.
+
+        Raises:
+            StayalignedError: if there are no alignment rows.
+        """
+        self.require_alignment_examples(defense)
+        from stayaligned.hf.training.objective import AlignmentRows
+
+        return AlignmentRows.encode(trainer, self.alignment_examples, self.max_length, per_step)
 
     def preference_trainer(self, defense: str, beta: float) -> Callable[[Any], Trainer]:
         """Return a function that builds a DPOTrainer of the alignment rows on the model that it receives.

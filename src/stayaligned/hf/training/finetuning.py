@@ -235,6 +235,8 @@ def load_finished(trainer: Trainer, checkpoint: Path) -> bool:
         )
     load_checkpoint_weights(trainer, checkpoint)
     restore_converted(trainer, checkpoint)
+    if callable(finish := getattr(trainer, "finish_loaded", None)):  # of an objective
+        finish(checkpoint)
     trainer.state = state
     return True
 

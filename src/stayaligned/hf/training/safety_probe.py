@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from stayaligned.algorithms.lisa import local_shard
+from stayaligned.algorithms.objectives import label_log_probabilities
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.settings import Guard, Watch
 from stayaligned.data.sources import read_examples
@@ -78,23 +79,8 @@ class Probe:
             batch = {k: v.to(device) for k, v in self._collator(rows[start : start + self._batch_size]).items()}
             labels = batch.pop("labels")
             with torch.no_grad():
-                values += _label_log_probabilities(model(**batch).logits, labels).tolist()
+                values += label_log_probabilities(model(**batch).logits, labels).sum(-1).tolist()
         return values
-
-
-def _label_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
-    """Compute Σ log p of each row's labels, in fp32.
-
-    Args:
-        logits: (batch, length, vocabulary); position t predicts label t + 1.
-        labels: (batch, length); negative at positions without a label.
-
-    Returns:
-        (batch,), in nats.
-    """
-    predicted = labels[:, 1:]
-    chosen = logits[:, :-1].float().log_softmax(-1).gather(-1, predicted.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return torch.where(predicted < 0, 0.0, chosen).sum(-1)
 
 
 def attach_watch(trainer: _TrainerT, watch: Watch, *, max_length: int = 1024) -> _TrainerT:

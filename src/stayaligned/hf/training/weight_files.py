@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -52,13 +53,7 @@ def read_weights(path: Path, params: Mapping[str, Tensor], *, device: AnchorDevi
     Raises:
         StayalignedError: if the file is missing, damaged, or of other weights than `params`.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        stored = load_file(require_file(path))
-    except SafetensorError as error:
-        raise StayalignedError(f"{path} is damaged: {error}", hint="Resume an earlier checkpoint.") from None
+    stored = read_tensors(path)
     described = {name: (tuple(t.shape), t.dtype) for name, t in stored.items()}
     expected = {name: (tuple(local_shard(p).shape), p.dtype) for name, p in params.items()}
     if described != expected:
@@ -75,15 +70,30 @@ def read_weights(path: Path, params: Mapping[str, Tensor], *, device: AnchorDevi
     return weights
 
 
+def read_tensors(path: Path, device: Any = "cpu") -> dict[str, Tensor]:
+    """Read the tensors of a file of a checkpoint.
+
+    Raises:
+        StayalignedError: if the file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(require_file(path), device=str(device))
+    except SafetensorError as error:
+        raise StayalignedError(f"{path} is damaged: {error}", hint="Resume an earlier checkpoint.") from None
+
+
 def require_file(file: Path) -> Path:
     """Return the file if it exists.
 
     Raises:
-        StayalignedError: if the file is missing, as in a checkpoint that was written without Lisa.
+        StayalignedError: if the file is missing, as in a checkpoint that was written by another method.
     """
     if not file.is_file():
         raise StayalignedError(
-            f"{file.parent} can't be resumed with Lisa: {file.name} is missing",
-            hint="Resume a checkpoint that was written with Lisa and without save_only_model, or start a new run.",
+            f"{file.parent} can't be resumed with this method: {file.name} is missing",
+            hint="Resume a checkpoint that was written with it and without save_only_model, or start a new run.",
         )
     return file

@@ -20,8 +20,8 @@ from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from stayaligned import LisaSettings, StayalignedError, attach_lisa, with_lisa
+from stayaligned.algorithms.objectives import reference_kl
 from stayaligned.hf.features import PaddingCollator
-from stayaligned.hf.training.lisa.losses import reference_kl
 from stayaligned.testing import byte_tokenizer, pico_model
 
 PAIRS = [

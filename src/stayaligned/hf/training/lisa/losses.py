@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from stayaligned.algorithms.objectives import reference_kl
 from stayaligned.core.errors import StayalignedError
 from stayaligned.hf.hosts import is_loss_scaled, require_trl, trl_class
+from stayaligned.hf.training.reference import adapter_names, as_reference
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -64,17 +66,22 @@ class TrainerLoss:
     def __init__(self, host: Trainer, build: AlignmentTrainer) -> None:
         model: Any = host.model
         core = _base_of(model)
-        forward, trained, adapters, fresh = core.forward, _trainable_names(model), _adapters(model), _is_fresh(model)
+        forward, trained, adapters, fresh = (
+            core.forward,
+            _trainable_names(model),
+            adapter_names(model),
+            _is_fresh(model),
+        )
         dropout = _dropout(model)
         try:
             self.trainer: Any = build(model)
             _require_fits(host, self.trainer, set(trained))
-            if _REFERENCE_ADAPTER in set(_adapters(model)) - set(adapters):
+            if _REFERENCE_ADAPTER in set(adapter_names(model)) - set(adapters):
                 self._delete_reference_copy(model, fresh)
         except BaseException:
             core.forward = forward
             _set_dropout(dropout)
-            for name in set(_adapters(model)) - set(adapters):
+            for name in set(adapter_names(model)) - set(adapters):
                 model.delete_adapter(name)
             raise
         self._host_dropout, self._alignment_dropout = dropout, _dropout(model)
@@ -156,7 +163,7 @@ class ReferenceKl:
     name = "kl"
 
     def __init__(self, host: Trainer) -> None:
-        if not _adapters(host.model):
+        if not adapter_names(host.model):
             raise StayalignedError(
                 "alignment_loss='kl' compares with the model without its adapter, and this model has none",
                 hint="Train a LoRA, or set alignment_loss='sft'.",
@@ -170,7 +177,7 @@ class ReferenceKl:
         """Compute the mean KL over the label tokens of the optimizer step, in nats."""
         labels = inputs["labels"]
         given = {key: value for key, value in inputs.items() if key != "labels"}
-        with torch.no_grad(), _as_reference(host.accelerator.unwrap_model(model)):
+        with torch.no_grad(), as_reference(host.accelerator.unwrap_model(model)):
             reference = model(**given).logits
         loss = reference_kl(model(**given).logits, reference, labels, count)
         # The host's count is over all processes, whose gradients are then averaged.
@@ -186,47 +193,9 @@ class ReferenceKl:
         return {}
 
 
-@contextlib.contextmanager
-def _as_reference(adapted: Any) -> Generator[None]:
-    """Switch the adapter and dropout off, and restore the model exactly afterwards (PEFT would unfreeze weights)."""
-    frozen = [parameter for parameter in adapted.parameters() if not parameter.requires_grad]
-    training = [module for module in adapted.modules() if module.training]
-    try:
-        with adapted.disable_adapter():
-            adapted.eval()
-            yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
-def reference_kl(logits: Tensor, reference: Tensor, labels: Tensor, count: Any = None) -> Tensor:
-    """Compute Σ over label tokens of KL(reference ‖ model), divided by `count` or by their number, in fp32.
-
-    Args:
-        logits: the model's logits, (batch, length, vocabulary).
-        reference: the reference's logits, of the same shape.
-        labels: (batch, length); -100 marks positions without a label. Position t of the logits predicts label t + 1.
-        count: number of label tokens to divide by, if the batch is a part of a step.
-    """
-    predicted = labels[:, 1:] != -100
-    ours = logits[:, :-1][predicted].float().log_softmax(-1)
-    theirs = reference[:, :-1][predicted].float().log_softmax(-1)
-    total = nn.functional.kl_div(ours, theirs, log_target=True, reduction="sum")
-    return total / (predicted.sum() if count is None else count)
-
-
 def _base_of(model: Any) -> nn.Module:
     """Return the module whose forward TRL replaces: the model without its adapters."""
-    return model.get_base_model() if _adapters(model) else model
-
-
-def _adapters(model: Any) -> list[str]:
-    from peft import PeftModel
-
-    return list(model.peft_config) if isinstance(model, PeftModel) else []
+    return model.get_base_model() if adapter_names(model) else model
 
 
 def _trainable_names(model: Any) -> list[str]:
