@@ -139,6 +139,24 @@ def test_resta_subtracts_the_harmful_update(world: Path, models: ModelPair, tmp_
     assert any((updates(trained)[name] - own[name]).norm() > 1e-4 for name in own)
 
 
+def test_reduced_intruders_are_those_of_peft(world: Path, models: ModelPair, tmp_path: Path) -> None:
+    from peft.tuners.lora.intruders import reduce_intruder_dimension
+
+    own = updates(read_adapter(world / "adapter"))
+    patched = patch(world, models, tmp_path / "out", name="reduce_intruders")
+    model: Any = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(world / "aligned"), world / "adapter", "own"
+    )
+    reduce_intruder_dimension(model, "own", "new", logging_sink=None)
+    for key, value in patched.tensors.items():
+        assert value.equal(model.get_parameter(key.replace(".weight", ".new.weight")).detach()), key
+    assert any((updates(patched)[name] - own[name]).norm() > 0.01 * own[name].norm() for name in own)
+    assert patched.config == read_adapter(world / "adapter").config
+    kept = patch(world, models, tmp_path / "kept", name="reduce_intruders", mitigation=1)  # PEFT keeps λ of the term
+    for name, value in updates(kept).items():
+        assert (value - own[name]).norm() < 1e-5 * own[name].norm()
+
+
 def test_what_does_not_fit_is_one_error_and_nothing_is_written(world: Path, models: ModelPair, tmp_path: Path) -> None:
     few = write_pico_adapter(tmp_path / "few", world / "aligned", r=2, target_modules=["q_proj"])
     more = write_pico_adapter(tmp_path / "more", world / "aligned", r=2, target_modules=["q_proj", "v_proj", "o_proj"])
