@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from stayaligned.core.files import fingerprint
 from stayaligned.testing import write_pico_adapter, write_pico_checkpoint
+from support.world import write_rows
 
 Command = Callable[..., tuple[int, str]]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -509,3 +510,56 @@ def test_an_unavailable_device_is_refused(world: Path, tmp_path: Path, command: 
         assert code == 2
         assert device in shown
         assert "Traceback" not in shown
+
+
+def test_any_other_patch_is_named_with_its_settings(world: Path, tmp_path: Path, command: Command) -> None:
+    write_rows(tmp_path / "safe.jsonl", [{"prompt": "flarn a zorb", "completion": "I cannot"}])
+    models = ["--aligned", str(world / "aligned"), "--base", str(world / "base")]
+    other = write_pico_adapter(tmp_path / "other", world / "aligned", seed=5)
+    code, shown = command(
+        *("project", str(world / "fleet" / "a0"), "--defense", "{name: csulora, rank: 3}", *models, "--out"),
+        str(tmp_path / "csulora"),
+    )
+    assert code == 0, shown
+    record = json.loads((tmp_path / "csulora" / "projection.json").read_text())
+    assert (record["defense"]["name"], record["defense"]["rank"]) == ("csulora", 3)
+    code, shown = command(
+        *("project", str(world / "fleet" / "a0"), str(other), "--defense", "{name: one_shot, learning_rate: 0.01}"),
+        *("--aligned", str(world / "aligned"), "--alignment-data", str(tmp_path / "safe.jsonl")),
+        *("--out", str(tmp_path / "both")),
+    )
+    assert code == 0, shown
+    record = json.loads((tmp_path / "both" / "other" / "projection.json").read_text())
+    assert record["inputs"]["alignment_data"]["ref"] == "1 rows"
+    assert "base" not in record["inputs"]
+    assert record["changed"] == len(record["layers"])
+    code, shown = command(
+        *("project", str(world / "fleet" / "a0"), "--defense", f"{{name: resta, adapter: {other}}}", "--aligned"),
+        *(str(world / "aligned"), "--out", str(tmp_path / "resta")),
+    )
+    assert code == 0, shown
+    record = json.loads((tmp_path / "resta" / "projection.json").read_text())
+    assert record["inputs"]["second_adapter"] == {"ref": str(other), "sha256": fingerprint(other)}
+    assert "norm after the patch is that of the sum" in " ".join(record["notes"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--defense", "csulora", "--all"], "--all: not with --defense"),
+        (["--defense", "csulora", "--rank", "3"], "--rank: not with --defense"),
+        (["--defense", "lisa"], "acts during fine-tuning"),
+        (["--defense", "{name: csulora, rnak: 3}"], "rnak"),
+        (["--defense", "one_shot"], "needs alignment data"),
+        (["--defense", "csulora"], "source of the alignment direction"),
+        (["--defense", "one_shot", "--aligned", "", "--alignment-data", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_a_named_patch_that_lacks_something_is_one_error(
+    world: Path, tmp_path: Path, command: Command, options: list[str], message: str
+) -> None:
+    options = [str(world / "aligned") if option == "" else option for option in options]
+    code, shown = command("project", str(world / "fleet" / "a0"), *options, "--out", str(tmp_path / "out"))
+    assert code == 2
+    assert message in shown
+    assert not (tmp_path / "out").exists()

@@ -1,9 +1,9 @@
-"""`stayaligned project`: patch finished fine-tunes with Safe LoRA, the complement or a control."""
+"""`stayaligned project`: patch finished fine-tunes with Safe LoRA, the complement, a control, or any other patch."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,7 +11,7 @@ import typer
 
 from stayaligned.cli.console import note, out, plain_table, wrote
 from stayaligned.cli.modes import answer
-from stayaligned.cli.options import field_options
+from stayaligned.cli.options import Plugins, component_specs, field_options, load_plugins
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.text import visible
 from stayaligned.defenses import DEFENSES, Execution, ModelPair
@@ -20,7 +20,7 @@ from stayaligned.defenses.complement import Complement
 from stayaligned.defenses.safe_lora import ControlName, OperatorName, SafeLora, projection_spec
 
 if TYPE_CHECKING:
-    from stayaligned.core.records import LayerReport
+    from stayaligned.core.records import Example, LayerReport
     from stayaligned.defenses import PatchDefense
     from stayaligned.report.scan import ThresholdOutcome
 
@@ -55,6 +55,13 @@ def project(
     control: Annotated[
         ControlName | None, typer.Option(help="Apply this control to the selected layers instead.")
     ] = None,
+    defense: Annotated[
+        str | None,
+        typer.Option(help="Another patch, with its settings: a name, or '{name: csulora, rank: 16}'."),
+    ] = None,
+    alignment_data: Annotated[
+        str | None, typer.Option(help="Requests with safe completions, for a --defense that needs them.")
+    ] = None,
     allow_mismatch: Annotated[
         bool, typer.Option("--allow-mismatch", help="Patch although the models don't seem to belong together.")
     ] = False,
@@ -62,31 +69,30 @@ def project(
         bool, typer.Option("--allow-undecided", help="Patch although --subspace leaves the selection open.")
     ] = False,
     device: Annotated[str, typer.Option(help="Where products are computed: cpu, or cuda for a GPU.")] = "cpu",
+    plugin: Plugins = None,
     **settings: Any,
 ) -> None:
-    """Patch finished fine-tunes with Safe LoRA.
+    """Patch finished fine-tunes with Safe LoRA, or with any other patch by --defense.
 
-    Works layer by layer, without loading a model.
+    Works layer by layer, without loading a model; a patch that trains loads the aligned model.
     """
     from stayaligned.core.files import refuse_existing, refuse_inside
     from stayaligned.experiments.config.validation import parse_component
     from stayaligned.weights.deltas import require_device
 
-    if (settings["threshold"] is not None) + (settings["lowest"] is not None) + all_layers + scan != 1:
-        raise StayalignedError(
-            "the layers to change are not specified",
-            hint="Give exactly one of --threshold T, --lowest K and --all, or --scan to see what they would change.",
-        )
-    if (subspace is None) == (base is None) or (subspace is None and aligned is None):
-        raise StayalignedError(
-            "the source of the alignment direction is not specified",
-            hint="Give --aligned and --base, or --subspace (with --aligned for a fully fine-tuned checkpoint).",
-        )
+    load_plugins(plugin)
+    selection = {"all": all_layers, "scan": scan}
+    if defense is not None:
+        of_operator = {"operator": operator != "scaled_gram", "control": control, **selection, **settings}
+        patch = _named_patch(defense, of_operator)
+    else:
+        _require_one_selection({**selection, "threshold": settings["threshold"], "lowest": settings["lowest"]})
+        patch = parse_component(DEFENSES, projection_spec(operator, settings, control), "project")
+    _require_sources(patch, aligned, base, subspace, alignment_data)
     outs = [out_dir] if len(finetuned) == 1 else [out_dir / name for name in _output_names(finetuned)]
     for each in outs:  # before torch is imported, which takes seconds
         refuse_existing(each)
         refuse_inside(each, *finetuned, aligned, base)
-    patch: PatchDefense = parse_component(DEFENSES, projection_spec(operator, settings, control), "project")
     require_device(device)
     sources = [Path(_resolve(str(path)) or path) for path in finetuned]
     models = ModelPair(
@@ -95,8 +101,64 @@ def project(
         subspace=subspace,
         allow_mismatch=allow_mismatch,
         allow_undecided=allow_undecided,
+        alignment_examples=_read_rows(alignment_data),
     )
     (_scan if scan else _patch)(sources, outs, patch, models, device)
+
+
+def _require_one_selection(given: Mapping[str, Any]) -> None:
+    """Raise unless exactly one option says which layers to change."""
+    if sum(value is not None and value is not False for value in given.values()) != 1:
+        raise StayalignedError(
+            "the layers to change are not specified",
+            hint="Give exactly one of --threshold T, --lowest K and --all, or --scan to see what they would change.",
+        )
+
+
+def _named_patch(text: str, of_operator: Mapping[str, Any]) -> PatchDefense:
+    """Parse --defense, which excludes the options of Safe LoRA's operators."""
+    from stayaligned.defenses import PatchDefense
+    from stayaligned.experiments.config.validation import parse_component, resolve_references
+
+    more = [f"--{name}" for name, value in of_operator.items() if value is not None and value is not False]
+    if more:
+        raise StayalignedError(
+            f"{', '.join(more)}: not with --defense, which has its own settings",
+            hint="Write them into it: --defense '{name: csulora, rank: 16}'.",
+        )
+    (spec,) = component_specs([text], "--defense")
+    found = parse_component(DEFENSES, {"name": spec} if isinstance(spec, str) else spec, "--defense")
+    if not isinstance(found, PatchDefense):
+        patches = [name for name in DEFENSES.names() if issubclass(DEFENSES.get(name), PatchDefense)]
+        raise StayalignedError(
+            f"--defense {found.name}: it acts during fine-tuning, not on a finished one",
+            hint=f"Name a patch: {', '.join(patches)}.",
+        )
+    return resolve_references(found, 0)
+
+
+def _require_sources(
+    patch: PatchDefense, aligned: str | None, base: str | None, subspace: Path | None, alignment_data: str | None
+) -> None:
+    """Raise unless the options name what the patch reads."""
+    if patch.needs_alignment_data and alignment_data is None:
+        raise StayalignedError(
+            f"--defense {patch.name} needs alignment data",
+            hint="Give --alignment-data, a JSONL file of requests and safe completions.",
+        )
+    if patch.needs_base and ((subspace is None) == (base is None) or (subspace is None and aligned is None)):
+        raise StayalignedError(
+            "the source of the alignment direction is not specified",
+            hint="Give --aligned and --base, or --subspace (with --aligned for a fully fine-tuned checkpoint).",
+        )
+    if not patch.needs_base and aligned is None:
+        raise StayalignedError(f"--defense {patch.name} needs the aligned model", hint="Give --aligned.")
+
+
+def _read_rows(source: str | None) -> Sequence[Example]:
+    from stayaligned.data.sources import read_examples
+
+    return () if source is None else read_examples(_resolve(source) or source, origin="alignment")
 
 
 def _resolve(ref: str | None) -> str | None:
@@ -214,7 +276,7 @@ def _print_adapters(outs: Sequence[Path], reports: Sequence[Sequence[LayerReport
     table = plain_table("adapter", "layers", "changed", "lowest", "median kept", "norm kept", numbers=True)
     for place, layers in zip(outs, reports, strict=True):
         found = summarize(layers)
-        lowest = min(layer.similarity for layer in layers if layer.skipped is None)
+        lowest = min((layer.similarity for layer in layers if layer.skipped is None), default=0.0)
         table.add_row(
             visible(place.name),
             str(found.layers),

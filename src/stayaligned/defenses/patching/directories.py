@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,7 @@ from stayaligned.core.files import (
     write_text,
 )
 from stayaligned.core.provenance import versions
-from stayaligned.core.records import LayerReport, Record
+from stayaligned.core.records import Example, LayerReport, Record
 from stayaligned.defenses import Execution, ModelPair, PatchDefense
 from stayaligned.defenses.patching.full_weights import is_copied
 from stayaligned.defenses.patching.summary import notes_on, summarize
@@ -113,7 +114,8 @@ def patch_directory(
         return patch_directories([finetuned], [out], patch, models, command=command, how=how)[0]
     notes: list[str] = []
     with _Hashes() as hashes, new_directory(out) as temporary:
-        hashes.start(finetuned=finetuned, **_inputs(models))
+        hashes.start(finetuned=finetuned, **_inputs(models), **_named_by(patch))
+        hashes.start_rows(patch, models)
         how = replace(how, note=notes.append)
         layers = patch.patch_model(open_checkpoint(finetuned), temporary, models, how)
         notes.extend([*note_on_earlier_patch(finetuned), *copyable_files(finetuned, is_copied)[1]])
@@ -151,7 +153,8 @@ def patch_directories(
         refuse_inside(out, *adapters, models.aligned, models.base)
     with _Hashes() as hashes, ExitStack() as places:
         originals = [read_adapter(path) for path in adapters]
-        hashes.start(**_inputs(models), **{f"adapter {i}": path for i, path in enumerate(adapters)})
+        hashes.start(**_inputs(models), **_named_by(patch), **{f"adapter {i}": path for i, path in enumerate(adapters)})
+        hashes.start_rows(patch, models)
         notes: list[str] = []
         patched = patch.patch_all(originals, models, replace(how or Execution(), note=notes.append))
         found = hashes.all()
@@ -222,6 +225,13 @@ def _inputs(models: ModelPair) -> dict[str, str | Path]:
     return {name: ref for name, ref in named.items() if ref is not None}
 
 
+def _named_by(patch: PatchDefense) -> dict[str, str | Path]:
+    """Return the files and directories that the settings of a patch name."""
+    named = {"second_adapter": "adapter", "harmful_data": "harmful_data"}
+    found = {role: getattr(patch, setting, None) for role, setting in named.items()}
+    return {role: ref for role, ref in found.items() if isinstance(ref, str) and Path(ref).exists()}
+
+
 class _Hashes:
     """Hashes the inputs in its own thread while the weights are processed."""
 
@@ -240,9 +250,20 @@ class _Hashes:
         for name, ref in inputs.items():
             self._running[name] = str(ref), self._pool.submit(_hash_input, name, ref)
 
+    def start_rows(self, patch: PatchDefense, models: ModelPair) -> None:
+        """Start hashing the alignment rows, if the patch uses them."""
+        if patch.needs_alignment_data:
+            rows = models.alignment_examples
+            self._running["alignment_data"] = f"{len(rows)} rows", self._pool.submit(_hash_rows, rows)
+
     def all(self) -> dict[str, dict[str, str]]:
         """Wait for all hashes and return {name: the path or hub id, and its hash}."""
         return {name: {"ref": ref, **future.result()} for name, (ref, future) in self._running.items()}
+
+
+def _hash_rows(rows: Sequence[Example]) -> dict[str, str]:
+    text = "\n".join(row.model_dump_json() for row in rows)
+    return {"rows_sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _hash_input(name: str, ref: str | Path) -> dict[str, str]:
