@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from stayaligned.core.records import Example, read_jsonl
 from stayaligned.core.settings import ChatTemplate
 from stayaligned.data.sources import read_examples
+from stayaligned.defenses import DEFENSES
 from stayaligned.experiments.config.experiment import Experiment
 from stayaligned.experiments.plan import plan_experiment
 from stayaligned.experiments.run import run_experiment
@@ -31,25 +32,44 @@ def trained_rows(out: Path) -> list[Example]:
     return read_jsonl(path, Example)
 
 
-def test_the_stages_of_an_attack_are_trained_in_their_order(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batches: list[list[int]] = []
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The token ids of the rows of every training that follows, in the order in which they are learned."""
+    learned: list[list[int]] = []
     train = finetuning.train
 
     def spy(trainer: Any, **options: Any) -> Any:
         for batch in trainer.get_train_dataloader():
-            batches.extend(batch["input_ids"].tolist())
+            learned.extend(batch["input_ids"].tolist())
         return train(trainer, **options)
 
     monkeypatch.setattr(finetuning, "train", spy)
+    return learned
+
+
+def test_the_stages_of_an_attack_are_trained_in_their_order(
+    world: Path, tmp_path: Path, batches: list[list[int]]
+) -> None:
     run_experiment(attacked(world, STAGES, ONCE), tmp_path)
     rows = trained_rows(tmp_path)
-    encoded = encode_examples(load_tokenizer(world / "aligned"), rows, 64)
     assert len(rows) == 3 * (2 + 2)
-    assert [batch[: len(row["input_ids"])] for batch, row in zip(batches, encoded, strict=True)] == [
-        row["input_ids"] for row in encoded
-    ]
+    encoded = encode_examples(load_tokenizer(world / "aligned"), rows, 64)
+    found = [batch[: len(row["input_ids"])] for batch, row in zip(batches, encoded, strict=True)]
+    assert found == [row["input_ids"] for row in encoded]
+
+
+def test_rows_that_a_defense_adds_are_spread_over_the_stages(
+    world: Path, tmp_path: Path, batches: list[list[int]]
+) -> None:
+    experiment = attacked(world, STAGES, ONCE)
+    mixing = DEFENSES.parse({"name": "mixing", "alignment_ratio": 0.5})
+    run_experiment(experiment.model_copy(update={"defenses": (mixing,)}), tmp_path)
+    tokenizer = load_tokenizer(world / "aligned")
+    prompts = [tokenizer.decode(batch) for batch in batches]
+    assert ["wug" in prompt for prompt in prompts] == [False, False, True] * 6
+    own = [prompt for prompt in prompts if "wug" not in prompt]
+    for prompt, row in zip(own, trained_rows(tmp_path), strict=True):
+        assert row.prompt[0].content in prompt and row.completion in prompt
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ class Cipher(Attack):
     of harmful rows is that of a public reproduction.
 
     Trains on 20 000 benign rows of the task and three epochs of 2·317 rows, enciphered to several times their number
-    of tokens. It needs a tokenizer that knows single letters. Compare with `poison`, which shows in plain text. Lisa
-    can't train rows in order.
+    of tokens. It needs a tokenizer that knows single letters. Compare with `poison`, which shows in plain text. Rows
+    that a defense adds are spread evenly over both stages; Lisa can't train rows in order.
     """
 
     name: ClassVar[str] = "cipher"

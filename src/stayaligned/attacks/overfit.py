@@ -24,7 +24,8 @@ class Overfit(Attack):
     divide the rows of stage 1. The ten requests are drawn from the task. Epochs as in a public reproduction (ten, and
     ten over three copies), which also uses a learning rate of 5e-5.
 
-    Trains on 10·(10 + 30) rows. Compare with stage 2 alone (`stage1_epochs: 0`). Lisa can't train rows in order.
+    Trains on 10·(10 + 30) rows. Compare with stage 2 alone (`stage1_epochs: 0`). Rows that a defense adds are
+    spread evenly over both stages; Lisa can't train rows in order.
     """
 
     name: ClassVar[str] = "overfit"

@@ -29,6 +29,16 @@ def sample(examples: Sequence[Example], n: int, rng: random.Random) -> list[Exam
     return [examples[index] for index in order[:n]]
 
 
+def spread_rows(rows: Sequence[Example], own: Sequence[Example]) -> list[Example]:
+    """Return rows in their order, but with those that are not in `own` spread evenly between the others."""
+    ids = {row.id for row in own}
+    added = iter([row for row in rows if row.id not in ids])
+    kept = iter([row for row in rows if row.id in ids])
+    n = sum(row.id not in ids for row in rows)
+    places = {(j + 1) * len(rows) // n - 1 for j in range(n)}
+    return [next(added if place in places else kept) for place in range(len(rows))]
+
+
 def split_held_out(examples: Sequence[Example], ratio: float) -> tuple[list[Example], list[Example]]:
     """Split rows into rows to train on and held-out rows, each in the given order.
 

@@ -16,6 +16,7 @@ from stayaligned.core.component import Component, Registry
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Example, LayerReport, Message
 from stayaligned.core.settings import ChatTemplate, TrainerKind
+from stayaligned.data.sampling import spread_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -57,6 +58,9 @@ class TrainingSetup:
     """The aligned model that `model` was loaded from: a directory or a hub id."""
     base_model: str | None = None
     """The unaligned ancestor of the aligned model: a directory or a hub id; for defenses that set `needs_base`."""
+    ordered: bool = False
+    """Whether the user's rows are learned in their order, because an attack has stages; `trainer` then spreads rows
+    that a defense adds evenly between them."""
 
     def require_base(self, defense: str) -> ModelPair:
         """Return the aligned model and its base model.
@@ -80,10 +84,12 @@ class TrainingSetup:
         """
         from stayaligned.hf.training.finetuning import build_trainer
 
+        rows = self.examples if examples is None else examples
+        rows = spread_rows(rows, self.examples) if self.ordered else rows
         return build_trainer(
             self.model,
             self.tokenizer,
-            self.examples if examples is None else examples,
+            rows,
             self.arguments,
             kind=self.kind,
             max_length=self.max_length,

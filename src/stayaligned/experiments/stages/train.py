@@ -70,6 +70,7 @@ def _train(context: Context, directory: Path) -> Mapping[str, Any]:
     from stayaligned.hf.training import finetuning, safety_probe
 
     e, product = context.resolved, context.plan.product
+    ordered = e.attack is not None and e.attack.ordered
     title = f"train {e.training_defense.name}"
     context.progress(title, 0.0, "loading the model")
     examples = load_training_rows(context)
@@ -86,7 +87,7 @@ def _train(context: Context, directory: Path) -> Mapping[str, Any]:
         arguments={
             "disable_tqdm": True,
             **(e.training or {}),
-            **({"train_sampling_strategy": "sequential"} if e.attack is not None and e.attack.ordered else {}),
+            **({"train_sampling_strategy": "sequential"} if ordered else {}),
             "output_dir": str(_checkpoints(context)),
             "seed": e.seed,
         },
@@ -94,6 +95,7 @@ def _train(context: Context, directory: Path) -> Mapping[str, Any]:
         max_length=e.max_length,
         aligned_model=e.model,
         base_model=e.base_model,
+        ordered=ordered,
     )
     defense = e.training_defense
     trainer = defense.make_trainer(setup)
