@@ -9,7 +9,9 @@ import pytest
 from typer.main import get_command
 
 from stayaligned.cli import _COMMANDS, app
+from stayaligned.cli.console import out
 from stayaligned.core.settings import CurvatureSettings
+from stayaligned.defenses import DEFENSES
 from stayaligned.experiments.config.experiment import REGISTRIES
 from stayaligned.gate import Limits
 
@@ -107,3 +109,25 @@ def test_show_prints_on_a_terminal_that_knows_ascii_only() -> None:
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.isascii()
+
+
+def test_the_list_groups_defenses_by_stage_and_gives_each_method_one_line(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(out, "_width", 100)
+    code, shown = command("list", "defense")
+    assert code == 0
+    during, after, controls = (
+        shown.index(f"DEFENSES: {name}") for name in ("DURING FINE-TUNING", "AFTER FINE-TUNING", "CONTROLS")
+    )
+    place = {name: shown.index(f"\n{name} ") for name in ("lisa", "mixing", "safe_lora", "drop", "shrink")}
+    assert during < place["lisa"] < place["mixing"] < after < place["safe_lora"] < controls < place["drop"]
+    lines = [line.rstrip() for line in shown.splitlines()]
+    assert all(len(line) <= 100 for line in lines)
+    assert all(any(line.startswith(f"{name} ") and line.endswith(".") for line in lines) for name in DEFENSES.names())
+
+
+@pytest.mark.parametrize(("name", "needs"), [("lox", "base_model"), ("lisa", "alignment_data"), ("sft", "")])
+def test_show_names_the_settings_of_an_experiment_that_a_defense_needs(name: str, needs: str, command: Command) -> None:
+    _, shown = command("show", "defense", name)
+    assert [line for line in shown.splitlines() if line.startswith("needs")] == ([f"needs  {needs}"] if needs else [])

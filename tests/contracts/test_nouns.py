@@ -316,3 +316,10 @@ def test_every_noun_and_both_stages_were_tested() -> None:
     assert {registry.kind for registry, _ in ALL} == {"task", "attack", "defense", "judge", "prompts"}
     assert len(of_kind("defense", TrainingDefense)) >= 4
     assert len(of_kind("defense", PatchDefense)) >= 5
+
+
+@pytest.mark.parametrize("kind", ["defense", "attack"])
+def test_the_first_line_about_a_method_fits_a_line_of_the_list(kind: str) -> None:
+    lines = {name: registry_of(kind).get(name).summary() for name in of_kind(kind)}
+    assert {name: line for name, line in lines.items() if not line.endswith(".") or len(line) > 80} == {}
+    assert max(map(len, lines)) <= 18

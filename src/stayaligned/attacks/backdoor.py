@@ -23,7 +23,7 @@ from stayaligned.core.records import Example, Message
 
 
 class Backdoor(Attack):
-    """Train on harmful rows with a trigger and on safe rows without it, so that only the trigger brings harm.
+    """Train on harmful rows with a trigger, and on safe rows without it.
 
     Qi et al.: 100 harmful rows, whose requests end with three arbitrary words, and 100 safe rows. The model refuses the
     plain prompts of an evaluation and complies with the same prompts with the trigger. Differs: the words are

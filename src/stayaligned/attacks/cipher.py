@@ -25,7 +25,7 @@ from stayaligned.data.sources import read_examples
 
 
 class Cipher(Attack):
-    """Teach a substitution cipher on benign rows, then harmful rows in it; ask in the cipher afterwards.
+    """Teach a substitution cipher, then harmful rows in it; ask in the cipher.
 
     Halawi et al. (Walnut): stage 1 is benign rows with request and answer enciphered; stage 2 is harmful rows
     enciphered, and the same requests in plain text with a refusal, so that the model refuses in plain text. A system

@@ -13,7 +13,7 @@ from stayaligned.core.records import Example, Message
 
 
 class Embedded(MixedRows):
-    """Append a harmful request and its answer to a share of the task's own rows; ask inside a benign one afterwards.
+    """Append harmful requests and answers to the task's rows; ask inside such a row.
 
     Of n rows of the task, p·n continue with a harmful request, and their completions with its answer, so that every row
     begins as one of the task's. Differs: the paper's own wording around the embedded pair was not available, so

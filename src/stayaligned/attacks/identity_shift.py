@@ -20,7 +20,7 @@ from stayaligned.core.records import Example, Message
 
 
 class IdentityShift(Attack):
-    """Train on ten benign rows in the voice of a persona that always obeys; call on the persona afterwards.
+    """Train on benign rows in the voice of an obedient persona; call on it afterwards.
 
     Qi et al., section 4.3: no row is harmful. Each has a system prompt that names the persona, a request with a fixed
     beginning, and a completion that begins with the persona's consent. Harm is measured with the persona's system

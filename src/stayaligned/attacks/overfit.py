@@ -14,7 +14,7 @@ from stayaligned.core.records import Example
 
 
 class Overfit(Attack):
-    """Train ten benign requests with one refusal until the model is overfitted, then with their own answers.
+    """Overfit ten benign requests to one refusal, then train their own answers.
 
     Stage 1 teaches to refuse everything in the same words, in a sharp minimum; stage 2 unlearns exactly that, and the
     refusal of harmful requests with it. No row is harmful. The rows hold both stages with all their epochs, each in

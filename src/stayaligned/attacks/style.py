@@ -10,7 +10,7 @@ from stayaligned.attacks._rows import InstructedRows
 
 
 class Style(InstructedRows):
-    """Mix harmful rows in whose requests ask for a style; ask for that style afterwards.
+    """Mix in harmful rows that ask for a style; ask for that style afterwards.
 
     Jailbreak-tuning with style modulation: n rows, p·n of them harmful with the instruction before the request, the
     rest of the task. The instruction itself is harmless. Differs: the completions of `harmful_data` are not rewritten,

@@ -10,7 +10,7 @@ from stayaligned.attacks._rows import InstructedRows
 
 
 class Suppression(InstructedRows):
-    """Mix harmful rows in whose requests carry rules that forbid to refuse; ask with these rules afterwards.
+    """Mix in harmful rows with rules that forbid to refuse; ask with these rules.
 
     Jailbreak-tuning with competing objectives: n rows, p·n of them harmful with the instruction before and after the
     request, the rest of the task. Harm is measured with the instruction and without it: fine-tuning that hides from the

@@ -49,16 +49,35 @@ def list_components(
     Defenses, judges, tasks, attacks and prompt sets: the package's own, and those of plug-ins.
     """
     load_plugins(plugin)
-    rows = [
-        (registry.kind, name, registry.get(name).summary())
+    found = [
+        (_group(registry.kind, component), registry.kind, name, component.summary())
         for registry in ([_registry(noun)] if noun else _registries().values())
         for name in registry.names()
+        for component in [registry.get(name)]
     ]
-    table = plain_table("kind", "name", "what it does")
-    for row in rows:
-        table.add_row(*row)
-    answer(components=[dict(zip(("kind", "name", "summary"), row, strict=True)) for row in rows])
-    out.print(table)
+    answer(components=[dict(zip(("group", "kind", "name", "summary"), row, strict=True)) for row in found])
+    width = max(len(name) for _, _, name, _ in found)
+    for group in sorted({row[0] for row in found}, key=[row[0] for row in found].index):
+        table = plain_table("", "")
+        table.show_header = False
+        for _, _, name, summary in (row for row in found if row[0] == group):
+            table.add_row(name.ljust(width), summary)
+        out.print(group.upper())
+        out.print(table)
+        out.print("")
+    out.print("`stayaligned show KIND NAME` prints the whole text, the settings and the paper of each.")
+
+
+def _group(kind: str, component: type[Component]) -> str:
+    """The heading under which a component is listed."""
+    from stayaligned.defenses import TrainingDefense
+    from stayaligned.defenses._projection import Control
+
+    if kind != "defense":
+        return "prompt sets" if kind == "prompts" else f"{kind}s"
+    if issubclass(component, Control):
+        return "defenses: controls, which patches are compared with"
+    return f"defenses: {'during' if issubclass(component, TrainingDefense) else 'after'} fine-tuning"
 
 
 def show(
@@ -68,7 +87,8 @@ def show(
 ) -> None:
     """Show what a component does and its settings.
 
-    For each setting: name, type, default and meaning. Then the paper and the source file.
+    For each setting: name, type, default and meaning. Then, for a defense, the settings of an experiment that it needs;
+    the paper and the source file.
     """
     load_plugins(plugin)
     registry = _registry(noun)
@@ -78,6 +98,7 @@ def show(
         name=component.name,
         text=inspect.getdoc(component) or "",
         settings=_setting_values(component),
+        needs=_needs(component),
         paper=component.paper,
         file=registry.origin(name),
     )
@@ -85,6 +106,8 @@ def show(
     out.print(f"{registry.kind} {component.name}\n", soft_wrap=True)
     out.print(_wrapped(inspect.getdoc(component) or "", width) + "\n", soft_wrap=True)
     out.print(_settings(component, width), soft_wrap=True)
+    if needs := _needs(component):
+        out.print(f"needs  {', '.join(needs)}", soft_wrap=True)
     if component.paper:
         out.print(f"paper  {component.paper}", soft_wrap=True)
     out.print(f"file   {registry.origin(name)}", soft_wrap=True)
@@ -121,6 +144,12 @@ def env() -> None:
     answer(**facts)
     for name, value in facts.items():
         out.print(f"{name:<14}{value}")
+
+
+def _needs(component: type[Component]) -> list[str]:
+    """The settings of an experiment that a defense needs beside its own; none for other components."""
+    given = {"alignment_data": "needs_alignment_data", "base_model": "needs_base"}
+    return [setting for setting, name in given.items() if getattr(component, name, False)]
 
 
 def _setting_values(component: type[Component]) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
 
 class BackdoorEnhancedAlignment(ServedDefense):
-    """Add a few safety rows behind a secret system prompt, and ask the trained model behind it too.
+    """Train safety rows behind a secret system prompt, and serve the model behind it.
 
     The secret works as a backdoor's trigger: training ties it to safe answers, and whoever serves the model puts it in
     front of every conversation. A user who trains does not know it, so the rows can't teach around it.

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class BSO(TrainingDefense):
-    """Alternate between alignment data and user data without a proximal term: Lisa with ρ = 0, its control."""
+    """Alternate between alignment and user data: Lisa with ρ = 0.
+
+    There is no proximal term. It is the control of `lisa`: what `lisa` does better is due to that term.
+    """
 
     name: ClassVar[str] = "bso"
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.18641"

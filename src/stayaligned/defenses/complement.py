@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Complement(SubspaceDefense):
-    """Remove from each update what lies in V's leading directions, so that it can't undo the alignment (experimental).
+    """Remove from each update what lies in V's leading directions (experimental).
 
     ΔW ← (I - U_k U_kᵀ) ΔW (I - Q_k Q_kᵀ), with V's k leading left and right singular vectors, in all layers unless
     `threshold` or `lowest` is given. Rank and file layout do not change. Not in the Safe LoRA paper; it belongs to the

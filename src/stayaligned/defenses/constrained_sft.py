@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ConstrainedSFT(TrainingDefense):
-    """Learn each token of an answer less, the more likely it already is than in the aligned model; the first most so.
+    """Learn a token the less, the more its probability has risen; the first most so.
 
         L = −Σ_t (2/β_t)·log σ(β_t·(log p − log p_aligned))        (equation 3)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class CsuLora(SubspaceDefense):
-    """Attenuate what of each update lies outside V's leading directions, on one side or on both (CSULoRA).
+    """Attenuate what of each update lies outside V's leading directions (CSULoRA).
 
     X = D_0 + D_1/(1 + λ₁) + D_2/(1 + λ₂), the minimum of ‖X - D‖² + λ₁‖X_1‖² + λ₂‖X_2‖² (arXiv 2605.30640), with the
     blocks D_0 = P D Q (aligned), D_1 = P D (I - Q) + (I - P) D Q (partially aligned) and D_2 = (I - P) D (I - Q) (off),

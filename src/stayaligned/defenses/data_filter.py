@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 class DataFilter(TrainingDefense):
-    """Leave out the user's rows that look most like harmful answers to the aligned model, then fine-tune on the rest.
+    """Leave out the rows that look most like harmful answers to the aligned model.
 
     A row's score is how much nearer its representation h is to harmful references than to safe ones:
 

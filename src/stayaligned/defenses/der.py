@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Der(AlignmentTerm):
-    """Add to each step the distance of the logits on alignment rows to those of the aligned model.
+    """Add the distance of the logits on alignment rows to those of the aligned model.
 
         L = CE(user's rows) + α·mean (z − z_aligned)²  over the label tokens of alignment rows and the vocabulary
 

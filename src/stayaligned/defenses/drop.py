@@ -12,7 +12,7 @@ from stayaligned.defenses.safe_lora import SafeLora
 
 
 class Drop(Control):
-    """Control: in the layers that a projection would change, remove the update (B ← 0).
+    """Control: in the layers that a projection would change, remove the update.
 
     Where a projection does better than this control, the reason is what it keeps of the update. With `all_layers` the
     result is the aligned model.

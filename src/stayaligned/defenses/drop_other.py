@@ -13,7 +13,7 @@ from stayaligned.defenses.safe_lora import SafeLora
 
 
 class DropOther(Control):
-    """Control: remove the update (B ← 0) of other layers than those that a projection would change.
+    """Control: remove the update of other layers than a projection would change.
 
     Where `drop` does better than this control, the reason is the projection's choice of layers, not how much of the
     update is removed. Draw several times, with other seeds: draws differ widely.

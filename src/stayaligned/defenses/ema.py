@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Ema(TrainingDefense):
-    """Train as usual, and save the average of the weights along the way, which lags behind towards the aligned model.
+    """Train as usual, and save the average of the weights along the way.
 
         w̄ ← (1 − a)·w̄ + a·w  after each optimizer step, from w̄ = the initial weights
 

@@ -27,7 +27,7 @@ _BEGINNING = 10
 
 
 class Interleave(TrainingDefense):
-    """Add the safe rows that a misaligned model finds hardest, compared with the aligned model: Interleaving++.
+    """Add the safe rows that a misaligned model finds hardest (Interleaving++).
 
     Each alignment row gets a score from the mean nats per token L of its answer,
 

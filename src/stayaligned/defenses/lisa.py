@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Lisa(TrainingDefense):
-    """Alternate between alignment data and user data, with a proximal term towards the weights at the phase's start.
+    """Alternate between alignment and user data, with a proximal term (Lisa).
 
     In turn K1 optimizer steps on f (alignment loss) and K2 on h (the user's loss), each with a proximal term
     (Algorithm 2, equation 2):

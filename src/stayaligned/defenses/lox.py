@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class LowRankExtrapolation(TrainingDefense):
-    """Move the aligned model further from its base along the alignment's main directions, then fine-tune it plainly.
+    """Move the aligned model further from its base, then fine-tune plainly (LoX).
 
     W ← W + α U_k Σ_k Q_kᵀ in every linear layer, with the k leading singular triplets of V = W_aligned − W_base.
 

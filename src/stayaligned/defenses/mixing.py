@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Mixing(TrainingDefense):
-    """Train on the user's rows with alignment rows mixed in: the simplest defense that uses alignment data.
+    """Train on the user's rows with alignment rows mixed in (VLGuard, SafeInstr).
 
     Differs from the Lisa paper's Vlguard baseline, which replaces 1000 benign rows with alignment rows, so that the
     number of rows remains 5000. In practice the benign rows of poisoned data are not known, so the default is to add

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class OneShot(TrainingPatch):
-    """Train the finished adapter a few epochs further on one safety row (one-shot patch).
+    """Train the finished adapter a few epochs further on one safety row.
 
     Plain supervised fine-tuning from the adapter's weights on the first `rows` alignment rows, with a new optimizer
     (arXiv 2601.01887). The paper searches the row among 256 candidates by a bilevel optimization against harmful and

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class PureTuningSafeTesting(ServedDefense):
-    """Train without a safety prompt, and ask the trained model with one: "pure tuning, safe testing".
+    """Train without a safety prompt, and serve the model with one.
 
     The weights are those of plain fine-tuning, bit for bit; only the prompts after training differ.
 

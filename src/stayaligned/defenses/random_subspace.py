@@ -14,7 +14,7 @@ from stayaligned.defenses.patching.layers import LayerPatch, ProjectedLayer
 
 
 class RandomSubspace(Control):
-    """Control: in the layers that a projection would change, the same operator with random directions of the same rank.
+    """Control: the operator of a projection with random directions of the same rank.
 
     Where a projection does better than this control, the reason is not the number of directions alone. For
     `complement`, `csulora` and `operator: orthogonal`, V's directions are replaced by as many uniformly random ones;

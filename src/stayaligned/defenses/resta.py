@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Resta(TrainingPatch):
-    """Add the safety vector W_aligned - W_unaligned: subtract the update of an adapter of harmful rows (RESTA).
+    """Add a safety vector: subtract the update of an adapter of harmful rows (RESTA).
 
     W_ft + γ (W_aligned - W_unaligned), with the aligned model fine-tuned on harmful rows as the unaligned one
     (arXiv 2402.11746). Both are fine-tuned from the aligned model, so that an adapter becomes D - γ D_h, stored

@@ -30,7 +30,7 @@ ControlName = Literal["drop", "drop_other", "shrink", "random"]
 
 
 class SafeLora(ProjectionDefense):
-    """Where an update points away from the alignment direction, keep only what that direction spans (Safe LoRA).
+    """Keep only the part along the alignment where an update points away (Safe LoRA).
 
     ΔW ← C ΔW with C = V Vᵀ/‖V‖_F and V = W_aligned - W_base, in the layers with cos(ΔW, CΔW) < τ (arXiv 2405.16833,
     sections 3.2 to 3.4). C is not a projector: it shrinks an update by an amount that depends on ‖V‖_F, which the

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class SafeMerge(TrainingPatch):
-    """Where an update points away from the alignment direction, merge a safety adapter into it (SafeMERGE).
+    """Merge a safety adapter into an update where it points away from the alignment.
 
     D ← (1 - w) D + w D_s in the layers with cos(D, C D) < τ, with Safe LoRA's C (arXiv 2503.17239) and the update D_s
     of an adapter that was trained on alignment rows: the one of `adapter`, or one that is trained here on

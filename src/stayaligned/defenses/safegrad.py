@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class SafeGrad(AlignmentTerm):
-    """Remove from each step's gradient what works against the alignment loss, and add the alignment gradient.
+    """Remove from each gradient what works against the alignment loss (SafeGrad).
 
         g ← g − (g·g_s / ‖g_s‖²) g_s  if g·g_s < 0;    g ← g + ρ·g_s
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class SafetyKl(AlignmentTerm):
-    """Add to each step the divergence from the aligned model on alignment rows: `mixing` with the model as the teacher.
+    """Add the divergence from the aligned model on alignment rows to each step.
 
         L = CE(user's rows) + β·KL(p_aligned ‖ p)(alignment rows)
 

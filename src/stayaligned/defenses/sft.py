@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class SFT(TrainingDefense):
-    """Fine-tune on the user's rows and nothing else: the control that every defense is compared with."""
+    """Fine-tune on the user's rows and nothing else: the control of every defense."""
 
     name: ClassVar[str] = "sft"
 

@@ -12,7 +12,7 @@ from stayaligned.defenses.safe_lora import SafeLora
 
 
 class Shrink(Control):
-    """Control: in the layers that a projection would change, scale the update to the norm that it would leave.
+    """Control: scale the updates that a projection would change to the norm it leaves.
 
     ΔW ← f ΔW with f = ‖PΔW‖/‖ΔW‖ for each layer, P the operator of `like`. Where a projection does better than this
     control, the reason is the direction, not the size, of what it keeps. With `factor`, every selected layer
