@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class ReduceIntruders(PatchDefense):
-    """Weaken the leading singular directions that fine-tuning added to a weight (PEFT).
+    """Weaken the leading singular directions that fine-tuning added (PEFT).
 
     For each leading left singular direction of W + D that no direction of W resembles, (1 - λ) of its term u σ vᵀ is
     subtracted, and the rest of the update is cut to the adapter's rank again by an SVD (arXiv 2410.21228, against
