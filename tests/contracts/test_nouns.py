@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from stayaligned.core.component import Registry
+from stayaligned.core.errors import StayalignedError
 from stayaligned.core.records import Completion, Message, Outcome, Verdict
 from stayaligned.data.sources import read_examples
 from stayaligned.defenses import DEFENSES, ModelPair, PatchDefense, TrainingDefense, TrainingSetup
@@ -294,6 +295,10 @@ def test_a_patch_preserves_configuration_and_rank_unless_it_says_so_and_reports_
     adapter = read_adapter(world / "adapter")
     rows = read_examples(str(world / "alignment.jsonl"), origin="alignment")
     models = ModelPair(aligned=world / "aligned", base=world / "base", alignment_examples=rows)
+    if not defense.patches_adapters:
+        with pytest.raises(StayalignedError, match="Merge the adapter"):
+            defense.patch(adapter, models)
+        return
     patched = defense.patch(adapter, models)
     may_differ = RANKS if defense.raises_rank else set()
     before, after = ({k: v for k, v in a.config.items() if k not in may_differ} for a in (adapter, patched.adapter))

@@ -320,6 +320,8 @@ class PatchDefense(Component):
     """Whether `patch` uses `models.alignment_examples`; if so, missing `alignment_data` is an error before any work."""
     patches_full_weights: ClassVar[bool] = False
     """Whether `patch_model` is implemented."""
+    patches_adapters: ClassVar[bool] = True
+    """Whether `patch` is implemented; it refuses adapters if not."""
     raises_rank: ClassVar[bool] = False
     """Whether the new adapter may have a higher rank, by further factors beside its own."""
 

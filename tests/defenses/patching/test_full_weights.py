@@ -233,3 +233,29 @@ def test_a_subspace_file_of_full_rank_replaces_the_base(world: Path, tmp_path: P
         patched(world, tmp_path / "out", ALL, ModelPair(world / "base", None, file))
     with pytest.raises(StayalignedError, match="needs the aligned model"):
         patched(world, tmp_path / "out", ALL, ModelPair(None, None, file))
+
+
+@pytest.mark.parametrize("match", ["count", "norm", "kind"])
+def test_other_layers_of_a_full_fine_tune_are_dropped_as_a_whole(tmp_path: Path, match: str) -> None:
+    models = make(tmp_path, "llama")
+    like = {"name": "safe_lora", "lowest": 4}
+    spec = {"name": "drop_other", "like": like, "match": match, "seed": 2}
+    reports = patch_directory(tmp_path / "tuned", tmp_path / "out", DEFENSES.parse(spec), models)
+    chosen = patch_directory(tmp_path / "tuned", tmp_path / "like", DEFENSES.parse(like), models)
+    aligned, tuned, out = (weights(tmp_path / name) for name in ("aligned", "tuned", "out"))
+    dropped = {report.module for report in reports if report.selected}
+    for name, value in out.items():
+        expected_value = aligned[name] if name.removesuffix(".weight") in dropped else tuned[name]
+        torch.testing.assert_close(value, expected_value, rtol=0, atol=1e-6)
+    left, removed = (
+        sum(r.update_norm**2 for r in reports if (r.module in dropped) == is_dropped) for is_dropped in (False, True)
+    )
+    like_removed = sum(r.update_norm**2 for r in chosen if r.selected)
+    if match == "norm":  # to one layer
+        assert abs(removed - like_removed) <= max(r.update_norm**2 for r in reports)
+    else:
+        assert len(dropped) == 4
+    if match == "kind":
+        kinds = [sorted(r.module.rpartition(".")[2] for r in each if r.selected) for each in (reports, chosen)]
+        assert kinds[0] == kinds[1]
+        assert left**0.5 == pytest.approx((left + removed - like_removed) ** 0.5, rel=0.02)

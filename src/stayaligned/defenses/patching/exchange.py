@@ -98,7 +98,7 @@ class ExchangedLayers:
 
 
 def _kind(name: str) -> str:
-    return name.rpartition(".")[2]
+    return name.rpartition(".")[2].partition("[")[0]  # without the index of an expert
 
 
 def _square(reports: Mapping[str, LayerReport], names: frozenset[str] | set[str]) -> float:

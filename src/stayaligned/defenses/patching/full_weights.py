@@ -89,8 +89,8 @@ def patch_weights(
         )
     patching = _Patching(selector, patcher, layers, models, aligned, finetuned, base, subspace)
     items = patching.items()  # raises before gigabytes are copied if the checkpoints don't fit together
-    _refuse_not_finite(finetuned, {block.name for weight in placed for block in weight.stored[1]})
-    _copy_files(finetuned, out)
+    refuse_not_finite(finetuned, {block.name for weight in placed for block in weight.stored[1]})
+    copy_checkpoint(finetuned, out)
     by_itself = selector.lowest is None and not isinstance(selector, LayerExchanger)
     if by_itself and models.subspace is None:  # each layer is selected by its own similarity
         reports = patching.run(items, None, out, how)
@@ -111,7 +111,7 @@ def _open_subspace(path: Path, aligned: Checkpoint) -> SubspaceFile:
     return file
 
 
-def _refuse_not_finite(checkpoint: Checkpoint, placed: Set[str]) -> None:
+def refuse_not_finite(checkpoint: Checkpoint, placed: Set[str]) -> None:
     """Raise if a tensor that is copied as it is holds NaN or infinity; the others are checked when they are patched."""
     for name in checkpoint.keys() - placed:
         tensor = checkpoint[name]
@@ -122,7 +122,7 @@ def _refuse_not_finite(checkpoint: Checkpoint, placed: Set[str]) -> None:
             )
 
 
-def _copy_files(checkpoint: Checkpoint, out: Path) -> None:
+def copy_checkpoint(checkpoint: Checkpoint, out: Path) -> None:
     """Copy the shards and the files without weights, but no second set of weights: it would stay unpatched."""
     shards = set(checkpoint.shards().values())
     for name in {*shards, *(file.name for file in copyable_files(checkpoint.directory, is_copied)[0])}:
@@ -159,7 +159,7 @@ class _Patching(NamedTuple):
         closer_to_base: list[bool] = []
         overlaps: tuple[dict[str, WeightOverlap], dict[str, WeightOverlap]] = {}, {}
         with ExitStack() as files:
-            writer = _Writer(self.finetuned, out, files)
+            writer = WeightWriter(self.finetuned, out, files)
 
             def patch_one(name: str, differences: list[Delta]) -> LayerReport:
                 for found, difference in zip(overlaps, (differences[0], *differences[2:]), strict=False):
@@ -214,7 +214,7 @@ class _Patching(NamedTuple):
         return {name: (*items[name], *directions[name]) for name in items}
 
     def _patch_layer(
-        self, name: str, differences: list[Delta], selected: frozenset[str] | None, writer: _Writer
+        self, name: str, differences: list[Delta], selected: frozenset[str] | None, writer: WeightWriter
     ) -> LayerReport:
         from stayaligned.algorithms.alignment_delta import FullDelta
         from stayaligned.algorithms.safe_lora import scale_update
@@ -246,7 +246,7 @@ class _Patching(NamedTuple):
         return report
 
 
-class _Writer:
+class WeightWriter:
     """Overwrites weights in copies of a checkpoint's shards."""
 
     def __init__(self, original: Checkpoint, out: Path, files: ExitStack) -> None:

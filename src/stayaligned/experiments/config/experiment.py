@@ -190,6 +190,8 @@ class Experiment(BaseModel):
                 yield f"defenses: {patch.name} patches a fine-tuned model, but none is trained or given as `adapter:`"
             if self.lora is None and self.adapter is None and not patch.patches_full_weights:
                 yield f"defenses: {patch.name} patches LoRA adapters, but `lora: null` trains the full weights"
+            if (self.lora is not None or self.adapter is not None) and not patch.patches_adapters:
+                yield f"defenses: {patch.name} patches full weights, not adapters: train them with `lora: null`"
             if patch.needs_base and self.base_model is None:
                 yield f"base_model: {patch.name} compares the model with its unaligned ancestor; name it"
             if patch.needs_alignment_data and self.alignment_data is None:
