@@ -26,7 +26,7 @@ _MOST_BYTES = 2 << 30
 
 
 class SafeDelta(PatchDefense):
-    """Of a full fine-tune, keep the entries that cost the least safety, and compensate for them (Safe Delta).
+    """Keep the entries of a full update that cost the least safety, and compensate (Safe Delta).
 
     Starting from the aligned weight, entries of W_ft - W_aligned are taken in the order of their utility for each unit
     of safety, δ²/(δ²/U_jj²), until the budget s is used up, by an optimal brain surgeon with H = (2/N) Σ x xᵀ, x the
