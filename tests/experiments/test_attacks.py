@@ -61,9 +61,8 @@ def test_the_stages_of_an_attack_are_trained_in_their_order(
 def test_rows_that_a_defense_adds_are_spread_over_the_stages(
     world: Path, tmp_path: Path, batches: list[list[int]]
 ) -> None:
-    experiment = attacked(world, STAGES, ONCE)
     mixing = DEFENSES.parse({"name": "mixing", "alignment_ratio": 0.5})
-    run_experiment(experiment.model_copy(update={"defenses": (mixing,)}), tmp_path)
+    run_experiment(attacked(world, STAGES, ONCE).model_copy(update={"defenses": (mixing,)}), tmp_path)
     tokenizer = load_tokenizer(world / "aligned")
     prompts = [tokenizer.decode(batch) for batch in batches]
     assert ["wug" in prompt for prompt in prompts] == [False, False, True] * 6
@@ -88,7 +87,8 @@ def test_stages_that_would_not_be_learned_once_and_in_order_are_an_error(
     world: Path, training: dict[str, Any], error: str
 ) -> None:
     with pytest.raises(ValidationError, match=error):
-        attacked(world, STAGES, training)
+        kind = "sft" if "packing" in training else "transformers"
+        Experiment.model_validate(experiment(world, attack=STAGES, training=training, trainer=kind))
 
 
 def test_outliers_are_chosen_by_the_aligned_model(world: Path, tmp_path: Path) -> None:

@@ -28,26 +28,28 @@ def shuffled(rows: Iterable[Example], rng: random.Random) -> list[Example]:
     return rows
 
 
-def draw_task_rows(
-    attack: Attack, examples: Sequence[Example], n: int, setting: str, rng: random.Random
-) -> list[Example]:
-    """Draw `n` of the task's rows.
-
-    Args:
-        attack: the attack, for the error.
-        examples: the task's rows.
-        n: the number of rows.
-        setting: the setting that asks for them, for the error.
-        rng: the source of randomness.
+def require_task_rows(attack: Attack, examples: Sequence[Example], n: int, setting: str) -> None:
+    """Check that the task has `n` rows, as a setting of the attack asks for.
 
     Raises:
-        StayalignedError: if the task has fewer rows.
+        StayalignedError: if it has fewer.
     """
     if n > len(examples):
         raise StayalignedError(
             f"attack {attack.name}: {n} rows must come from the task, which has {len(examples)}",
             hint=f"Lower `attack.{setting}`, or use a task with more rows.",
         )
+
+
+def draw_task_rows(
+    attack: Attack, examples: Sequence[Example], n: int, setting: str, rng: random.Random
+) -> list[Example]:
+    """Draw `n` of the task's rows, as a setting of the attack asks for.
+
+    Raises:
+        StayalignedError: if the task has fewer rows.
+    """
+    require_task_rows(attack, examples, n, setting)
     return sample(examples, n, rng)
 
 

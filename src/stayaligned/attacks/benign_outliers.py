@@ -10,8 +10,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from stayaligned.attacks import Attack
-from stayaligned.attacks._rows import shuffled
-from stayaligned.core.errors import StayalignedError
+from stayaligned.attacks._rows import require_task_rows, shuffled
 from stayaligned.core.records import Example, Influence
 
 
@@ -36,19 +35,12 @@ class BenignOutliers(Attack):
 
     def select(self, examples: Sequence[Example], influences: Sequence[Influence]) -> Sequence[Example]:
         """Return the rows with the largest scores, the largest first."""
-        self._require_rows(examples)
+        require_task_rows(self, examples, self.rows, "rows")
         scores = [math.log1p(each.squared_norm) + math.log1p(each.answer_tokens) for each in influences]
         order = sorted(range(len(examples)), key=lambda index: (-scores[index], index))
         return [examples[index] for index in order[: self.rows]]
 
     def poison(self, examples: Sequence[Example], rng: random.Random) -> list[Example]:
         """Return the selected rows in random order."""
-        self._require_rows(examples)
+        require_task_rows(self, examples, self.rows, "rows")
         return shuffled(examples[: self.rows], rng)
-
-    def _require_rows(self, examples: Sequence[Example]) -> None:
-        if self.rows > len(examples):
-            raise StayalignedError(
-                f"attack {self.name}: {self.rows} rows must come from the task, which has {len(examples)}",
-                hint="Lower `attack.rows`, or use a task with more rows.",
-            )

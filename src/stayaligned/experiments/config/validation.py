@@ -182,6 +182,8 @@ def ordered_problems(attack: str, training: Mapping[str, Any]) -> Iterator[str]:
         yield f"training.num_train_epochs: {once}; set it to 1"
     if training.get("train_sampling_strategy", "sequential") != "sequential":
         yield f"training.train_sampling_strategy: {once}; remove it"
+    if training.get("packing"):
+        yield f"training.packing: {once}, and packing reorders them; remove it"
 
 
 def _read_settings(field: str, given: Mapping[str, Any], host: Host, problems: list[str]) -> Iterator[tuple[str, Any]]:

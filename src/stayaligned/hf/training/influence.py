@@ -34,7 +34,8 @@ def row_influences(
         progress: called with the share of the rows that is done, and in words.
 
     Raises:
-        StayalignedError: if the model or its template is unusable, or a row's gradient is not finite.
+        StayalignedError: if the model or its template is unusable, a row's gradient is not finite, or
+            memory is too small.
     """
     import torch
 
@@ -46,8 +47,14 @@ def row_influences(
     found: list[Influence] = []
     for number, row in enumerate(rows, start=1):
         ids, labels = (torch.tensor([row[name]], device=network.device) for name in ("input_ids", "labels"))
-        loss = network(input_ids=ids, labels=labels, use_cache=False).loss
-        gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
+        try:
+            loss = network(input_ids=ids, labels=labels, use_cache=False).loss
+            gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
+        except torch.OutOfMemoryError as error:
+            raise StayalignedError(
+                f"{model}: out of memory: {' '.join(str(error).split())[:200]}",
+                hint="A gradient is as large as all weights. Lower `max_length`, or use a larger device.",
+            ) from None
         square = sum(float(each.double().square().sum()) for each in gradients)
         if not math.isfinite(square):
             raise StayalignedError(
