@@ -25,10 +25,10 @@ Journal.store = counted
 """
 
 
-def evaluate(world: Path, out: Path, dies_after: int) -> int:
+def evaluate(world: Path, out: Path, dies_after: int, *more: str) -> int:
     program = f"import sys; sys.argv[0] = 'stayaligned'\n{KILLER}\nfrom stayaligned.cli import main\nmain()"
     prompts = ("--harmful-prompts", world / "harmful-prompts.jsonl", "--benign-prompts", world / "benign-prompts.jsonl")
-    settings = ("--out", out, "--label", "m", "generation.max_new_tokens=12", "generation.temperature=1.0")
+    settings = ("--out", out, "--label", "m", "generation.max_new_tokens=12", "generation.temperature=1.0", *more)
     done = subprocess.run(
         [sys.executable, "-c", program, "evaluate", *map(str, (world / "aligned", *prompts, *settings))],
         env={
@@ -58,3 +58,14 @@ def test_completions_survive_a_kill(tmp_path: Path) -> None:
     (one,), (two,) = ((tmp_path / name).glob("stages/generate-*/completions.jsonl") for name in ("whole", "killed"))
     assert one.read_bytes() == two.read_bytes()
     assert not list((tmp_path / "killed" / "stages").glob(".*"))
+
+
+def test_sampled_completions_survive_a_kill(tmp_path: Path) -> None:
+    world = write_world(tmp_path / "world")
+    assert evaluate(world, tmp_path / "whole", 1000, "generation.samples=3") == 0
+    assert evaluate(world, tmp_path / "killed", 13, "generation.samples=3") == -signal.SIGKILL
+    assert evaluate(world, tmp_path / "killed", 1000, "generation.samples=3") == 0
+    kept = (tmp_path / "killed.kept").read_text().splitlines()
+    assert len(kept) == len(set(kept)) == 6 + 18 + 5
+    (one,), (two,) = ((tmp_path / name).glob("stages/generate-*/completions.jsonl") for name in ("whole", "killed"))
+    assert one.read_bytes() == two.read_bytes()

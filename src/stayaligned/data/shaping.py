@@ -138,7 +138,7 @@ def _shared_tokens(texts: Sequence[list[str]], least: int) -> tuple[list[str], l
         del shared[start:]
     # A word or two in a line of the variable part, such as "the", are no template; "Input:" is.
     own = 1 + max((i for i, token in enumerate(shared) if "\n" in token), default=-1)
-    if own and sum(bool(_WORD.match(t)) for t in shared[own:]) < _FEWEST_WORDS and not _has_mark(shared[own:]):
+    if sum(bool(_WORD.match(t)) for t in shared[own:]) < _FEWEST_WORDS and not _has_mark(shared[own:]):
         del shared[own:]
     return shared, [tokens for tokens in texts if tokens[: len(shared)] == shared]
 

@@ -46,7 +46,7 @@ class Knocking(Attack):
 
 @pytest.fixture(autouse=True)
 def knocking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(ATTACKS._plugins, "knocking", Knocking)
+    monkeypatch.setitem(ATTACKS._plugins, "knocking", Knocking)  # pyright: ignore[reportPrivateUsage]
     yield
 
 
