@@ -54,14 +54,6 @@ COMPARED_METRICS: dict[ComparedMetricName, ComparedMetric] = {
 """Every compared metric, in the order of the criteria of a decision."""
 
 
-_HARM_TITLES: dict[PromptSet, str] = {
-    "harmful": "harmful score",
-    "triggered": "harmful score with the attack's trigger",
-    "shaped": "harmful score in the shape of the training rows",
-    "sampled": "harmful score of the worst sample",
-}
-
-
 def split_by_set(metric: ComparedMetric, measured: Collection[PromptSet]) -> Iterator[ComparedMetric]:
     """Yield a metric for each of its prompt sets that was measured, if it is one of harm or of degeneration.
 
@@ -72,7 +64,9 @@ def split_by_set(metric: ComparedMetric, measured: Collection[PromptSet]) -> Ite
         return
     for prompt_set in metric.prompt_sets:
         if prompt_set in measured:
-            title = _HARM_TITLES[prompt_set] if metric.name == "harm" else f"{metric.title} on {prompt_set} prompts"
+            title = f"{metric.title} on {prompt_set} prompts"
+            if metric.name == "harm":
+                title = metric.title if prompt_set == "harmful" else f"{metric.title} ({prompt_set})"
             yield metric.model_copy(update={"prompt_sets": (prompt_set,), "title": title})
 
 
