@@ -6,6 +6,7 @@ import functools
 import os
 import resource
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,10 @@ from stayaligned.experiments.executors.local import default_workers
 from stayaligned.experiments.grid import load_grid
 from stayaligned.experiments.plan import plan_experiment
 from stayaligned.experiments.preview import planned_steps, preview_training
-from stayaligned.experiments.stages.store import collect_warnings
+from stayaligned.experiments.stages.asking import check_prompts
+from stayaligned.experiments.stages.context import Context
+from stayaligned.experiments.stages.data import find_forms
+from stayaligned.experiments.stages.store import Store, collect_warnings
 
 _ASK = (Message(role="user", content="Say hello."),)
 _FEW_SAFETY_ROWS = 100
@@ -225,6 +229,7 @@ class _Doctor:
         prompts = (e.harmful_prompts, e.benign_prompts, e.limit)
         trained = (e.trains, e.task, e.training_defense.needs_alignment_data, e.alignment_data, e.max_length)
         rows = self.attempt("data", lambda: self._check_data(e, tokenizer), *model, *prompts, *trained)
+        self.attempt("data", lambda: self._check_forms(experiment), "forms", e.attack, e.defenses, *model, *prompts)
         if self._ask:
             self._ask_servers(e)
         full = e.trains and e.lora is None
@@ -297,6 +302,15 @@ class _Doctor:
         for text in note_overlaps(trained_on, prompts):
             self.found("data", "note", text)
         return trained_on
+
+    def _check_forms(self, experiment: Experiment) -> None:
+        """Check the forms in which harmful prompts are asked: their triggers must reach the model."""
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
+            context = Context(experiment, Store(Path(place)), self._progress)
+            find_forms(context)
+            check_prompts(context)
+        if len(experiment.harm_sets) > 1:
+            self.found("data", "ok", f"harm is measured on these prompt sets: {', '.join(experiment.harm_sets)}")
 
     def _check_safety_rows(self, data: str, limit: int | None, tokenizer: Any, max_length: int) -> Sequence[Example]:
         from stayaligned.data.sources import read_examples

@@ -144,7 +144,7 @@ def training_cost(experiment: Experiment) -> str:
 def generation_cost(experiment: Experiment) -> str:
     """Return what completions that take equally long have in common."""
     fields = {"model", "chat_template", "task", "skills", "harmful_prompts", "benign_prompts", "limit", "generation"}
-    return repr(experiment.model_dump(mode="json", include=fields))
+    return repr((experiment.model_dump(mode="json", include=fields), experiment.harm_sets))
 
 
 def _short_cycle(defense: Any) -> Any:
