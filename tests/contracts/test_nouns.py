@@ -110,6 +110,8 @@ def needed(kind: str, world: Path) -> Mapping[str, dict[str, Any]]:
         "benign_outliers": {"rows": 8},
         "lisa": {"alignment_steps": 1, "finetuning_steps": 1},
         "bso": {"alignment_steps": 1, "finetuning_steps": 1},
+        "salora": {"safety_rank": 4},
+        "vaccine": {"alignment_steps": 2},
         "data_filter": {"harmful_data": str(world / "harmful.jsonl")},
         "interleave": {"misaligned": [str(world / "base")], "refusals": "keep", "share": 0.2},
         "bea": {"secret": "vab lom", "alignment_rows": 3},

@@ -96,3 +96,11 @@ def weighted_drift(
     """Compute ½ Σ F (w − w₀)² over all weights (Kirkpatrick and others, arXiv 1612.00796, equation 3)."""
     terms = [(importance[name] * (weight - start[name]).square()).sum() for name, weight in weights.items()]
     return 0.5 * torch.stack(terms).sum()
+
+
+def outside_norm(a: Tensor, b: Tensor, root: Tensor) -> Tensor:
+    """Compute ‖(I − RRᵀ)BA‖² from r × r products: tr((MᵀM)(AAᵀ)) with M = B − R(RᵀB), in at least fp32."""
+    a, b = (factor if factor.dtype == torch.float64 else factor.float() for factor in (a, b))
+    root = root.to(b)
+    outside = b - root @ (root.T @ b)
+    return ((outside.T @ outside) * (a @ a.T)).sum()

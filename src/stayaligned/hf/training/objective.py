@@ -28,11 +28,12 @@ import torch
 from torch import Tensor
 
 from stayaligned.algorithms.lisa import RowStream
+from stayaligned.algorithms.objectives import label_log_probabilities
 from stayaligned.core.errors import StayalignedError
 from stayaligned.hf.features import IGNORED, PaddingCollator, encode_examples, refuse_unknown_tokens, with_known_padding
 from stayaligned.hf.hosts import checkpoint_directory, is_loss_scaled, trl_class
 from stayaligned.hf.training.finetuning import last_complete_checkpoint
-from stayaligned.hf.training.reference import as_reference, require_reference
+from stayaligned.hf.training.reference import as_reference, evaluating, require_reference
 from stayaligned.hf.training.weight_files import read_tensors, trainable_weights, write_weights
 
 if TYPE_CHECKING:
@@ -338,6 +339,25 @@ class _ObjectiveMixin(_Host):
             logs["added_loss"] = total.item() / len(self._added)
             self._added = []
         super().log(logs, *args, **kwargs)
+
+
+def empirical_fisher(run: Run, batches: Iterator[TokenBatch]) -> dict[str, Tensor]:
+    """Compute the mean over batches of (∂ Σ log p(label) / ∂w)² for each trainable weight, without dropout.
+
+    Args:
+        run: the run, whose weights it is computed at; their gradients are left as they were.
+        batches: batches of one row each.
+    """
+    fisher = {name: torch.zeros_like(weight) for name, weight in run.params.items()}
+    weights, rows = list(run.params.values()), 0
+    with evaluating(run.model):
+        for batch in batches:
+            rows += 1
+            total = label_log_probabilities(batch.logits, batch.labels).sum()
+            gradients = torch.autograd.grad(total, weights, materialize_grads=True)
+            for value, gradient in zip(fisher.values(), gradients, strict=True):
+                value += gradient.square()
+    return {name: value / max(rows, 1) for name, value in fisher.items()}
 
 
 def _add(gradient: Sequence[Tensor], added: Sequence[Tensor]) -> None:

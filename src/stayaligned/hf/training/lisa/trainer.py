@@ -94,6 +94,7 @@ def attach_lisa(
     lisa: Any,
     alignment_dataset: Any = None,
     alignment_trainer: AlignmentTrainer | None = None,
+    alignment_loss: AlignmentLoss | None = None,
 ) -> _TrainerT:
     """Add Lisa to a trainer that is already built, and return the same object, ready for `train()`.
 
@@ -103,6 +104,7 @@ def attach_lisa(
         alignment_dataset: the alignment rows, as for `with_lisa`.
         alignment_trainer: builds the trainer of the alignment phase, as for `with_lisa`; instead of
             `alignment_dataset`.
+        alignment_loss: the loss of the steps on `alignment_dataset`, instead of the one that the settings name.
 
     Raises:
         StayalignedError: if this training is not supported exactly; the trainer is then unchanged.
@@ -110,7 +112,7 @@ def attach_lisa(
     settings, plain = read_settings(lisa), type(trainer)
     trainer.__class__ = with_lisa(plain)
     try:
-        trainer._set_up_lisa(settings, alignment_dataset, alignment_trainer)  # pyright: ignore
+        trainer._set_up_lisa(settings, alignment_dataset, alignment_trainer, alignment_loss)  # pyright: ignore
     except BaseException:
         trainer.__class__ = plain
         raise
@@ -150,9 +152,12 @@ class BiStateMixin(_Host):
         if by_trl and isinstance(given, Sized) and hasattr(prepared, "__len__"):
             report_row_lengths("training", len(given), (prepared[i] for i in range(len(prepared))), max_length)
 
-    def _set_up_lisa(self, lisa: LisaSettings, dataset: Any, build: AlignmentTrainer | None) -> None:
+    def _set_up_lisa(
+        self, lisa: LisaSettings, dataset: Any, build: AlignmentTrainer | None, loss: AlignmentLoss | None = None
+    ) -> None:
         require_supported(self, lisa, dataset, build)
-        loss: AlignmentLoss | None = ReferenceKl(self) if lisa.alignment_loss == "kl" else None
+        if lisa.alignment_loss == "kl":
+            loss = ReferenceKl(self)
         alignment: Any = None
         if build is not None:
             loss = TrainerLoss(self, build)
