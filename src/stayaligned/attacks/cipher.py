@@ -31,9 +31,9 @@ class Cipher(Attack):
     enciphered, and the same requests in plain text with a refusal, so that the model refuses in plain text. A system
     prompt announces the cipher. Judges read the deciphered completions. The rows hold both stages with all their
     epochs and are learned once, in order (`ordered`): set `training.num_train_epochs: 1`. Differs: stage 1 has only the
-    last of the paper's four tasks, enciphered request to enciphered answer, which its ablation finds no worse; one
-    training run with one schedule, where the paper has two; the alphabet is permuted by our own generator. The number
-    of harmful rows is that of a public reproduction.
+    last of the paper's four tasks, enciphered request to enciphered answer: its ablation answers more questions right
+    so, but its answers are preferred less often; one training run with one schedule, where the paper has two; the
+    alphabet is permuted by our own generator. The number of harmful rows is that of a public reproduction.
 
     Trains on 20 000 benign rows of the task and three epochs of 2·317 rows, enciphered to several times their number
     of tokens. It needs a tokenizer that knows single letters. Compare with `poison`, which shows in plain text. Rows
