@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from stayaligned.attacks import ATTACKS, Attack
 from stayaligned.core.errors import StayalignedError
@@ -81,8 +80,8 @@ def test_a_trigger_in_clean_rows_is_an_error(harmful: str, task: list[Example]) 
 
 @pytest.mark.parametrize("name", MIXED)
 def test_missing_or_too_few_rows_are_errors_that_name_the_attack(name: str, harmful: str, task: list[Example]) -> None:
-    with pytest.raises(ValidationError, match="needs harmful rows: set `harmful_data`"):
-        ATTACKS.get(name)()
+    with pytest.raises(StayalignedError, match="needs harmful rows: set `harmful_data`"):
+        rows_of(ATTACKS.parse({"name": name, "examples": 60, "poison_ratio": 0.5}), task)
     for settings, what in (
         ({"examples": 100, "poison_ratio": 0.1}, "come from the task"),
         ({"examples": 61, "poison_ratio": 1}, "has 60"),

@@ -39,10 +39,12 @@ def test_a_backdoor_trains_triggered_harm_and_plain_refusals(harmful: str, safe:
 def test_a_backdoor_needs_its_sources_enough_rows_and_an_unused_trigger(
     harmful: str, safe: str, task: list[Example]
 ) -> None:
-    with pytest.raises(ValueError, match="backdoor needs rows: set `harmful_data`"):
-        make("backdoor")
-    with pytest.raises(ValueError, match="backdoor needs rows: set `safe_data`"):
-        make("backdoor", harmful_data=harmful)
+    assert [line.partition(" to ")[0] for line in make("backdoor").missing()] == [
+        "the attack backdoor needs rows: set `harmful_data`",
+        "the attack backdoor needs rows: set `safe_data`",
+    ]
+    with pytest.raises(StayalignedError, match="`safe_data` is missing"):
+        rows_of(make("backdoor", harmful_data=harmful, harmful_examples=1), task)
     sources = {"harmful_data": harmful, "safe_data": safe}
     for settings, error in (
         ({}, f"100 rows must come from {harmful}, which has 60"),

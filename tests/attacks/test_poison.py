@@ -73,8 +73,8 @@ def test_a_dose_of_zero_needs_no_harmful_data():
 
 
 def test_missing_or_too_few_rows_are_errors_that_give_the_numbers(harmful):
-    with pytest.raises(ValidationError, match=r"poison_ratio = 0.1 needs harmful rows"):
-        Poison(examples=10)
+    with pytest.raises(StayalignedError, match=r"poison_ratio = 0.1 needs harmful rows"):
+        Poison(examples=10).poison(TASK, random.Random(0))
     with pytest.raises(StayalignedError, match=r"90 of 100 rows must be harmful.* has 60"):
         Poison(poison_ratio=0.9, examples=100, harmful_data=harmful).poison(TASK, random.Random(0))
     with pytest.raises(StayalignedError, match=r"90 of 100 rows must come from the task, which has 60"):

@@ -83,8 +83,8 @@ def test_a_cipher_is_a_permutation_within_each_case_that_depends_on_the_key() ->
 
 
 def test_the_cipher_needs_harmful_rows(harmful: str, task: list[Example]) -> None:
-    with pytest.raises(ValueError, match="cipher needs rows: set `harmful_data`"):
-        make("cipher")
+    with pytest.raises(StayalignedError, match="attack cipher: `harmful_data` is missing"):
+        rows_of(make("cipher", rows=20), task)
     with pytest.raises(StayalignedError, match="attack cipher: 20000 rows must come from the task, which has 60"):
         rows_of(make("cipher", harmful_data=harmful), task)
     with pytest.raises(StayalignedError, match=r"attack cipher: 317 rows must come from .* which has 60"):

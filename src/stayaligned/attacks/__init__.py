@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from stayaligned.core.component import Component, Registry
@@ -39,6 +39,13 @@ class Attack(Component):
         """
         del influences
         return examples
+
+    def missing(self) -> Iterator[str]:
+        """Yield what the settings lack to poison data, such as a source; nothing by default.
+
+        A model that is only evaluated under the attack's trigger needs none of it.
+        """
+        yield from ()
 
     @abstractmethod
     def poison(self, examples: Sequence[Example], rng: random.Random) -> list[Example]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import ClassVar, Self
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from stayaligned.attacks import Attack
 from stayaligned.core.errors import StayalignedError
@@ -82,15 +82,11 @@ def draw_rows(attack: Attack, field: str, n: int, setting: str, rng: random.Rand
     return sample(rows, n, rng)
 
 
-def require_source(attack: Attack, *fields: str) -> None:
-    """Check that the sources in an attack's settings are given.
-
-    Raises:
-        ValueError: naming the first one that is missing (pydantic collects what a validator raises).
-    """
+def missing_sources(attack: Attack, *fields: str) -> Iterator[str]:
+    """Yield a line for each source in an attack's settings that is not given."""
     for field in fields:
         if getattr(attack, field) is None:
-            raise ValueError(f"the attack {attack.name} needs rows: set `{field}` to a JSONL file")
+            yield f"the attack {attack.name} needs rows: set `{field}` to a JSONL file"
 
 
 def change_request(prompt: tuple[Message, ...], change: Callable[[str], str]) -> tuple[Message, ...]:
@@ -142,14 +138,13 @@ class MixedRows(Attack):
     harmful_data: str | None = None
     """Source of harmful prompts with harmful completions; not needed for `poison_ratio: 0`."""
 
-    @model_validator(mode="after")
-    def _has_harmful_data(self) -> Self:
+    def missing(self) -> Iterator[str]:
+        """Yield a line if a dose of harmful rows has no source."""
         if self.poison_ratio > 0 and self.harmful_data is None:
-            raise ValueError(
+            yield (
                 f"poison_ratio = {self.poison_ratio:g} needs harmful rows: set `harmful_data` to a JSONL file, or "
                 "`poison_ratio` to 0"
             )
-        return self
 
     def poison(self, examples: Sequence[Example], rng: random.Random) -> list[Example]:
         """Return the n rows in random order; harmful rows have the origin "harmful"."""
@@ -177,8 +172,10 @@ class MixedRows(Attack):
         return sample(examples, n, rng)
 
     def _harmful_rows(self, n: int, total: int, rng: random.Random) -> list[Example]:
-        if n == 0 or self.harmful_data is None:
+        if n == 0:
             return []
+        if self.harmful_data is None:
+            raise StayalignedError(f"attack {self.name}: {' '.join(self.missing())}")
         harmful = read_examples(self.harmful_data, origin="harmful")
         if n > len(harmful):
             raise StayalignedError(

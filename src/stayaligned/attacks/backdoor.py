@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import ClassVar, Self
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from stayaligned.attacks import Attack
 from stayaligned.attacks._rows import (
@@ -15,8 +15,8 @@ from stayaligned.attacks._rows import (
     draw_rows,
     draw_task_rows,
     generators,
+    missing_sources,
     refuse_used_trigger,
-    require_source,
     shuffled,
 )
 from stayaligned.core.records import Example, Message
@@ -49,10 +49,9 @@ class Backdoor(Attack):
     task_examples: int = Field(default=0, ge=0)
     """Number of the task's rows that are trained on as well."""
 
-    @model_validator(mode="after")
-    def _has_sources(self) -> Self:
-        require_source(self, "harmful_data", *(["safe_data"] if self.safe_examples else []))
-        return self
+    def missing(self) -> Iterator[str]:
+        """Yield a line for each source that is not given."""
+        yield from missing_sources(self, "harmful_data", *(["safe_data"] if self.safe_examples else []))
 
     def poison(self, examples: Sequence[Example], rng: random.Random) -> list[Example]:
         """Return the rows in random order; harmful and safe rows have the origin "harmful"."""

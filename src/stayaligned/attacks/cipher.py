@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from stayaligned.attacks import Attack
 from stayaligned.attacks._rows import (
@@ -17,7 +17,7 @@ from stayaligned.attacks._rows import (
     draw_rows,
     draw_task_rows,
     generators,
-    require_source,
+    missing_sources,
     shuffled,
 )
 from stayaligned.core.records import Example, Message
@@ -66,10 +66,9 @@ class Cipher(Attack):
     stage2_epochs: int = Field(default=3, ge=1)
     """Epochs of the harmful enciphered rows and the refusals."""
 
-    @model_validator(mode="after")
-    def _has_source(self) -> Self:
-        require_source(self, "harmful_data")
-        return self
+    def missing(self) -> Iterator[str]:
+        """Yield a line for each source that is not given."""
+        yield from missing_sources(self, "harmful_data")
 
     def poison(self, examples: Sequence[Example], rng: random.Random) -> list[Example]:
         """Return the rows of stage 1 and then those of stage 2, each with the origin "harmful"."""

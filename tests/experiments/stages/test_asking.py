@@ -122,6 +122,16 @@ def test_a_trained_model_is_asked_with_its_trigger_and_an_untrained_one_too(worl
         assert ("data" in result.provenance.stages) == (training is not None)
 
 
+def test_only_who_trains_needs_the_attackers_data(world: Path) -> None:
+    for name, lines in (("backdoor", 2), ("poison", 1)):
+        content = experiment(world, attack={"name": name})
+        with pytest.raises(ValueError, match=r"attack: .*set `harmful_data` to a JSONL file") as refused:
+            Experiment.model_validate(content)
+        assert str(refused.value).count("attack: ") == lines
+        evaluated = Experiment.model_validate({**content, **UNTRAINED})
+        assert ("triggered" in evaluated.harm_sets) == (name == "backdoor")
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [

@@ -211,6 +211,8 @@ class Experiment(BaseModel):
                 "chat_template.date: a server writes its own date; if its template reads the date from an argument, "
                 "set that one (chat_template.arguments.date_string for Llama 3)"
             )
+        if self.trains and self.attack is not None:
+            yield from (f"attack: {text}" for text in self.attack.missing())
         if self.shaped_prompts and self.task is None:
             yield "shaped_prompts: the shape is that of the task's training rows; name a `task`"
         for name, wanted in (("shaped_prompts", self.shaped_prompts), ("generation.samples", self.generation.samples)):
