@@ -157,6 +157,29 @@ def test_reduced_intruders_are_those_of_peft(world: Path, models: ModelPair, tmp
         assert (value - own[name]).norm() < 1e-5 * own[name].norm()
 
 
+def test_a_random_change_is_as_large_as_the_patch_s_in_the_same_layers(
+    world: Path, models: ModelPair, tmp_path: Path
+) -> None:
+    like = {"name": "safe_merge", "adapter": str(world / "other"), "lowest": 2, "weight": 0.3}
+    own = updates(read_adapter(world / "adapter"))
+    patched = updates(patch(world, models, tmp_path / "like", **like))
+    control = patch(world, models, tmp_path / "out", name="random_change", like=like, seed=4)
+    record = read_projection(tmp_path / "out" / "projection.json")
+    assert {r.module for r in record.layers if r.selected} == {n for n in own if (patched[n] - own[n]).norm() > 1e-6}
+    assert record.inputs["second_adapter"]["ref"] == str(world / "other")
+    for name, value in updates(control).items():
+        change, its = value - own[name], patched[name] - own[name]
+        values, theirs = (torch.linalg.svdvals(each) for each in (change, its))
+        assert torch.allclose(values, theirs, atol=1e-6)
+        if its.norm() > 1e-6:
+            assert abs(float((change * its).sum() / change.norm() / its.norm())) < 0.3
+    again = patch(world, models, tmp_path / "again", name="random_change", like=like, seed=4)
+    assert all(value.equal(again.tensors[key]) for key, value in control.tensors.items())
+    for wrong in ("lisa", "safe_delta"):
+        with pytest.raises(ValueError, match="does not patch adapters"):
+            DEFENSES.parse({"name": "random_change", "like": wrong})
+
+
 def test_what_does_not_fit_is_one_error_and_nothing_is_written(world: Path, models: ModelPair, tmp_path: Path) -> None:
     few = write_pico_adapter(tmp_path / "few", world / "aligned", r=2, target_modules=["q_proj"])
     more = write_pico_adapter(tmp_path / "more", world / "aligned", r=2, target_modules=["q_proj", "v_proj", "o_proj"])

@@ -23,8 +23,8 @@ class OneShot(TrainingPatch):
     do not change. The learning rate and the number of epochs are the paper's, which patches full weights as well; a
     LoRA may need a larger rate.
 
-    Cost: loading the model, and `rows` times `epochs` training steps. Compare with the same steps on a benign row, as
-    `alignment_data`: where that lowers harm as much, the reason is not what the row says.
+    Cost: loading the model, and `rows` times `epochs` training steps. Compare with `random_change`, and with the same
+    steps on a benign row, as `alignment_data`: where that lowers harm as much, the reason is not what the row says.
 
     Example:
         >>> OneShot(learning_rate=5e-4).rows

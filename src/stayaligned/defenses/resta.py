@@ -26,8 +26,8 @@ class Resta(TrainingPatch):
     `dare_linear` drops entries of A and B, which is another operation); and full fine-tunes. γ = 1 is the plain sum;
     the paper's γ and its training on harmful rows are not known here.
 
-    Cost: the training of the harmful adapter; none with `adapter`. Compare with an adapter of benign rows, which shows
-    what the harm in the rows adds; `weight: 0` changes nothing.
+    Cost: the training of the harmful adapter; none with `adapter`. Compare with `random_change`, and with an adapter
+    of benign rows, which shows what the harm in the rows adds.
 
     Example:
         >>> Resta(adapter="harmful-adapter", weight=0.5).raises_rank

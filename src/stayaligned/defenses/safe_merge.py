@@ -32,7 +32,8 @@ class SafeMerge(TrainingPatch):
     `learning_rate` and `batch_size` are ours. Layers with a zero update or V = 0 are left unchanged.
 
     Cost: Safe LoRA's, and the training of the safety adapter. Compare with `shrink` with `factor: 0.8` and the same
-    threshold (the same layers without D_s), with `all_layers` (merging everywhere), and with an adapter of benign rows.
+    threshold (the same layers without D_s), with `all_layers` (merging everywhere), with `random_change`, and with an
+    adapter of benign rows.
 
     Example:
         >>> SafeMerge(lowest=4).threshold is None

@@ -34,6 +34,7 @@ ACTIONS = {
     "drop_other": "dropping other layers",
     "shrink": "shrinking the same layers as much",
     "random_subspace": "removing a random part of the same layers",
+    "random_change": "changing the same layers as much at random",
 }
 """What each built-in control does, in words. Named here because results may come from another installation."""
 

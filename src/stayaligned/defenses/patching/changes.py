@@ -49,8 +49,7 @@ def report_changes(
     reports: list[LayerReport] = []
     for layer in layers:
         update = before.factors(layer)
-        keys = layer.a_key, layer.b_key
-        changed = any(not after.tensors[key].equal(before.tensors[key]) for key in keys)
+        changed = not _is_same(layer, before, after)
         found = compare(update, after.factors(layer if same_ranks else new[module_of(layer)]))
         reports.append(
             LayerReport(
@@ -63,3 +62,12 @@ def report_changes(
             )
         )
     return PatchedAdapter(after, reports, notes)
+
+
+def _is_same(layer: LoraLayer, before: Adapter, after: Adapter) -> bool:
+    """Return whether a layer has the same factors, but for a rank that was padded with zeros."""
+    (a, b), (new_a, new_b) = (
+        (adapter.tensors[layer.a_key], adapter.tensors[layer.b_key]) for adapter in (before, after)
+    )
+    rows = len(a)
+    return new_a[:rows].equal(a) and new_b[:, : b.shape[1]].equal(b) and not bool(new_b[:, b.shape[1] :].any())

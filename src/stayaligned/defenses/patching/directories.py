@@ -228,7 +228,8 @@ def _inputs(models: ModelPair) -> dict[str, str | Path]:
 def _named_by(patch: PatchDefense) -> dict[str, str | Path]:
     """Return the files and directories that the settings of a patch name."""
     named = {"second_adapter": "adapter", "harmful_data": "harmful_data"}
-    found = {role: getattr(patch, setting, None) for role, setting in named.items()}
+    of = getattr(patch, "like", patch)
+    found = {role: getattr(of, setting, None) for role, setting in named.items()}
     return {role: ref for role, ref in found.items() if isinstance(ref, str) and Path(ref).exists()}
 
 
