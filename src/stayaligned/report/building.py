@@ -6,11 +6,13 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from statistics import fmean
 
 from stayaligned.core.errors import StayalignedError, nearest
 from stayaligned.core.records import HARM_METRICS, Metric, PromptSet
+from stayaligned.core.text import percent
 from stayaligned.evaluation.copies import join_rows, join_samples, note_templates
 from stayaligned.evaluation.results import Agreement, Evidence, Result
 from stayaligned.evaluation.rows import result_rows
@@ -28,6 +30,7 @@ from stayaligned.report.values import (
     KNOWN_METRICS,
     WORST_HARM,
     Arm,
+    ArmVerdict,
     Estimate,
     EvidenceRow,
     GateAnswer,
@@ -67,6 +70,7 @@ def build_report(
     measured = _collect_metrics(results)
     rows = _with_rows(groups, evidence or {})
     estimates = {name: estimate_metrics(runs, measured) for name, runs in rows.items()}
+    worst = {name: _with_worst_harm(found) for name, found in estimates.items()}
     comparable = {name for name, runs in groups.items() if all(_threat_of(run) == threat for run in runs)}
     compared = compare_arms(rows, estimates, comparable, reference)
     rivals = [name for name in groups if compared[name].role in ("reference", "competing")]
@@ -77,9 +81,9 @@ def build_report(
             seeds=tuple(run.seed for run in runs),
             comparable=name in comparable,
             role=compared[name].role,
-            verdict=compared[name].verdict,
+            verdict=_name_worst(compared[name].verdict, worst[name].get(WORST_HARM.name)),
             on_front=name in front,
-            estimates=_with_worst_harm(estimates[name]),
+            estimates=worst[name],
             differences=compared[name].differences,
             controls=compared[name].controls,
             other_judges=tuple(estimate_other_judges(rows[name])),
@@ -229,6 +233,14 @@ def _with_worst_harm(estimates: Mapping[str, Estimate]) -> dict[str, Estimate]:
     if len(harm) < 2:
         return {**estimates}
     return {**estimates, WORST_HARM.name: max(harm, key=lambda one: one.mean or 0.0)}
+
+
+def _name_worst(verdict: ArmVerdict, worst: Estimate | None) -> ArmVerdict:
+    """Return a verdict that also names the prompt set with the worst harm, unless these are the plain prompts."""
+    if worst is None or worst.name == HARM:
+        return verdict
+    named = f"on {worst.prompt_set} prompts, the harmful score is {percent(worst.mean)} %"
+    return replace(verdict, sentence=f"{verdict.sentence.removesuffix('.')}; {named}.")
 
 
 def _describe_metric(metric: Metric) -> MetricKind:
