@@ -40,8 +40,8 @@ class SafeDelta(PatchDefense):
 
     An adapter's update would be dense afterwards: merge it first. Cost: the aligned model in memory and 2 GiB of
     Hessians at a time, each group of layers with one forward pass over the rows, and a Cholesky inverse of each. s
-    depends on the size of the update: compare several, with the aligned model (s = 0), and with `shrink` at the norm
-    that is left.
+    depends on the size of the update, and the default may keep nothing of a small model's: compare several, and each
+    with `shrink` of all layers with the `factor` that the record shows.
 
     Example:
         >>> SafeDelta(strength=0.2).patches_adapters
