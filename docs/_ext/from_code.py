@@ -22,6 +22,7 @@ from typer.main import get_command
 
 import stayaligned
 from stayaligned.cli import app as command_line
+from stayaligned.cli.components import group_of, needs_of
 from stayaligned.cli.options import field_docs
 from stayaligned.core.component import Component
 from stayaligned.experiments.config.alignment import Alignment
@@ -37,6 +38,8 @@ MODELS: dict[str, type[BaseModel]] = {"An experiment": Experiment, "A grid": Gri
 ARXIV, ARXIV_LINK = re.compile(r"arXiv (\d{4}\.\d{5})"), r"[arXiv \1](https://arxiv.org/abs/\1)"
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": "length at least"}
 LONGEST_DEFAULT = 100
+COST = re.compile(r"\bCost: (.+?)(?= Controls?: | Compare with | Its controls? (?:is|are) |$)")
+"""The part of a defense's text that says what it costs; the names of its controls follow."""
 
 
 def commands() -> str:
@@ -104,6 +107,25 @@ def components() -> str:
             paper = f"Paper: {ARXIV.sub(ARXIV_LINK, escaped(component.paper))}. " if component.paper else ""
             parts.append(f"{paper}Source: `src/{component.__module__.replace('.', '/')}.py`\n")
     return "\n".join(parts)
+
+
+def defenses() -> str:
+    """Return a table of the defenses of each stage: what each does, needs and costs."""
+    registry = next(registry for registry in REGISTRIES if registry.kind == "defense")
+    tables: dict[str, list[str]] = {}
+    for name in registry.names():
+        component = registry.get(name)
+        text = " ".join((inspect.getdoc(component) or "").split())
+        cost = COST.search(text)
+        own = [f"`{field}`" for field, each in component.model_fields.items() if each.is_required()]
+        needs = ", ".join([*(f"`{need}`" for need in needs_of(component)), *own])
+        row = (f"`{name}`", escaped(component.summary()), needs, escaped(cost[1].strip() if cost else ""))
+        tables.setdefault(group_of("defense", component), []).append(f"| {' | '.join(row)} |")
+    head = "| defense | what it does | needs | cost, beside plain fine-tuning |\n|---|---|---|---|"
+    titles = {group: group.partition(": ")[2] for group in tables}
+    return "\n".join(
+        f"## {titles[g][0].upper()}{titles[g][1:]}\n\n{head}\n" + "\n".join(tables[g]) + "\n" for g in tables
+    )
 
 
 def names(*wanted: str) -> str:
@@ -237,6 +259,7 @@ WRITERS: dict[str, Callable[..., str]] = {
     "commands": commands,
     "settings": settings,
     "components": components,
+    "defenses": defenses,
     "names": names,
 }
 

@@ -90,3 +90,13 @@ def test_an_example_in_a_docstring_becomes_code(from_code):
     lines = ["One.", "", "Example:", "    train()", "", "Two.", "", "    formula", ""]
     from_code.mark_code(lines)
     assert lines == ["One.", "", "Example::", "", "    train()", "", "Two.", "", "::", "", "    formula", ""]
+
+
+def test_the_table_of_defenses_has_each_with_what_it_needs_and_costs(from_code):
+    defenses = next(registry for registry in REGISTRIES if registry.kind == "defense")
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", from_code.defenses(), flags=re.MULTILINE))
+    assert rows.keys() == {*defenses.names()}
+    assert "`alignment_data`, `harmful_data`" in rows["data_filter"]
+    assert rows["data_filter"].endswith("about a third of an epoch. ")
+    assert "`base_model`" in rows["lox"]
+    assert {*sections(from_code.defenses(), 2)} >= {"During fine-tuning", "After fine-tuning"}

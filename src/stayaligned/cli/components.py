@@ -50,7 +50,7 @@ def list_components(
     """
     load_plugins(plugin)
     found = [
-        (_group(registry.kind, component), registry.kind, name, component.summary())
+        (group_of(registry.kind, component), registry.kind, name, component.summary())
         for registry in ([_registry(noun)] if noun else _registries().values())
         for name in registry.names()
         for component in [registry.get(name)]
@@ -68,7 +68,7 @@ def list_components(
     out.print("`stayaligned show KIND NAME` prints the whole text, the settings and the paper of each.")
 
 
-def _group(kind: str, component: type[Component]) -> str:
+def group_of(kind: str, component: type[Component]) -> str:
     """The heading under which a component is listed."""
     from stayaligned.defenses import TrainingDefense
     from stayaligned.defenses._projection import Control
@@ -98,7 +98,7 @@ def show(
         name=component.name,
         text=inspect.getdoc(component) or "",
         settings=_setting_values(component),
-        needs=_needs(component),
+        needs=needs_of(component),
         paper=component.paper,
         file=registry.origin(name),
     )
@@ -106,7 +106,7 @@ def show(
     out.print(f"{registry.kind} {component.name}\n", soft_wrap=True)
     out.print(_wrapped(inspect.getdoc(component) or "", width) + "\n", soft_wrap=True)
     out.print(_settings(component, width), soft_wrap=True)
-    if needs := _needs(component):
+    if needs := needs_of(component):
         out.print(f"needs  {', '.join(needs)}", soft_wrap=True)
     if component.paper:
         out.print(f"paper  {component.paper}", soft_wrap=True)
@@ -146,7 +146,7 @@ def env() -> None:
         out.print(f"{name:<14}{value}")
 
 
-def _needs(component: type[Component]) -> list[str]:
+def needs_of(component: type[Component]) -> list[str]:
     """The settings of an experiment that a defense needs beside its own; none for other components."""
     given = {"alignment_data": "needs_alignment_data", "base_model": "needs_base"}
     return [setting for setting, name in given.items() if getattr(component, name, False)]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class AsFT(TrainingDefense):
-    """Penalize the part of each LoRA update that lies outside the change from the base model to the aligned model.
+    """Penalize the part of each update outside the change from base to aligned (AsFT).
 
         L = CE(user's rows) + λ·Σ_layers ‖(I − C)·sBA‖²,    C = VVᵀ/‖V‖_F,  V = W_aligned − W_base
 

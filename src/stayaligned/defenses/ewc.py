@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Ewc(TrainingDefense):
-    """Hold each trained weight near its initial value, the more, the more the alignment rows depend on it.
+    """Hold each weight near its start, as far as the alignment rows depend on it.
 
         L = CE(user's rows) + λ/2·Σ F (w − w₀)²,    F = mean over alignment rows of (∂ log p(answer) / ∂w)² at w₀
 

@@ -26,7 +26,7 @@ _MOST_BYTES = 2 << 30
 
 
 class SafeDelta(PatchDefense):
-    """Keep the entries of a full update that cost the least safety, and compensate (Safe Delta).
+    """Keep the entries of an update that cost the least safety, and compensate.
 
     Starting from the aligned weight, entries of W_ft - W_aligned are taken in the order of their utility for each unit
     of safety, δ²/(δ²/U_jj²), until the budget s is used up, by an optimal brain surgeon with H = (2/N) Σ x xᵀ, x the

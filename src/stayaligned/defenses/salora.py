@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class SaLoRA(TrainingDefense):
-    """Train a LoRA whose update leaves out the directions of the aligned model's outputs on safe answers.
+    """Train a LoRA outside the directions of the model's outputs on safe answers.
 
         ΔW = (I − U_s U_sᵀ)·sBA,    U_s = the r_s leading left singular vectors of W X_safe
 

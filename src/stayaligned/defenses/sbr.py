@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Sbr(TrainingDefense):
-    """Hold the last hidden state at the end of a few harmful requests where the aligned model has it.
+    """Hold the last hidden state of a few harmful requests where it was (SBR).
 
         L = CE(user's rows) + α·MSE(h(anchors), h_aligned(anchors))
 

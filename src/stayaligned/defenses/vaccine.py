@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Vaccine(TrainingDefense):
-    """Train on alignment rows first, under the worst perturbation of the hidden states, then plainly on the user's.
+    """Train on alignment rows under perturbed hidden states, then on the user's.
 
         steps 1 … K:  min_w max_‖e‖≤ρ CE(alignment rows; attention outputs + e),   e = ρ·g/‖g‖
         afterwards:   min_w CE(user's rows)
