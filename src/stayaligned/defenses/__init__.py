@@ -215,6 +215,10 @@ class TrainingDefense(Component):
         del steps
         return ()
 
+    def run_steps(self, steps: int) -> int:
+        """Return the steps of a run without `max_steps`, in which the user's rows take `steps`; the same by default."""
+        return steps
+
     def check_steps(self, steps: int) -> None:
         """Refuse a run of that many optimizer steps if its result would be meaningless; no run by default.
 

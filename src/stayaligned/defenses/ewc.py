@@ -23,8 +23,8 @@ class Ewc(TrainingDefense):
     A fresh LoRA has B = 0, where the derivative by A is 0: F is 0 for A, and only B is held, near 0. That is exact for
     the weights that are trained, and blind to what A does once B has moved. With `lora: null` all weights are held.
 
-    Differences: Lisa's baseline continues to train the LoRA that the model was aligned with, so that neither factor is 0,
-    sums squared gradients of batches and takes λ = 0.001 without the ½. The Fisher here is the empirical one, of the
+    Differences: Lisa's baseline continues to train the LoRA that the model was aligned with, so that neither factor is
+    0, sums squared gradients of batches and takes λ = 0.001 without the ½. The Fisher here is the empirical one, of the
     answers in the rows; the paper's is of the model's own. The paper's λ depends on the task: 1 is ours.
 
     Cost: a forward and a backward pass of each alignment row at the beginning, and memory for two copies of the trained

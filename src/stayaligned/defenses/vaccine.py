@@ -40,6 +40,10 @@ class Vaccine(TrainingDefense):
     rho: float = Field(default=2.0, ge=0.0, allow_inf_nan=False)
     """Norm of the perturbation (ρ); 2 in the published example, for a batch of a 7B model's hidden states."""
 
+    def run_steps(self, steps: int) -> int:
+        """Return the steps of both phases."""
+        return self.alignment_steps + steps
+
     def check_steps(self, steps: int) -> None:
         """Refuse a run that ends before its first step on the user's rows."""
         if steps <= self.alignment_steps:
@@ -64,7 +68,7 @@ class Vaccine(TrainingDefense):
         if trainer.args.max_steps <= 0:
             rows: Any = trainer.train_dataset
             per_epoch = math.ceil(len(rows) / trainer.get_total_train_batch_size(trainer.args))
-            trainer.args.max_steps = self.alignment_steps + math.ceil(per_epoch * trainer.args.num_train_epochs)
+            trainer.args.max_steps = self.run_steps(math.ceil(per_epoch * trainer.args.num_train_epochs))
         self.check_steps(trainer.args.max_steps)
         phases = LisaSettings(
             alignment_steps=self.alignment_steps,

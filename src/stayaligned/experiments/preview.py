@@ -48,4 +48,5 @@ def planned_steps(experiment: Experiment) -> int | None:
         rows = experiment.attack.poison(rows, random.Random(0))  # noqa: S311
     batches = math.ceil(len(rows) / training.get("per_device_train_batch_size", _HOST_BATCH))
     steps = math.ceil(batches / training.get("gradient_accumulation_steps", 1))
-    return math.ceil(training.get("num_train_epochs", _HOST_EPOCHS) * steps)
+    plain = math.ceil(training.get("num_train_epochs", _HOST_EPOCHS) * steps)
+    return experiment.training_defense.run_steps(plain)

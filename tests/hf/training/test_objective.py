@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
-from stayaligned import StayalignedError
+from stayaligned import Guard, StayalignedError, Watch, attach_watch
 from stayaligned.algorithms.objectives import TokenStrengths, constrained_loss, remove_conflict_
 from stayaligned.defenses import TrainingDefense
 from stayaligned.defenses.constrained_sft import ConstrainedSFT
@@ -26,7 +26,7 @@ from stayaligned.defenses.safety_kl import SafetyKl
 from stayaligned.defenses.sft import SFT
 from stayaligned.hf.features import PaddingCollator, encode_examples
 from stayaligned.hf.training.finetuning import train
-from stayaligned.hf.training.objective import AlignmentRows
+from stayaligned.hf.training.objective import AlignmentRows, Objective, attach_objective
 from stayaligned.testing import pico_model
 from support.objectives import (
     LEARNING_RATE,
@@ -199,8 +199,24 @@ def test_unsupported_trainings_are_one_error(tmp_path: Path) -> None:
     with pytest.raises(StayalignedError, match="load_best_model_at_end is not supported with defense 'ema'"):
         best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_strategy": "best"}
         Ema().make_trainer(setup_for(lora_model(), tmp_path, **best))
+    for plugin in ("fsdp", "deepspeed"):
+        sharded: Any = setup_for(lora_model(), tmp_path).trainer()
+        setattr(sharded, f"is_{plugin}_enabled", True)
+        before = type(sharded)
+        with pytest.raises(StayalignedError, match="is not supported with defense 'x'"):
+            attach_objective(sharded, Objective("x"))
+        assert type(sharded) is before
     with pytest.raises(StayalignedError, match="packing is not supported with defense 'kl'"):
         Kl().make_trainer(setup_for(lora_model(), tmp_path, kind="sft", packing=True))
+
+
+def test_a_rollback_that_the_average_would_undo_is_one_error(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "zorb"}\n')
+    guard = Guard(action="rollback", measure="refusal_margin", tolerance=1.0)
+    trainer = Ema().make_trainer(setup_for(lora_model(), tmp_path))
+    with pytest.raises(StayalignedError, match="'ema' would undo the guard's rollback"):
+        attach_watch(trainer, Watch(prompts=str(prompts), every_steps=1, guard=guard))
 
 
 def test_a_checkpoint_without_the_average_is_one_error(tmp_path: Path) -> None:

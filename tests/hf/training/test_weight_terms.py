@@ -252,6 +252,7 @@ def test_vaccine_adds_its_steps_and_refuses_a_run_that_has_no_others(tmp_path: P
     )
     log = train(trainer)
     assert ["alignment_loss" in row for row in log if "loss" in row] == [True] * 3 + [False] * 4
+    assert Vaccine(alignment_steps=3).run_steps(4) == 7
     with pytest.raises(StayalignedError, match="first 2 steps on alignment rows"):
         Vaccine(alignment_steps=2).make_trainer(setup_for(lora_model(), tmp_path))
     with pytest.raises(StayalignedError, match="has none"):

@@ -110,6 +110,12 @@ def attach_watch(trainer: _TrainerT, watch: Watch, *, max_length: int = 1024) ->
             f"load_best_model_at_end would undo the guard's {guard.action}: it loads the weights of another checkpoint",
             hint="Remove load_best_model_at_end or the guard.",
         )
+    objective = getattr(trainer, "objective", None)
+    if guard is not None and guard.action == "rollback" and objective is not None and objective.replaces_weights:
+        raise StayalignedError(
+            f"defense {objective.name!r} would undo the guard's rollback: it replaces the weights at the end",
+            hint="Set another action, or use another defense.",
+        )
     watcher = _Watcher(trainer, watch, Probe(watch, tokenizer, max_length=max_length))
 
     class Callback(TrainerCallback):
