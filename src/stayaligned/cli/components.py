@@ -71,11 +71,10 @@ def list_components(
 def group_of(kind: str, component: type[Component]) -> str:
     """The heading under which a component is listed."""
     from stayaligned.defenses import TrainingDefense
-    from stayaligned.defenses._projection import Control
 
     if kind != "defense":
         return "prompt sets" if kind == "prompts" else f"{kind}s"
-    if issubclass(component, Control):
+    if component.summary().startswith("Control:"):
         return "defenses: controls, which patches are compared with"
     return f"defenses: {'during' if issubclass(component, TrainingDefense) else 'after'} fine-tuning"
 

@@ -72,9 +72,10 @@ def project(
     plugin: Plugins = None,
     **settings: Any,
 ) -> None:
-    """Patch finished fine-tunes with Safe LoRA, or with any other patch by --defense.
+    """Patch finished fine-tunes with Safe LoRA.
 
-    Works layer by layer, without loading a model; a patch that trains loads the aligned model.
+    Any other patch by --defense. Works layer by layer, without loading a model; a patch that trains loads the aligned
+    model.
     """
     from stayaligned.core.files import refuse_existing, refuse_inside
     from stayaligned.experiments.config.validation import parse_component

@@ -353,7 +353,8 @@ class PatchDefense(Component):
         del out, models, how
         raise StayalignedError(
             f"{finetuned.directory}: {self.name} patches LoRA adapters, not full weights",
-            hint="Name an adapter, or use a defense that patches full weights (safe_lora, complement, csulora, their controls, safe_delta).",
+            hint="Name an adapter, or use a defense that patches full weights (safe_lora, complement, csulora, their "
+            "controls, safe_delta).",
         )
 
 

@@ -26,7 +26,7 @@ def _parse_patch(spec: object) -> PatchDefense:
 
 
 class RandomChange(PatchDefense):
-    """Control: change the layers that a patch changes by as much, in random directions.
+    """Control: change what a patch changes by as much, in random directions.
 
     D ← D + R (X - D) Q with X the update that `like` leaves of D, and uniformly random rotations R and Q of each layer:
     the change has the singular values that the patch's has. Where a patch of any kind does better than this control,
