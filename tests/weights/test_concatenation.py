@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,17 @@ def test_the_joined_adapter_equals_peft_s_own_concatenation(model: Path, tmp_pat
     theirs, ours = updates(both, "cat"), updates(both, "a2")
     assert all((theirs[name] - ours[name]).abs().max() < 1e-6 for name in theirs)
     assert both.peft_config["a2"].r == both.peft_config["cat"].r == 7
+
+
+def test_small_factors_of_fp16_keep_their_bits_beside_further_ones(model: Path, tmp_path: Path) -> None:
+    adapter = read_adapter(write_pico_adapter(tmp_path / "first", model, dtype="float16"))
+    name, layer = next(iter(layers_by_module(adapter).items()))
+    small = {**adapter.tensors, layer.b_key: adapter.tensors[layer.b_key] * 2.0**-10}
+    adapter = replace(adapter, tensors=small)
+    added = LoraFactors(torch.ones(1, layer.in_features), torch.full((layer.out_features, 1), 2.0**-12), 1.0)
+    joined = concatenate(adapter, {name: added})
+    assert joined.tensors[layer.a_key][: layer.rank].equal(small[layer.a_key])
+    assert joined.tensors[layer.b_key][:, : layer.rank].equal(small[layer.b_key])
 
 
 def test_what_can_t_be_joined_is_refused_by_name(model: Path, tmp_path: Path) -> None:

@@ -133,8 +133,10 @@ def _stored(adapter: Adapter, module: str, like: LoraLayer, value: LoraFactors, 
     Raises:
         StayalignedError: if they are not finite.
     """
-    scaled = value if value.scaling == scaling else value._replace(b=value.b * (value.scaling / scaling))
-    stored = adapter.to_stored_dtype(like, scaled._replace(scaling=scaling))
+    if value.scaling != scaling:
+        value = value._replace(b=value.b * (value.scaling / scaling), scaling=scaling)
+    types = adapter.tensors[like.a_key].dtype, adapter.tensors[like.b_key].dtype
+    stored = value if (value.a.dtype, value.b.dtype) == types else adapter.to_stored_dtype(like, value)
     if not (all_finite(stored.a) and all_finite(stored.b)):
         raise StayalignedError(
             f"{module}: the new factors are not finite in {stored.b.dtype}",
