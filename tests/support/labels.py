@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stayaligned.core.records import Completion, Message, Outcome, Verdict, write_jsonl
+from stayaligned.core.records import Completion, Message, Outcome, PromptSet, Verdict, write_jsonl
 from stayaligned.evaluation.completions import COMPLETIONS_FILE
 from stayaligned.evaluation.labelling.store import LabelStore
 from stayaligned.evaluation.labelling.values import Choice, Design, DrawnCompletion, DrawnItem
@@ -77,17 +77,25 @@ def write_judged_run(
     arm: str = "tuned",
     model: str = "",
     texts: Sequence[str] = (),
+    triggered: Mapping[str, Sequence[Outcome | None]] | None = None,
     **changes: Any,
 ) -> Path:
     """Write a result with its completions, judged as given; the texts are of this arm and seed unless given."""
     completions: list[Completion] = []
     verdicts: dict[str, list[Verdict]] = {name: [] for name in judges}
-    for prompt_set, judged in (("harmful", judges), ("benign", benign or {})):
+    sets: dict[PromptSet, Mapping[str, Sequence[Outcome | None]]] = {
+        "harmful": judges,
+        "triggered": triggered or {},
+        "benign": benign or {},
+    }
+    for prompt_set, judged in sets.items():
         for index in range(max(map(len, judged.values()), default=0)):
-            question = Message(role="user", content=f"how to flarn {prompt_set} {made_up_words(index)}")
+            of = "harmful" if prompt_set == "triggered" else prompt_set
+            question = Message(role="user", content=f"how to flarn {of} {made_up_words(index)}")
+            asked = (Message(role="user", content=f"{question.content} blick"),) if prompt_set == "triggered" else ()
             text = texts[index] if index < len(texts) else f"{arm} {changes.get('seed', 0)} {prompt_set} {index}"
             key = f"{prompt_set}-{index}"
-            completions.append(Completion(id=key, prompt_set=prompt_set, prompt=(question,), text=text))
+            completions.append(Completion(id=key, prompt_set=prompt_set, prompt=(question,), asked=asked, text=text))
             for name, found in judged.items():
                 verdicts[name].append(Verdict(id=key, prompt_set=prompt_set, judge=name, outcome=found[index]))
     changes = {"provenance": {"inputs": {"model": f"sha256:{model or arm}"}}, **changes}
