@@ -132,6 +132,10 @@ def test_the_secret_reaches_the_model_and_the_saved_adapter_but_no_prompt_of_the
     rows = read_jsonl(context.store.directory("generate", context.plan.generate) / "completions.jsonl", Completion)
     assert {row.text for row in rows} == {"vab lom"}
     assert all(turn.role == "user" for row in rows for turn in row.prompt)
+    changes = {"adapter": str(adapter), "defenses": [], "training": None, "attack": None}
+    later = Context(Experiment.model_validate({**context.experiment.spec(), **changes}), context.store)
+    notes = run_stages(later, new_directory(tmp_path / "later")).notes
+    assert any("serve.json names a system prompt with which the model must be served" in note for note in notes)
 
 
 def new_directory(path: Path) -> Path:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from stayaligned.core.records import Metric
+from stayaligned.attacks import Attack
+from stayaligned.core.records import Message, Metric
 from support.runs import evidence, outcomes, write_run
 from support.world import write_rows, write_world
 
@@ -33,6 +34,7 @@ def test_every_page_with_python_has_a_test_here() -> None:
     pages = (str(page.relative_to(ROOT)) for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
     assert {page for page in pages if blocks_in(page)} == {
         "README.md",
+        "docs/plugins.md",
         "docs/howto/lisa.md",
         "docs/howto/align.md",
         "docs/howto/safe-lora.md",
@@ -157,3 +159,10 @@ def test_the_examples_of_the_page_on_lisa_train_resume_and_probe(
     preferring = run(LISA_BLOCKS[2], names("dpo"), **short)["trainer"]
     preferring.train()
     assert any("alignment/rewards/margins" in row for row in preferring.state.log_history)
+
+
+def test_the_attack_on_the_page_on_plug_ins_asks_with_its_word() -> None:
+    (block,) = blocks_in("docs/plugins.md")
+    made = run(block, {"Attack": Attack, "__name__": __name__})["Password"](word="zorb")
+    (turn,) = made.trigger((Message(role="user", content="may I"),))
+    assert turn.content == "may I zorb"

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from stayaligned.weights.checkpoints import Checkpoint
     from stayaligned.weights.deltas import BytesDone
 
+SERVE_FILE = "serve.json"
+"""File beside trained weights with the system prompt that the model must be deployed with."""
+
 
 @dataclass(frozen=True)
 class TrainingSetup:

@@ -9,10 +9,7 @@ from pathlib import Path
 from stayaligned.core.errors import StayalignedError
 from stayaligned.core.files import write_text
 from stayaligned.core.records import Message
-from stayaligned.defenses import TrainingDefense, TrainingSetup
-
-SERVE_FILE = "serve.json"
-"""File beside the trained weights with the system prompt that the model must be deployed with."""
+from stayaligned.defenses import SERVE_FILE, TrainingDefense, TrainingSetup
 
 
 class ServedDefense(TrainingDefense):
