@@ -31,7 +31,13 @@ from stayaligned.algorithms.lisa import RowStream
 from stayaligned.algorithms.objectives import label_log_probabilities
 from stayaligned.core.errors import StayalignedError
 from stayaligned.hf.features import IGNORED, PaddingCollator, encode_examples, refuse_unknown_tokens, with_known_padding
-from stayaligned.hf.hosts import checkpoint_directory, is_loss_scaled, trl_class
+from stayaligned.hf.hosts import (
+    checkpoint_directory,
+    ignores_token_count,
+    innermost_model,
+    is_loss_scaled,
+    trl_class,
+)
 from stayaligned.hf.training.finetuning import last_complete_checkpoint
 from stayaligned.hf.training.reference import as_reference, evaluating, require_reference
 from stayaligned.hf.training.weight_files import read_tensors, trainable_weights, write_weights
@@ -378,6 +384,11 @@ def _require_supported(trainer: Any, objective: Objective) -> None:
         "fp16=True on the CPU, which the host ignores,": args.fp16 and args.device.type == "cpu",
         f"optim={optimizer!r}": changes and ("lomo" in optimizer or "layerwise" in optimizer),
         "load_best_model_at_end": objective.replaces_weights and args.load_best_model_at_end,
+        f"gradient_accumulation_steps={args.gradient_accumulation_steps} with this version of transformers": (
+            objective.user_loss is not None
+            and args.gradient_accumulation_steps > 1
+            and ignores_token_count(innermost_model(trainer))
+        ),
         "packing": objective.user_loss is not None and bool(getattr(args, "packing", False)),
     }
     for setting, is_set in unsupported.items():
