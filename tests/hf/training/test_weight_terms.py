@@ -19,7 +19,6 @@ from stayaligned.defenses.asft import AsFT
 from stayaligned.defenses.ewc import Ewc
 from stayaligned.defenses.salora import SaLoRA
 from stayaligned.defenses.sbr import Sbr
-from stayaligned.defenses.sft import SFT
 from stayaligned.defenses.vaccine import Vaccine
 from stayaligned.hf import models
 from stayaligned.hf.features import encode_examples, encode_prompt
@@ -72,7 +71,7 @@ def test_ewc_trains_like_the_hand_written_loop(tmp_path: Path) -> None:
 def test_ewc_holds_only_b_of_a_fresh_lora_and_every_weight_of_a_whole_model(tmp_path: Path) -> None:
     lora = {"r": 2, "target_modules": ["q_proj"]}
     for model in (models.attach_lora(pico_model(seed=3), lora), pico_model(seed=3)):
-        trainer: Any = Ewc().make_trainer(setup_for(model, tmp_path))
+        trainer: Any = Ewc().make_trainer(setup_for(model, tmp_path, max_steps=1))
         train(trainer)
         fisher = {name: value for name, value in trainer._run.state.items() if name.startswith("fisher/")}
         assert all(bool(value.any()) == ("lora_A" not in name) for name, value in fisher.items())
@@ -263,7 +262,7 @@ def test_vaccine_adds_its_steps_and_refuses_a_run_that_has_no_others(tmp_path: P
 
 @pytest.mark.parametrize("defense", [Ewc(strength=0), Sbr(alpha=0)], ids=lambda d: d.name)
 def test_no_strength_is_plain_fine_tuning_bit_for_bit(defense: TrainingDefense, tmp_path: Path) -> None:
-    assert difference(fine_tune(defense, tmp_path), fine_tune(SFT(), tmp_path)) == 0
+    assert difference(fine_tune(defense, tmp_path), plainly_tuned()) == 0
 
 
 @pytest.mark.parametrize("defense", [Ewc(), Sbr(), SaLoRA(safety_rank=3), Vaccine()], ids=lambda d: d.name)
