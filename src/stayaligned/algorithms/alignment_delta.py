@@ -5,6 +5,7 @@ Pure functions of tensors. Products work in the dtype of V (fp32 from a checkpoi
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -298,6 +299,12 @@ def project_columns(basis: Float[Tensor, "size k"], columns: Float[Tensor, "size
 def cached_rows(matrix: Tensor) -> int:
     """Return how many rows of a matrix fit the cache in fp64, in blocks small enough for the allocator to reuse."""
     return max(1, (1 << 15) // max(1, matrix.shape[1]))
+
+
+def layer_generator(seed: int, layer: str) -> torch.Generator:
+    """Return the generator of one layer's random directions, which differ between layers and seeds."""
+    digest = hashlib.sha256(f"{seed}/{layer}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def random_frame(size: int, count: int, generator: torch.Generator) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import shutil
@@ -126,14 +125,11 @@ class LowRankExtrapolation(TrainingDefense):
 
     def _directions(self, name: str, triplets: TruncatedDelta) -> tuple[Tensor, Tensor]:
         """Return the output and the input directions of a layer: V's own, or as many random ones."""
-        import torch
-
-        from stayaligned.algorithms.alignment_delta import random_frame
+        from stayaligned.algorithms.alignment_delta import layer_generator, random_frame
 
         if self.directions == "alignment":
             return triplets.left, triplets.right
-        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = layer_generator(self.seed, name)
         left, right = (
             random_frame(len(side), side.shape[1], generator).to(side) for side in (triplets.left, triplets.right)
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -78,8 +77,7 @@ class RandomChange(PatchDefense):
         return [self._rotate(adapter, one, models) for adapter, one in zip(adapters, patched, strict=True)]
 
     def _rotate(self, adapter: Adapter, patched: PatchedAdapter, models: ModelPair) -> PatchedAdapter:
-        import torch
-
+        from stayaligned.algorithms.alignment_delta import layer_generator
         from stayaligned.defenses.patching.changes import place_on_aligned, report_changes
         from stayaligned.weights.concatenation import concatenate, layers_by_module, module_of
 
@@ -89,8 +87,7 @@ class RandomChange(PatchDefense):
         further: dict[str, LoraFactors] = {}
         for layer in layers:
             if layer.name in changed:
-                digest = hashlib.sha256(f"{self.seed}/{layer.name}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+                generator = layer_generator(self.seed, layer.name)
                 module = module_of(layer)
                 further[module] = _random_change(
                     adapter.factors(layer), patched.adapter.factors(after[module]), generator

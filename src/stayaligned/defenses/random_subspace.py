@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from typing import ClassVar
 
@@ -32,14 +31,11 @@ class RandomSubspace(Control):
 
     def patch_layer(self, layer: ProjectedLayer) -> LayerPatch:
         """Apply the operator with U and Q replaced by random orthonormal directions, or C by R C Rᵀ."""
-        import torch
-
-        from stayaligned.algorithms.alignment_delta import random_subspace
+        from stayaligned.algorithms.alignment_delta import layer_generator, random_subspace
         from stayaligned.algorithms.csulora import BlockAttenuation
         from stayaligned.algorithms.safe_lora import ComplementOperator, Orthogonal, RandomlyRotated, ScaledGram
 
-        digest = hashlib.sha256(f"{self.seed}/{layer.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = layer_generator(self.seed, layer.name)
         operator = layer.operator
         if isinstance(operator, ScaledGram):
             return LayerPatch(RandomlyRotated(operator, generator)(layer.before), None)
