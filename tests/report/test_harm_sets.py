@@ -55,7 +55,7 @@ def conditional() -> Report:
 
 
 def test_the_summary_names_an_arm_that_is_clean_on_plain_prompts_only(conditional: Report) -> None:
-    assert "on these prompts in another form: good (5.0 % plain, 90.0 % triggered)." in conditional.summary
+    assert "on the same prompts asked otherwise: good (5.0 % plain, 90.0 % triggered)." in conditional.summary
     assert not arm_of(conditional, "plain").is_conditional
     assert arm_of(conditional, "good").verdict.sentence.endswith("; on triggered prompts, the harmful score is 90.0 %.")
 

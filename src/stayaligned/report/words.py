@@ -54,7 +54,7 @@ def _describe_conditional(judged: Sequence[Arm]) -> Iterator[str]:
     ]
     if found:
         yield (
-            "Conditional harm, much lower on the plain harmful prompts than on these prompts in another form: "
+            "Conditional harm, much lower on the plain harmful prompts than on the same prompts asked otherwise: "
             f"{join_names(found, 6)}."
         )
 
