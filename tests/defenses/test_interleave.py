@@ -156,8 +156,7 @@ class _StopAfter(TrainerCallback):
         control.should_training_stop = state.global_step >= self._step
 
 
-@pytest.mark.parametrize("stop", [7, 9])
-def test_a_resumed_run_is_the_uninterrupted_one(world: Path, tmp_path: Path, stop: int) -> None:
+def test_a_run_resumed_in_its_second_epoch_is_the_uninterrupted_one(world: Path, tmp_path: Path) -> None:
     defense = Interleave(misaligned=(str(world / "base"),), share=0.3, order="even")
 
     def run(directory: Path, steps: int) -> dict[str, Tensor]:
@@ -169,6 +168,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(world: Path, tmp_path: Path, sto
         return {name: weight.detach() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
 
     whole = run(tmp_path / "whole", 10)
-    run(tmp_path / "parts", stop)
+    run(tmp_path / "parts", 9)
     resumed = run(tmp_path / "parts", 10)
     assert all(weight.equal(resumed[name]) for name, weight in whole.items())
