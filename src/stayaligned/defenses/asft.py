@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from stayaligned.algorithms.alignment_delta import AlignmentDelta
-    from stayaligned.hf.training.objective import Run
+    from stayaligned.hf.training.objective import ObjectiveRun
 
 
 class AsFT(TrainingDefense):
@@ -75,7 +75,7 @@ class AsFT(TrainingDefense):
         device = trainer.args.device
         roots = dict(source.visit([layer.name for layer in layers], self._root, Execution()))
 
-        def penalty(run: Run) -> Tensor:
+        def penalty(run: ObjectiveRun) -> Tensor:
             terms: list[Tensor] = []
             for layer in layers:
                 a, b = (

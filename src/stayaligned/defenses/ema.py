@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Trainer
 
-    from stayaligned.hf.training.objective import Run
+    from stayaligned.hf.training.objective import ObjectiveRun
 
 
 class Ema(TrainingDefense):
@@ -42,14 +42,14 @@ class Ema(TrainingDefense):
         """
         from stayaligned.hf.training.objective import Objective, attach_objective
 
-        def start(run: Run) -> dict[str, Tensor]:
+        def start(run: ObjectiveRun) -> dict[str, Tensor]:
             return {name: weight.detach().clone() for name, weight in run.params.items()}
 
-        def average(run: Run) -> None:
+        def average(run: ObjectiveRun) -> None:
             for name, weight in run.params.items():
                 run.state[name].lerp_(weight, self.rate)
 
-        def replace(run: Run) -> None:
+        def replace(run: ObjectiveRun) -> None:
             for name, weight in run.params.items():
                 weight.copy_(run.state[name])
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Trainer
 
-    from stayaligned.hf.training.objective import Run
+    from stayaligned.hf.training.objective import ObjectiveRun
 
 
 class Ewc(TrainingDefense):
@@ -52,7 +52,7 @@ class Ewc(TrainingDefense):
         trainer = setup.trainer()
         rows = setup.alignment_rows(trainer, self.name)
 
-        def start(run: Run) -> dict[str, Tensor]:
+        def start(run: ObjectiveRun) -> dict[str, Tensor]:
             fisher = empirical_fisher(run, rows.all_rows(trainer, run.model))
             if self.uniform:
                 entries = sum(value.numel() for value in fisher.values())
@@ -61,7 +61,7 @@ class Ewc(TrainingDefense):
             start = {f"start/{name}": weight.detach().clone() for name, weight in run.params.items()}
             return start | {f"fisher/{name}": value for name, value in fisher.items()}
 
-        def penalty(run: Run) -> Tensor:
+        def penalty(run: ObjectiveRun) -> Tensor:
             start, fisher = ({name: run.state[f"{kind}/{name}"] for name in run.params} for kind in ("start", "fisher"))
             return self.strength * weighted_drift(run.params, start, fisher)
 

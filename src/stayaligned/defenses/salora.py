@@ -12,7 +12,7 @@ from stayaligned.defenses import TrainingDefense, TrainingSetup
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from stayaligned.hf.training.objective import Run
+    from stayaligned.hf.training.objective import ObjectiveRun
 
 
 class SaLoRA(TrainingDefense):
@@ -76,7 +76,7 @@ class SaLoRA(TrainingDefense):
         for name, layer in layers.items():
             layer.project(frames[name])
 
-        def fold(run: Run) -> None:
+        def fold(run: ObjectiveRun) -> None:
             del run
             for name, layer in layers.items():
                 weight, frame = layer.factor.weight, frames[name].to(layer.factor.weight)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Trainer
 
-    from stayaligned.hf.training.objective import Run
+    from stayaligned.hf.training.objective import ObjectiveRun
 
 
 class Sbr(TrainingDefense):
@@ -72,7 +72,7 @@ class Sbr(TrainingDefense):
         with torch.no_grad(), as_reference(model) if adapter_names(model) else evaluating(model):
             aligned = last_states(model)
 
-        def penalty(run: Run) -> Tensor:
+        def penalty(run: ObjectiveRun) -> Tensor:
             return self.alpha * mse_loss(last_states(run.model).float(), aligned.float())
 
         return attach_objective(trainer, Objective(self.name, penalty=penalty if self.alpha else None))

@@ -91,7 +91,7 @@ class TokenBatch:
 
 
 @dataclass(frozen=True)
-class Run:
+class ObjectiveRun:
     """One training run, as an objective sees it."""
 
     model: Any
@@ -114,14 +114,14 @@ class Objective:
     alignment_rows: AlignmentRows | None = None
     alignment_loss: Callable[[TokenBatch], Tensor] | None = None
     """The share of a batch of alignment rows in the loss whose gradient is added; its sum over all batches is taken."""
-    penalty: Callable[[Run], Tensor] | None = None
+    penalty: Callable[[ObjectiveRun], Tensor] | None = None
     """A loss of the weights, whose gradient is added; the mean over the processes is taken."""
     combine: Callable[[Sequence[Tensor], Sequence[Tensor]], None] | None = None
     """Changes the first gradient, the user's, by the second, the added one; adds them if absent."""
-    start: Callable[[Run], dict[str, Tensor]] | None = None
+    start: Callable[[ObjectiveRun], dict[str, Tensor]] | None = None
     """The state at the beginning of a run that does not resume a checkpoint."""
-    after_step: Callable[[Run], None] | None = None
-    finish: Callable[[Run], None] | None = None
+    after_step: Callable[[ObjectiveRun], None] | None = None
+    finish: Callable[[ObjectiveRun], None] | None = None
     replaces_weights: bool = False
     """Whether `finish` replaces the weights by others than those of the last step."""
     needs_reference: bool = False
@@ -204,7 +204,7 @@ class _ObjectiveMixin(_Host):
 
     def _reset(self, resume_from: Path | None) -> None:
         self._resume_from = resume_from
-        self._run: Run | None = None
+        self._run: ObjectiveRun | None = None
         self._hook: Any = None
         self._added: list[Tensor] = []
 
@@ -230,14 +230,14 @@ class _ObjectiveMixin(_Host):
         if self.objective.finish is not None:
             self._finish(self._begin(checkpoint))
 
-    def _finish(self, run: Run) -> None:
+    def _finish(self, run: ObjectiveRun) -> None:
         if self.objective.finish is not None:
             with torch.no_grad():
                 self.objective.finish(run)
 
-    def _begin(self, resume_from: Path | None) -> Run:
+    def _begin(self, resume_from: Path | None) -> ObjectiveRun:
         model = self.accelerator.unwrap_model(self.model)
-        run = Run(model, trainable_weights(model), self.objective.alignment_rows)
+        run = ObjectiveRun(model, trainable_weights(model), self.objective.alignment_rows)
         if self.objective.start is not None:
             if resume_from is None:
                 run.state.update(self.objective.start(run))
@@ -245,7 +245,7 @@ class _ObjectiveMixin(_Host):
                 run.state.update(read_tensors(resume_from / STATE, device=self.args.device))
         return run
 
-    def _begin_run(self) -> Run:
+    def _begin_run(self) -> ObjectiveRun:
         run = self._begin(self._resume_from)
         if (after := self.objective.after_step) is not None:
             # Not a callback of the host, which is also called if a gradient scaler has skipped the step.
@@ -292,7 +292,7 @@ class _ObjectiveMixin(_Host):
         loss = user_loss(loss, batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _add_gradient(self, run: Run) -> None:
+    def _add_gradient(self, run: ObjectiveRun) -> None:
         added = list(self._added_losses(run))
         if not added:
             return
@@ -317,7 +317,7 @@ class _ObjectiveMixin(_Host):
         with torch.no_grad():
             (self.objective.combine or _add)([param.grad for param in params], gradients)  # pyright: ignore
 
-    def _added_losses(self, run: Run) -> Iterator[Callable[[], Tensor]]:
+    def _added_losses(self, run: ObjectiveRun) -> Iterator[Callable[[], Tensor]]:
         """Yield the losses of this process, whose sum over all processes is differentiated."""
         if (penalty := self.objective.penalty) is not None:
             yield lambda: penalty(run) / self.args.world_size
@@ -347,7 +347,7 @@ class _ObjectiveMixin(_Host):
         super().log(logs, *args, **kwargs)
 
 
-def empirical_fisher(run: Run, batches: Iterator[TokenBatch]) -> dict[str, Tensor]:
+def empirical_fisher(run: ObjectiveRun, batches: Iterator[TokenBatch]) -> dict[str, Tensor]:
     """Compute the mean over batches of (∂ Σ log p(label) / ∂w)² for each trainable weight, without dropout.
 
     Args:
