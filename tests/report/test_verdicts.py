@@ -5,7 +5,7 @@ import pytest
 from stayaligned.core.records import Outcome
 from stayaligned.evaluation.results import PatchRecord, Provenance
 from stayaligned.report.prose import markdown_text
-from stayaligned.report.verdicts import beats_controls, is_deletion
+from stayaligned.report.verdicts import beats_controls, is_deletion, is_shown
 from support.reports import arm_of, experiment, hits, measured, report_of
 
 SAFE_LORA = {"name": "safe_lora", "threshold": 0.35}
@@ -62,6 +62,19 @@ def test_a_patch_is_called_a_deletion_unless_it_beats_its_control(patch, control
     assert beats_controls(found.controls) == (ending == "better than its control")
     assert is_deletion(found.controls) == (ending == "no better than deleting the update")
     assert ("it is a deletion" in found.verdict.sentence) == (ending == "no better than deleting the update")
+
+
+def test_a_patch_that_does_no_better_than_a_random_change_is_not_called_a_deletion():
+    equal = runs("Random", (2, 3, 1), defenses=[drop(name="random_change")])
+    patched = [*runs("SFT", (39, 38, 40)), *runs("P", (2, 3, 1), defenses=[SAFE_LORA])]
+    report = report_of([*patched, *equal])
+    found = arm_of(report, "P")
+    assert found.verdict.label == "Less harm, no better than a random change"
+    assert "it does no better than changing the same layers as much at random (Random" in found.verdict.sentence
+    assert not is_shown(found)
+    assert "No better than a change of the same size in random directions: P." in report.findings
+    also_dropped = report_of([*patched, *equal, *runs("Drop", (2, 3, 1), defenses=[drop()])])
+    assert arm_of(also_dropped, "P").verdict.label == "Less harm, no better than deleting the update"
 
 
 def test_a_patch_must_beat_every_one_of_its_controls():

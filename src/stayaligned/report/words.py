@@ -8,7 +8,7 @@ from stayaligned.core.text import one_line, percent
 from stayaligned.evaluation.results import Agreement
 from stayaligned.report.texts import bounds, join_names
 from stayaligned.report.values import Arm
-from stayaligned.report.verdicts import NOTABLE, beats_controls, is_deletion
+from stayaligned.report.verdicts import NOTABLE, beats_controls, is_deletion, is_no_better
 
 _FEW_SEEDS = 5
 _LOW_KAPPA = 0.6
@@ -228,11 +228,13 @@ def _describe_patches(arms: Sequence[Arm]) -> Iterator[str]:
     patches = [a for a in arms if a.patches and a.role != "control"]
     better = [a for a in patches if beats_controls(a.controls)]
     deletions = [a for a in patches if a not in better and is_deletion(a.controls)]
+    chance = [a for a in patches if a not in (*better, *deletions) and is_no_better(a.controls)]
     unknown = [a for a in patches if not a.controls]
-    left = [a for a in patches if a not in (*better, *deletions, *unknown)]
+    left = [a for a in patches if a not in (*better, *deletions, *chance, *unknown)]
     for found, text in (
         (better, "Better than deleting as much of the update, in controls of the same layers: {}."),
         (deletions, "Deletions, no better than a control that uses nothing of the alignment directions: {}."),
+        (chance, "No better than a change of the same size in random directions: {}."),
         (left, "Not shown to do better than deleting as much of the update: {}."),
         (unknown, "Patches without a control in this report, which may be mere deletions: {}."),
     ):
