@@ -139,6 +139,21 @@ def test_resta_subtracts_the_harmful_update(world: Path, models: ModelPair, tmp_
     assert any((updates(trained)[name] - own[name]).norm() > 1e-4 for name in own)
 
 
+@pytest.mark.parametrize(
+    "spec", [{"name": "resta"}, {"name": "safe_merge", "all_layers": True}], ids=lambda s: s["name"]
+)
+def test_weights_that_a_second_adapter_stores_whole_are_named_in_a_note(
+    spec: dict[str, Any], world: Path, models: ModelPair, tmp_path: Path
+) -> None:
+    other = shutil.copytree(world / "other", tmp_path / "other")
+    tensors = load_file(other / "adapter_model.safetensors")
+    head = load_file(world / "aligned" / "model.safetensors")["lm_head.weight"] + 1
+    save_file({**tensors, "base_model.model.lm_head.weight": head}, other / "adapter_model.safetensors")
+    patch(world, models, tmp_path / "out", **spec, adapter=str(other))
+    notes = [note for note in read_projection(tmp_path / "out" / "projection.json").notes if "lm_head" in note]
+    assert notes == [f"the second adapter {other}: stored whole in the adapter and left out of the sum: lm_head.weight"]
+
+
 def test_reduced_intruders_are_those_of_peft(world: Path, models: ModelPair, tmp_path: Path) -> None:
     intruders = pytest.importorskip("peft.tuners.lora.intruders", reason="this PEFT does not have the function")
     own = updates(read_adapter(world / "adapter"))

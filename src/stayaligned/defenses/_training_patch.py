@@ -34,8 +34,8 @@ class TrainingPatch(PatchDefense):
 
     def second_adapter(
         self, path: str | None, adapter: Adapter, rows: Callable[[], Sequence[Example]], models: ModelPair
-    ) -> dict[str, LoraFactors]:
-        """Return {layer: update} of a second adapter of the aligned model.
+    ) -> tuple[dict[str, LoraFactors], list[str]]:
+        """Return {layer: update} of a second adapter of the aligned model, and notes on it for the record.
 
         Args:
             path: its directory; if None, a fresh adapter with the targets, ranks and scalings of the first is trained.
@@ -60,8 +60,9 @@ class TrainingPatch(PatchDefense):
 
             settings, length = self._arguments(), self.max_length
             other = train_adapter(model, models.chat_template, rows(), settings, like=adapter, max_length=length)
-        layers, _ = place_on_aligned(other, models, self.name)
-        return {layer.name: other.factors(layer) for layer in layers}
+        layers, notes = place_on_aligned(other, models, self.name, whole="left out of the sum")
+        named = [f"the second adapter {path}: {note}" for note in notes if path is not None]
+        return {layer.name: other.factors(layer) for layer in layers}, named
 
     def train_further(self, adapter: Adapter, rows: Sequence[Example], models: ModelPair) -> Adapter:
         """Train the adapter further on the rows.

@@ -59,7 +59,7 @@ class Resta(TrainingPatch):
         from stayaligned.weights.concatenation import concatenate, module_of
 
         layers, notes = place_on_aligned(adapter, models, self.name)
-        harmful = self.second_adapter(
+        harmful, on_harmful = self.second_adapter(
             self.adapter, adapter, lambda: read_examples(str(self.harmful_data), origin="harmful"), models
         )
         modules = {layer.name: module_of(layer) for layer in layers}
@@ -72,4 +72,4 @@ class Resta(TrainingPatch):
         further = {
             modules[name]: value._replace(scaling=-self.weight * value.scaling) for name, value in harmful.items()
         }
-        return report_changes(adapter, concatenate(adapter, further), layers, [*notes, NORM_OF_SUM])
+        return report_changes(adapter, concatenate(adapter, further), layers, [*notes, *on_harmful, NORM_OF_SUM])

@@ -89,7 +89,9 @@ class SafeMerge(TrainingPatch):
 
         layers, _ = place_on_aligned(adapter, models, self.name)
         models.require_base(self.name)
-        found = self.second_adapter(self.adapter, adapter, lambda: models.require_alignment_examples(self.name), models)
+        found, on_safety = self.second_adapter(
+            self.adapter, adapter, lambda: models.require_alignment_examples(self.name), models
+        )
         lacking = [layer.name for layer in layers if layer.name not in found]
         if lacking:
             raise StayalignedError(
@@ -104,7 +106,7 @@ class SafeMerge(TrainingPatch):
             return LayerPatch(_join(own, safe._replace(scaling=self.weight * safe.scaling)), None)
 
         (patched,) = patch_adapters(self._selector(), merge, [adapter], models, how, raises_rank=True)
-        return PatchedAdapter(patched.adapter, patched.layers, [*patched.notes, NORM_OF_SUM])
+        return PatchedAdapter(patched.adapter, patched.layers, [*patched.notes, *on_safety, NORM_OF_SUM])
 
 
 def _join(update: Any, further: LoraFactors) -> LoraFactors:

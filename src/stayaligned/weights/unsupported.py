@@ -81,10 +81,10 @@ def stored_whole(keys: Iterable[str]) -> list[str]:
     return sorted(key for key in keys if ".lora_" not in key and "base_layer" not in key.split("."))
 
 
-def note_on_whole(adapter: Adapter) -> str | None:
-    """Return a note for the record if the adapter stores whole weights, which no patch changes."""
+def note_on_whole(adapter: Adapter, fate: str = "copied unchanged") -> str | None:
+    """Return a note for the record if the adapter stores whole weights, which no patch changes or adds."""
     whole = [key.removeprefix(PREFIX) for key in stored_whole(adapter.tensors)]
-    return f"stored whole in the adapter and copied unchanged: {list_names(whole)}" if whole else None
+    return f"stored whole in the adapter and {fate}: {list_names(whole)}" if whole else None
 
 
 def refuse_settings(directory: Path, config: Mapping[str, Any], *, known: Collection[str]) -> None:

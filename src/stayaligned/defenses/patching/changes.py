@@ -14,8 +14,16 @@ from stayaligned.weights.placement import place_plain_adapter
 from stayaligned.weights.unsupported import note_on_whole
 
 
-def place_on_aligned(adapter: Adapter, models: ModelPair, defense: str) -> tuple[list[LoraLayer], list[str]]:
+def place_on_aligned(
+    adapter: Adapter, models: ModelPair, defense: str, whole: str = "copied unchanged"
+) -> tuple[list[LoraLayer], list[str]]:
     """Return an adapter's layers under the aligned model's names, and notes for the record.
+
+    Args:
+        adapter: the adapter.
+        models: the aligned model.
+        defense: the patch's name, for errors.
+        whole: what happens to weights that the adapter stores whole, for a note.
 
     Raises:
         StayalignedError: if the adapter does not fit the aligned model, or is known to be of another one.
@@ -28,7 +36,7 @@ def place_on_aligned(adapter: Adapter, models: ModelPair, defense: str) -> tuple
 
         placed = place_adapter(adapter, aligned, aligned)
     trained_on = check_trained_on(adapter, aligned, aligned, (str(ref), str(ref)), allowed=models.allow_mismatch)
-    return [item.layer for item in placed], [note for note in (trained_on, note_on_whole(adapter)) if note]
+    return [item.layer for item in placed], [note for note in (trained_on, note_on_whole(adapter, whole)) if note]
 
 
 def report_changes(
