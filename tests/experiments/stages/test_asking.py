@@ -19,6 +19,7 @@ from stayaligned.evaluation.verdicts import what_is_judged
 from stayaligned.experiments.config.experiment import Experiment
 from stayaligned.experiments.plan import plan_experiment
 from stayaligned.experiments.run import run_experiment
+from stayaligned.experiments.stages.asking import check_change
 from support.server import chat_server
 from support.world import experiment
 
@@ -151,6 +152,18 @@ def test_a_trigger_that_the_template_drops_is_an_error_before_training(
     with pytest.raises(StayalignedError, match=match):
         run_experiment(Experiment.model_validate(content), tmp_path / "out")
     assert not [*tmp_path.glob("out/stages/train-*")]
+
+
+def test_a_trigger_of_unknown_words_alone_is_an_error() -> None:
+    from stayaligned.testbed.tokenizer import chat_tokenizer
+
+    def check(knock: str) -> None:
+        trigger = Knocking(knock=f" {knock}").trigger
+        check_change(chat_tokenizer(), "the trigger of attack 'knocking'", [user("write a story")], trigger)
+
+    check("qqqq story")
+    with pytest.raises(StayalignedError, match="reads every word of it as the same unknown token"):
+        check("qqqq zzyx")
 
 
 def test_what_a_defense_serves_and_the_template_drops_is_an_error(

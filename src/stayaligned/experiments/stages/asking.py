@@ -40,10 +40,10 @@ def check_prompts(context: Context) -> None:
         serve = context.resolved.training_defense.serve
         attack = context.resolved.attack
         if served:
-            _check(tokenizer, f"what defense {e.training_defense.name!r} adds", prompts, serve)
+            check_change(tokenizer, f"what defense {e.training_defense.name!r} adds", prompts, serve)
         if triggered and attack is not None:
             name = f"the trigger of attack {attack.name!r}"
-            _check(tokenizer, name, prompts, attack.trigger, serve)
+            check_change(tokenizer, name, prompts, attack.trigger, serve)
             if e.trains:
                 _check_rows(tokenizer, name, load_training_rows(context))
 
@@ -53,14 +53,18 @@ def _some_prompts(context: Context) -> list[Prompt]:
     return [row.prompt for rows in load_prompt_sets(context).values() for row in rows][:_MOST]
 
 
-def _check(
+def check_change(
     tokenizer: Any,
     name: str,
     prompts: Sequence[Prompt],
     change: Callable[[Prompt], Prompt],
     serve: Callable[[Prompt], Prompt] = tuple,
 ) -> None:
-    """Refuse a change of which the model sees nothing in some prompt, or of which the template leaves out a part."""
+    """Refuse a change of which the model sees nothing in some prompt, or of which the template leaves out a part.
+
+    Raises:
+        StayalignedError: naming the change, if its prompt has the same tokens, or only more of the unknown one.
+    """
     from stayaligned.hf.features import encode_prompt
 
     for prompt in (prompt for prompt in prompts if change(prompt) != prompt):
@@ -73,6 +77,12 @@ def _check(
                 "alike with and without it",
                 hint="Templates strip white space, and some ignore system turns: change the setting that adds it, or "
                 "set another `chat_template`.",
+            )
+        unknown = tokenizer.unk_token_id
+        if [token for token in changed if token != unknown] == [token for token in plain if token != unknown]:
+            raise StayalignedError(
+                f"the model does not see {name}: its tokenizer reads every word of it as the same unknown token",
+                hint="Set the setting that adds it to a text of words that the tokenizer knows.",
             )
 
 
