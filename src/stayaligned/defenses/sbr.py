@@ -51,9 +51,10 @@ class Sbr(TrainingDefense):
 
         from stayaligned.hf.features import encode_prompt
         from stayaligned.hf.training.objective import Objective, attach_objective
-        from stayaligned.hf.training.reference import adapter_names, as_reference, evaluating
+        from stayaligned.hf.training.reference import adapter_names, as_reference, evaluating, require_unchanged_base
 
         setup.require_alignment_examples(self.name)
+        require_unchanged_base(setup.model, f"defense {self.name!r}")
         rows = setup.alignment_examples[: self.anchors]
         if len(rows) < self.anchors:
             raise StayalignedError(

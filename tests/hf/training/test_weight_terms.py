@@ -17,6 +17,8 @@ from stayaligned.algorithms.objectives import outside_norm
 from stayaligned.defenses import TrainingDefense
 from stayaligned.defenses.asft import AsFT
 from stayaligned.defenses.ewc import Ewc
+from stayaligned.defenses.kl import Kl
+from stayaligned.defenses.lisa import Lisa
 from stayaligned.defenses.salora import SaLoRA
 from stayaligned.defenses.sbr import Sbr
 from stayaligned.defenses.vaccine import Vaccine
@@ -227,6 +229,17 @@ def test_salora_refuses_too_many_directions_and_other_adapters(pair: Path, tmp_p
         SaLoRA(safety_rank=4).make_trainer(setup_for(adapted(pair, use_dora=True), tmp_path))
     with pytest.raises(StayalignedError, match="'salora' compares with the model without its adapter"):
         SaLoRA(safety_rank=4).make_trainer(setup_for(pico_model(), tmp_path))
+
+
+@pytest.mark.parametrize(
+    "defense", [SaLoRA(safety_rank=4), Sbr(), Kl(), Lisa(alignment_loss="kl")], ids=lambda d: d.name
+)
+def test_an_adapter_that_changed_the_weights_below_it_leaves_no_aligned_model(
+    defense: TrainingDefense, pair: Path, tmp_path: Path
+) -> None:
+    model = models.attach_lora(models.load_model(pair / "aligned"), {"r": 2, "init_lora_weights": "olora"})
+    with pytest.raises(StayalignedError, match="which init_lora_weights='olora' has made another"):
+        defense.make_trainer(setup_for(model, tmp_path))
 
 
 # ---- Vaccine -------------------------------------------------------------------------------------------------------

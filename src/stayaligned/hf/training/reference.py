@@ -35,6 +35,29 @@ def require_reference(model: Any, user: str) -> None:
             f"{user} compares with the model without its adapter, and this model has none",
             hint="Train a LoRA (`lora:`), or use another defense.",
         )
+    require_unchanged_base(model, user)
+
+
+def require_unchanged_base(model: Any, user: str) -> None:
+    """Check that a model without its adapter, if it has one, is the aligned model.
+
+    Args:
+        model: the model that is trained.
+        user: what compares with the model without its adapter, for the error.
+
+    Raises:
+        StayalignedError: if the adapter's initialization has changed the weights below it.
+    """
+    from stayaligned.weights.unsupported import BASE_PRESERVING_INITS
+
+    for name in adapter_names(model):
+        init = getattr(model.peft_config[name], "init_lora_weights", True)
+        if init not in BASE_PRESERVING_INITS:
+            raise StayalignedError(
+                f"{user} compares with the model without its adapter, which init_lora_weights={init!r} has made "
+                "another than the aligned one",
+                hint="Remove `lora.init_lora_weights`, or use another defense.",
+            )
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stayaligned.algorithms.objectives import reference_kl
 from stayaligned.core.errors import StayalignedError
 from stayaligned.hf.hosts import is_loss_scaled, require_trl, trl_class
-from stayaligned.hf.training.reference import adapter_names, as_reference
+from stayaligned.hf.training.reference import adapter_names, as_reference, require_unchanged_base
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -168,6 +168,7 @@ class ReferenceKl:
                 "alignment_loss='kl' compares with the model without its adapter, and this model has none",
                 hint="Train a LoRA, or set alignment_loss='sft'.",
             )
+        require_unchanged_base(host.model, "alignment_loss='kl'")
 
     def activate(self) -> contextlib.AbstractContextManager[None]:
         """Return an empty context: the model is used unchanged."""
