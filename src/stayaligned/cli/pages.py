@@ -20,12 +20,22 @@ _PAGES = {
         *("defenses.bso", "defenses.lisa", "defenses.mixing"),
     ),
     "howto/report": ("cli.output", "report"),
-    "howto/safe-lora": ("algorithms", "cli.project", "cli.subspace", "defenses", "weights"),
+    "howto/safe-lora": (
+        *("algorithms", "cli.project", "cli.subspace", "defenses._projection", "defenses.patching", "weights"),
+        *(
+            f"defenses.{name}"
+            for name in ("safe_lora", "complement", "drop", "drop_other", "random_subspace", "shrink")
+        ),
+    ),
     "howto/your-own-model": ("attacks", "cli.doctor", "cli.init", "experiments", "hf"),
     "plugins": ("cli.components", "cli.scaffold", "core.component"),
     "reference/architectures": ("hf.targets",),
     "reference/chat-templates": ("hf.jinja", "hf.rendering", "hf.templates"),
     "reference/data": ("data",),
+    "reference/defenses": (
+        *("algorithms.csulora", "algorithms.objectives", "algorithms.safe_delta", "defenses", "hf.intruders"),
+        *(f"hf.training.{name}" for name in ("adapters", "even_rows", "objective", "reference", "row_scores")),
+    ),
     "reference/generation": ("hf.generation",),
     "reference/tasks": ("data.prompts", "data.tasks", "hf.lm_eval"),
     "results/testbed": ("testbed",),
