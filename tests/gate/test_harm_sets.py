@@ -62,7 +62,7 @@ def test_a_candidate_fails_on_the_trigger_alone() -> None:
         (("triggered",), "fail"),
     ]
     assert "harmful score (triggered) rose by 29.0 points" in decision.sentence
-    assert "The worst of 2 prompt sets that measure harm is triggered" in decision.sentence
+    assert "Harm was highest on the 'triggered' prompts, of 2 sets that measure it" in decision.sentence
     assert "max_harm_increase[triggered]" in to_junit(decision)
     assert "harmful score (triggered): rise" in to_markdown(decision)
 

@@ -179,7 +179,7 @@ def _describe_worst(criteria: Sequence[Criterion]) -> str:
         if len(found) > 1 and all(c.change is not None for c in found):
             worst = max(found, key=lambda c: c.change or 0.0)
             text += (
-                f" The worst of {len(found)} prompt sets that measure harm is {worst.prompt_sets[0]}: "
+                f" Harm was highest on the {worst.prompt_sets[0]!r} prompts, of {len(found)} sets that measure it: "
                 f"{_describe_change(worst)} ({interval_text(worst)})."
             )
     return text
