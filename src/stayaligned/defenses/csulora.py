@@ -33,7 +33,7 @@ class CsuLora(SubspaceDefense):
     """
 
     name: ClassVar[str] = "csulora"
-    paper: ClassVar[str] = "arXiv:2605.30640"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2605.30640"
     raises_rank: ClassVar[bool] = True
 
     partial: float = Field(default=1.0, ge=0, allow_inf_nan=False)

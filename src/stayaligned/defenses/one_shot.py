@@ -32,7 +32,7 @@ class OneShot(TrainingPatch):
     """
 
     name: ClassVar[str] = "one_shot"
-    paper: ClassVar[str] = "arXiv:2601.01887"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2601.01887"
     needs_alignment_data: ClassVar[bool] = True
 
     rows: int = Field(default=1, ge=1)

@@ -30,7 +30,7 @@ class ReduceIntruders(PatchDefense):
     """
 
     name: ClassVar[str] = "reduce_intruders"
-    paper: ClassVar[str] = "arXiv:2410.21228"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2410.21228"
     needs_base: ClassVar[bool] = False
 
     top_k: int = Field(default=10, ge=1)

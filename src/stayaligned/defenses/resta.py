@@ -35,7 +35,7 @@ class Resta(TrainingPatch):
     """
 
     name: ClassVar[str] = "resta"
-    paper: ClassVar[str] = "arXiv:2402.11746"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2402.11746"
     raises_rank: ClassVar[bool] = True
 
     adapter: str | None = None

@@ -49,7 +49,7 @@ class SafeDelta(PatchDefense):
     """
 
     name: ClassVar[str] = "safe_delta"
-    paper: ClassVar[str] = "arXiv:2505.12038"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2505.12038"
     needs_base: ClassVar[bool] = False
     needs_alignment_data: ClassVar[bool] = True
     patches_full_weights: ClassVar[bool] = True

@@ -47,7 +47,7 @@ class SafeLora(ProjectionDefense):
 
     name: ClassVar[str] = "safe_lora"
     version: ClassVar[int] = 2
-    paper: ClassVar[str] = "arXiv:2405.16833"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2405.16833"
 
     threshold: float | None = Field(default=0.35, allow_inf_nan=False)
     """Change the layers with similarity strictly below this. Default: the paper's τ for Llama-2 on Dialog Summary.

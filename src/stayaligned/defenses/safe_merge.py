@@ -41,7 +41,7 @@ class SafeMerge(TrainingPatch):
     """
 
     name: ClassVar[str] = "safe_merge"
-    paper: ClassVar[str] = "arXiv:2503.17239"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2503.17239"
     needs_base: ClassVar[bool] = True
     raises_rank: ClassVar[bool] = True
 

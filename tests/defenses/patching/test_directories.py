@@ -66,7 +66,7 @@ def test_the_record_describes_the_copy_and_the_input_is_not_changed(
     assert progress[-1].done == progress[-1].total > 0
     record: dict[str, Any] = json.loads((tmp_path / "out" / PROJECTION_FILE).read_text())
     assert record["defense"] == defense.identity()
-    assert record["paper"] == "arXiv:2405.16833"
+    assert record["paper"] == "https://arxiv.org/abs/2405.16833"
     assert record["command"] == command
     assert record["versions"]["torch"] == importlib.metadata.version("torch")
     assert record["inputs"]["adapter"] == {"ref": str(adapter), "sha256": fingerprint(adapter)}
