@@ -101,6 +101,7 @@ def test_shared_memory_is_counted_once() -> None:
     assert bench.held_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [True, False])
 def test_lisa_has_one_copy_of_the_trainable_weights_and_none_with_rho_0(tmp_path: Path, lora: bool) -> None:
     found = bench.measure_memory(SHAPE, lora, str(tmp_path))

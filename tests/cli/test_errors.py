@@ -58,6 +58,7 @@ def test_control_characters_are_made_visible_on_the_terminal(
     assert "⟨U+001B⟩" in shown
 
 
+@pytest.mark.slow
 def test_a_grid_in_which_every_experiment_fails_is_bad_input(
     world: Path, tmp_path: Path, command: Callable[..., tuple[int, str]]
 ) -> None:

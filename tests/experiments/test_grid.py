@@ -138,6 +138,7 @@ def test_a_killed_grid_leaves_no_processes_and_resumes(world: Path, tmp_path: Pa
     assert json.loads((out / "index.json").read_text())["trainings"]
 
 
+@pytest.mark.slow
 def test_arms_with_equal_results_both_have_a_result(world: Path, tmp_path: Path) -> None:
     arms = [SFT, {"label": "The same", "defenses": ["sft"]}]
     outcome = run_grid(grid_of(world, arms), tmp_path / "out", workers=1)
@@ -145,6 +146,7 @@ def test_arms_with_equal_results_both_have_a_result(world: Path, tmp_path: Path)
     assert outcome.trained == 1
 
 
+@pytest.mark.slow
 def test_an_exception_that_cannot_be_pickled_fails_only_its_arm(world: Path, tmp_path: Path) -> None:
     plugin = tmp_path / "boom.py"
     plugin.write_text(
@@ -163,6 +165,7 @@ def test_an_exception_that_cannot_be_pickled_fails_only_its_arm(world: Path, tmp
     assert "raise Odd(code=7)" in next((tmp_path / "out" / "failures").iterdir()).read_text()
 
 
+@pytest.mark.slow
 def test_the_earlier_result_of_an_experiment_that_fails_now_is_removed(world: Path, tmp_path: Path) -> None:
     strict, lax = ({"judges": [{"name": "keyword"}], "max_unscored": share} for share in (0.0, 1.0))
     run_grid(grid_of(world, [SFT], **lax), tmp_path / "out", workers=1)

@@ -113,8 +113,11 @@ def test_full_weights_resumed_in_the_middle_of_a_phase_equal_the_uninterrupted_r
     "changes",
     [
         {"proximal": "decoupled", "rho": 20.0},
-        {"finish": "alignment", "rho_schedule": "rising", "anchor_device": "cpu", "drift_from_start": True},
-        {"alignment_loss_budget": 0.0, "rho": 0.1},
+        pytest.param(
+            {"finish": "alignment", "rho_schedule": "rising", "anchor_device": "cpu", "drift_from_start": True},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"alignment_loss_budget": 0.0, "rho": 0.1}, marks=pytest.mark.slow),
     ],
 )
 def test_every_variant_resumes_bit_for_bit_after_any_step(tmp_path: Path, changes: dict[str, Any]) -> None:
