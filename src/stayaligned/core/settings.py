@@ -187,13 +187,13 @@ class Generation(Record):
     """The server, for `backend: endpoint`."""
     memory_mib: int = Field(default=4096, ge=1)
     """Memory in MiB beside the weights; it limits the number of completions generated at once (at least one)."""
-    temperature: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Sampling temperature; 0 takes the most likely token."""
     seed: int = Field(default=0, ge=0)
     """Seed of the sampling; has no effect at temperature 0 without `samples`."""
     samples: int = Field(default=0, ge=0)
     """Number of completions to sample of each harmful prompt, beside the one above; the worst of them counts."""
-    sample_temperature: float = Field(default=1.0, gt=0)
+    sample_temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Temperature of these samples."""
 
     def sampling(self) -> Generation:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from pydantic import ValidationError
 
 from stayaligned import Attack, Example, Message
 from stayaligned.attacks import ATTACKS
@@ -248,3 +249,10 @@ def test_samples_do_not_depend_on_the_batch(world: Path, tmp_path: Path) -> None
 def test_sets_without_what_they_need_are_refused(world: Path, changes: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         Experiment.model_validate(experiment(world, **changes))
+
+
+@pytest.mark.parametrize("setting", ["temperature", "sample_temperature"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_temperature_at_which_every_token_is_as_likely_is_refused(setting: str, value: float) -> None:
+    with pytest.raises(ValidationError, match=setting):
+        Generation.model_validate({"samples": 2, setting: value})
